@@ -1,0 +1,115 @@
+"""Checkpoints that appear whole or not at all, resume exactly, and hold no pickle; export to Hugging Face format.
+
+A checkpoint is a folder `step-00000040`: safetensors shards (one a rank, written by torch's distributed
+checkpoint, so another number of ranks can read them) with the trained weights and the optimizer's state, and
+`state.json`. It is written as `step-00000040.tmp` and renamed when every rank is done.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from hps import dist
+from hps.model import PolicyModel
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON to a temporary name beside `path` and rename it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    partial.rename(path)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of those that a gradient reaches, in a fixed order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Trained weights and Adam's moments under flat names; moments that do not exist yet are zeros."""
+    state: dict[str, Tensor] = {}
+    for name, p in trained(model).items():
+        moments = optimizer.state[p]
+        if not moments:
+            moments.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state[f"model.{name}"] = p.data
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            state[f"optimizer.{name}.{key}"] = moments[key]
+    return state
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, ranks: dist.Ranks
+) -> None:
+    """Write the checkpoint of `state["step"]` finished steps into `folder` and remove older ones. Collective."""
+    final = folder / f"step-{state['step']:08d}"
+    partial = final.with_suffix(".tmp")
+    if ranks.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(_state(model, optimizer), storage_writer=writer, no_dist=not ranks.sharded)
+    dist.barrier()
+    if ranks.first:
+        write_json(partial / "state.json", state)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in folder.glob("step-????????"):
+            if old != final:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, or None."""
+    complete = [p for p in folder.glob("step-????????") if (p / "state.json").exists()]
+    return max(complete, default=None)
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, ranks: dist.Ranks) -> dict[str, Any]:
+    """Restore weights and optimizer in place from a checkpoint of any number of ranks; its `state.json`. Collective."""
+    state = _state(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not ranks.sharded)
+        except Exception as e:
+            raise ValueError(f"{path}: cannot be loaded ({e}); delete it to go on from the start") from e
+    for name, p in trained(model).items():
+        p.data.copy_(state[f"model.{name}"])
+        for key, value in optimizer.state[p].items():
+            value.copy_(state[f"optimizer.{name}.{key}"])
+    return json.loads((path / "state.json").read_text())
+
+
+def export(model: PolicyModel, tokenizer: Any, out: Path, *, ranks: dist.Ranks) -> None:
+    """Write the policy as a Hugging Face folder: a PEFT adapter, or whole safetensors weights. Collective.
+
+    Either loads with plain `peft` / `transformers`; nothing of this repository is needed.
+    """
+    adapter = hasattr(model.lm, "peft_config")
+    state = {}
+    for name, p in model.lm.named_parameters():  # tied weights appear once
+        if p.requires_grad or not adapter:
+            whole = dist.full(p.detach()).cpu()
+            if ranks.first:
+                state[name] = whole.clone()
+    if ranks.first:
+        partial = out.with_suffix(".tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.lm.save_pretrained(partial, state_dict=state)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    dist.barrier()

@@ -1,0 +1,91 @@
+"""Ranks, sharding and reductions. The only file that reads rank variables; the model never mentions any of it."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. `sharded` is True under torchrun, whatever the number of processes."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    sharded: bool
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def init() -> Ranks:
+    """Join the process group that torchrun announces (nccl on GPUs, gloo on CPUs), or run alone without one."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return Ranks(rank=0, world_size=1, device=device, sharded=False)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cpu" and local_world * torch.get_num_threads() > (os.cpu_count() or 1):
+        warnings.warn(
+            f"{local_world} processes x {torch.get_num_threads()} threads on {os.cpu_count()} cores run several "
+            "times slower than with fewer threads: set OMP_NUM_THREADS",
+            stacklevel=2,
+        )
+    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, sharded=True)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shard(model: nn.Module, layers: list[nn.Module], *, ranks: Ranks, dtype: torch.dtype) -> None:
+    """Apply FSDP2 in place: one group a decoder layer, the rest (embeddings, head, norm) in the root group.
+
+    Master weights keep their dtype; compute runs in `dtype`; gradients are reduced in fp32. Does nothing for a
+    process that was not started by torchrun.
+    """
+    if not ranks.sharded:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=inner)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum a tensor over ranks, in place; itself when alone."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded. Collective: every rank must call it in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients so that their norm over all ranks is at most `max_norm`; the norm before, a scalar tensor."""
+    return full(torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf")))

@@ -1,0 +1,105 @@
+"""Sequence log-probs from hidden states, without ever holding a (T, V) tensor.
+
+Only positions that predict a response token reach the head, so prompts are free. The chunked path is the one that
+trains; the dense path beside it is the oracle that tests compare with.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Scored tokens a chunk: (1024, 49152) fp32 is 192 MiB, and larger chunks are no faster on the CPUs we measured.
+CHUNK = 1024
+
+
+def dense_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(hidden @ weight.T)[targets], (T,) fp32, the plain way. Arguments as `token_logps`."""
+    logits = (hidden.to(weight.dtype) @ weight.T).float()
+    return torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(logps (t,), log-softmax (t, V)), both fp32, of one chunk. The product runs in the weight's dtype."""
+    logps = torch.log_softmax((hidden.to(weight.dtype) @ weight.T).float(), dim=-1)
+    return logps.gather(-1, targets[:, None]).squeeze(-1), logps
+
+
+def _logit_gradient(logps: Tensor, targets: Tensor) -> Tensor:
+    """d logp / d logits = onehot(target) - softmax, (t, V), made in place of the log-softmax."""
+    gradient = logps.exp_().neg_()
+    gradient[torch.arange(len(targets), device=targets.device), targets] += 1
+    return gradient
+
+
+class _FrozenHead(torch.autograd.Function):
+    """The gradient to the hidden states is formed in the forward pass while the softmax is at hand, and scaled by
+    the incoming (T,) gradient in the backward: two matrix products instead of three, nothing recomputed."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        for i in range(0, len(targets), chunk):
+            part = slice(i, i + chunk)
+            out[part], logps = _chunk(hidden[part], weight, targets[part])
+            if gradient is not None:
+                gradient[part] = _logit_gradient(logps, targets[part]).to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return (gradient.float() * grad_output[:, None]).to(gradient.dtype), None, None, None
+
+
+class _TrainableHead(torch.autograd.Function):
+    """The head's own gradient weighs tokens by the incoming gradient, which the forward does not know yet: each
+    chunk's softmax is made again in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        for i in range(0, len(targets), chunk):
+            part = slice(i, i + chunk)
+            out[part], _ = _chunk(hidden[part], weight, targets[part])
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.chunk = chunk
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for i in range(0, len(targets), ctx.chunk):
+            part = slice(i, i + ctx.chunk)
+            _, logps = _chunk(hidden[part], weight, targets[part])
+            gradient = (_logit_gradient(logps, targets[part]) * grad_output[part, None]).to(weight.dtype)
+            grad_hidden[part] = gradient @ weight
+            grad_weight += gradient.T @ hidden[part].to(weight.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """Log-probability of each target token, log softmax(hidden @ weight.T)[targets], in chunks.
+
+    Args:
+        hidden: (T, D), the states that predict the targets.
+        weight: (V, D), the output head; it gets a gradient only if it requires one.
+        targets: (T,) int64.
+        chunk: tokens whose (chunk, V) logits are alive at once.
+
+    Returns:
+        (T,) fp32 nats; log-softmax in fp32 whatever the dtype of the product.
+    """
+    head = _TrainableHead if weight.requires_grad and torch.is_grad_enabled() else _FrozenHead
+    return head.apply(hidden, weight, targets, chunk)
+
+
+def sequence_logps(token_logps: Tensor, sequence: Tensor, shape: torch.Size) -> Tensor:
+    """Sum token log-probs (T,) into (B, K) fp32 by `sequence` = b * K + k; columns without tokens are 0."""
+    total = token_logps.new_zeros(shape.numel())
+    return total.index_add(0, sequence, token_logps).view(shape)

@@ -1,0 +1,160 @@
+"""A Hugging Face causal LM as a function from packed prompts to sequence log-probs."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hps.attention import block_mask
+from hps.logps import sequence_logps, token_logps
+from hps.packing import Block, Packed, pack
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class PolicyModel(nn.Module):
+    """`forward(packed) -> (B, K) fp32` summed log-probs; `lm` is a causal LM, plain or wrapped by peft."""
+
+    def __init__(self, lm: nn.Module, *, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.lm = lm
+        self.autocast = autocast  # compute dtype where nothing else (frozen bf16 weights, FSDP) lowers it
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The transformers model itself, with adapters in place if there are any."""
+        return self.lm.get_base_model() if hasattr(self.lm, "peft_config") else self.lm
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, in order."""
+        decoder = self.causal_lm.get_decoder()
+        stacks = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
+        return list(max(stacks, key=len))
+
+    @property
+    def head(self) -> Tensor:
+        """The output head's weight, (V, D)."""
+        return self.causal_lm.get_output_embeddings().weight
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """States that predict the scored tokens, (T, D), in the compute dtype."""
+        with torch.autocast(packed.input_ids.device.type, self.autocast, enabled=self.autocast is not None):
+            states = self.causal_lm.get_decoder()(
+                input_ids=packed.input_ids,
+                attention_mask=block_mask(packed),
+                position_ids=packed.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+        return states.flatten(0, 1)[packed.predictor]
+
+    def forward(self, packed: Packed) -> Tensor:
+        """Log-probs of every response, summed over its tokens, end token included, (B, K) fp32 nats."""
+        head = self.head if self.autocast is None else self.head.to(self.autocast)
+        logps = token_logps(self.hidden(packed), head, packed.targets)
+        return sequence_logps(logps, packed.sequence, packed.valid.shape)
+
+
+def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
+    """A causal LM from a local folder or the hub, in evaluation mode; an adapter folder comes merged into its base.
+
+    Raises:
+        ValueError: no such model, or one whose log-probs the packed path would get wrong.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(path)
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return PeftModel.from_pretrained(load_causal_lm(base, dtype=dtype), path).merge_and_unload().eval()
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot load the model {path!r}: {e}") from e
+    return lm.eval()  # dropout off, in scoring and in training alike
+
+
+def add_lora(lm: nn.Module, *, rank: int, alpha: int, targets: Sequence[str], seed: int) -> nn.Module:
+    """Freeze a causal LM and give it fp32 LoRA adapters, zero at first, so that policy = reference at step 0.
+
+    Raises:
+        ValueError: a target that the model does not have, or its output head.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rsplit(".", 1)[-1] for name, m in lm.named_modules() if isinstance(m, nn.Linear)}
+    names |= {name.rsplit(".", 1)[-1] for name, m in lm.named_modules() if type(m).__name__ == "Conv1D"}
+    wrong = [t for t in targets if t not in names or t == "lm_head"]
+    if wrong:
+        raise ValueError(f"lora_targets {wrong} cannot be used; this model has {sorted(names - {'lm_head'})}")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # every rank must start from the same adapter
+        return get_peft_model(lm, config).eval()
+
+
+def checkpoint_layers(lm: nn.Module) -> None:
+    """Recompute each decoder layer in the backward pass, in place.
+
+    transformers does so only in training mode, where dropout would be on too: it is set to zero first.
+    """
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lm.train()
+
+
+def check_paths_agree(model: PolicyModel, *, vocab_size: int, share_prompt: bool = True) -> float:
+    """Compare the packed path with the model's own logits on a few tokens, and return the largest difference.
+
+    Catches what would make every number silently wrong on a user's model: soft-capped or scaled logits, a head
+    bias, attention that ignores the block mask, positions that do not restart.
+
+    Raises:
+        ValueError: the two differ by more than rounding.
+    """
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(0, vocab_size, size=size) for size in (5, 4, 3)]
+    block = Block(ids[0], (ids[1], ids[2]))
+    device = model.head.device
+    with torch.inference_mode():
+        ours = model(pack([block], pad_id=0, share_prompt=share_prompt).to(device))[0].cpu()
+        own = []
+        for response in block.responses:
+            whole = torch.from_numpy(np.concatenate([block.prompt, response])).long().to(device)
+            with torch.autocast(device.type, model.autocast, enabled=model.autocast is not None):
+                logits = model.causal_lm(input_ids=whole[None], use_cache=False).logits[0].float()
+            logps = torch.log_softmax(logits, -1)
+            own.append(sum(logps[t - 1, whole[t]] for t in range(len(block.prompt), len(whole))).cpu())
+    worst = float((ours - torch.stack(own)).abs().max())
+    coarse = model.autocast or model.head.dtype
+    if not worst <= (1e-3 if coarse == torch.float32 else 0.5):
+        raise ValueError(
+            f"packed log-probs differ from this model's own logits by {worst:.3g} nats: the architecture "
+            f"{type(model.causal_lm).__name__} changes its logits or ignores block masks, which is not supported "
+            "(soft-capping, logit scale, head bias, ALiBi); try --share_prompt false"
+        )
+    return worst
+
+
+def fingerprint(lm: nn.Module) -> str:
+    """sha256 hex of a model's weights (names, dtypes, bytes) and architecture; equal content, equal name."""
+    config = lm.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
+        config.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(lm.named_parameters()):  # tied weights appear once
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,165 @@
+"""One prompt and its K responses in one packed row, several prompts side by side.
+
+    row      [ p p p p | a a a | b b ]        prompt tokens are computed once for all K responses
+    position   0 1 2 3   4 5 6   4 5          positions restart at each response
+    segment    0 0 0 0   1 1 1   2 2          a response sees the prompt (0) and itself, not its siblings
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """One prompt with its K responses as token ids; every response ends in its end token."""
+
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A micro-batch. R rows of N packed tokens; T scored tokens; B prompts of at most K responses.
+
+    input_ids, position_ids: (R, N) int64. block: (R, N) int64, the prompt's index in the micro-batch, -1 on pads.
+    segment: (R, N) int64, 0 on prompt tokens, k + 1 on response k.
+    predictor: (T,) int64, index into the flattened R * N positions of the hidden state that predicts the token.
+    targets: (T,) int64 token ids. sequence: (T,) int64, b * K + k of each scored token.
+    num_tokens: (B, K) int64 scored tokens. valid: (B, K) bool.
+    causal: True where each row holds one prompt with one response, so that the plain causal mask is enough.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    block: Tensor
+    segment: Tensor
+    predictor: Tensor
+    targets: Tensor
+    sequence: Tensor
+    num_tokens: Tensor
+    valid: Tensor
+    causal: bool
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same micro-batch on another device."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return Packed(**moved, causal=self.causal)
+
+
+def _rows(lengths: Sequence[int]) -> list[list[int]]:
+    """First-fit decreasing into rows as long as the longest block.
+
+    A dense mask costs a row's length squared, so short rows beat one long one; pads are few after first-fit.
+    """
+    capacity = max(lengths)
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for r, room in enumerate(free):
+            if lengths[i] <= room:
+                rows[r].append(i)
+                free[r] -= lengths[i]
+                break
+        else:
+            rows.append([i])
+            free.append(capacity - lengths[i])
+    return rows
+
+
+def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> Packed:
+    """Lay blocks out in rows.
+
+    Args:
+        blocks: B prompts with up to K responses each.
+        pad_id: fills the ends of rows; never attended to by real tokens, never scored.
+        share_prompt: False repeats the prompt before each response, one response a row: plain causal padded
+            batches, for models that cannot take a block mask, and the path that the packed one is tested against.
+
+    Example: one block with prompt [7, 8] and responses [5, 2] and [6, 9, 2] gives input_ids
+        [[7, 8, 5, 2, 6, 9, 2]], position_ids [[0, 1, 2, 3, 2, 3, 4]], predictor [1, 2, 1, 4, 5],
+        targets [5, 2, 6, 9, 2], sequence [0, 0, 1, 1, 1], num_tokens [[2, 3]].
+    """
+    K = max(len(block.responses) for block in blocks)
+    num_tokens = torch.zeros(len(blocks), K, dtype=torch.int64)
+    for b, block in enumerate(blocks):
+        assert len(block.prompt) > 0 and all(len(y) > 0 for y in block.responses), "empty prompt or response"
+        num_tokens[b, : len(block.responses)] = torch.tensor([len(y) for y in block.responses])
+
+    # A layout unit is (b, ks): the prompt b followed by its responses ks.
+    units = [
+        (b, ks)
+        for b, block in enumerate(blocks)
+        for ks in ([range(len(block.responses))] if share_prompt else [[k] for k in range(len(block.responses))])
+    ]
+    lengths = [len(blocks[b].prompt) + sum(len(blocks[b].responses[k]) for k in ks) for b, ks in units]
+    rows = _rows(lengths) if share_prompt else [[u] for u in range(len(units))]
+    R, N = len(rows), max(lengths)
+    input_ids = np.full((R, N), pad_id, dtype=np.int64)
+    position_ids = np.zeros((R, N), dtype=np.int64)
+    owner = np.full((R, N), -1, dtype=np.int64)
+    segment = np.zeros((R, N), dtype=np.int64)
+    predictor, targets, sequence = [], [], []
+    for r, members in enumerate(rows):
+        at = 0
+        for u in members:
+            b, ks = units[u]
+            P = len(blocks[b].prompt)
+            start, last_prompt = at, at + P - 1
+            input_ids[r, at : at + P] = blocks[b].prompt
+            position_ids[r, at : at + P] = np.arange(P)
+            at += P
+            for k in ks:
+                y = blocks[b].responses[k]
+                input_ids[r, at : at + len(y)] = y
+                position_ids[r, at : at + len(y)] = np.arange(P, P + len(y))
+                segment[r, at : at + len(y)] = k + 1
+                # The prompt's last position predicts the first token of every response.
+                predictor.append(r * N + np.concatenate([[last_prompt], np.arange(at, at + len(y) - 1)]))
+                targets.append(y)
+                sequence.append(np.full(len(y), b * K + k))
+                at += len(y)
+            owner[r, start:at] = b
+    return Packed(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        block=torch.from_numpy(owner),
+        segment=torch.from_numpy(segment),
+        predictor=torch.from_numpy(np.concatenate(predictor)).long(),
+        targets=torch.from_numpy(np.concatenate(targets)).long(),
+        sequence=torch.from_numpy(np.concatenate(sequence)).long(),
+        num_tokens=num_tokens,
+        valid=num_tokens > 0,
+        causal=not share_prompt,
+    )
+
+
+def micro_batches(lengths: Sequence[int], *, budget: int, world_size: int) -> list[list[list[int]]]:
+    """Deal the blocks of one optimizer step to ranks and micro-batches of at most `budget` packed tokens.
+
+    Args:
+        lengths: packed tokens of each block of the step.
+        budget: tokens a micro-batch may hold; a longer block gets a micro-batch of its own.
+
+    Returns:
+        batches[rank][i] = block indices; every rank has the same number of micro-batches, some perhaps empty,
+        because sharded collectives hang when ranks disagree on how often they run.
+    """
+    per_rank = -(-sum(lengths) // (budget * world_size))
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while True:
+        bins: list[list[int]] = [[] for _ in range(per_rank * world_size)]
+        load = [0] * len(bins)
+        for i in order:  # longest first into the emptiest bin
+            b = min(range(len(bins)), key=load.__getitem__)
+            bins[b].append(i)
+            load[b] += lengths[i]
+        if all(total <= budget or len(members) == 1 for total, members in zip(load, bins, strict=True)):
+            return [[sorted(members) for members in bins[rank::world_size]] for rank in range(world_size)]
+        per_rank += 1

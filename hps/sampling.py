@@ -1,0 +1,302 @@
+"""The hard-preference sampler: who is contrasted with whom, at every visit of a whole run.
+
+q_i = exp(gamma r_est,i) / sum_j exp(gamma r_est,j) over the dispreferred responses (Eq. 9) depends on the data's
+rewards and on training progress only, never on the policy. So the whole run is drawn before step 0: the *plan*.
+From the plan follow which reference log-probs are needed, how long the run is, and what a resumed run does next.
+
+Draws come from a counter: every (seed, prompt, epoch, draw, response) has its own uniform number. They do not
+depend on the number of ranks, on the order of the file, or on what was drawn before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+VIEWS = ("bt", "pl", "hps", "uniform")
+SCHEDULES = ("left_knots", "inclusive", "linear", "constant")
+REWARD_NORMS = ("none", "zscore")
+
+
+def log_q(rewards: Tensor, gamma: float | Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Log-weights of the dispreferred responses, log softmax(gamma * r_est) (Eq. 9), in log space throughout.
+
+    Args:
+        rewards: (B, K) float, external rewards r_est, column 0 preferred.
+        gamma: hardness, a float or (B,); larger puts more weight on high-reward (hard) responses.
+        valid: (B, K) bool, False where a response is absent or excluded; its weight is log 0 = -inf.
+
+    Returns:
+        (B, K-1) in the dtype of `rewards`; logsumexp 0 over each row with at least one valid opponent.
+    """
+    gamma = torch.as_tensor(gamma, dtype=rewards.dtype).reshape(-1, 1)
+    logits = gamma * rewards[:, 1:]
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, 1:], -torch.inf)
+    return torch.log_softmax(logits, dim=1)
+
+
+def gamma_at(
+    progress: float | np.ndarray,
+    *,
+    schedule: str = "left_knots",
+    start: float = -5.0,
+    end: float = 5.0,
+    phases: int = 5,
+) -> np.ndarray:
+    """gamma at a share of training in [0, 1), "from -5 to 5 linearly, updated every 20% of training" (Sec. 6).
+
+    Args:
+        progress: share of the optimizer steps already taken.
+        schedule: `left_knots` -5 -3 -1 1 3 (the ramp's value where each phase begins; the default, and what
+            the authors' code computes), `inclusive` -5 -2.5 0 2.5 5, `linear` at every step, `constant` = start.
+
+    Raises:
+        ValueError: unknown schedule, or fewer than one (for `inclusive` two) phases.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown gamma_schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if phases < (2 if schedule == "inclusive" else 1):
+        raise ValueError(f"gamma_schedule {schedule!r} needs more than {phases} gamma_phases")
+    progress = np.asarray(progress, dtype=np.float64)
+    # A step that begins exactly on a knot must not fall before it: 0.6 * 5 is 2.9999999999999996 in floats.
+    phase = np.minimum(np.floor(progress * phases + 1e-9), phases - 1)
+    share = {
+        "left_knots": phase / phases,
+        "inclusive": phase / max(phases - 1, 1),
+        "linear": progress,
+        "constant": np.zeros_like(progress),
+    }[schedule]
+    return start + (end - start) * share
+
+
+def normalise_rewards(rewards: np.ndarray, *, norm: str = "none", scale: float = 1.0) -> np.ndarray:
+    """Rewards of one prompt, (n,) float64, as q sees them: `none` or `zscore` over the prompt, times `scale`.
+
+    OURS: the paper uses raw rewards; gamma = 5 on raw rewards of a wide scale is nearly an argmax.
+    """
+    if norm not in REWARD_NORMS:
+        raise ValueError(f"unknown reward_norm {norm!r}; choose one of {', '.join(REWARD_NORMS)}")
+    rewards = np.asarray(rewards, dtype=np.float64)
+    if norm == "zscore":
+        spread = rewards.std()
+        rewards = (rewards - rewards.mean()) / (spread if spread > 0 else 1.0)
+    return scale * rewards
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser on uint64: every input bit reaches every output bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def counter_uniform(seed: int, *counters: int | np.ndarray) -> np.ndarray:
+    """Uniform numbers in (0, 1), float64, one for every broadcast combination of the integer counters."""
+    state = _mix(np.asarray(seed % 2**64, dtype=np.uint64).reshape(1))  # 1-D: numpy scalars warn on wrap-around
+    for counter in counters:
+        state = _mix(state ^ _mix(np.asarray(counter, dtype=np.uint64)))
+    return ((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+# The first counter of each kind of draw, so that no two kinds share numbers.
+_ORDER, _DRAW = 1, 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every visit of a run in order; step s takes visits [s * prompts_per_step, (s + 1) * prompts_per_step).
+
+    row (V,) int64: index of the prompt in the examples. epoch (V,) int64.
+    responses (V, K) int64: candidate indices, column 0 preferred, ranked order for PL, -1 where ragged.
+    log_q (V, K-1) float32: log-weights of the opponents in the loss (0 for a single opponent).
+    kappa (V,) float32: the N factor. gamma (V,), effective (V,) float32: hardness, and exp(entropy of q), the
+    number of negatives that q spreads over; both NaN-free, 0 and 1 where there is no draw.
+    dropped: rows that give no contrast, by reason. excluded: candidates kept out of q, by reason.
+    """
+
+    row: np.ndarray
+    epoch: np.ndarray
+    responses: np.ndarray
+    log_q: np.ndarray
+    kappa: np.ndarray
+    gamma: np.ndarray
+    effective: np.ndarray
+    prompts_per_step: int
+    dropped: dict[str, int]
+    excluded: dict[str, int]
+
+    @property
+    def steps(self) -> int:
+        return -(-len(self.row) // self.prompts_per_step)
+
+    def step(self, s: int) -> range:
+        """Indices of the visits of optimizer step `s`."""
+        return range(s * self.prompts_per_step, min((s + 1) * self.prompts_per_step, len(self.row)))
+
+
+def dispreferred(rewards: np.ndarray, identity: np.ndarray) -> tuple[int, np.ndarray, dict[str, int]]:
+    """The preferred response of one prompt and the mask (n,) of those that may be contrasted with it.
+
+    Ties with the maximum are not dispreferred (the authors' code leaves them out too), nor is an exact copy of
+    the preferred text with a lower score. Raw rewards are compared, not their exponentials, which overflow.
+    """
+    best = int(np.argmax(rewards))
+    tie = rewards == rewards[best]
+    copy = (identity == identity[best]) & ~tie
+    counts = {"ties_with_best": int(tie.sum()) - 1, "copies_of_best": int(copy.sum())}
+    return best, ~(tie | copy), counts
+
+
+def ranked_subset(rewards: np.ndarray, eligible: np.ndarray, identity: np.ndarray, size: int) -> np.ndarray:
+    """At most `size` - 1 distinct dispreferred candidates, ranked: the hardest, the worst, evenly spaced ranks between.
+
+    Differs: the paper ranks all n = 100; its reported time (2.68 x BT) fits five or six responses per prompt.
+    """
+    order = np.flatnonzero(eligible)
+    order = order[np.argsort(-rewards[order], kind="stable")]
+    _, first = np.unique(identity[order], return_index=True)  # a text ranked against itself teaches nothing
+    order = order[np.sort(first)]
+    if len(order) > size - 1:
+        order = order[np.linspace(0, len(order) - 1, size - 1).round().astype(int)] if size > 2 else order[-1:]
+    return order
+
+
+def _visits(keys: np.ndarray, *, epochs: int, seed: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Every prompt once an epoch: (positions, epochs), both (epochs * prompts,) int64."""
+    order = []
+    for epoch in range(epochs):
+        rank = counter_uniform(seed, _ORDER, epoch, keys) if shuffle else np.arange(len(keys))
+        order.append(np.argsort(rank, kind="stable"))
+    return np.concatenate(order), np.repeat(np.arange(epochs), len(keys))
+
+
+def plan_demonstrations(
+    preferred: Sequence[int], keys: np.ndarray, *, epochs: int, prompts_per_step: int, seed: int, shuffle: bool
+) -> Plan:
+    """The plan of supervised fine-tuning: one response a prompt, `preferred[i]`, nothing to contrast it with."""
+    row, epoch = _visits(np.asarray(keys, dtype=np.uint64), epochs=epochs, seed=seed, shuffle=shuffle)
+    none = np.zeros(len(row), dtype=np.float32)
+    return Plan(
+        row=row,
+        epoch=epoch,
+        responses=np.asarray(preferred, dtype=np.int64)[row][:, None],
+        log_q=np.zeros((len(row), 0), dtype=np.float32),
+        kappa=none + 1,
+        gamma=none,
+        effective=none,
+        prompts_per_step=prompts_per_step,
+        dropped={},
+        excluded={},
+    )
+
+
+def plan(
+    rewards: Sequence[np.ndarray],
+    identity: Sequence[np.ndarray],
+    keys: np.ndarray,
+    *,
+    view: str,
+    epochs: int,
+    prompts_per_step: int,
+    seed: int,
+    gamma_schedule: str = "left_knots",
+    gamma_start: float = -5.0,
+    gamma_end: float = 5.0,
+    gamma_phases: int = 5,
+    n_factor: str = "one",
+    reward_norm: str = "none",
+    reward_scale: float = 1.0,
+    pl_responses: int = 8,
+    shuffle: bool = True,
+) -> Plan:
+    """Draw a whole run: for every visit its prompt, its responses and their weights.
+
+    Args:
+        rewards: one (n,) float array a prompt, ragged n.
+        identity: one (n,) int array a prompt; equal numbers mark equal texts.
+        keys: (R,) uint64, stable identity of each prompt (a hash of its id), which the draws are keyed by.
+        view: `bt` best against worst; `pl` `pl_responses` ranks; `hps` best against one draw from q (Eq. 9) made
+            anew at every visit; `uniform` the same with gamma = 0, the control that any claim for q must beat.
+        n_factor: `one` (kappa = 1) or `n_minus_one` (kappa = number of dispreferred responses, Eq. 8).
+        shuffle: order prompts anew in each epoch, else file order.
+
+    Raises:
+        ValueError: an unknown name, or no prompt has a response that may be contrasted with the preferred one.
+    """
+    if view not in VIEWS:
+        raise ValueError(f"unknown preference view {view!r}; choose one of {', '.join(VIEWS)}")
+    if n_factor not in ("one", "n_minus_one"):
+        raise ValueError(f"unknown n_factor {n_factor!r}; choose one or n_minus_one")
+    if pl_responses < 2 or epochs < 1 or prompts_per_step < 1:
+        raise ValueError("pl_responses must be at least 2, epochs and prompts_per_step at least 1")
+
+    dropped = {"rows_one_response": 0, "rows_no_dispreferred": 0}
+    excluded = {"ties_with_best": 0, "copies_of_best": 0}
+    kept, best, eligible = [], [], []
+    for i, (r, same) in enumerate(zip(rewards, identity, strict=True)):
+        b, mask, counts = dispreferred(r, same)
+        if not mask.any():
+            dropped["rows_one_response" if len(r) == 1 else "rows_no_dispreferred"] += 1
+            continue
+        for reason in excluded:
+            excluded[reason] += counts[reason]
+        kept.append(i)
+        best.append(b)
+        eligible.append(mask)
+    if not kept:
+        raise ValueError(
+            f"no prompt has a response below its best one ({dropped}): check the rewards with data_prep.py doctor"
+        )
+    kept_rows, kept_keys = np.array(kept), np.asarray(keys, dtype=np.uint64)[kept]
+
+    visits, epoch = _visits(kept_keys, epochs=epochs, seed=seed, shuffle=shuffle)  # positions in `kept`
+    steps = -(-len(visits) // prompts_per_step)
+    progress = np.arange(len(visits)) // prompts_per_step / steps
+
+    K = pl_responses if view == "pl" else 2
+    responses = np.full((len(visits), K), -1, dtype=np.int64)
+    responses[:, 0] = np.array(best)[visits]
+    gamma = np.zeros(len(visits))
+    effective = np.ones(len(visits))
+    if view in ("bt", "pl"):
+        opponents = [
+            ranked_subset(np.asarray(rewards[i]), mask, np.asarray(identity[i]), K)
+            for i, mask in zip(kept, eligible, strict=True)
+        ]
+        for v, position in enumerate(visits):
+            responses[v, 1 : 1 + len(opponents[position])] = opponents[position]
+    else:
+        if view == "hps":
+            gamma = gamma_at(progress, schedule=gamma_schedule, start=gamma_start, end=gamma_end, phases=gamma_phases)
+        scaled = [normalise_rewards(rewards[i], norm=reward_norm, scale=reward_scale) for i in kept]
+        for chunk in np.array_split(np.arange(len(visits)), -(-len(visits) // 4096)):
+            at = visits[chunk]
+            n = max(len(scaled[p]) for p in at)
+            r, ok = np.zeros((len(chunk), n + 1)), np.zeros((len(chunk), n + 1), dtype=bool)
+            for i, p in enumerate(at):  # log_q reads column 0 as the winner, so candidates start at column 1
+                r[i, 1 : 1 + len(scaled[p])] = scaled[p]
+                ok[i, 1 : 1 + len(scaled[p])] = eligible[p]
+            weights = log_q(torch.from_numpy(r), torch.from_numpy(gamma[chunk]), valid=torch.from_numpy(ok)).numpy()
+            u = counter_uniform(seed, _DRAW, kept_keys[at][:, None], epoch[chunk][:, None], np.arange(n)[None, :])
+            responses[chunk, 1] = np.argmax(weights - np.log(-np.log(u)), axis=1)  # Gumbel-max: a draw from q
+            terms = np.where(weights > -np.inf, np.exp(weights) * weights, 0.0)
+            effective[chunk] = np.exp(-terms.sum(1))
+    kappa = np.ones(len(visits))
+    if n_factor == "n_minus_one" and view in ("hps", "uniform"):
+        kappa = np.array([mask.sum() for mask in eligible], dtype=np.float64)[visits]
+    return Plan(
+        row=kept_rows[visits],
+        epoch=epoch,
+        responses=responses,
+        log_q=np.zeros((len(visits), K - 1), dtype=np.float32),
+        kappa=kappa.astype(np.float32),
+        gamma=gamma.astype(np.float32),
+        effective=effective.astype(np.float32),
+        prompts_per_step=prompts_per_step,
+        dropped=dropped,
+        excluded=excluded,
+    )

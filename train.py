@@ -1,0 +1,421 @@
+"""Train a policy: preference optimisation (DPO-HPS and its baselines) or supervised fine-tuning.
+
+    python train.py --config configs/world.toml --method dpo-hps --model M --data train.jsonl --out runs/hps
+    torchrun --nproc_per_node 2 train.py ...          the same losses, sharded
+
+The same command again goes on from the last checkpoint. Read from `main` down: launch to gradient in one page.
+"""
+
+import dataclasses
+import json
+import math
+import resource
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hps import checkpoint, config, dist, losses, model, reference, sampling
+from hps.data import listwise, tokens
+from hps.packing import Block, micro_batches, pack
+
+
+@dataclass
+class Config:
+    # -- what is trained --
+    model: str  # start of the policy: a local folder (weights or adapter) or a hub name
+    data: str  # list-wise JSON Lines with rewards (.gz accepted)
+    out: str  # folder of the run: metrics.jsonl, checkpoints, the final policy; an unfinished run there goes on
+    loss: str = "preference"  # preference (see method) or sft (likelihood of the best response)
+    method: str = "dpo-hps"  # {dpo,exo,ipo,sppo,nca}-{bt,pl,hps,uniform}: a loss and whom it contrasts
+    reference: str = ""  # reference model; empty means the policy itself before its first update
+    # -- the loss --
+    beta: float = 0.1  # KL strength
+    label_smoothing: float = 0.0  # cDPO's epsilon; dpo only
+    exo_eps: float = 1e-3  # target mass on the opponents; exo only
+    length_norm: bool = True  # divide log-ratios by scored tokens, as TRL does; ipo only
+    n_factor: str = "one"  # N of Eq. 8: one, or n_minus_one (number of dispreferred responses)
+    # -- whom it contrasts --
+    gamma_schedule: str = "left_knots"  # left_knots, inclusive, linear or constant
+    gamma_start: float = -5.0  # hardness at the start; negative draws the worst responses
+    gamma_end: float = 5.0  # hardness that the ramp runs to; positive draws the hardest
+    gamma_phases: int = 5  # constant pieces of the ramp
+    reward_norm: str = "none"  # rewards as the sampler sees them: none or zscore over each prompt
+    reward_scale: float = 1.0  # factor on the (normalised) rewards
+    pl_responses: int = 8  # ranks that Plackett-Luce sees: best, worst and evenly spaced ones
+    # -- optimiser --
+    lr: float = 1e-5  # peak learning rate of AdamW (the paper's 5e-7 moves a LoRA adapter by almost nothing)
+    epochs: int = 2  # passes over the prompts
+    prompts_per_step: int = 64  # prompts of one optimizer step over all ranks
+    warmup_steps: int = 0  # linear warm-up
+    lr_end: float = 0.0  # where the cosine ends, as a share of lr
+    weight_decay: float = 0.0  # AdamW's decay
+    adam_beta1: float = 0.9  # AdamW's first moment
+    adam_beta2: float = 0.999  # AdamW's second moment
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 means never
+    shuffle: bool = True  # order prompts anew in each epoch; false keeps the file's order
+    seed: int = 0  # of the order, the draws and the adapter's start
+    # -- model --
+    lora_rank: int = 8  # 0 trains all weights
+    lora_alpha: int = 16  # scale of the adapter is alpha / rank
+    lora_targets: str = "q_proj,v_proj"  # linear layers that get an adapter, comma-separated
+    dtype: str = "fp32"  # compute dtype, fp32 or bf16; trained weights are fp32 either way
+    gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    share_prompt: bool = True  # compute a prompt once for all its responses; false pads plain rows
+    # -- batches --
+    max_length: int = 2048  # tokens of prompt and response together
+    overlong: str = "drop"  # what happens beyond max_length: drop (and count) or error
+    tokens_per_micro_batch: int = 4096  # packed tokens of one forward; the step's gradient does not depend on it
+    # -- run --
+    reference_cache: str = "runs/reference_cache"  # folder of reference log-probs, shared by all runs
+    save_every: int = 0  # steps between checkpoints; 0 keeps none
+    stop_after: int = 0  # stop (with a checkpoint) after this many steps in all; 0 runs to the end
+
+
+SAMPLER = {"gamma_schedule", "gamma_start", "gamma_end", "gamma_phases", "reward_norm", "reward_scale", "n_factor"}
+BY_LOSS = {"beta", "label_smoothing", "exo_eps", "length_norm"}
+
+
+def used_options(c: Config) -> set[str]:
+    """Names of the options that the run will use; whatever else the user set is an error."""
+    used = {field.name for field in dataclasses.fields(Config)} - SAMPLER - BY_LOSS - {"pl_responses"}
+    if c.loss == "sft":
+        used -= {"method", "reference", "reference_cache", "share_prompt"}
+    else:
+        name, view = c.method.split("-")
+        used |= {"beta", *losses.LOSSES[name].options}
+        used |= {"length_norm"} if losses.LOSSES[name].length_norm else set()
+        used |= {"bt": set(), "pl": {"pl_responses"}, "hps": SAMPLER, "uniform": {"n_factor"}}[view]
+        used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
+    return used if c.lora_rank else used - {"lora_alpha", "lora_targets"}
+
+
+def check(c: Config, set_keys: frozenset[str]) -> None:
+    """ValueError for a choice that does not exist or that the run would ignore."""
+    methods = [f"{name}-{view}" for name in losses.LOSSES for view in sampling.VIEWS]
+    choices = {
+        "loss": ["preference", "sft"],
+        "method": methods,
+        "dtype": list(model.DTYPES),
+        "overlong": ["drop", "error"],
+        "gamma_schedule": list(sampling.SCHEDULES),
+        "reward_norm": list(sampling.REWARD_NORMS),
+        "n_factor": ["one", "n_minus_one"],
+    }
+    for key, allowed in choices.items():
+        if getattr(c, key) not in allowed:
+            raise ValueError(f"{key} = {getattr(c, key)!r} does not exist; choose one of {', '.join(allowed)}")
+    for key in ("epochs", "prompts_per_step", "tokens_per_micro_batch", "beta", "lr", "reward_scale"):
+        if not getattr(c, key) > 0:
+            raise ValueError(f"{key} must be positive, got {getattr(c, key)}")
+    config.check_used(set_keys, used_options(c), what="loss sft" if c.loss == "sft" else f"method {c.method}")
+    if c.lora_rank and c.lr < 1e-6:
+        warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
+
+
+def make_plan(c: Config, examples: list[tokens.Example]) -> sampling.Plan:
+    """All visits of the run, before its first step."""
+    keys = np.array([e.key for e in examples], dtype=np.uint64)
+    order = dict(epochs=c.epochs, prompts_per_step=c.prompts_per_step, seed=c.seed, shuffle=c.shuffle)
+    if c.loss == "sft":
+        return sampling.plan_demonstrations([preferred(e) for e in examples], keys, **order)
+    sampler = {key: getattr(c, key) for key in SAMPLER | {"pl_responses"}}
+    rewards, identity = [e.rewards for e in examples], [e.identity for e in examples]
+    return sampling.plan(rewards, identity, keys, view=c.method.split("-")[1], **order, **sampler)
+
+
+def preferred(example: tokens.Example) -> int:
+    """The response that SFT learns: the human choice, else the highest reward, else the only one."""
+    if example.chosen is not None:
+        return example.chosen
+    if example.rewards is not None:
+        return int(np.argmax(example.rewards))
+    if len(example.response_ids) == 1:
+        return 0
+    raise ValueError(f"{example.where}: several responses, and neither chosen nor rewards say which one to learn")
+
+
+def visit_block(plan: sampling.Plan, examples: list[tokens.Example], v: int) -> Block:
+    """The prompt and the responses of visit `v`, preferred first."""
+    example = examples[plan.row[v]]
+    return Block(example.prompt_ids, tuple(example.response_ids[k] for k in plan.responses[v] if k >= 0))
+
+
+def preference_loss(c: Config, logratios, log_q, kappa, valid, num_tokens) -> torch.Tensor:
+    """Per-prompt loss (B,) of the chosen method from log-ratios (B, K)."""
+    name, view = c.method.split("-")
+    options = dict(beta=c.beta, valid=valid, num_tokens=num_tokens)
+    options |= {key: getattr(c, key) for key in losses.LOSSES[name].options}
+    options |= {"length_norm": c.length_norm} if losses.LOSSES[name].length_norm else {}
+    if view == "pl":
+        return losses.plackett_luce_loss(name, logratios, **options)
+    return losses.stage_loss(name, logratios, log_q, kappa=kappa, **options)
+
+
+def expected_first_loss(c: Config, plan: sampling.Plan) -> float:
+    """What the first step's loss must be while policy = reference, in closed form (log 2 for DPO-BT)."""
+    name, view = c.method.split("-")
+    options = {"beta": c.beta} | {key: getattr(c, key) for key in losses.LOSSES[name].options}
+    first = list(plan.step(0))
+    if view == "pl":
+        ranks = (plan.responses[first] >= 0).sum(1)
+        return float(np.mean([losses.plackett_luce_at_reference(name, int(n), **options) for n in ranks]))
+    return float(np.mean([losses.loss_at_reference(name, kappa=float(k), **options) for k in plan.kappa[first]]))
+
+
+def lr_at(c: Config, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine from lr to lr_end * lr."""
+    if step < c.warmup_steps:
+        return c.lr * (step + 1) / c.warmup_steps
+    share = (step - c.warmup_steps) / max(1, steps - c.warmup_steps)
+    return c.lr * (c.lr_end + (1 - c.lr_end) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def peak_gib(device: torch.device) -> float:
+    """Highest memory so far: the device's, or this process's on a CPU (ru_maxrss is in KiB on Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# Per-prompt values of the log, in the order of the columns of `prompt_metrics`; names are the field's.
+METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+def prompt_metrics(per_prompt, policy_logps, logratios, valid, beta: float) -> torch.Tensor:
+    """(B, len(METRICS)) detached; "rejected" is the mean over a prompt's opponents, accuracy the share it beats."""
+    rewards = losses.implicit_rewards(logratios, beta=beta)
+    opponents = valid[:, 1:]
+    count = opponents.sum(1).clamp(min=1)
+
+    def mean(x):
+        return torch.where(opponents, x, 0.0).sum(1) / count
+
+    chosen, rejected = rewards[:, 0], mean(rewards[:, 1:])
+    accuracy = mean((rewards[:, :1] > rewards[:, 1:]).float())
+    logps = policy_logps.detach()
+    columns = [per_prompt.detach(), chosen, rejected, chosen - rejected, accuracy, logps[:, 0], mean(logps[:, 1:])]
+    return torch.stack(columns, dim=1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    c, set_keys = config.parse(Config, argv, prog="train.py", description=__doc__.split("\n")[0])
+    check(c, set_keys)
+    ranks = dist.init()
+    try:
+        train(c, ranks)
+    finally:
+        dist.shutdown()
+
+
+def train(c: Config, ranks: dist.Ranks) -> None:
+    out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    started = checkpoint.latest(out / "checkpoints")
+    claim(out, c, started is not None, ranks)
+    if (out / "policy").exists():
+        say(ranks, f"{out}: this run is finished; its policy is in {out / 'policy'}")
+        return
+    torch.manual_seed(c.seed)
+
+    # Data -> the plan of the whole run.
+    rows = listwise.read(c.data, need_rewards=c.loss == "preference")
+    tokenizer = tokens.load_tokenizer(c.model)
+    examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, overlong=c.overlong)
+    plan = make_plan(c, examples)
+    counts |= plan.dropped | plan.excluded
+    say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
+
+    # Model, its adapter, and the reference's name while the weights are still whole and untouched.
+    dtype = model.DTYPES[c.dtype]
+    lm = model.load_causal_lm(c.model, dtype=dtype if c.lora_rank else torch.float32)
+    weights = model.fingerprint(lm) if c.loss == "preference" else ""
+    if c.lora_rank:
+        lm = model.add_lora(
+            lm, rank=c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets.split(","), seed=c.seed
+        )
+    if c.gradient_checkpointing:
+        model.checkpoint_layers(lm)
+    autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
+    policy = model.PolicyModel(lm, autocast=autocast).to(ranks.device)
+    model.check_paths_agree(policy, vocab_size=len(tokenizer), share_prompt=c.share_prompt)
+    dist.shard(policy, policy.layers, ranks=ranks, dtype=dtype)
+
+    # Reference log-probs of just what the plan touches: the policy itself before its first update, unless another
+    # reference is named. Never from trained weights: a resumed run must find them all.
+    packing = dict(pad_id=tokenizer.pad_token_id, share_prompt=c.share_prompt)
+    ref_logps = None
+    if c.loss == "preference":
+        touched = touched_blocks(plan, examples)
+        scorer = policy
+        if c.reference:
+            other = model.load_causal_lm(c.reference, dtype=dtype)
+            weights = model.fingerprint(other)
+            scorer = model.PolicyModel(other).to(ranks.device)
+            dist.shard(scorer, scorer.layers, ranks=ranks, dtype=dtype)
+        identity = dict(weights=weights, tokenizer=tokens.fingerprint(tokenizer), dtype=c.dtype)
+        cache = reference.open_cache(c.reference_cache, **identity)
+        if started is None or c.reference:
+            computed = reference.fill(cache, scorer, touched, ranks=ranks, budget=c.tokens_per_micro_batch, **packing)
+            say(ranks, f"reference log-probs: {computed} computed, {len(cache.known)} in {cache.folder}")
+        del scorer
+        ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
+        for v in range(len(plan.row)):
+            found = reference.lookup(cache, visit_block(plan, examples, v))
+            ref_logps[v, : len(found)] = found
+
+    parameters = list(checkpoint.trained(policy).values())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.weight_decay
+    )
+    done = 0
+    if started is not None:
+        done = checkpoint.load(started, policy, optimizer, ranks=ranks)["step"]
+        say(ranks, f"going on from {started} ({done} of {plan.steps} steps)")
+    log = open_log(out / "metrics.jsonl", done, ranks)
+    bar = tqdm(total=plan.steps, initial=done, desc=c.method if c.loss != "sft" else "sft", disable=not ranks.first)
+    clock, tokens_seen = time.perf_counter(), 0
+    for step in range(done, plan.steps):
+        visits = plan.step(step)
+        blocks = [visit_block(plan, examples, v) for v in visits]
+        lengths = [len(b) for b in blocks]
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(c, step, plan.steps)
+        # The step's loss is a mean over its prompts (SFT: its tokens), whichever rank and micro-batch they are in.
+        denominator = len(blocks) if c.loss == "preference" else sum(len(b.responses[0]) for b in blocks)
+        metrics = torch.zeros(len(METRICS), dtype=torch.float64)
+        largest = torch.zeros(1)
+        budget = c.tokens_per_micro_batch
+        for members in micro_batches(lengths, budget=budget, world_size=ranks.world_size)[ranks.rank]:
+            # A rank with nothing to do repeats the first block with weight 0: collectives must stay in step.
+            chosen = members or [0]
+            packed = pack([blocks[i] for i in chosen], **packing).to(ranks.device)
+            policy_logps = policy(packed)  # (B, K)
+            if c.loss == "sft":
+                per_prompt = -policy_logps[:, 0]
+                total = per_prompt.sum()
+                columns = torch.stack([per_prompt.detach()], dim=1)
+            else:
+                at = [visits[i] for i in chosen]
+                K = policy_logps.shape[1]
+                ref = torch.from_numpy(ref_logps[at][:, :K]).to(ranks.device)
+                log_q = torch.from_numpy(plan.log_q[at][:, : K - 1]).to(ranks.device)
+                kappa = torch.from_numpy(plan.kappa[at]).to(ranks.device)
+                logratios = torch.where(packed.valid, policy_logps - ref, 0.0)
+                per_prompt = preference_loss(c, logratios, log_q, kappa, packed.valid, packed.num_tokens)
+                total = per_prompt.sum()
+                columns = prompt_metrics(per_prompt, policy_logps, logratios, packed.valid, c.beta)
+                largest = torch.maximum(largest, logratios.detach().abs().max().cpu())
+            weight = 1.0 if members else 0.0
+            # FSDP averages gradients over ranks; the factor turns that mean into the sum that we want.
+            (total * (weight * ranks.world_size / denominator)).backward()
+            metrics[: columns.shape[1]] += weight * columns.double().sum(0).cpu()
+        metrics = dist.all_sum(metrics.to(ranks.device)).cpu() / denominator
+        grad_norm = float(dist.clip_gradients(parameters, c.max_grad_norm))
+        loss = float(metrics[0])
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            rows = ", ".join(examples[plan.row[v]].id for v in visits)
+            raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}; no update was made. Rows: {rows}")
+        if step == 0 and c.loss == "preference" and not c.reference:
+            self_check(c, plan, loss, float(largest), ranks)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        tokens_seen += sum(lengths)
+        rate = tokens_seen / (time.perf_counter() - clock)
+        record = {"step": step, "epoch": int(plan.epoch[visits[0]]), "loss": loss}
+        if c.loss == "preference":
+            record |= dict(zip(METRICS, metrics.tolist(), strict=True))
+            record |= {"gamma": float(plan.gamma[visits].mean())}
+            record |= {"effective_negatives": float(plan.effective[visits].mean())}
+        record |= {"grad_norm": grad_norm, "lr": lr_at(c, step, plan.steps)}
+        record |= {"perf/tokens_per_s": rate, "perf/peak_gib": peak_gib(ranks.device)}
+        if log is not None:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+        bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        bar.update()
+        stop = step + 1 == c.stop_after
+        if stop or (c.save_every and (step + 1) % c.save_every == 0 and step + 1 < plan.steps):
+            checkpoint.save(out / "checkpoints", policy, optimizer, {"step": step + 1}, ranks=ranks)
+        if stop and step + 1 < plan.steps:
+            bar.close()
+            say(ranks, f"stopped after {step + 1} of {plan.steps} steps; without --stop_after it goes on")
+            return
+    bar.close()
+    checkpoint.export(policy, tokenizer, out / "policy", ranks=ranks)
+    seconds = time.perf_counter() - clock
+    if ranks.first:
+        summary = {"steps": plan.steps, "seconds": seconds, "tokens": tokens_seen, "counts": counts}
+        checkpoint.write_json(out / "summary.json", summary)
+    say(ranks, f"{out / 'policy'}: trained in {seconds:.1f} s")
+
+
+def touched_blocks(plan: sampling.Plan, examples: list[tokens.Example]) -> list[Block]:
+    """Every response that the plan visits, once, gathered by prompt."""
+    wanted: dict[int, set[int]] = {}
+    for row, responses in zip(plan.row.tolist(), plan.responses.tolist(), strict=True):
+        wanted.setdefault(row, set()).update(k for k in responses if k >= 0)
+    return [Block(examples[r].prompt_ids, tuple(examples[r].response_ids[k] for k in sorted(ks))) for r, ks in wanted.items()]
+
+
+def self_check(c: Config, plan: sampling.Plan, loss: float, largest: float, ranks: dist.Ranks) -> None:
+    """While policy = reference the loss is known; another value means a wrong mask, shift, dropout or dtype."""
+    expected = expected_first_loss(c, plan)
+    say(ranks, f"step 0: loss {loss:.6f}, expected {expected:.6f}; largest |log-ratio| {largest:.2g} (should be 0)")
+    tolerance = (1e-3 if c.dtype == "fp32" else 5e-2) * max(1.0, abs(expected))
+    if abs(loss - expected) > tolerance:
+        raise ValueError(
+            f"step 0: the loss is {loss:.6f}, but with policy = reference {c.method} must give {expected:.6f}. Policy "
+            "and reference are scored differently: delete the reference cache if the model's code changed"
+        )
+
+
+def claim(out: Path, c: Config, started: bool, ranks: dist.Ranks) -> None:
+    """Write run.json, or ValueError where the folder holds a run with other settings."""
+    settings = dataclasses.asdict(c)
+    for free in ("stop_after", "save_every", "tokens_per_micro_batch", "out"):
+        settings.pop(free)  # none of these changes the result
+    path = out / "run.json"
+    if path.exists() and (started or (out / "policy").exists()):
+        before = json.loads(path.read_text())["config"]
+        changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
+        if changed:
+            raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): choose another --out")
+    dist.barrier()
+    if ranks.first:
+        checkpoint.write_json(path, {"config": settings, "world_size": ranks.world_size, "argv": sys.argv[1:]})
+
+
+def open_log(path: Path, done: int, ranks: dist.Ranks):
+    """The metrics file of rank 0, cut back to the steps that the checkpoint holds."""
+    if not ranks.first:
+        return None
+    kept = []
+    if path.exists() and done:
+        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] < done]
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")
+
+
+def say(ranks: dist.Ranks, message: str) -> None:
+    """One line from rank 0, above the progress bar."""
+    if ranks.first:
+        tqdm.write(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    config.run_main(main)
