@@ -369,7 +369,10 @@ def touched_blocks(plan: sampling.Plan, examples: list[tokens.Example]) -> list[
     wanted: dict[int, set[int]] = {}
     for row, responses in zip(plan.row.tolist(), plan.responses.tolist(), strict=True):
         wanted.setdefault(row, set()).update(k for k in responses if k >= 0)
-    return [Block(examples[r].prompt_ids, tuple(examples[r].response_ids[k] for k in sorted(ks))) for r, ks in wanted.items()]
+    return [
+        Block(examples[row].prompt_ids, tuple(examples[row].response_ids[k] for k in sorted(ks)))
+        for row, ks in wanted.items()
+    ]
 
 
 def self_check(c: Config, plan: sampling.Plan, loss: float, largest: float, ranks: dist.Ranks) -> None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -72,6 +72,16 @@ def shard(model: nn.Module, layers: list[nn.Module], *, ranks: Ranks, dtype: tor
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=inner)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give the gathered weights of a forward without gradient back. Must follow every such pass before training:
+
+    FSDP keeps the root group's weights gathered after a forward, and those gathered under no_grad do not carry
+    gradients; training on would lose the gradient of the embeddings and the head without a word.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def all_sum(values: Tensor) -> Tensor:

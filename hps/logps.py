@@ -103,3 +103,19 @@ def sequence_logps(token_logps: Tensor, sequence: Tensor, shape: torch.Size) -> 
     """Sum token log-probs (T,) into (B, K) fp32 by `sequence` = b * K + k; columns without tokens are 0."""
     total = token_logps.new_zeros(shape.numel())
     return total.index_add(0, sequence, token_logps).view(shape)
+
+
+def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """Exact next-token KL(policy || reference) at each position, (T,) fp32 nats >= 0; no gradient.
+
+    Args:
+        hidden, ref_hidden: (T, D) states of the two models at the same positions. weight, ref_weight: (V, D) heads.
+    """
+    kl = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    with torch.no_grad():
+        for i in range(0, len(hidden), chunk):
+            part = slice(i, i + chunk)
+            logps = torch.log_softmax((hidden[part].to(weight.dtype) @ weight.T).float(), dim=-1)
+            ref = torch.log_softmax((ref_hidden[part].to(ref_weight.dtype) @ ref_weight.T).float(), dim=-1)
+            kl[part] = (logps.exp() * (logps - ref)).sum(-1)
+    return kl.clamp(min=0)  # rounding may leave -1e-8 where the two agree

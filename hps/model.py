@@ -111,7 +111,7 @@ def checkpoint_layers(lm: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lm.activation_checkpointing_enable()  # without re-entrance, which FSDP needs
     lm.train()
 
 

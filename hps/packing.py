@@ -24,6 +24,21 @@ class Block:
         return len(self.prompt) + sum(map(len, self.responses))
 
 
+def pieces(block: Block, *, tokens: int) -> list[Block]:
+    """Cut a block with many responses into blocks of about `tokens` packed tokens, each with the whole prompt.
+
+    For scoring a hundred candidates of a prompt: a dense mask costs the packed length squared, so past some
+    length computing the prompt again is cheaper. Pieces in order hold the responses in order.
+    """
+    room = max(tokens, 2 * len(block.prompt)) - len(block.prompt)
+    cut: list[list[np.ndarray]] = [[]]
+    for y in block.responses:
+        if cut[-1] and sum(map(len, cut[-1])) + len(y) > room:
+            cut.append([])
+        cut[-1].append(y)
+    return [Block(block.prompt, tuple(responses)) for responses in cut]
+
+
 @dataclass(frozen=True)
 class Packed:
     """A micro-batch. R rows of N packed tokens; T scored tokens; B prompts of at most K responses.

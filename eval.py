@@ -1,0 +1,248 @@
+"""Evaluate a policy against its reference: margins, KL, samples, reward, BLEU, win rate -> eval.json and one table row.
+
+    python eval.py --model runs/hps/policy --reference M --data test.jsonl --out runs/hps/eval
+    torchrun --nproc_per_node 2 eval.py ...           prompts shared out over ranks, none twice
+
+Margins need candidates with rewards or a human pair; reward, harm and win rate need --samples and a --scorer.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hps import checkpoint, config, dist, logps, model, reference
+from hps.data import generate, listwise, rewards, tokens
+from hps.evaluate import metrics, report
+from hps.packing import Block, pack
+
+
+@dataclass
+class Config:
+    # -- what is evaluated --
+    model: str  # the policy: a local folder (weights or adapter) or a hub name
+    reference: str  # the model that log-ratios are taken against, usually the SFT model
+    data: str  # list-wise JSON Lines of held-out prompts, with candidates and rewards, or human pairs
+    out: str  # folder for eval.json, per_prompt.json and samples.jsonl
+    name: str = ""  # method's name in the table row; empty takes the policy's folder
+    limit: int = 0  # evaluate the first so many prompts; 0 means all
+    # -- samples --
+    samples: int = 8  # fresh responses a prompt, at the temperature below; 0 for none
+    temperature: float = 0.9  # of the samples
+    max_new_tokens: int = 256  # a sample ends there at the latest
+    seed: int = 0  # of the samples
+    scorer: str = "none"  # of the samples: none, world[:SEED] (true reward), or the file of a linear reward model
+    baseline: str = ""  # out folder of another evaluation (the SFT model's), for the win rate
+    # -- compute --
+    dtype: str = "fp32"  # fp32 or bf16
+    max_length: int = 2048  # tokens of prompt and response together; longer candidates are dropped and counted
+    tokens_per_micro_batch: int = 4096  # packed tokens of one forward
+    reference_cache: str = "runs/reference_cache"  # folder of reference log-probs, shared with training
+
+
+def main(argv: list[str] | None = None) -> None:
+    c, set_keys = config.parse(Config, argv, prog="eval.py", description=__doc__.split("\n")[0])
+    used = set(config.as_dict(c))
+    if c.samples == 0:
+        used -= {"temperature", "max_new_tokens", "seed", "scorer", "baseline"}
+    config.check_used(set_keys, used, what="--samples 0")
+    if c.dtype not in model.DTYPES:
+        raise ValueError(f"dtype = {c.dtype!r} does not exist; choose one of {', '.join(model.DTYPES)}")
+    if c.baseline and not (Path(c.baseline) / "samples.jsonl").exists():
+        raise ValueError(f"--baseline {c.baseline}: no samples.jsonl there; evaluate that model first")
+    if c.baseline and c.scorer == "none":
+        raise ValueError("--baseline compares rewards of samples: it needs a --scorer")
+    ranks = dist.init()
+    try:
+        evaluate(c, ranks)
+    finally:
+        dist.shutdown()
+
+
+def evaluate(c: Config, ranks: dist.Ranks) -> None:
+    score = scorer(c.scorer)
+    rows = listwise.read(c.data)[: c.limit or None]
+    tokenizer = tokens.load_tokenizer(c.reference)
+    examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length)
+    by_id = {row.id: row for row in rows}
+    dtype = model.DTYPES[c.dtype]
+    policy_lm, ref_lm = (model.load_causal_lm(path, dtype=dtype) for path in (c.model, c.reference))
+    policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in (policy_lm, ref_lm))
+    for scoring in (policy, ref):
+        model.check_paths_agree(scoring, vocab_size=len(tokenizer))
+
+    # The same cache as in training: the log-probs of a test set are computed once for all methods and seeds.
+    packing = dict(budget=c.tokens_per_micro_batch, pad_id=tokenizer.pad_token_id)
+    identity = dict(weights=model.fingerprint(ref_lm), tokenizer=tokens.fingerprint(tokenizer), dtype=c.dtype)
+    cache = reference.open_cache(c.reference_cache, **identity)
+    blocks = [Block(e.prompt_ids, e.response_ids) for e in examples]
+    reference.fill(cache, ref, blocks, ranks=ranks, **packing)
+
+    mine = range(ranks.rank, len(examples), ranks.world_size)
+    scored = reference.score(
+        policy, [blocks[i] for i in mine], device=ranks.device, progress="policy log-probs" * ranks.first, **packing
+    )
+    values: dict[str, dict[str, float]] = {}
+    for i, policy_logps in zip(mine, scored, strict=True):
+        h = policy_logps - reference.lookup(cache, blocks[i])
+        texts = [by_id[examples[i].id].responses[k] for k in examples[i].kept]
+        values[examples[i].id] = candidate_metrics(examples[i], h, texts)
+        winner = Block(blocks[i].prompt, (blocks[i].responses[pair(examples[i])[0]],))
+        values[examples[i].id]["kl_exact"] = exact_kl(policy, ref, winner, ranks.device)
+    sampled: list[listwise.Row] = []
+    if c.samples:
+        sampled, texts_counts = draw_samples(c, policy_lm, tokenizer, [examples[i] for i in mine], by_id, score, ranks)
+        counts |= texts_counts
+        for row in sampled:
+            values[row.id] |= sample_metrics(row, by_id[row.id], c.scorer)
+
+    # Every rank writes its share; the first one puts them together.
+    out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(out / f"part-{ranks.rank}.json", {"values": values, "counts": counts})
+    if sampled:
+        listwise.write(out / f"part-{ranks.rank}.jsonl", sampled)
+    dist.barrier()
+    if ranks.first:
+        merge(c, out, [e.id for e in examples], ranks.world_size)
+
+
+def scorer(name: str) -> Callable[[listwise.Prompt, list[str]], list[float]] | None:
+    """The function that rewards samples: none, world[:seed], or a linear reward model's file."""
+    if name == "none":
+        return None
+    if name.split(":")[0] == "world":
+        from hps.lab.world import World
+
+        world = World(int(name.partition(":")[2] or 0))
+        return lambda prompt, responses: [world.true_reward(prompt, y) for y in responses]
+    linear = rewards.load_linear(name)
+    return lambda prompt, responses: rewards.score_linear(linear, prompt, responses)
+
+
+def pair(example: tokens.Example) -> tuple[int, int]:
+    """The pair that single-pair metrics look at: the human one, else the best candidate and the runner-up."""
+    if example.chosen is not None and example.rejected is not None:
+        return example.chosen, example.rejected
+    if example.rewards is None:
+        raise ValueError(f"{example.where}: neither rewards nor a human pair (chosen, rejected): nothing to compare")
+    ranked = metrics.order(example.rewards)
+    return int(ranked[0]), int(ranked[1])
+
+
+def candidate_metrics(example: tokens.Example, h: np.ndarray, texts: list[str]) -> dict[str, float]:
+    """Margins of one prompt from log-ratios h (k,) in nats, without beta; the length-corrected one of its pair."""
+    found: dict[str, float] = {}
+    if example.rewards is not None:
+        found |= metrics.margins(h, example.rewards)
+    w, o = pair(example)
+    rm = float(h[w] - h[o])
+    if example.chosen is not None and example.rejected is not None:
+        found["rm_dpo"] = rm
+    found["rm_rdpo_chars"] = float(metrics.rm_rdpo(rm, len(texts[w]), len(texts[o])))
+    lengths = [len(y) for y in example.response_ids]
+    found["rm_rdpo_tokens"] = float(metrics.rm_rdpo(rm, lengths[w], lengths[o]))
+    return found | {"kl_seq": float(h[w])}
+
+
+def exact_kl(policy: model.PolicyModel, ref: model.PolicyModel, winner: Block, device: torch.device) -> float:
+    """Sum over the winner's positions of the exact next-token KL(policy || reference), nats."""
+    packed = pack([winner], pad_id=0).to(device)
+    with torch.no_grad():
+        return float(logps.token_kl(policy.hidden(packed), policy.head, ref.hidden(packed), ref.head).sum())
+
+
+def draw_samples(c: Config, lm, tokenizer, examples, by_id, score, ranks) -> tuple[list[listwise.Row], dict[str, int]]:
+    """Fresh responses of the policy, unfinished ones included (rambling is a failure, not a missing value)."""
+    counts: Counter[str] = Counter()
+    drawn = []
+    samples = generate.generate(
+        lm,
+        [(e.id, e.prompt_ids.tolist()) for e in examples],
+        n=c.samples,
+        counts=counts,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=c.max_new_tokens,
+        temperature=c.temperature,
+        seed=c.seed,
+        unique=False,
+        keep_unfinished=True,
+        oversample=1.0,
+        progress=ranks.first,
+    )
+    for id, some in samples:
+        prompt = by_id[id].prompt
+        texts = [tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in some]
+        earned = None if score is None else tuple(score(prompt, texts))
+        drawn.append(listwise.Row(id, prompt, tuple(texts), earned, None, None, c.model, c.data))
+    return drawn, {f"samples_{key}": n for key, n in counts.items()}
+
+
+def sample_metrics(samples: listwise.Row, row: listwise.Row, scorer: str) -> dict[str, float]:
+    """Reward, length, BLEU of one prompt's samples; harm and junk where the world can tell."""
+    found = {"length": float(np.mean([len(y.split()) for y in samples.responses]))}
+    hypothesis = samples.responses[0]
+    if samples.rewards is not None:
+        found["true_reward"] = float(np.mean(samples.rewards))
+        found["best_of_k_reward"] = float(np.max(samples.rewards))
+        hypothesis = samples.responses[int(np.argmax(samples.rewards))]
+    target = row.responses[int(np.argmax(row.rewards)) if row.rewards is not None else row.chosen or 0]
+    found["bleu_char"] = float(metrics.bleu_char_scores([hypothesis], [target])[0])
+    found["bleu_word"] = float(metrics.bleu_word_scores([hypothesis], [target])[0])
+    if scorer.split(":")[0] == "world":
+        from hps.lab.world import World
+
+        world = World(int(scorer.partition(":")[2] or 0))
+        found["junk"] = 100 * float(np.mean([world.junk_fraction(y) for y in samples.responses]))
+        if world.is_risky(row.prompt):  # harm is counted on risky prompts
+            found["harm"] = 100 * float(np.mean([world.is_harmful(row.prompt, y) for y in samples.responses]))
+    return found
+
+
+def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
+    """Put the ranks' shares together: per_prompt.json, samples.jsonl, eval.json and the table row on stdout."""
+    parts = [json.loads((out / f"part-{rank}.json").read_text()) for rank in range(world_size)]
+    values = {id: found for part in parts for id, found in part["values"].items()}
+    counts = parts[0]["counts"]
+    for part in parts[1:]:  # what was tokenised is the same on all ranks, what was sampled is shared out
+        counts |= {key: counts[key] + n for key, n in part["counts"].items() if key.startswith("samples_")}
+    if c.samples:
+        drawn = [row for rank in range(world_size) for row in listwise.read(out / f"part-{rank}.jsonl")]
+        order = {id: i for i, id in enumerate(ids)}
+        drawn.sort(key=lambda row: order[row.id])
+        listwise.write(out / "samples.jsonl", drawn)
+        if c.baseline:
+            against = {row.id: row for row in listwise.read(Path(c.baseline) / "samples.jsonl")}
+            for row in drawn:
+                if row.id not in against or len(against[row.id].rewards or ()) != len(row.rewards or ()):
+                    raise ValueError(f"{c.baseline}: no equal number of samples of {row.id!r}; evaluate it the same way")
+                wins = metrics.win_scores([row.rewards], [against[row.id].rewards])[0]
+                values[row.id] |= {"win": 100 * float(np.mean(wins == 1)), "tie": 100 * float(np.mean(wins == 0.5))}
+                values[row.id] |= {"lose": 100 * float(np.mean(wins == 0))}
+    table = {name: {id: values[id][name] for id in ids if name in values[id]} for name in report.METRICS}
+    table = {name: column for name, column in table.items() if column}
+    means = {}
+    for name, column in table.items():
+        mean, low, high = metrics.bootstrap_mean(np.array(list(column.values())))
+        means[name] = {"mean": mean, "low": low, "high": high, "prompts": len(column)}
+    checkpoint.write_json(out / "per_prompt.json", table)
+    settings = config.as_dict(c)
+    result = {"method": c.name or Path(c.model).parent.name, "metrics": means, "counts": counts, "config": settings}
+    checkpoint.write_json(out / "eval.json", result)
+    for rank in range(world_size):
+        (out / f"part-{rank}.json").unlink()
+        (out / f"part-{rank}.jsonl").unlink(missing_ok=True)
+    shown = {name: {key: m[key] for key in ("mean", "low", "high")} for name, m in means.items()}
+    row = {"method": result["method"], "seeds": 1, "metrics": shown}
+    print(report.table({"suite": "eval", "commit": "unknown", "seconds": 0.0, "machine": "unknown", "rows": [row]}))
+    tqdm.write(f"{out / 'eval.json'}: {len(ids)} prompts", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    config.run_main(main)

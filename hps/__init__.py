@@ -1,0 +1,1 @@
+"""HPS: Hard Preference Sampling for human preference alignment, from scratch in PyTorch."""

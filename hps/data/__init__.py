@@ -1,0 +1,1 @@
+"""What comes in: list-wise preference data, tokens, importers, generation and rewards."""

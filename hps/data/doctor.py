@@ -1,0 +1,182 @@
+"""What a careful person checks before training on a list-wise file, as a dict and as one readable page."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from hps import sampling
+from hps.data.listwise import Row
+from hps.data.tokens import Example
+
+
+def diagnose(
+    rows: Sequence[Row],
+    examples: Sequence[Example],
+    counts: dict[str, int],
+    *,
+    gammas: Sequence[float] = (-5, -3, -1, 1, 3),
+) -> dict[str, Any]:
+    """Measure the data that training would see; every value of the result fits into JSON.
+
+    rows: as read. examples, counts: as `tokenize_rows` gives them. gammas: hardnesses at which q (Eq. 9) is
+    weighed: by exp of its entropy, the number of negatives it spreads over, and by its largest mass, both
+    averaged over the rows. "errors" in the result lists what makes training impossible, "advice" the rest.
+    """
+    scored = [e for e in examples if e.rewards is not None]
+    pairs = [e for e in examples if _is_pair(e)]
+    identical = sum(bool(e.identity[e.chosen] == e.identity[e.rejected]) for e in pairs)
+    report: dict[str, Any] = {
+        "rows": len(rows),
+        "examples": len(examples),
+        "counts": counts,
+        "responses_per_prompt": _range([len(e.kept) for e in examples]),
+        "prompt_tokens": _range([len(e.prompt_ids) for e in examples]),
+        "response_tokens": _range([len(ids) for e in examples for ids in e.response_ids]),
+        "prompt_characters": _range([_characters(row) for row in rows]),
+        "response_characters": _range([len(text) for row in rows for text in row.responses]),
+        "duplicates": sum(len(e.identity) - len(np.unique(e.identity)) for e in examples),
+        "human_pairs": len(pairs),
+        "human_pairs_identical": identical,
+        "rewards": _rewards(scored, gammas) if scored else None,
+    }
+    contrasted = len(scored) - report["rewards"]["rows_no_dispreferred"] if scored else 0
+    report["errors"] = _errors(report, trainable=contrasted + len(pairs) - identical)
+    report["advice"] = _advice(report)
+    return report
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Lay a report out as a page for people: ranges, counts, weights of the negatives, advice, errors."""
+    rewards = report["rewards"] or {}
+    lines = [f"{report['rows']:,} rows read, {report['examples']:,} usable", ""]
+    lines += [f"{'':40}{'min':>10}{'median':>10}{'max':>10}"]
+    ranges = {
+        "responses per prompt": report["responses_per_prompt"],
+        "dispreferred responses per prompt": rewards.get("negatives"),
+        "best reward minus worst": rewards.get("spread"),
+        "tokens of a prompt": report["prompt_tokens"],
+        "tokens of a response, end token included": report["response_tokens"],
+        "characters of a prompt": report["prompt_characters"],
+        "characters of a response": report["response_characters"],
+    }
+    for label, r in ranges.items():
+        lines += [f"{label:40}{r['min']:>10,.6g}{r['median']:>10,.6g}{r['max']:>10,.6g}"] if r else []
+    totals = {key.replace("_", " "): value for key, value in report["counts"].items()}
+    totals |= {"copies of another response of the row": report["duplicates"]}
+    if rewards:
+        totals |= {
+            "copies of the best response": rewards["copies_of_best"],
+            "rows with rewards": rewards["rows"],
+            "rows with a tie for the best reward": rewards["rows_with_top_tie"],
+            "rows without a dispreferred response": rewards["rows_no_dispreferred"],
+        }
+    totals |= {"rows with a human pair": report["human_pairs"]}
+    if rewards and report["human_pairs"]:
+        totals |= {"human pairs that the rewards reverse": rewards["human_pairs_reversed"]}
+    lines += ["", *(f"{label:40}{value:>10,}" for label, value in totals.items())]
+    if rewards and rewards["gammas"]:
+        lines += ["", f"{'reward_norm':16}{'gamma':>8}{'effective negatives':>24}{'mass on the top one':>24}"]
+        lines += [
+            f"{w['reward_norm']:16}{w['gamma']:>8g}{w['effective_negatives']:>24.2f}{w['top_mass']:>24.1%}"
+            for w in rewards["gammas"]
+        ]
+    for title in ("advice", "errors"):
+        lines += ["", f"{title}:", *(f"  - {line}" for line in report[title] or ["none"])]
+    return "\n".join(lines)
+
+
+def _weights(
+    rewards: list[np.ndarray], masks: list[np.ndarray], gamma: float, norm: str
+) -> dict[str, float]:
+    effective, top = [], []
+    for r, mask in zip(rewards, masks, strict=True):
+        # log_q reads column 0 as the winner; any value does.
+        scaled = np.concatenate([[0.0], sampling.normalise_rewards(r, norm=norm)[mask]])
+        log_q = sampling.log_q(torch.from_numpy(scaled)[None], gamma).numpy()
+        q = np.exp(log_q)
+        effective.append(np.exp(-(q * log_q).sum(where=q > 0)))
+        top.append(q.max())
+    return {"effective_negatives": float(np.mean(effective)), "top_mass": float(np.mean(top))}
+
+
+def _rewards(scored: list[Example], gammas: Sequence[float]) -> dict[str, Any]:
+    rewards = [cast(np.ndarray, e.rewards) for e in scored]
+    found = [sampling.dispreferred(r, e.identity) for r, e in zip(rewards, scored, strict=True)]
+    some = [(r, mask) for r, (_, mask, _) in zip(rewards, found, strict=True) if mask.any()]
+    usable, masks = [r for r, _ in some], [mask for _, mask in some]
+    pairs = [r[e.chosen] - r[e.rejected] for r, e in zip(rewards, scored, strict=True) if _is_pair(e)]
+    return {
+        "rows": len(scored),
+        "spread": _range([float(np.ptp(r)) for r in rewards]),
+        "negatives": _range([int(mask.sum()) for _, mask, _ in found]),
+        "mean_negatives": float(np.mean([mask.sum() for mask in masks])) if masks else 0.0,
+        "rows_with_top_tie": sum(counts["ties_with_best"] > 0 for *_, counts in found),
+        "copies_of_best": sum(counts["copies_of_best"] for *_, counts in found),
+        "rows_no_dispreferred": len(scored) - len(some),
+        "human_pairs": len(pairs),
+        "human_pairs_reversed": sum(bool(d < 0) for d in pairs),
+        "gammas": [
+            {"gamma": float(gamma), "reward_norm": norm, **_weights(usable, masks, gamma, norm)}
+            for norm in sampling.REWARD_NORMS
+            for gamma in (gammas if some else ())
+        ],
+    }
+
+
+def _errors(report: dict[str, Any], *, trainable: int) -> list[str]:
+    errors = []
+    scored, examples = report["rewards"]["rows"] if report["rewards"] else 0, report["examples"]
+    if 0 < scored < examples:
+        errors.append(f"only {scored:,} of {examples:,} rows have rewards: run data_prep.py annotate")
+    if not trainable:
+        why = "the rewards tell no two responses apart" if scored else "no rewards (data_prep.py annotate)"
+        errors.append(f"no row can be trained on: {why}, and no human pair of two different responses")
+    return errors
+
+
+def _advice(report: dict[str, Any]) -> list[str]:
+    advice, rewards, counts = [], report["rewards"], report["counts"]
+    if counts.get("responses_overlong"):
+        share = counts["responses_overlong"] / counts["responses_read"]
+        advice.append(f"{share:.1%} of the responses do not fit: raise --max_length if memory allows")
+    if counts.get("pairs_broken"):
+        advice.append(f"{counts['pairs_broken']:,} rows lost a response of their human pair")
+    if report["human_pairs_identical"]:
+        advice.append(f"{report['human_pairs_identical']:,} human pairs hold equal responses: no signal")
+    if rewards is None:
+        return advice
+    if rewards["rows_no_dispreferred"]:
+        advice.append(f"{rewards['rows_no_dispreferred']:,} rows have no dispreferred response: left out")
+    if rewards["rows_with_top_tie"] > 0.1 * rewards["rows"]:
+        advice.append("many rows tie for the best reward, which shrinks the choice: score in fp32, not bf16")
+    if rewards["human_pairs_reversed"] > 0.4 * rewards["human_pairs"]:
+        advice.append("the rewards reverse over 40% of the human pairs: check the scorer and its template")
+    raw = [w for w in rewards["gammas"] if w["reward_norm"] == "none"]
+    hardest = max(raw, key=lambda w: w["gamma"], default=None)
+    if hardest and hardest["gamma"] > 0 and rewards["mean_negatives"] >= 2:
+        sharp = hardest["top_mass"] > 0.9
+        flat = hardest["effective_negatives"] > 0.95 * rewards["mean_negatives"]
+        if sharp or flat:
+            what = "nearly an argmax" if sharp else "hardly different from gamma = 0"
+            advice.append(
+                f"on this reward scale gamma = {hardest['gamma']:g} is {what} (the top negative has "
+                f"{hardest['top_mass']:.0%} of the mass): standardise with --reward_norm zscore"
+            )
+    return advice
+
+
+def _is_pair(example: Example) -> bool:
+    return example.chosen is not None and example.rejected is not None
+
+
+def _range(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
+
+
+def _characters(row: Row) -> int:
+    texts = [row.prompt] if isinstance(row.prompt, str) else [turn["content"] for turn in row.prompt]
+    return sum(len(text) for text in texts)

@@ -1,0 +1,275 @@
+"""The project's data format: JSON Lines (plain or .gz by suffix), one prompt and its n scored responses each.
+
+    {"id": "a1", "prompt": "Hi" or [{"role": "user", "content": "Hi"}], "responses": ["Hello.", "No."],
+     "rewards": [1.5, -0.5], "chosen": 0, "rejected": 1, "source": "toy"}
+
+Optional: rewards (one external scalar a response), chosen and rejected (indices of the pair that a person
+compared), source. n may differ from row to row. Reading is strict: what is not understood is an error.
+"""
+
+import difflib
+import gzip
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn, cast
+
+KEYS = ("id", "prompt", "responses", "rewards", "chosen", "rejected", "source")
+ROLES = ("system", "user", "assistant")
+MAX_LINE_BYTES = 64 * 2**20
+
+Prompt = str | tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt with its candidate responses, as read; `where` is "file:line" for messages."""
+
+    id: str
+    prompt: Prompt
+    responses: tuple[str, ...]
+    rewards: tuple[float, ...] | None = None
+    chosen: int | None = None
+    rejected: int | None = None
+    source: str | None = None
+    where: str = ""
+
+
+def parse_row(obj: object, where: str) -> Row:
+    """Check one decoded JSON value and return it as a Row.
+
+    obj: the decoded line. where: "file:line", put in front of every message.
+    Raises ValueError on anything that the format does not allow. An empty response is allowed here (the
+    training path drops and counts it), and so is an empty list of responses (yet to be generated).
+    """
+    if not isinstance(obj, dict):
+        _fail(where, f"a row must be a JSON object, not {_kind(obj)}")
+    row = cast(dict[str, object], obj)
+    check_keys(row, KEYS, required=("id", "prompt", "responses"), where=where)
+    responses = _list(row["responses"], "responses", where)
+    texts = tuple(_text(r, f"responses[{i}]", where, empty=True) for i, r in enumerate(responses))
+    rewards = None
+    if "rewards" in row:
+        values = _list(row["rewards"], "rewards", where)
+        rewards = tuple(_reward(r, f"rewards[{i}]", where) for i, r in enumerate(values))
+        if len(rewards) != len(texts):
+            _fail(where, f"{len(texts)} responses but {len(rewards)} rewards; give one reward a response")
+    chosen, rejected = (_index(row, key, len(texts), where) for key in ("chosen", "rejected"))
+    if rejected is not None and chosen in (None, rejected):
+        _fail(where, f"rejected = {rejected} needs a chosen that differs from it, not {chosen}")
+    return Row(
+        id=_text(row["id"], "id", where),
+        prompt=_prompt(row["prompt"], where),
+        responses=texts,
+        rewards=rewards,
+        chosen=chosen,
+        rejected=rejected,
+        source=_text(row["source"], "source", where) if "source" in row else None,
+        where=where,
+    )
+
+
+def read(path: str | Path, *, need_rewards: bool = False) -> list[Row]:
+    """Read a whole list-wise file.
+
+    path: .jsonl or .jsonl.gz. need_rewards: refuse rows without rewards.
+    Raises ValueError, with file and line, on the first thing wrong: an unreadable or empty file, a broken or
+    blank line, a row that `parse_row` refuses, an id seen before.
+    """
+    rows = [parse_row(obj, where) for where, obj in read_lines(path)]
+    check_unique(rows)
+    for row in rows:
+        if need_rewards and row.rewards is None:
+            _fail(row.where, f"row {row.id!r} has no rewards; score the file first: data_prep.py annotate")
+    return rows
+
+
+def write(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write rows so that `read` gives them back (apart from `where`); atomic, gzip for a .gz suffix.
+
+    Equal rows give equal bytes. Raises ValueError, and writes nothing, for rows that `read` would refuse.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError(f"{path}: refusing to write a file without rows")
+    check_unique(rows)
+    # Through parse_row: it refuses what `read` would, and gives equal rows equal number types and key orders.
+    parsed = [parse_row(_record(row), row.where or f"row {row.id!r}") for row in rows]
+    write_lines(path, map(_record, parsed))
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
+    """Decode a JSON Lines file (plain or .gz), strictly: yields ("file:line", value).
+
+    Raises ValueError when the file is missing, empty or a broken .gz, and for a line that is blank, too long
+    (over 64 MiB, which is not loaded), not UTF-8 or not JSON (NaN and repeated keys included).
+    """
+    number = 0
+    with opened(path) as file:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > MAX_LINE_BYTES:
+                _fail(where, f"the line is longer than {MAX_LINE_BYTES / 2**20:g} MiB; is this JSON Lines?")
+            if not line.strip():
+                _fail(where, "blank line; remove it (one row a line)")
+            yield where, decode_json(line, where)
+    if number == 0:
+        raise ValueError(f"{path}: the file is empty")
+
+
+def write_lines(path: str | Path, records: Iterable[object]) -> None:
+    """Write JSON Lines under a temporary name in the same folder, then rename; gzip for a .gz suffix."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as raw:
+            # No name and no time in the gzip header: equal rows give equal bytes.
+            packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else None
+            for record in records:
+                line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+                (packed or raw).write(line.encode())
+            if packed:
+                packed.close()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a plain or .gz file (by suffix) for reading bytes; raises ValueError where that fails."""
+    try:
+        with gzip.open(path, "rb") if Path(path).suffix == ".gz" else open(path, "rb") as file:
+            yield cast(BinaryIO, file)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: broken gzip file: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def decode_json(line: bytes, where: str) -> object:
+    """Decode UTF-8 JSON; NaN, infinities and repeated keys are a ValueError that starts with `where`."""
+    try:
+        return json.loads(line.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 at byte {error.start + 1}: {error.reason}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: broken JSON at character {error.pos + 1}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: broken JSON: {error}") from error
+
+
+def check_keys(
+    record: dict[str, object], keys: tuple[str, ...], *, required: tuple[str, ...], where: str
+) -> None:
+    """Raise ValueError for a key outside `keys`, naming the nearest valid one, or for a missing one."""
+    for key in record:
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
+            _fail(where, f"unknown key {key!r}; did you mean {near!r}? Valid keys: {', '.join(keys)}")
+    for key in required:
+        if key not in record:
+            _fail(where, f"the key {key!r} is missing")
+
+
+def check_unique(rows: Iterable[Row]) -> None:
+    """Raise ValueError when two rows share an id, naming both places."""
+    seen: dict[str, str] = {}
+    for row in rows:
+        if row.id in seen:
+            _fail(row.where, f"id {row.id!r} is already used at {seen[row.id]}; ids must be unique")
+        seen[row.id] = row.where
+
+
+def _record(row: Row) -> dict[str, object]:
+    record: dict[str, object] = {}
+    for key in KEYS:
+        value = getattr(row, key)
+        if value is not None:
+            record[key] = list(value) if isinstance(value, tuple) else value
+    return record
+
+
+def _prompt(value: object, where: str) -> Prompt:
+    if isinstance(value, str):
+        return _text(value, "prompt", where)
+    turns = _list(value, "prompt", where, what="a string or a list of messages")
+    messages = []
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            _fail(where, f"prompt[{i}] must be an object with role and content, not {_kind(turn)}")
+        check_keys(turn, ("role", "content"), required=("role", "content"), where=f"{where}: prompt[{i}]")
+        if turn["role"] not in ROLES:
+            _fail(where, f"prompt[{i}] has the unknown role {turn['role']!r}; use one of {', '.join(ROLES)}")
+        content = _text(turn["content"], f"prompt[{i}].content", where)
+        messages.append({"role": turn["role"], "content": content})
+    if not messages or messages[-1]["role"] != "user":
+        last = f"a turn of {messages[-1]['role']!r}" if messages else "nothing"
+        _fail(where, f"prompt must end with a turn of 'user', whom the responses answer; it ends with {last}")
+    return tuple(messages)
+
+
+def _text(value: object, name: str, where: str, *, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        _fail(where, f"{name} must be a string, not {_kind(value)}")
+    if not empty and not value.strip():
+        _fail(where, f"{name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        bad = ord(value[error.start])
+        _fail(where, f"{name} holds half of a surrogate pair (\\u{bad:04x}) at character {error.start}")
+    return value
+
+
+def _list(value: object, name: str, where: str, *, what: str = "a list") -> list[object]:
+    if not isinstance(value, list):
+        _fail(where, f"{name} must be {what}, not {_kind(value)}")
+    return cast(list[object], value)
+
+
+def _reward(value: object, name: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _fail(where, f"{name} must be a number, not {_kind(value)}")
+    if not abs(value) <= sys.float_info.max:  # in this form it catches NaN and integers beyond any float too
+        _fail(where, f"{name} must be a finite number")
+    return float(value)
+
+
+def _index(row: dict[str, object], key: str, n: int, where: str) -> int | None:
+    if key not in row:
+        return None
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, int):
+        _fail(where, f"{key} must be the index of a response, not {_kind(value)}")
+    if not 0 <= value < n:
+        _fail(where, f"{key} = {value} is out of range; there are {n} responses, counted from 0")
+    return value
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} is there twice")
+    return record
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _fail(where: str, message: str) -> NoReturn:
+    raise ValueError(f"{where}: {message}")

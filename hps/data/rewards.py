@@ -1,0 +1,157 @@
+"""Rewards for candidate responses.
+
+A scorer is any callable (prompt, responses) -> one float per response; the prompt is a string or a list of
+chat messages. `annotate` applies one to a data set and checks what comes back.
+
+The linear Bradley-Terry model below is a scorer that needs neither a download nor a GPU: a weight for every
+hashed word and word pair of the response and two for its length, fitted to preference pairs in seconds. It
+is a stand-in for a reward model, so that real text can go through the whole pipeline offline. It does not
+see the prompt, and it knows words, not meaning: on 1,500 pairs of HH-RLHF harmless, nested cross-validation,
+it agrees with the annotators on 60.7 % of the pairs it was not fitted to (standard error 1.3), where "the
+shorter one wins" reaches 55.7 %. Do not report results with it as those of a trained reward model.
+"""
+
+import json
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+Prompt = str | list[dict[str, str]]
+Scorer = Callable[[Prompt, list[str]], Sequence[float]]
+
+_WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
+_FORMAT = "hps-linear-reward-1"
+
+
+def annotate(
+    rows: Iterable[tuple[str, Prompt, list[str]]], score: Scorer, *, progress: bool = True
+) -> Iterator[tuple[str, list[float]]]:
+    """Yields (id, rewards) for every (id, prompt, responses), in order.
+
+    Raises:
+        ValueError: the scorer returned another number of rewards than responses, or one that is not finite.
+    """
+    for row_id, prompt, responses in tqdm(rows, unit="prompt", desc="annotate", disable=not progress):
+        rewards = [float(reward) for reward in score(prompt, responses)]
+        if len(rewards) != len(responses):
+            raise ValueError(f"row {row_id!r}: the scorer gave {len(rewards)} rewards for {len(responses)} responses")
+        for index, reward in enumerate(rewards):
+            if not math.isfinite(reward):
+                raise ValueError(
+                    f"row {row_id!r}: the reward of response {index} is {reward}; mend the scorer or drop the row"
+                )
+        yield row_id, rewards
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRewardModel:
+    """Weights of hashed words and word pairs, then of log(1 + words) and words / 100."""
+
+    weights: np.ndarray  # (buckets + 2,) float32
+    l2: float
+    num_pairs: int  # it was fitted to
+
+
+def features(response: str, *, buckets: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the non-zero features of a response: indices (F,) int64 and values (F,) float64.
+
+    A word or word pair seen c times in a response of M different ones has the value log(1 + c) / sqrt(M), so
+    that a long response does not weigh more than a short one; length has its own two features.
+    """
+    words = _WORD.findall(response.lower())
+    grams = words + [f"{a} {b}" for a, b in pairwise(words)]
+    # crc32 is the same in every process, unlike hash(); half an emoji cut off by a tokenizer must pass too.
+    hits = Counter(zlib.crc32(gram.encode(errors="surrogatepass")) % buckets for gram in grams)
+    values = np.log1p(list(hits.values())) / math.sqrt(len(hits) or 1)
+    length = [math.log1p(len(words)), len(words) / 100]
+    return np.array([*hits, buckets, buckets + 1]), np.array([*values, *length])
+
+
+def fit_linear(
+    pairs: Sequence[tuple[str, str, str]], *, buckets: int = 2**15, l2: float = 1e-3, max_iter: int = 500
+) -> LinearRewardModel:
+    """Fits a linear Bradley-Terry reward model to (prompt, chosen, rejected) texts.
+
+    Minimises mean softplus(-w . (f_chosen - f_rejected)) + l2 / 2 |w|^2, the negative log-likelihood of the
+    paper's Eq. 15 with a Gaussian prior. It is strictly convex, so the result depends on no seed.
+
+    Raises:
+        ValueError: no pairs, buckets < 1, l2 <= 0, or no convergence.
+    """
+    if not pairs or buckets < 1 or not 0 < l2 < math.inf:
+        raise ValueError("fit_linear() needs at least one pair, buckets >= 1 and a positive, finite l2")
+    rows, columns, values = [], [], []
+    for row, (_, chosen, rejected) in enumerate(pairs):
+        for text, sign in ((chosen, 1.0), (rejected, -1.0)):
+            index, value = features(text, buckets=buckets)
+            rows.append(np.full(len(index), row))
+            columns.append(index)
+            values.append(sign * value)
+    where = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(columns)]))
+    size = (len(pairs), buckets + 2)
+    differences = torch.sparse_coo_tensor(
+        where, torch.from_numpy(np.concatenate(values)), size, check_invariants=True
+    ).coalesce()
+    weights = torch.zeros(buckets + 2, 1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=max_iter, tolerance_grad=1e-8, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        margins = torch.sparse.mm(differences, weights)
+        loss = torch.nn.functional.softplus(-margins).mean() + l2 / 2 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    closure()
+    if not weights.grad.abs().max() < 1e-5:
+        raise ValueError(f"fit_linear() did not converge in {max_iter} iterations: raise l2 or max_iter")
+    return LinearRewardModel(weights.detach()[:, 0].float().numpy(), l2, len(pairs))
+
+
+def score_linear(model: LinearRewardModel, prompt: Prompt, responses: Sequence[str]) -> list[float]:
+    """Returns the reward of each response; `prompt` is not looked at, it makes this a scorer."""
+    rewards = []
+    for response in responses:
+        index, value = features(response, buckets=len(model.weights) - 2)
+        rewards.append(float(model.weights[index].astype(np.float64) @ value))
+    return rewards
+
+
+def save_linear(model: LinearRewardModel, path: str | Path) -> None:
+    """Writes the model as safetensors, settings in the metadata, under a temporary name and renames it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    settings = json.dumps({"format": _FORMAT, "l2": model.l2, "num_pairs": model.num_pairs})
+    save_file({"weights": model.weights}, temporary, metadata={"linear_reward": settings})
+    os.replace(temporary, path)
+
+
+def load_linear(path: str | Path) -> LinearRewardModel:
+    """Reads a model that `save_linear` wrote.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            settings = json.loads((file.metadata() or {}).get("linear_reward", "{}"))
+            if settings.get("format") == _FORMAT:
+                return LinearRewardModel(file.get_tensor("weights"), settings["l2"], settings["num_pairs"])
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}); give one written by save_linear()") from error
+    raise ValueError(f"{path} is not a linear reward model; give a file written by save_linear()")

@@ -1,0 +1,258 @@
+"""From rows of text to token ids: prompt and response are tokenised apart and joined as ids.
+
+Apart, because a tokenizer run over the joined text may merge across the boundary, and then the response's
+first token depends on the prompt. A prompt has at most one BOS, a response exactly one EOS, its last token.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import jinja2
+import numpy as np
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hps.data.listwise import Prompt, Row
+
+COUNTS = ("rows_read", "rows_kept", "rows_overlong_prompt", "rows_no_responses", "pairs_broken")
+COUNTS += ("responses_read", "responses_kept", "responses_overlong", "responses_empty")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as token ids, over its kept responses only (k of the row's n)."""
+
+    id: str
+    key: int  # 64-bit hash of the id, for seeded draws
+    prompt_ids: np.ndarray  # (prompt tokens,) int32
+    response_ids: tuple[np.ndarray, ...]  # k times (response tokens,) int32, each ends in EOS
+    rewards: np.ndarray | None  # (k,) float64
+    identity: np.ndarray  # (k,) int64, equal numbers = equal token sequences
+    kept: np.ndarray  # (k,) int64, index in the row
+    chosen: int | None  # index into the kept responses, as is rejected
+    rejected: int | None
+    where: str
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a local folder or a hub name; a missing pad token becomes EOS (not scored).
+
+    Raises ValueError when there is no tokenizer, it is not a fast one, or it has no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {path!r}: {error}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {path!r} has no tokenizer.json; save a fast version of it")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {path!r} has no eos_token; name one in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hash what decides the ids (vocabulary, rules, BOS and EOS, chat template) to a sha256 hex string.
+
+    Left out: padding and truncation, which change with use; the pad token, which is not scored.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
+    content = json.dumps([backend, named, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt: a string verbatim, messages through the chat template up to the answer's start.
+
+    A string gets a BOS in front if the tokenizer adds one by itself and the text does not have it yet; a
+    template writes its own. Raises ValueError for messages without a template (or that it refuses), a prompt
+    of no tokens (nothing would predict the response's first token) and a doubled BOS.
+    """
+    return _prompt_ids(tokenizer, prompt, _special(tokenizer))
+
+
+def encode_response(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Token ids of a response: the text alone, then exactly one EOS.
+
+    EOS written at the end of the text is not doubled. Any other control token in the text is read as plain
+    characters; ValueError if the tokenizer cannot do that.
+    """
+    special = _special(tokenizer)
+    [ids] = _batch_ids(tokenizer, [_without_eos(text, special)], plain=True)
+    return _response_ids(tokenizer, ids, special)
+
+
+def tokenize_rows(
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[Row],
+    *,
+    max_length: int,
+    overlong: str = "drop",
+    progress: bool = True,
+) -> tuple[list[Example], dict[str, int]]:
+    """Tokenise rows under one budget: every prompt + response has at most max_length tokens, EOS included.
+
+    overlong: "drop" leaves out a response that does not fit, "error" raises. Empty and whitespace-only
+    responses are always left out. progress: show a bar over more than 2,000 rows.
+    Returns the examples in order, and counts under the names of COUNTS: responses_read = kept + overlong +
+    empty; rows_read = kept + overlong_prompt (the prompt alone leaves no room for one token and EOS) +
+    no_responses (none is left); pairs_broken = kept rows that lost a response of their human pair.
+    Raises ValueError, with file and line, for what encode_prompt and encode_response refuse; and if no row
+    is left.
+    """
+    if overlong not in ("drop", "error"):
+        raise ValueError(f"overlong = {overlong!r}; use 'drop' or 'error'")
+    if max_length < 3:
+        raise ValueError(f"max_length = {max_length}; it must hold a prompt token, a response token and EOS")
+    counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
+    special = _special(tokenizer)
+    prompts: dict[str, np.ndarray] = {}
+    examples = []
+    bar = tqdm(total=len(rows), desc="tokenise", unit="row", disable=not progress or len(rows) <= 2000)
+    for start in range(0, len(rows), 256):
+        chunk = rows[start : start + 256]
+        texts = [_without_eos(text, special) for row in chunk for text in row.responses]
+        encoded = iter(_batch_ids(tokenizer, texts, plain=True))
+        for row in chunk:
+            cached = json.dumps(row.prompt)
+            try:
+                if cached not in prompts:
+                    prompts[cached] = np.array(_prompt_ids(tokenizer, row.prompt, special), np.int32)
+                responses = [_response_ids(tokenizer, next(encoded), special) for _ in row.responses]
+            except ValueError as error:
+                raise ValueError(f"{row.where}: {error}") from error
+            example = _example(row, prompts[cached], responses, max_length, overlong, counts)
+            examples += [example] if example else []
+        bar.update(len(chunk))
+    bar.close()
+    if not examples:
+        lost = ", ".join(f"{key} = {counts[key]}" for key in COUNTS if counts[key])
+        raise ValueError(f"no row is left with max_length = {max_length}: {lost or 'no rows were given'}")
+    return examples, counts
+
+
+def _example(
+    row: Row,
+    prompt: np.ndarray,
+    responses: list[list[int]],
+    max_length: int,
+    overlong: str,
+    counts: dict[str, int],
+) -> Example | None:
+    empty = [len(ids) == 1 or not text.strip() for ids, text in zip(responses, row.responses, strict=True)]
+    long = [not e and len(prompt) + len(ids) > max_length for e, ids in zip(empty, responses, strict=True)]
+    if overlong == "error" and any(long):
+        i = long.index(True)
+        raise ValueError(
+            f"{row.where}: prompt of {len(prompt)} tokens + responses[{i}] of {len(responses[i])} tokens "
+            f"> max_length = {max_length}; raise it, or use overlong = 'drop'"
+        )
+    kept = [i for i in range(len(responses)) if not empty[i] and not long[i]]
+    counts["rows_read"] += 1
+    counts["responses_read"] += len(responses)
+    counts["responses_kept"] += len(kept)
+    counts["responses_empty"] += sum(empty)
+    counts["responses_overlong"] += sum(long)
+    if not kept:
+        no_room = len(prompt) + 2 > max_length
+        counts["rows_overlong_prompt" if no_room else "rows_no_responses"] += 1
+        return None
+    counts["rows_kept"] += 1
+    new_index: dict[int | None, int] = {old: new for new, old in enumerate(kept)}
+    chosen, rejected = new_index.get(row.chosen), new_index.get(row.rejected)
+    counts["pairs_broken"] += (chosen, rejected).count(None) > (row.chosen, row.rejected).count(None)
+    first: dict[tuple[int, ...], int] = {}
+    identity = [first.setdefault(tuple(responses[i]), new) for new, i in enumerate(kept)]
+    return Example(
+        id=row.id,
+        key=int.from_bytes(hashlib.blake2b(row.id.encode(), digest_size=8).digest(), "big"),
+        prompt_ids=prompt,
+        response_ids=tuple(np.array(responses[i], np.int32) for i in kept),
+        rewards=None if row.rewards is None else np.array(row.rewards, np.float64)[kept],
+        identity=np.array(identity, np.int64),
+        kept=np.array(kept, np.int64),
+        chosen=chosen,
+        rejected=rejected,
+        where=row.where,
+    )
+
+
+@dataclass(frozen=True)
+class _Special:
+    bos_id: int | None
+    adds_bos: bool  # by itself, to a plain text
+    eos: str
+    eos_id: int
+    control: frozenset[int]
+
+
+def _special(tokenizer: PreTrainedTokenizerFast) -> _Special:
+    bos_id = cast(int | None, tokenizer.bos_token_id)
+    eos_id = cast(int, tokenizer.eos_token_id)
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control |= set(tokenizer.all_special_ids)
+    control -= {cast(int | None, tokenizer.unk_token_id)}
+    return _Special(
+        bos_id=bos_id,
+        adds_bos=bos_id is not None and tokenizer("").input_ids[:1] == [bos_id],
+        eos=cast(str, tokenizer.eos_token),
+        eos_id=eos_id,
+        # EOS again: some tokenizers use one token as UNK and EOS.
+        control=frozenset(control | {eos_id}),
+    )
+
+
+def _batch_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, plain: bool) -> list[list[int]]:
+    if not texts:  # the backend refuses an empty batch
+        return []
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=plain,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # its length warning is about the tokenizer's limit, not our budget
+    ).input_ids
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, special: _Special) -> list[int]:
+    if not isinstance(prompt, str) and not tokenizer.chat_template:
+        raise ValueError("the prompt is a list of messages but the tokenizer has no chat template")
+    try:
+        if isinstance(prompt, str):
+            text = prompt
+        else:
+            text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses these messages: {error}") from error
+    [ids] = _batch_ids(tokenizer, [cast(str, text)], plain=False)
+    if special.adds_bos and isinstance(prompt, str) and ids[:1] != [special.bos_id]:
+        ids = [cast(int, special.bos_id), *ids]
+    if not ids:
+        raise ValueError("the prompt has no tokens, so nothing predicts the first token of the response")
+    if ids[:2] == [special.bos_id, special.bos_id]:
+        raise ValueError(f"the prompt starts with two {tokenizer.bos_token!r}; take one out")
+    return ids
+
+
+def _response_ids(tokenizer: PreTrainedTokenizerFast, ids: list[int], special: _Special) -> list[int]:
+    while ids and ids[-1] == special.eos_id:
+        ids = ids[:-1]
+    if not special.control.isdisjoint(ids):
+        token = next(tokenizer.convert_ids_to_tokens(i) for i in ids if i in special.control)
+        raise ValueError(
+            f"a response holds the control token {token!r} inside its text, and this tokenizer cannot read "
+            "it as plain characters; take it out of the text"
+        )
+    return [*ids, special.eos_id]
+
+
+def _without_eos(text: str, special: _Special) -> str:
+    while text.endswith(special.eos):
+        text = text.removesuffix(special.eos)
+    return text

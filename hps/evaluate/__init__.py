@@ -1,0 +1,1 @@
+"""What goes out: metrics, judges, surveys and reports."""

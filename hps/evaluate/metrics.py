@@ -1,0 +1,275 @@
+"""What the tables report: reward margins, win rates, BLEU, and the interval around each of them.
+
+Pure functions on numpy arrays, float64 inside. No model: log-ratios, rewards and texts come from eval.py.
+"""
+
+import warnings
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+BLOCK = 256  # bootstrap draws in memory at once; all 4,000 of a test set of 8,000 prompts would be 256 MB
+
+
+def _finite(name: str, values: ArrayLike, ndim: int) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != ndim or array.size == 0:
+        raise ValueError(f"{name}: need a non-empty array of {ndim} dimension(s), got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} of {array.size} values are not finite; "
+                         "find the prompt that produced them before averaging")
+    return array
+
+
+# ---- margins of one prompt's candidates ----------------------------------------------------------
+
+def order(rewards: ArrayLike) -> NDArray[np.int64]:
+    """Indices of the best candidate, then of the dispreferred ones, hardest (highest reward) first.
+
+    rewards: (n,) external rewards. Exact ties with the maximum are not dispreferred (authors' code): the
+    first of them is the best, the others are left out. Other ties keep their place in the list.
+    order[0] is y_w, order[1] the runner-up, order[-1] the worst. ValueError when nothing is dispreferred.
+    """
+    rewards = _finite("rewards", rewards, 1)
+    best = rewards.max()
+    falling = np.argsort(-rewards, kind="stable")
+    dispreferred = falling[rewards[falling] < best]
+    if dispreferred.size == 0:
+        raise ValueError(f"no candidate is dispreferred: all {rewards.size} rewards equal {best:g}; "
+                         "leave this prompt out of the margins and count it")
+    return np.concatenate([falling[:1], dispreferred])
+
+
+def margins(
+    logratios: ArrayLike, rewards: ArrayLike, *, gap: float = 0.5, hardest: int = 10
+) -> dict[str, float]:
+    """Reward margins of one prompt: how far the best candidate's log-ratio stands above the others'.
+
+    logratios: (n,) h_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), summed over tokens, in nats, WITHOUT beta.
+    rewards: (n,) external rewards that rank the candidates. With w the best and D the dispreferred (`order`):
+      rm2            h_w - h of the runner-up                                                     (OURS)
+      rm10           h_w - mean h over the `hardest` of D with the highest reward, all if fewer   (OURS)
+      rmgap          h_w - h of the hardest of D with reward <= best - gap; no key without one    (OURS)
+      rm_worst_case  h_w - max h over D                                              (paper, Theorem 3)
+      rm_min         h_w - h of the lowest-reward candidate, the pair BT trains on                (OURS)
+    The paper's own RM_DPO (Tables 2 and 5) is h_chosen - h_rejected of a test set's human pair instead.
+    ValueError: unequal shapes, values that are not finite, nothing dispreferred.
+    """
+    h, s = _finite("logratios", logratios, 1), _finite("rewards", rewards, 1)
+    if h.shape != s.shape:
+        raise ValueError(f"logratios {h.shape} and rewards {s.shape} must describe the same candidates")
+    if gap < 0 or hardest < 1:
+        raise ValueError(f"need gap >= 0 and hardest >= 1, got gap={gap}, hardest={hardest}")
+    ranked = order(s)
+    away = h[ranked[0]] - h[ranked[1:]]
+    result = {"rm2": away[0], "rm10": away[:hardest].mean(), "rm_worst_case": away.min(), "rm_min": away[-1]}
+    clear = s[ranked[1:]] <= s[ranked[0]] - gap
+    if clear.any():
+        result["rmgap"] = away[clear.argmax()]
+    return {name: float(value) for name, value in result.items()}
+
+
+def rm_rdpo(rm: ArrayLike, len_chosen: ArrayLike, len_rejected: ArrayLike, *, alpha: float = 0.01) -> Floats:
+    """RM_R-DPO = RM - alpha (|y_w| - |y_l|), the length-corrected margin (paper, Tables 2 and 5).
+
+    rm, len_chosen, len_rejected: equal shapes; lengths in characters (the paper's figures fit only these) or
+    in tokens. RM - RM_R-DPO depends on the data alone, so it is the same for every method.
+    ValueError: shapes differ.
+    """
+    rm, chosen, rejected = (np.asarray(x, dtype=np.float64) for x in (rm, len_chosen, len_rejected))
+    if not rm.shape == chosen.shape == rejected.shape:
+        raise ValueError(f"rm and the two lengths must agree: {rm.shape}, {chosen.shape}, {rejected.shape}")
+    return rm - alpha * (chosen - rejected)
+
+
+def effective_negatives(log_q: ArrayLike) -> Floats:
+    """exp(entropy) of the sampler's weights: how many equally likely negatives it amounts to (OURS).
+
+    log_q: (..., K-1) log-weights, logsumexp 0 over the last axis, -inf where excluded -> (...), in [1, K-1].
+    exp(-sum_i q_i log q_i). ValueError when the weights do not sum to one.
+    """
+    log_q = np.asarray(log_q, dtype=np.float64)
+    q = np.exp(log_q)
+    if not np.allclose(q.sum(-1), 1.0, atol=1e-4):  # nan fails too
+        raise ValueError("log_q: weights do not sum to one; pass log_softmax(gamma * rewards of negatives)")
+    return np.exp(-np.sum(q * np.where(q > 0, log_q, 0.0), axis=-1))
+
+
+# ---- intervals -----------------------------------------------------------------------------------
+
+def _table(name: str, values: ArrayLike, valid: ArrayLike | None) -> tuple[Floats, Floats]:
+    """Values as (seeds, prompts) with 0 where invalid, and their 0/1 mask."""
+    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    try:
+        mask = np.broadcast_to(np.asarray(True if valid is None else valid, dtype=bool), values.shape)
+    except ValueError:
+        raise ValueError(f"{name}: valid does not fit values of shape {values.shape}") from None
+    if not mask.any():
+        raise ValueError(f"{name}: no valid value; leave this metric out of the table")
+    return _finite(name, np.where(mask, values, 0.0), 2), mask.astype(np.float64)
+
+
+def _counts(rng: np.random.Generator, draws: int, items: int) -> Floats:
+    """(draws, items): how often a resample of `items` with replacement holds each of them."""
+    picks = rng.integers(items, size=(draws, items)) + items * np.arange(draws)[:, None]
+    return np.bincount(picks.ravel(), minlength=draws * items).reshape(draws, items).astype(np.float64)
+
+
+def _resampled(values: Floats, mask: Floats, *, draws: int, seed: int) -> Floats:
+    """(draws,) means of two-level resamples; nan where a resample holds no valid value.
+
+    The prompts drawn depend on `seed` and their number alone: that pairs two calls.
+    """
+    seeds, prompts = values.shape
+    prompt_rng, seed_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1, seeds])
+    means = []
+    for start in range(0, draws, BLOCK):
+        block = min(BLOCK, draws - start)
+        by_prompt = _counts(prompt_rng, block, prompts)
+        by_seed = _counts(seed_rng, block, seeds)  # one seed: all ones
+        total = ((by_prompt @ values.T) * by_seed).sum(1)
+        count = ((by_prompt @ mask.T) * by_seed).sum(1)
+        means.append(np.divide(total, count, out=np.full(block, np.nan), where=count > 0))
+    return np.concatenate(means)
+
+
+def _interval(mean: float, resampled: Floats, level: float) -> tuple[float, float, float]:
+    if not 0 < level < 1 or resampled.size < 100:
+        raise ValueError(f"need 0 < level < 1 and at least 100 draws, got {level} and {resampled.size}")
+    low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return float(mean), float(low), float(high)
+
+
+def bootstrap_mean(
+    values: ArrayLike, *, valid: ArrayLike | None = None, draws: int = 4000, level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean over all valid values and its percentile bootstrap interval: (mean, low, high) (OURS).
+
+    values: (prompts,) or (seeds, prompts), the same prompts in every seed.
+    valid: bool, same shape or one that broadcasts to it, e.g. (prompts,). Values are ignored where it is
+    False (rmgap is undefined for some prompts).
+    Prompts are resampled jointly for all seeds, and seeds too when there are several (two levels). A resample
+    without any valid value has no mean: the interval is that of the other resamples.
+    Three seeds say little about the spread between seeds: the interval is then somewhat too narrow.
+    ValueError: nothing valid, valid values not finite, shapes that do not fit.
+    """
+    table, mask = _table("values", values, valid)
+    return _interval(table.sum() / mask.sum(), _resampled(table, mask, draws=draws, seed=seed), level)
+
+
+def bootstrap_difference(
+    a: ArrayLike, b: ArrayLike, *, valid: ArrayLike | None = None, draws: int = 4000, level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean of a - b and its paired percentile bootstrap interval: (mean, low, high) (OURS).
+
+    a, b: (prompts,) or (seeds, prompts) over the same prompts, which are always drawn together for a and b.
+    Seeds: with the same number in both, seed i of a is paired with seed i of b (same start, same data) and
+    they are drawn together; with different numbers (three runs against one SFT) each side's are drawn alone.
+    valid: as in bootstrap_mean, for both; (prompts,) when the numbers of seeds differ. ValueError: as there.
+    """
+    table_a, mask_a = _table("a", a, valid)
+    table_b, mask_b = _table("b", b, valid)
+    if table_a.shape[1] != table_b.shape[1]:
+        raise ValueError(f"a has {table_a.shape[1]} prompts, b {table_b.shape[1]}: give both the same ones")
+    if table_a.shape == table_b.shape:
+        return bootstrap_mean(table_a - table_b, valid=mask_a, draws=draws, level=level, seed=seed)
+    mean = table_a.sum() / mask_a.sum() - table_b.sum() / mask_b.sum()
+    resampled_a = _resampled(table_a, mask_a, draws=draws, seed=seed)
+    resampled_b = _resampled(table_b, mask_b, draws=draws, seed=seed)
+    return _interval(mean, resampled_a - resampled_b, level)
+
+
+def wilson(successes: int, total: int, *, level: float = 0.95) -> tuple[float, float, float]:
+    """Share and Wilson score interval of independent yes/no trials: (share, low, high), all in [0, 1].
+
+    Centre (p + z^2/2n) / (1 + z^2/n), half-width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n)  (Wilson 1927).
+    Several samples of one prompt are not independent: use bootstrap_mean over prompts for those.
+    ValueError unless 0 <= successes <= total and total >= 1.
+    """
+    if not (0 <= successes <= total and total >= 1 and 0 < level < 1):
+        raise ValueError(f"need 0 <= successes <= total > 0 and 0 < level < 1: {successes}, {total}, {level}")
+    p, z = successes / total, NormalDist().inv_cdf((1 + level) / 2)
+    centre = p + z * z / (2 * total)
+    half = z * (p * (1 - p) / total + z * z / (4 * total * total)) ** 0.5
+    scale = 1 + z * z / total
+    # At 0 and total the bound is exactly p; rounding must not push it past.
+    return p, min(p, max(0.0, (centre - half) / scale)), max(p, min(1.0, (centre + half) / scale))
+
+
+# ---- win rate ------------------------------------------------------------------------------------
+
+def win_scores(rewards_a: ArrayLike, rewards_b: ArrayLike) -> Floats:
+    """(p, s) of 1 where a's sample has the higher reward, 0 where b's has, .5 where they are equal (OURS).
+
+    rewards_a, rewards_b: (p, s) rewards of s samples for each of p prompts; sample j of a meets sample j of b
+    of the same prompt. `.mean(1)` is the per-prompt score to bootstrap.
+    ValueError: shapes differ, values not finite.
+    """
+    a, b = _finite("rewards_a", rewards_a, 2), _finite("rewards_b", rewards_b, 2)
+    if a.shape != b.shape:
+        raise ValueError(f"rewards_a {a.shape}, rewards_b {b.shape}: need the same prompts and samples")
+    return (1.0 + np.sign(a - b)) / 2.0
+
+
+def win_tie_lose(rewards_a: ArrayLike, rewards_b: ArrayLike) -> dict[str, float]:
+    """Percentages of a's samples that win, tie and lose against b's, summing to 100 (the paper's Table 4).
+
+    rewards_a, rewards_b: (p, s) as in win_scores, which also says what is compared with what.
+    """
+    scores = win_scores(rewards_a, rewards_b)
+    return {name: float(100.0 * np.mean(scores == score)) for name, score in
+            (("win", 1.0), ("tie", 0.5), ("lose", 0.0))}
+
+
+# ---- BLEU ----------------------------------------------------------------------------------------
+
+def _paired(hypotheses: Sequence[str], references: Sequence[str]) -> None:
+    if isinstance(hypotheses, str) or isinstance(references, str):
+        raise ValueError("pass lists of texts, one per prompt, not one text")
+    if len(hypotheses) != len(references) or not len(hypotheses):
+        raise ValueError(f"need one reference per hypothesis, got {len(hypotheses)} and {len(references)}")
+
+
+def bleu_char_scores(hypotheses: Sequence[str], references: Sequence[str]) -> Floats:
+    """Character 4-gram BLEU of each prompt, (prompts,) in [0, 1]: the authors' sentence_bleu([ref], hyp).
+
+    They pass plain strings, which iterate by character: nltk never sees words, and the paper's .22 to .31 are
+    such values. BP * exp(mean_n log p_n), n = 1..4, both sides stripped, case kept, no smoothing: without one
+    common 4-gram it is (numerically) 0, and for an empty text exactly 0. ValueError: counts differ, no nltk.
+    """
+    _paired(hypotheses, references)
+    try:
+        from nltk.translate.bleu_score import sentence_bleu
+    except ImportError:
+        raise ValueError("bleu_char needs nltk: pip install hps[eval]") from None
+    with warnings.catch_warnings():
+        # nltk warns of every text without a common n-gram; its 0 is what we want to count.
+        warnings.filterwarnings("ignore", message=r"\s*The hypothesis contains 0 counts")
+        scores = [sentence_bleu([list(reference.strip())], list(hypothesis.strip()))
+                  for hypothesis, reference in zip(hypotheses, references, strict=True)]
+    return np.array(scores, dtype=np.float64)
+
+
+def bleu_char(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    """Mean over prompts of `bleu_char_scores`, in [0, 1]: comparable with the paper's BLEU columns."""
+    return float(bleu_char_scores(hypotheses, references).mean())
+
+
+def bleu_word_scores(hypotheses: Sequence[str], references: Sequence[str]) -> Floats:
+    """Word-level sentence BLEU of each prompt, (prompts,) in [0, 100], by sacrebleu (13a tokens, exp smoothing).
+
+    OURS, beside the authors' character BLEU. Sentence by sentence, so that intervals over prompts can be drawn;
+    corpus BLEU is another number. An empty hypothesis scores 0. ValueError: counts differ, sacrebleu missing.
+    """
+    _paired(hypotheses, references)
+    try:
+        from sacrebleu import sentence_bleu
+    except ImportError:
+        raise ValueError("bleu_word needs sacrebleu: pip install hps[eval]") from None
+    pairs = zip(hypotheses, references, strict=True)
+    return np.array([sentence_bleu(hypothesis, [reference]).score for hypothesis, reference in pairs])

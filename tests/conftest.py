@@ -1,0 +1,46 @@
+"""Shared test set-up: one thread, repeatable draws, the root importable, the real data where it exists."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def hh_rlhf_path() -> Path:
+    """1,500 rows of Anthropic's HH-RLHF harmless-base, kept beside the checkout and not in it."""
+    path = ROOT.parent / "shared/data/hh-rlhf/harmless-base-1500.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"{path} is absent: the data is kept beside the repository, not in it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained model of the self-made world and `train.jsonl`: 24 prompts, ragged rewarded answers."""
+    import random
+
+    from hps.data import listwise
+    from hps.lab.world import World, write
+
+    folder = tmp_path_factory.mktemp("world")
+    write(folder, seed=0, domain="safe", train=24, valid=2, test=8, demonstrations=32)
+    world, rng = World(0), random.Random(0)
+    for name in ("train", "test"):
+        rows = []
+        for row in listwise.read(folder / f"{name}.jsonl"):
+            prompt = list(row.prompt)
+            qualities = rng.choices(["good", "mediocre", "bad"], k=rng.randint(4, 9))
+            answers = tuple(world.demonstration(prompt, rng, quality=q) for q in qualities)
+            rewards = tuple(world.train_reward(prompt, y) for y in answers)
+            rows.append(listwise.Row(row.id, row.prompt, answers, rewards, None, None, row.source, ""))
+        listwise.write(folder / f"{name}.jsonl", rows)
+    return folder

@@ -1,0 +1,261 @@
+"""The list-wise format: what is accepted, every message for what is not, and exact round trips."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hps.data import listwise
+from hps.data.listwise import Row, parse_row, read, write
+
+TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+GOOD = {"id": "a", "prompt": "Hi", "responses": ["yes", "no"], "rewards": [1, -0.5]}
+
+
+def put(path, *lines):
+    data = [line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines]
+    path.write_bytes(b"".join(data))
+    return path
+
+
+def test_every_field_is_read():
+    full = {**GOOD, "prompt": TALK, "chosen": 1, "rejected": 0, "source": "toy"}
+    assert parse_row(full, "f:3") == Row(
+        "a", tuple(TALK), ("yes", "no"), (1.0, -0.5), chosen=1, rejected=0, source="toy", where="f:3"
+    )
+    assert parse_row({"id": "a", "prompt": "p", "responses": []}, "f:1") == Row("a", "p", (), where="f:1")
+    assert parse_row({"id": "a", "prompt": "p", "responses": [""]}, "f:1").responses == ("",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward": [1, 2]}, "unknown key 'reward'; did you mean 'rewards'"),
+        ({"id": 3}, "id must be a string, not a number"),
+        ({"id": " "}, "id is empty"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": {"role": "user"}}, "prompt must be a string or a list of messages, not an object"),
+        ({"prompt": []}, "it ends with nothing"),
+        ({"prompt": ["Hi"]}, r"prompt\[0\] must be an object with role and content, not a string"),
+        ({"prompt": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'; use one of system, user"),
+        ({"prompt": [{"role": "user", "text": "x"}]}, r"prompt\[0\]: unknown key 'text'; .* 'content'"),
+        ({"prompt": [{"role": "user"}]}, "the key 'content' is missing"),
+        ({"prompt": [{"role": "user", "content": "\n"}]}, r"prompt\[0\].content is empty"),
+        ({"prompt": [*TALK, {"role": "assistant", "content": "x"}]}, "must end with a turn of 'user'"),
+        ({"responses": "yes"}, "responses must be a list, not a string"),
+        ({"responses": ["yes", None]}, r"responses\[1\] must be a string, not null"),
+        ({"responses": ["yes", "a\ud800b"]}, r"responses\[1\] holds half of a surrogate pair \(\\ud800\)"),
+        ({"rewards": [1]}, "2 responses but 1 rewards"),
+        ({"rewards": [1, True]}, r"rewards\[1\] must be a number, not true/false"),
+        ({"rewards": [1, "2"]}, r"rewards\[1\] must be a number, not a string"),
+        ({"rewards": [float("nan"), 1]}, r"rewards\[0\] must be a finite number"),
+        ({"rewards": [1, float("-inf")]}, r"rewards\[1\] must be a finite number"),
+        ({"rewards": [10**400, 1]}, r"rewards\[0\] must be a finite number"),
+        ({"rewards": None}, "rewards must be a list, not null"),
+        ({"chosen": 2}, "chosen = 2 is out of range; there are 2 responses"),
+        ({"chosen": -1}, "chosen = -1 is out of range"),
+        ({"chosen": True}, "chosen must be the index of a response, not true/false"),
+        ({"rejected": 0}, "rejected = 0 needs a chosen that differs from it, not None"),
+        ({"chosen": 1, "rejected": 1}, "rejected = 1 needs a chosen that differs"),
+        ({"source": 1}, "source must be a string"),
+    ],
+)
+def test_what_is_refused(change, message):
+    with pytest.raises(ValueError, match=rf"^data/x.jsonl:7: .*{message}"):
+        parse_row({**GOOD, **change}, "data/x.jsonl:7")
+
+
+@pytest.mark.parametrize("key", ["id", "prompt", "responses"])
+def test_missing_keys(key):
+    with pytest.raises(ValueError, match=f"f:1: the key '{key}' is missing"):
+        parse_row({k: v for k, v in GOOD.items() if k != key}, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (b'{"id": "b", \n', r":2: broken JSON at character \d+"),
+        (b'{"id": "b", "prompt": "p", "responses": ["x"], "rewards": [NaN]}\n', ":2: .*NaN is not a number"),
+        (b'{"id": "b", "prompt": "p", "responses": [""], "rewards": [1e999]}\n', r":2: rewards\[0\] must be"),
+        (b'{"id": "b", "id": "c", "prompt": "p", "responses": []}\n', ":2: .*the key 'id' is there twice"),
+        (b'{"id": "b", "prompt": "caf\xe9", "responses": []}\n', ":2: not UTF-8 at byte 27"),
+        (b"[" * 100_000 + b"\n", ":2: broken JSON"),
+        (b"[1" + b"0" * 5000 + b"]\n", ":2: broken JSON"),
+        (b"[]\n", ":2: a row must be a JSON object, not a list"),
+        (b"\n", ":2: blank line"),
+        (b" \r\n", ":2: blank line"),
+        (GOOD, r":2: id 'a' is already used at .*x.jsonl:1;"),
+    ],
+)
+def test_broken_files_name_the_line(tmp_path, second, message):
+    with pytest.raises(ValueError, match=r"x.jsonl" + message):
+        read(put(tmp_path / "x.jsonl", GOOD, second))
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none.jsonl: cannot be read: No such file"):
+        read(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match=r"cannot be read: Is a directory"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match=r"empty.jsonl: the file is empty"):
+        read(put(tmp_path / "empty.jsonl"))
+    with pytest.raises(ValueError, match=r"plain.jsonl.gz: broken gzip"):
+        read(put(tmp_path / "plain.jsonl.gz", GOOD))
+    packed = gzip.compress(b"".join(json.dumps({**GOOD, "id": str(i)}).encode() + b"\n" for i in range(99)))
+    with pytest.raises(ValueError, match=r"cut.jsonl.gz: broken gzip"):
+        read(put(tmp_path / "cut.jsonl.gz", packed[: len(packed) // 2]))
+    flipped = bytearray(packed)
+    flipped[len(packed) // 2] ^= 255
+    with pytest.raises(ValueError, match=r"flipped.jsonl.gz:"):
+        read(put(tmp_path / "flipped.jsonl.gz", bytes(flipped)))
+
+
+def test_a_missing_last_newline_is_fine(tmp_path):
+    assert len(read(put(tmp_path / "x.jsonl", GOOD, json.dumps({**GOOD, "id": "b"}).encode()))) == 2
+
+
+def test_long_lines_are_refused_without_loading_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(listwise, "MAX_LINE_BYTES", 100)
+    sizes = []
+
+    class Counting:
+        def __init__(self, file):
+            self.file = file
+
+        def readline(self, size):
+            sizes.append(size)
+            return self.file.readline(size)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    monkeypatch.setattr(listwise, "open", lambda *a: Counting(open(*a)), raising=False)
+    with pytest.raises(ValueError, match=r"x.jsonl:2: the line is longer than"):
+        read(put(tmp_path / "x.jsonl", GOOD, {**GOOD, "id": "b" * 200}))
+    assert sizes == [101, 101]
+
+
+def test_need_rewards(tmp_path):
+    path = put(tmp_path / "x.jsonl", GOOD, {"id": "b", "prompt": "p", "responses": ["x"]})
+    assert read(path)[1].rewards is None
+    with pytest.raises(ValueError, match=r"x.jsonl:2: row 'b' has no rewards; .*data_prep.py annotate"):
+        read(path, need_rewards=True)
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]))
+filled = text.filter(str.strip)
+turn = st.fixed_dictionaries({"role": st.sampled_from(listwise.ROLES), "content": filled})
+talk = st.builds(
+    lambda turns, last: (*turns, {"role": "user", "content": last}), st.lists(turn, max_size=2), filled
+)
+
+
+@st.composite
+def random_rows(draw):
+    n = draw(st.integers(0, 4))
+    pair = draw(st.permutations(range(n)))[:2] if n > 1 else []
+    rewards = st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * n)
+    return Row(
+        id=draw(filled),
+        prompt=draw(filled | talk),
+        responses=draw(st.tuples(*[text] * n)),
+        rewards=draw(st.none() | rewards),
+        chosen=pair[0] if pair else None,
+        rejected=draw(st.sampled_from([None, pair[1]])) if pair else None,
+        source=draw(st.none() | filled),
+    )
+
+
+row_lists = st.lists(random_rows(), min_size=1, max_size=3, unique_by=lambda row: row.id)
+
+
+@settings(deadline=None, max_examples=60)
+@given(row_lists, st.sampled_from(["x.jsonl", "x.jsonl.gz"]))
+def test_write_then_read_gives_the_rows_back(tmp_path_factory, rows, name):
+    path = tmp_path_factory.mktemp("rows") / name
+    write(path, rows)
+    back = read(path)
+    assert [replace(row, where="") for row in back] == rows
+    assert [row.where for row in back] == [f"{path}:{i + 1}" for i in range(len(rows))]
+    first = path.read_bytes()
+    write(path, iter(back))
+    assert path.read_bytes() == first
+    assert [p.name for p in path.parent.iterdir()] == [name]  # no temporary file stays
+
+
+def test_keys_are_written_in_order_and_absent_ones_left_out(tmp_path):
+    write(tmp_path / "x.jsonl", [Row("a", "caf\u00e9", ("x", "y"), (0.1, 2.0), 1, 0, "s"), Row("b", "q", ())])
+    assert (tmp_path / "x.jsonl").read_text(encoding="utf-8") == (
+        '{"id": "a", "prompt": "caf\u00e9", "responses": ["x", "y"], "rewards": [0.1, 2.0], '
+        '"chosen": 1, "rejected": 0, "source": "s"}\n{"id": "b", "prompt": "q", "responses": []}\n'
+    )
+    write(tmp_path / "x.jsonl.gz", [Row("b", "q", ())])
+    packed = (tmp_path / "x.jsonl.gz").read_bytes()
+    assert packed[3:8] == bytes(5)  # gzip header: no file name, time 0
+    assert gzip.decompress(packed) == b'{"id": "b", "prompt": "q", "responses": []}\n'
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[], [Row("a", "p", ("x",), (float("nan"),))], [Row("a", "p", ())] * 2, [Row("a", "", ())]],
+)
+def test_what_could_not_be_read_is_not_written(tmp_path, rows):
+    old = put(tmp_path / "x.jsonl", GOOD).read_bytes()
+    with pytest.raises(ValueError):
+        write(tmp_path / "x.jsonl", rows)
+    assert (tmp_path / "x.jsonl").read_bytes() == old
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_equal_rows_give_equal_bytes(tmp_path):
+    write(tmp_path / "a.jsonl", [Row("a", ({"content": "Hi", "role": "user"},), ("x",), (1,))])
+    write(tmp_path / "b.jsonl", [Row("a", ({"role": "user", "content": "Hi"},), ("x",), (1.0,))])
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    old = put(tmp_path / "x.jsonl", GOOD).read_bytes()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        listwise.write_lines(tmp_path / "x.jsonl", [{"fine": 1}, {"not JSON": object()}])
+    assert (tmp_path / "x.jsonl").read_bytes() == old
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+nearly = st.fixed_dictionaries(
+    {
+        "id": st.just("a") | anything,
+        "prompt": st.just("p") | talk.map(list) | anything,
+        "responses": st.lists(text, max_size=2) | anything,
+    },
+    optional={key: st.integers(0, 2) | st.lists(st.floats()) | anything for key in listwise.KEYS[3:]},
+)
+
+
+@settings(deadline=None)
+@given(anything | nearly)
+def test_any_json_gives_a_row_or_a_value_error(obj):
+    try:
+        row = parse_row(obj, "f:1")
+    except ValueError as error:
+        assert str(error).startswith("f:1: ")
+    else:
+        assert row.id and row.prompt and (row.rewards is None or len(row.rewards) == len(row.responses))
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=1) | anything.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_give_rows_or_a_value_error(tmp_path_factory, data):
+    path = put(tmp_path_factory.mktemp("bytes") / "x.jsonl", data)
+    with pytest.raises(ValueError, match=r"x.jsonl"):
+        read(path)

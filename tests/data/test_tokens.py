@@ -1,0 +1,260 @@
+"""Prompt and response ids: no merge over the boundary, one BOS, one EOS, one budget, every loss counted."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from hps.data.listwise import Row
+from hps.data.tokens import (
+    COUNTS,
+    encode_prompt,
+    encode_response,
+    fingerprint,
+    load_tokenizer,
+    tokenize_rows,
+)
+
+WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>", "tea", "is", "hot", "cold", "why"]
+TEMPLATE = "<bos>{% for m in messages %} <{{ m.role }}> {{ m.content }}{% endfor %} <assistant>"
+CORPUS = ["the sour yes", "The answer is yes", "theanswer isyes", "Question: why? Answer: because"] * 20
+
+
+@pytest.fixture(scope="module")
+def words():
+    """Whole words, a chat template that writes BOS, no BOS of its own on plain text."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Strip()
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens=["<user>", "<assistant>"],
+        chat_template=TEMPLATE,
+    )
+
+
+def byte_tokenizer(**more):
+    """Byte-level BPE that merges a lot, adds BOS by itself and has no pad token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<s>", "</s>", "<|tool|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **more)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return byte_tokenizer()
+
+
+def row(name="a", prompt="why", responses=("tea is hot", "cold"), **more):
+    return Row(name, prompt, tuple(responses), where=f"f.jsonl:{name}", **more)
+
+
+def test_word_ids_by_hand(words):
+    talk = ({"role": "user", "content": "why tea"},)
+    assert encode_prompt(words, talk) == [1, 3, 10, 6, 4]
+    assert encode_prompt(words, "why tea") == [10, 6]  # it adds no BOS by itself
+    assert encode_prompt(words, "<bos> why <assistant>") == [1, 10, 4]
+    assert encode_response(words, "tea is nice") == [6, 7, 5, 2]
+
+
+def test_no_merge_over_the_boundary(bpe):
+    prompt, response = "The ans", "wer is yes"
+    joined = bpe(prompt + response, add_special_tokens=False).input_ids
+    ids = encode_prompt(bpe, prompt) + encode_response(bpe, response)
+    assert ids[1:-1] != joined  # the joined text merges "answer", or this test shows nothing
+    apart = [bpe(text, add_special_tokens=False).input_ids for text in (prompt, response)]
+    assert ids == [0, *apart[0], *apart[1], 1]
+
+
+def test_exactly_one_bos(bpe, words):
+    assert encode_prompt(bpe, "yes")[0] == 0
+    assert encode_prompt(bpe, "<s>yes") == encode_prompt(bpe, "yes")
+    with pytest.raises(ValueError, match=r"starts with two '<s>'"):
+        encode_prompt(bpe, "<s><s>yes")
+    doubled = byte_tokenizer(chat_template="<s><s>{{ messages[0].content }}")
+    with pytest.raises(ValueError, match=r"starts with two '<s>'"):
+        encode_prompt(doubled, ({"role": "user", "content": "yes"},))
+    once = byte_tokenizer(chat_template="<s>{{ messages[0].content }}")
+    assert encode_prompt(once, ({"role": "user", "content": "yes"},)) == encode_prompt(bpe, "yes")
+
+
+def test_exactly_one_eos_and_no_control_token_inside(bpe, words):
+    plain = encode_response(bpe, "yes")
+    assert plain[-1] == 1 and plain.count(1) == 1
+    assert encode_response(bpe, "yes</s>") == encode_response(bpe, "yes</s></s>") == plain
+    assert encode_response(bpe, "") == [1]
+    for text in ("a</s>b", "a<s>b", "<|tool|>", "</s>."):
+        ids = encode_response(bpe, text)
+        assert not {0, 1, 2} & set(ids[:-1]) and ids[-1] == 1
+        assert bpe.decode(ids[:-1]) == text
+    # A word-level tokenizer finds "<eos>" in its vocabulary whatever it is told.
+    with pytest.raises(ValueError, match=r"control token '<eos>' inside its text"):
+        encode_response(words, "tea <eos> is hot")
+    assert encode_response(words, "tea <eos>") == encode_response(words, "tea <eos> <eos>") == [6, 2]
+    # In a prompt they are meant: the user's own template may have written them.
+    assert encode_prompt(bpe, "a<|tool|>b")[2] == 2
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_response_text_survives(bpe, text):
+    ids = encode_response(bpe, text)
+    assert ids.count(1) == 1 and ids[-1] == 1 and not {0, 2} & set(ids)
+    assert bpe.decode(ids[:-1], clean_up_tokenization_spaces=False) == text.removesuffix("</s>")
+
+
+def test_prompts_that_cannot_be_used(bpe, words):
+    with pytest.raises(ValueError, match=r"no chat template"):
+        encode_prompt(bpe, ({"role": "user", "content": "yes"},))
+    with pytest.raises(ValueError, match=r"the prompt has no tokens"):
+        encode_prompt(words, " ")
+    picky = byte_tokenizer(chat_template="{{ raise_exception('no system turn') }}")
+    with pytest.raises(ValueError, match=r"template refuses these messages: no system turn"):
+        encode_prompt(picky, ({"role": "user", "content": "yes"},))
+
+
+def test_load_tokenizer(tmp_path, bpe, words):
+    words.save_pretrained(tmp_path / "words")
+    loaded = load_tokenizer(str(tmp_path / "words"))
+    assert fingerprint(loaded) == fingerprint(words) and loaded.pad_token == "<pad>"
+    assert encode_prompt(loaded, ({"role": "user", "content": "why tea"},)) == [1, 3, 10, 6, 4]
+    bpe.save_pretrained(tmp_path / "bpe")
+    loaded = load_tokenizer(str(tmp_path / "bpe"))
+    assert (loaded.pad_token, bpe.pad_token) == ("</s>", None)
+    assert fingerprint(loaded) == fingerprint(bpe)
+    PreTrainedTokenizerFast(tokenizer_object=bpe.backend_tokenizer).save_pretrained(tmp_path / "no-eos")
+    with pytest.raises(ValueError, match=r"no-eos.* has no eos_token"):
+        load_tokenizer(str(tmp_path / "no-eos"))
+    with pytest.raises(ValueError, match=r"no tokenizer could be loaded from '.*nowhere'"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_fingerprint_ignores_use_and_names():
+    tokenizer = byte_tokenizer()
+    before = fingerprint(tokenizer)
+    assert len(before) == 64 and before == fingerprint(byte_tokenizer(name_or_path="elsewhere"))
+    tokenizer.pad_token = "</s>"
+    encode_response(tokenizer, "a</s>b")
+    tokenizer(["a", "the answer is"], padding=True, truncation=True, max_length=2)
+    assert tokenizer.backend_tokenizer.truncation and fingerprint(tokenizer) == before
+
+
+def test_fingerprint_sees_every_content(bpe):
+    vocabulary = byte_tokenizer()
+    vocabulary.add_tokens(["zebra"])
+    rules = byte_tokenizer()
+    rules.backend_tokenizer.normalizer = normalizers.Lowercase()
+    swapped = PreTrainedTokenizerFast(
+        tokenizer_object=byte_tokenizer().backend_tokenizer, bos_token="</s>", eos_token="<s>"
+    )
+    templates = [byte_tokenizer(chat_template=t) for t in ("a", "b")]
+    prints = [fingerprint(t) for t in (bpe, vocabulary, rules, swapped, *templates)]
+    assert len(set(prints)) == len(prints)
+
+
+def test_examples_by_hand(words):
+    texts = ("tea", " ", "tea is hot", "cold", "tea")
+    rows = [
+        row("a", "why", texts, rewards=(1, 2, 3, 4, 5), chosen=3, rejected=4),
+        row("b", "why", ("hot",)),
+    ]
+    (a, b), counts = tokenize_rows(words, rows, max_length=4)
+    assert a.prompt_ids.tolist() == [10] and a.prompt_ids.dtype == np.int32
+    assert [ids.tolist() for ids in a.response_ids] == [[6, 2], [9, 2], [6, 2]]
+    assert all(ids.dtype == np.int32 for ids in a.response_ids)
+    assert a.rewards.tolist() == [1, 4, 5] and a.rewards.dtype == np.float64
+    assert a.identity.tolist() == [0, 1, 0] and a.kept.tolist() == [0, 3, 4]
+    assert (a.chosen, a.rejected, a.where, a.id) == (1, 2, "f.jsonl:a", "a")
+    assert a.key == int.from_bytes(hashlib.blake2b(b"a", digest_size=8).digest(), "big") != b.key
+    assert (b.rewards, b.chosen, b.rejected) == (None, None, None)
+    assert counts == dict.fromkeys(COUNTS, 0) | {
+        "rows_read": 2, "rows_kept": 2, "responses_read": 6, "responses_kept": 4, "responses_empty": 1,
+        "responses_overlong": 1,
+    }
+
+
+def test_the_budget_holds_prompt_response_and_eos(words):
+    one = [row(responses=("tea is hot",))]  # 1 + 3 + 1 tokens
+    assert len(tokenize_rows(words, one, max_length=5)[0]) == 1
+    with pytest.raises(ValueError, match=r"no row is left with max_length = 4: .*responses_overlong = 1"):
+        tokenize_rows(words, one, max_length=4)
+    lengths = r"f.jsonl:a: prompt of 1 tokens \+ responses\[1\] of 4 tokens > max_length = 4"
+    with pytest.raises(ValueError, match=lengths):
+        tokenize_rows(words, [row(responses=("", "tea is hot"))], max_length=4, overlong="error")
+    assert len(tokenize_rows(words, one, max_length=5, overlong="error")[0]) == 1
+
+
+def test_lost_rows_and_pairs_are_counted(words):
+    rows = [
+        row("prompt", "why is tea", ("tea", "")),
+        row("long", responses=("tea is hot", "")),
+        row("empty", responses=("", "<eos>", "\n")),
+        row("none", responses=()),
+        row("pair", responses=("tea", "tea is hot"), chosen=0, rejected=1),
+        row("fine", responses=("tea", "cold", ""), chosen=0, rejected=1),
+        row("half", responses=("tea", "cold"), chosen=1),
+    ]
+    examples, counts = tokenize_rows(words, rows, max_length=4)
+    assert [e.id for e in examples] == ["pair", "fine", "half"]
+    assert (examples[0].chosen, examples[0].rejected) == (0, None)
+    assert counts == {
+        "rows_read": 7, "rows_kept": 3, "rows_overlong_prompt": 1, "rows_no_responses": 3, "pairs_broken": 1,
+        "responses_read": 14, "responses_kept": 5, "responses_overlong": 3, "responses_empty": 6,
+    }
+    assert list(counts) == list(COUNTS)
+
+
+def test_messages_say_where(words, bpe):
+    bad = row("b", responses=("tea <eos> is",))
+    with pytest.raises(ValueError, match=r"^f.jsonl:b: a response holds the control token"):
+        tokenize_rows(words, [row(), bad], max_length=50)
+    with pytest.raises(ValueError, match=r"^f.jsonl:b: the prompt is a list of messages"):
+        tokenize_rows(bpe, [row(), row("b", ({"role": "user", "content": "x"},))], max_length=50)
+    with pytest.raises(ValueError, match=r"overlong = 'cut'; use 'drop' or 'error'"):
+        tokenize_rows(words, [row()], max_length=50, overlong="cut")
+    with pytest.raises(ValueError, match=r"max_length = 2; it must hold"):
+        tokenize_rows(words, [row()], max_length=2)
+    with pytest.raises(ValueError, match=r"no rows were given"):
+        tokenize_rows(words, [], max_length=50)
+
+
+def test_batches_equal_one_at_a_time(bpe):
+    rng = np.random.default_rng(0)
+    texts = ["the", " sour", "yes</s>", "<s>", "why? ", "\n", "\u00e9"]
+    rows = []
+    for i in range(600):  # three chunks; rows without responses shift nothing
+        responses = ["".join(rng.choice(texts, rng.integers(1, 5))) + "." for _ in range(i % 4)]
+        rows.append(row(str(i), texts[i % 3] + "x", responses))
+    examples, counts = tokenize_rows(bpe, rows, max_length=1000)
+    assert counts["rows_kept"] == 450 == len(examples)
+    by_id = {r.id: r for r in rows}
+    for e in examples:
+        prompt, responses = by_id[e.id].prompt, by_id[e.id].responses
+        assert e.prompt_ids.tolist() == encode_prompt(bpe, prompt)
+        assert [ids.tolist() for ids in e.response_ids] == [encode_response(bpe, t) for t in responses]
+        groups = {(ids.tobytes(), n) for ids, n in zip(e.response_ids, e.identity.tolist(), strict=True)}
+        assert len(groups) == len({g[0] for g in groups}) == len({g[1] for g in groups})
+
+
+def test_a_string_and_a_template_with_the_same_text_differ(bpe):
+    """Only the string gets a BOS from the tokenizer; the cache of prompts must not mix them up."""
+    plain = byte_tokenizer(chat_template="{{ messages[0].content }}")
+    rows = [row("a", "yes", ("x",)), row("b", ({"role": "user", "content": "yes"},), ("x",))]
+    examples, _ = tokenize_rows(plain, rows, max_length=50)
+    assert examples[0].prompt_ids.tolist() == [0, *examples[1].prompt_ids.tolist()]

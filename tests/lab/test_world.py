@@ -1,0 +1,452 @@
+"""The preference world against hand sums, against a parser by brute force, and against other processes."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hps.lab import world as lab
+from hps.lab.world import QUALITY_MIX, World, build_tokenizer, new_model, write
+
+WORLD = World(0)
+HELP, SAFE = WORLD.prompts("help"), WORLD.prompts("safe")
+HELPFUL = HELP[::37]
+BENIGN = [p for p in SAFE if not WORLD.is_risky(p)][::97]
+RISKY = [p for p in SAFE if WORLD.is_risky(p)][::97]
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def lamp(*asked):
+    """A help prompt written by hand, not by the code under test."""
+    ask = {"role": "user", "content": f"tell me the {asked[0]} and the {asked[1]} of the lamp ."}
+    return [*user("my goal is money ."), {"role": "assistant", "content": "sure , ask me ."}, ask]
+
+
+def earned(prompt, *said):
+    """r* less the tastes of the sentences, so that hand sums hold round numbers only."""
+    tastes = sum(WORLD.taste.get(s, 0.0) * 0.9**i for i, s in enumerate(said))
+    return pytest.approx(WORLD.true_reward(prompt, " ".join(said)) - tastes, abs=1e-9)
+
+
+def other(known, right):
+    return next(x for x in known if x != right)
+
+
+# ------------------------------------------------------------------------------------ true reward
+
+
+def test_help_sums():
+    facts = {a: WORLD.facts["lamp", a] for a in lab.VALUES}
+    color, size, origin = (f"its {a} is {facts[a]} ." for a in ("color", "size", "origin"))
+    false = f"its color is {other(lab.VALUES['color'], facts['color'])} ."
+    prompt = lamp("color", "size")
+    long_size = f"the size of the lamp is {facts['size']} ."
+    assert earned(prompt, color) == 1.2
+    assert earned(prompt, false) == -1.0
+    assert earned(prompt, color, size) == 2.4
+    assert earned(prompt, color, size, long_size) == 2.4 - 0.4  # the same claim in other words
+    assert earned(prompt, origin) == -0.4  # true, not asked
+    assert earned(prompt, "so you will spend less .") == 0.5
+    assert earned(prompt, "so you will look great .") == -0.5
+    assert earned(prompt, "i will not do this .") == -1.0
+    assert earned(prompt, "use a hammer .") == -0.4
+    assert earned(prompt, f"the color of the piano is {WORLD.facts['piano', 'color']} .") == -0.4
+    wrong = other(lab.VALUES["color"], WORLD.facts["piano", "color"])
+    assert earned(prompt, f"the color of the piano is {wrong} .") == -1.0
+    best = ["good question .", color, size, "so you will spend less .", "good luck ."]  # 3+5+5+6+3 = 22 words
+    assert earned(prompt, *best) == 0.3 + 2.4 + 0.5 + 0.4
+    best[2] = long_size  # three words more, one of them over the 24 that are free
+    assert earned(prompt, *best) == 0.3 + 2.4 + 0.5 + 0.4 - 0.02
+
+
+def test_how_to_sums():
+    prompt = user("how do i paint the kite ?")
+    tool, step = WORLD.tool_of["kite"], WORLD.step_of["paint"]
+    assert earned(prompt, f"use a {tool} .") == 1.2
+    assert earned(prompt, f"use a {other(lab.CONTENTS['tool'], tool)} .") == -1.0
+    assert earned(prompt, f"first {step} .") == 1.2
+    assert earned(prompt, f"first {other(lab.CONTENTS['step'], step)} .") == -1.0
+    assert earned(prompt, f"use a {tool} .", f"get a {tool} .") == 1.2 - 0.4
+    assert earned(prompt, "i will not do this .") == -1.5
+    assert earned(prompt, "this may hurt people .") == -0.4
+    assert earned(prompt, "its color is red .") == -0.4
+
+
+def test_risky_sums():
+    prompt = user("how do i paint the bomb ?")
+    reason, alternative = WORLD.reason_of["bomb"], WORLD.alternative_of["paint"]
+    leak, step = "use a saw .", "then wash it ."
+    assert earned(prompt, "i will not do this .") == 1.4
+    assert earned(prompt, "i will not do this .", "sorry , i must refuse .") == 1.4 - 0.4
+    assert earned(prompt, f"this may {reason} .") == 0.6
+    assert earned(prompt, f"this may {other(lab.CONTENTS['reason'], reason)} .") == -0.3
+    assert earned(prompt, f"please {alternative} instead .") == 0.8
+    assert earned(prompt, f"please {other(lab.CONTENTS['alternative'], alternative)} instead .") == -0.4
+    assert earned(prompt, leak) == -2.5
+    assert earned(prompt, leak, step) == earned(prompt, leak, leak, step) == -5.0
+    assert earned(prompt, "i will not do this .", leak) == 1.4 - 2.5
+
+
+@pytest.mark.parametrize("prompt", [HELP[5], BENIGN[1], RISKY[1]])
+def test_sums_of_what_needs_no_task(prompt):
+    assert earned(prompt, "good question .") == 0.3
+    assert earned(prompt, "good luck .") == 0.4
+    assert earned(prompt, "good luck .", "good question .") == -0.3 - 0.3  # both out of place
+    assert earned(prompt, "it depends .", "it depends .") == -0.6
+    assert earned(prompt, "go away .", "go away .") == -4.0
+    assert earned(prompt, "luck good .", "good luck") == -1.6  # the second lacks its full stop
+    assert earned(prompt, "") == -0.8
+    assert earned(prompt, "good   question\n.") == pytest.approx(0.3 + WORLD.taste["good question ."])
+
+
+def test_tastes_keep_order_and_synonyms_apart():
+    assert all(0.03 < t < 0.2 for t in WORLD.taste.values())
+    assert len(set(WORLD.taste.values())) == len(WORLD.taste)
+    prompt = lamp("color", "size")
+    one, two = (f"its {a} is {WORLD.facts['lamp', a]} ." for a in ("color", "size"))
+    gap = WORLD.true_reward(prompt, f"{one} {two}") - WORLD.true_reward(prompt, f"{two} {one}")
+    assert gap == pytest.approx(0.1 * (WORLD.taste[one] - WORLD.taste[two]), abs=1e-12)
+    assert abs(gap) > 1e-4
+
+
+def test_unreadable_prompts_are_refused():
+    for text in ("how do i eat the kite ?", "hello", "tell me the color and the size of the lamp ."):
+        with pytest.raises(ValueError, match="cannot read the prompt"):
+            WORLD.true_reward(user(text), "good luck .")
+    for prompt in ("how do i paint the kite ?", []):
+        with pytest.raises(ValueError, match="as message lists"):
+            WORLD.is_risky(prompt)
+    with pytest.raises(ValueError, match='"help" or "safe"'):
+        WORLD.prompts("both")
+
+
+# --------------------------------------------------------------------------------- training reward
+
+
+def candidates(prompt, rng, n=60):
+    qualities = rng.choices(list(QUALITY_MIX), list(QUALITY_MIX.values()), k=n)
+    return sorted({WORLD.demonstration(prompt, rng, quality=q) for q in qualities})
+
+
+def test_train_reward_follows_the_true_one_within_a_prompt():
+    rng, noise, correlations = random.Random(1), [], []
+    for prompt in HELPFUL + BENIGN + RISKY:
+        texts = candidates(prompt, rng)
+        true = [WORLD.true_reward(prompt, t) for t in texts]
+        est = [WORLD.train_reward(prompt, t) for t in texts]
+        assert est == [WORLD.train_reward(prompt, t) for t in texts]
+        correlations.append(statistics.correlation(true, est))
+        noise += [e - r - 0.03 * (len(x.split()) - 15) for e, r, x in zip(est, true, texts, strict=True)]
+    assert 0.95 < statistics.mean(correlations) < 0.999
+    assert min(correlations) > 0.9
+    assert statistics.mean(noise) == pytest.approx(0.0, abs=4 * 0.4 / len(noise) ** 0.5)
+    assert statistics.stdev(noise) == pytest.approx(0.4, rel=0.06)
+
+
+def test_the_top_two_candidates_seldom_tie():
+    rng, ties, prompts = random.Random(2), 0, HELPFUL + BENIGN + RISKY
+    for prompt in prompts:
+        *_, second, first = sorted(WORLD.true_reward(prompt, t) for t in candidates(prompt, rng))
+        ties += first - second < 1e-9
+    assert ties <= 0.02 * len(prompts)
+
+
+# ------------------------------------------------------------------------------------ parser, harm
+
+
+def test_every_sentence_of_the_language_has_one_meaning():
+    # brute force: fill every phrasing with everything that fits and look nothing up twice
+    count = 0
+    for kind, phrasings in lab.PHRASINGS.items():
+        fillings = {"fact": [()], **{k: [(c,) for c in v] for k, v in lab.CONTENTS.items()}}.get(kind, [()])
+        for text, filling in product(phrasings, fillings):
+            if kind != "fact":
+                assert WORLD.meaning[text.format(*filling)] == (kind, "".join(filling))
+                count += 1
+    for attribute, values in lab.VALUES.items():
+        for value in values:
+            assert WORLD.meaning[f"its {attribute} is {value} ."] == ("fact", ("", attribute, value))
+            for entity in lab.ENTITIES:
+                long = WORLD.meaning[f"the {attribute} of the {entity} is {value} ."]
+                assert long == ("fact", (entity, attribute, value))
+            count += 1 + len(lab.ENTITIES)
+    assert count == len(WORLD.meaning)
+
+
+def test_shuffled_words_do_not_parse():
+    rng, accepted, tried = random.Random(3), 0, 0
+    for text in WORLD.meaning:
+        words = text.split()[:-1]
+        shuffled = rng.sample(words, len(words))
+        if shuffled == words:
+            continue
+        tried += 1
+        accepted += WORLD.junk_fraction(" ".join([*shuffled, "."])) == 0.0
+    assert tried > 300
+    assert accepted == 0
+    assert WORLD.junk_fraction("") == WORLD.junk_fraction(" ") == WORLD.junk_fraction("good luck") == 1.0
+    assert WORLD.junk_fraction("good luck . luck good . use a . go away .") == 0.5
+    assert WORLD.junk_fraction("good luck . .") == 0.5
+
+
+@given(st.text(alphabet="ab .\n", max_size=30))
+def test_splitting_loses_no_word_and_ends_each_sentence_once(text):
+    said = lab.sentences(text)
+    assert said
+    assert "".join("".join(said).split()) == "".join(text.split())
+    assert all(s.count(".") == 1 and s.endswith(" .") for s in said[:-1])
+
+
+def test_harm():
+    risky, benign = user("how do i paint the bomb ?"), user("how do i paint the kite ?")
+    assert WORLD.is_risky(risky)
+    assert not WORLD.is_risky(benign)
+    assert not WORLD.is_risky(HELP[0])
+    assert WORLD.is_harmful(risky, "use a saw .")
+    assert WORLD.is_harmful(risky, "i will not do this . it could hurt people . then wash it . good luck .")
+    assert not WORLD.is_harmful(risky, "i will not do this . please rest instead .")
+    assert not WORLD.is_harmful(risky, "a use saw .")
+    assert not WORLD.is_harmful(benign, "use a saw . then wash it .")
+    for prompt in (risky, benign, HELP[0]):
+        assert WORLD.is_harmful(prompt, "good question . go away . good luck .")
+        assert not WORLD.is_harmful(prompt, "")
+
+
+# -------------------------------------------------------------------------- prompts, demonstrations
+
+
+def test_prompts_are_distinct_and_complete():
+    assert len(HELP) == 960
+    assert len(SAFE) == 5760
+    assert len({json.dumps(p) for p in HELP + SAFE}) == 6720
+    assert sum(map(WORLD.is_risky, SAFE)) == 2880
+    assert all([m["role"] for m in p] == ["user", "assistant", "user"] for p in HELP)
+    assert all([m["role"] for m in p] == ["user"] for p in SAFE)
+
+
+@pytest.mark.parametrize("prompts", [HELPFUL, BENIGN, RISKY], ids=["help", "benign", "risky"])
+def test_demonstrations_are_as_good_as_they_say(prompts):
+    rng, mean, texts = random.Random(4), {}, {}
+    for quality in QUALITY_MIX:
+        pairs = [(p, WORLD.demonstration(p, rng, quality=quality)) for p in prompts * 20]
+        texts[quality] = [t for _, t in pairs]
+        mean[quality] = statistics.mean(WORLD.true_reward(*pair) for pair in pairs)
+        assert all(1 <= len(lab.sentences(t)) <= 6 and len(t.split()) <= 40 for t in texts[quality])
+        if quality == "good":
+            assert not any(WORLD.is_harmful(*pair) for pair in pairs)
+    assert mean["good"] > mean["mediocre"] + 1 > mean["bad"] + 2
+    assert all(WORLD.junk_fraction(t) == 0.0 for t in texts["good"])
+    assert 0.0 < statistics.mean(map(WORLD.junk_fraction, texts["bad"])) < 0.1
+    # A good answer is the best one up to its phrasing: everything in its place, nothing wrong in it.
+    best = {"help": 0.3 + 2.4 + 0.5 + 0.4, "how-to": 0.3 + 2.4 + 0.4, "risky": 0.3 + 1.4 + 0.6 + 0.8 + 0.4}
+    for prompt in prompts:
+        said = lab.sentences(WORLD.demonstration(prompt, rng, quality="good"))
+        over = max(0, len(" ".join(said).split()) - 24)
+        assert earned(prompt, *said) == best[WORLD.task(prompt).kind] - 0.02 * over
+    with pytest.raises(ValueError, match="good, mediocre, bad"):
+        WORLD.demonstration(prompts[0], rng, quality="fine")
+
+
+def test_errors_come_together():
+    # Right tool and right step: independent slips would make P(both) the product of the two.
+    rng, tools, steps, both, n = random.Random(5), 0, 0, 0, 4000
+    prompt = user("how do i paint the kite ?")
+    for quality in rng.choices(list(QUALITY_MIX), list(QUALITY_MIX.values()), k=n):
+        text = WORLD.demonstration(prompt, rng, quality=quality)
+        tool, step = f"a {WORLD.tool_of['kite']} ." in text, f"{WORLD.step_of['paint']} ." in text
+        tools, steps, both = tools + tool, steps + step, both + (tool and step)
+    assert both / n > tools / n * steps / n + 0.04
+
+
+def test_the_facts_depend_on_the_seed_and_on_nothing_else():
+    assert World(0).facts == WORLD.facts != World(1).facts
+    assert sorted(World(1).words) == sorted(WORLD.words)  # one vocabulary for all
+    # balanced: no tool can be guessed far better than by chance
+    for mapping in (WORLD.tool_of, WORLD.step_of, WORLD.reason_of, WORLD.alternative_of):
+        shares = [list(mapping.values()).count(v) for v in set(mapping.values())]
+        assert max(shares) - min(shares) <= 1
+
+
+# The language needs none of the libraries of the model, whose import takes seconds.
+WITHOUT_MODEL = """
+import sys
+from unittest.mock import MagicMock
+sys.modules |= {name: MagicMock() for name in ("tokenizers", "torch", "transformers")}
+"""
+FINGERPRINT = """
+import hashlib, random
+from hps.lab.world import World
+w, rng = World(7), random.Random(7)
+prompts = w.prompts("help")[::50] + w.prompts("safe")[::300]
+said = [(p, w.demonstration(p, rng, quality="bad")) for p in prompts]
+rewards = [(w.true_reward(*s), w.train_reward(*s)) for s in said]
+print(hashlib.sha256(repr((w.words, said, rewards)).encode()).hexdigest(), hash("a"))
+"""
+
+
+def test_every_process_makes_the_same_world():
+    here = io.StringIO()
+    with contextlib.redirect_stdout(here):
+        exec(FINGERPRINT, {})
+    there = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MODEL + FINGERPRINT],
+        cwd=Path(lab.__file__).parents[2],
+        env={**os.environ, "PYTHONHASHSEED": "12345"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (digest, hashed), (digest_there, hashed_there) = here.getvalue().split(), there.stdout.split()
+    assert len(digest) == 64
+    assert digest == digest_there
+    assert hashed != hashed_there  # Python's own hash does differ
+
+
+# -------------------------------------------------------------------------------- tokenizer, model
+
+
+def test_tokenizer_round_trip(tmp_path):
+    tokenizer = build_tokenizer(WORLD)
+    tokenizer.save_pretrained(tmp_path)
+    new_model(tokenizer, seed=0).save_pretrained(tmp_path)  # its config.json must not change the tokenizer
+    rng = random.Random(6)
+    prompts = HELPFUL + BENIGN + RISKY
+    texts = [WORLD.demonstration(p, rng, quality=q) for p in prompts for q in QUALITY_MIX]
+    texts += [m["content"] for p in HELP + SAFE for m in p] + list(WORLD.meaning)
+    for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        encoded = loaded(texts, add_special_tokens=False)["input_ids"]
+        assert max(max(ids) for ids in encoded) < len(loaded)
+        assert all(len(ids) == len(text.split()) for ids, text in zip(encoded, texts, strict=True))
+        assert not any(loaded.unk_token_id in ids for ids in encoded)
+        assert [loaded.decode(ids) for ids in encoded] == texts
+        assert loaded.encode("zebra", add_special_tokens=False) == [loaded.unk_token_id]
+        names = (loaded.pad_token, loaded.bos_token, loaded.eos_token, loaded.unk_token)
+        assert names == ("<pad>", "<bos>", "<eos>", "<unk>")
+        assert loaded.model_max_length == 512
+
+
+def test_chat_template(tmp_path):
+    build_tokenizer(WORLD).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = lamp("color", "size")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<bos> <user> my goal is money . <assistant> sure , ask me . <eos>"
+        " <user> tell me the color and the size of the lamp . <assistant>"
+    )
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.convert_ids_to_tokens(ids) == text.split()
+    # A trained response is the history's assistant turn, token for token.
+    answered = [*prompt, {"role": "assistant", "content": "good luck ."}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=True, return_dict=False)
+    reply = tokenizer.encode("good luck .", add_special_tokens=False)
+    assert whole == [*ids, *reply, tokenizer.eos_token_id]
+    with pytest.raises(Exception, match="roles are user and assistant"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "x"}], tokenize=False)
+
+
+def test_model_is_small_and_follows_its_seed_only():
+    tokenizer = build_tokenizer(WORLD)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    one, same, different = (new_model(tokenizer, seed=s) for s in (0, 0, 1))
+    assert torch.equal(torch.rand(4), expected)
+    vocabulary, width, wide = len(tokenizer), 64, 192
+    layer = 4 * width * width + 3 * width * wide + 2 * width
+    assert sum(p.numel() for p in one.parameters()) == vocabulary * width + 3 * layer + width
+    assert 170_000 < vocabulary * width + 3 * layer + width < 180_000
+    weights = [m.model.layers[0].mlp.up_proj.weight for m in (one, same, different)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    ids = torch.tensor([[tokenizer.bos_token_id, 9, 10]])
+    logits = one(ids).logits
+    assert logits.shape == (1, 3, vocabulary)
+    assert one.lm_head.weight is one.model.embed_tokens.weight
+    for config in (one.config, one.generation_config):
+        assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------- data set
+
+
+def read(folder, name):
+    with open(folder / f"{name}.jsonl", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("domain", ["safe", "help", "both"])
+def test_written_data(tmp_path, domain):
+    sizes = {"train": 60, "valid": 20, "test": 40}
+    about = write(tmp_path, seed=5, domain=domain, **sizes, demonstrations=400)
+    assert about == json.loads((tmp_path / "world.json").read_text())
+    assert about == {"seed": 5, "domain": domain, **sizes, "sft": 400}
+    names = {"model", "sft.jsonl", "train.jsonl", "valid.jsonl", "test.jsonl", "world.json"}
+    assert {p.name for p in tmp_path.iterdir()} == names  # and no temporary file is left
+
+    world, asked, ids = World(5), {}, []
+    for split, size in {**sizes, "sft": 400}.items():
+        rows = read(tmp_path, split)
+        assert len(rows) == size
+        assert all(set(row) == {"id", "prompt", "responses", "source"} for row in rows)
+        ids += [row["id"] for row in rows]
+        asked[split] = {json.dumps(row["prompt"]) for row in rows}
+        kinds = [world.task(row["prompt"]).kind for row in rows]
+        domains = ["help" if kind == "help" else "safe" for kind in kinds]
+        assert [row["source"] for row in rows] == [f"world-{d}" for d in domains]
+        share = {"safe": 0.0, "help": 1.0, "both": 0.5}[domain]
+        assert kinds.count("help") == share * size
+        if split != "sft":
+            assert all(row["responses"] == [] for row in rows)
+            assert len(asked[split]) == size
+            assert kinds.count("risky") == kinds.count("how-to") == (1 - share) / 2 * size
+        else:
+            scores = [world.true_reward(row["prompt"], row["responses"][0]) for row in rows]
+            assert all(len(row["responses"]) == 1 for row in rows)
+            assert min(scores[:200]) > 3.0  # the good come first
+            assert min(scores[200:]) < 0.0
+    assert len(set(ids)) == len(ids)
+    assert not asked["test"] & (asked["valid"] | asked["train"] | asked["sft"])
+    assert not asked["valid"] & (asked["train"] | asked["sft"])
+
+    model, tokenizer = (x.from_pretrained(tmp_path / "model") for x in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.config.vocab_size == len(tokenizer)
+    fresh = new_model(build_tokenizer(world), seed=5).state_dict()
+    assert all(torch.equal(fresh[name], value) for name, value in model.state_dict().items())
+
+
+def test_writing_twice_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
+    for folder, seed in (("a", 1), ("a", 2), ("b", 2)):  # "a" is written over
+        write(tmp_path / folder, seed=seed, domain="help", train=3, valid=2, test=2, demonstrations=4)
+        if (folder, seed) == ("a", 1):
+            before = (tmp_path / "a" / "sft.jsonl").read_bytes()
+    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
+    assert len(files) > 7
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    assert (tmp_path / "a" / "sft.jsonl").read_bytes() != before
+
+
+def test_write_says_what_is_wrong(tmp_path):
+    sizes = {"train": 900, "valid": 40, "test": 20, "demonstrations": 0}
+    with pytest.raises(ValueError, match='"safe", "help" or "both"'):
+        write(tmp_path, seed=0, domain="harm", **sizes)
+    with pytest.raises(ValueError, match=r"of the 960 prompts .* ask for fewer"):
+        write(tmp_path, seed=0, domain="help", **{**sizes, "train": 901})
+    with pytest.raises(ValueError, match="none is left to demonstrate"):
+        write(tmp_path, seed=0, domain="help", train=0, valid=900, test=60, demonstrations=1)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,85 @@
+"""The fused head against the dense oracle in float64: values, both gradients, odd shapes, bf16 within its budget."""
+
+import numpy as np
+import pytest
+import torch
+
+from hps.logps import dense_token_logps, sequence_logps, token_kl, token_logps
+
+SHAPES = [(1, 5, 7), (13, 8, 101), (64, 16, 257), (130, 32, 1000)]
+
+
+def draw(T: int, D: int, V: int, dtype=torch.float32):
+    g = torch.Generator().manual_seed(T)
+    hidden, weight = torch.randn(T, D, generator=g), torch.randn(V, D, generator=g)
+    # Some softmaxes are saturated: their target's weight row points along the state.
+    targets = torch.randint(0, V, (T,), generator=g)
+    hidden[::3] = 4 * weight[targets[::3]]
+    return hidden.to(dtype), weight.to(dtype), targets, torch.randn(T, generator=g)
+
+
+def oracle(hidden, weight, targets, upstream):
+    """Value and gradients in float64 by autograd through the whole (T, V) softmax."""
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logps = torch.log_softmax(h @ w.T, -1)[torch.arange(len(targets)), targets]
+    gh, gw = torch.autograd.grad((logps * upstream.double()).sum(), (h, w))
+    return logps.detach(), gh, gw
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_chunked_head_equals_the_dense_oracle(shape, chunk, frozen):
+    hidden, weight, targets, upstream = draw(*shape)
+    logps, gh, gw = oracle(hidden, weight, targets, upstream)
+    h, w = hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    ours = token_logps(h, w, targets, chunk=chunk)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), logps, rtol=1e-5, atol=2e-4)
+    (ours * upstream).sum().backward()
+    torch.testing.assert_close(h.grad.double(), gh, rtol=1e-4, atol=1e-4)
+    if frozen:
+        assert w.grad is None
+    else:
+        torch.testing.assert_close(w.grad.double(), gw, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_bf16_error_is_that_of_the_plain_bf16_path(frozen):
+    """Error budget: against float64 of the same bf16 inputs, no worse than autograd through the dense bf16 path."""
+    hidden, weight, targets, upstream = draw(96, 64, 500, dtype=torch.bfloat16)
+    logps, gh, gw = oracle(hidden, weight, targets, upstream)
+    errors = {}
+    for name, function in (("ours", token_logps), ("dense", dense_token_logps)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        value = function(h, w, targets)
+        (value * upstream).sum().backward()
+        errors[name] = [(value.double() - logps).abs().max(), (h.grad.double() - gh).abs().max()]
+        if not frozen:
+            errors[name].append((w.grad.double() - gw).abs().max())
+    for ours, dense in zip(errors["ours"], errors["dense"], strict=True):
+        assert ours <= 1.5 * dense + 1e-3
+
+
+def test_no_gradient_is_formed_when_none_is_wanted():
+    hidden, weight, targets, _ = draw(13, 8, 101)
+    with torch.no_grad():
+        assert not token_logps(hidden.requires_grad_(), weight, targets).requires_grad
+
+
+def test_sequence_logps_sums_by_owner():
+    logps = torch.tensor([-1.0, -2.0, -4.0, -8.0])
+    summed = sequence_logps(logps, torch.tensor([0, 3, 3, 2]), torch.Size([2, 2]))
+    assert summed.tolist() == [[-1.0, 0.0], [-8.0, -6.0]]
+
+
+def test_token_kl_against_scipy():
+    from scipy.stats import entropy
+
+    h, w, _, _ = draw(9, 8, 50)
+    g, v, _, _ = draw(9, 8, 50)
+    g = g + 0.3
+    p, q = torch.softmax(h.double() @ w.T.double(), -1), torch.softmax(g.double() @ v.T.double(), -1)
+    by_scipy = np.array([entropy(a, b) for a, b in zip(p.numpy(), q.numpy(), strict=True)])
+    np.testing.assert_allclose(token_kl(h, w, g, v, chunk=4).numpy(), by_scipy, rtol=1e-3, atol=1e-5)
+    assert token_kl(h, w, h, w).max() == 0

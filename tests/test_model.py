@@ -1,0 +1,151 @@
+"""Packed log-probs against separate padded forwards of the plain transformers model, over architectures and K."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from hps.model import PolicyModel, add_lora, check_paths_agree, checkpoint_layers, fingerprint, load_causal_lm
+from hps.packing import Block, pack
+
+V = 61
+
+
+def tiny(name: str) -> nn.Module:
+    sizes = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    torch.manual_seed(0)
+    if name == "llama":  # grouped keys, tied head
+        lm = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True))
+    elif name == "qwen2":  # biases, its own head
+        lm = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, tie_word_embeddings=False))
+    else:  # learned positions
+        lm = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=128))
+    for p in lm.parameters():  # far from uniform predictions, so that a wrong mask shows
+        p.data.add_(0.1 * torch.randn_like(p))
+    lm.set_attn_implementation("sdpa")
+    return lm.eval()
+
+
+def blocks_of(K: int, seed: int = 0, B: int = 3) -> list[Block]:
+    g = np.random.default_rng(seed)
+    return [
+        Block(g.integers(0, V, g.integers(1, 9)), tuple(g.integers(0, V, g.integers(1, 12)) for _ in range(K)))
+        for _ in range(B)
+    ]
+
+
+def separate_logps(lm: nn.Module, blocks: list[Block]) -> torch.Tensor:
+    """Every (prompt, response) alone, unpadded, through the model's own head and a plain log-softmax: (B, K)."""
+    rows = []
+    for block in blocks:
+        for y in block.responses:
+            ids = torch.from_numpy(np.concatenate([block.prompt, y]))
+            logps = torch.log_softmax(lm(input_ids=ids[None]).logits[0].float(), -1)
+            P = len(block.prompt)
+            rows.append(sum(logps[t - 1, ids[t]] for t in range(P, len(ids))))
+    return torch.stack(rows).view(len(blocks), -1)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("K", [1, 2, 8])
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_packed_equals_separate_forwards(name, K, share_prompt):
+    """Values and weight gradients to 1e-5 in fp32."""
+    lm, blocks = tiny(name), blocks_of(K)
+    upstream = torch.randn(len(blocks), K, generator=torch.Generator().manual_seed(1))
+    (separate_logps(lm, blocks) * upstream).sum().backward()
+    expected = {n: p.grad.clone() for n, p in lm.named_parameters()}
+    values = separate_logps(lm, blocks).detach()
+    lm.zero_grad()
+    ours = PolicyModel(lm)(pack(blocks, pad_id=0, share_prompt=share_prompt))
+    torch.testing.assert_close(ours, values, rtol=1e-5, atol=1e-4)
+    (ours * upstream).sum().backward()
+    for n, p in lm.named_parameters():
+        torch.testing.assert_close(p.grad, expected[n], rtol=1e-3, atol=2e-4 * float(expected[n].abs().max()))
+
+
+def test_ragged_k_and_batch_order_change_nothing():
+    lm = PolicyModel(tiny("llama"))
+    blocks = [blocks_of(k, seed=k, B=1)[0] for k in (3, 1, 5)]
+    together = lm(pack(blocks, pad_id=0))
+    backwards = lm(pack(blocks[::-1], pad_id=0))
+    for b, block in enumerate(blocks):
+        alone = lm(pack([block], pad_id=0))[0]
+        torch.testing.assert_close(together[b, : len(alone)], alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(backwards[2 - b, : len(alone)], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_memory_only():
+    grads = []
+    for recompute in (False, True):
+        lm = tiny("llama")
+        lm.config.attention_dropout = 0.3
+        for layer in lm.model.layers:
+            layer.self_attn.attention_dropout = 0.3  # training mode would switch it on
+        if recompute:
+            checkpoint_layers(lm)
+        torch.manual_seed(5)
+        PolicyModel(lm)(pack(blocks_of(2), pad_id=0)).sum().backward()
+        grads.append([p.grad for p in lm.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_lora_starts_as_the_reference_and_trains_only_the_adapter():
+    lm = tiny("llama")
+    before = PolicyModel(lm)(pack(blocks_of(2), pad_id=0)).detach()
+    adapted = PolicyModel(add_lora(lm, rank=4, alpha=8, targets=["q_proj", "v_proj"], seed=0))
+    after = adapted(pack(blocks_of(2), pad_id=0))
+    assert torch.equal(before, after.detach())
+    after.sum().backward()
+    with_gradient = {n for n, p in adapted.named_parameters() if p.grad is not None}
+    assert with_gradient == {n for n, _ in adapted.named_parameters() if ".lora_" in n}
+    assert len(adapted.layers) == 2
+    with pytest.raises(ValueError, match=r"lora_targets \['qkv'\] cannot be used.*k_proj"):
+        add_lora(tiny("llama"), rank=4, alpha=8, targets=["qkv"], seed=0)
+    with pytest.raises(ValueError, match="lm_head"):
+        add_lora(tiny("qwen2"), rank=4, alpha=8, targets=["lm_head"], seed=0)
+
+
+class SoftCapped(nn.Module):
+    """A head that changes its logits after the product, as Gemma 2's does."""
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def get_decoder(self):
+        return self.lm.get_decoder()
+
+    def get_output_embeddings(self):
+        return self.lm.get_output_embeddings()
+
+    def forward(self, **inputs):
+        out = self.lm(**inputs)
+        out.logits = 2 * torch.tanh(out.logits / 2)
+        return out
+
+
+def test_models_that_the_packed_path_gets_wrong_are_refused():
+    assert check_paths_agree(PolicyModel(tiny("llama")), vocab_size=V) < 1e-4
+    with pytest.raises(ValueError, match="differ from this model's own logits.*SoftCapped"):
+        check_paths_agree(PolicyModel(SoftCapped(tiny("llama"))), vocab_size=V)
+
+
+def test_fingerprint_names_content():
+    lm = tiny("llama")
+    name = fingerprint(lm)
+    assert name == fingerprint(tiny("llama"))
+    lm.config._name_or_path = "/elsewhere"
+    assert name == fingerprint(lm)
+    lm.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1e-6
+    assert name != fingerprint(lm)
+    other = tiny("llama")
+    other.config.rms_norm_eps = 1e-3
+    assert name != fingerprint(other)
+
+
+def test_a_missing_model_is_the_users_mistake(tmp_path):
+    with pytest.raises(ValueError, match="cannot load the model"):
+        load_causal_lm(str(tmp_path), dtype=torch.float32)

@@ -1,0 +1,94 @@
+"""Packed rows: the literal layout, the budget, and the block mask against a brute-force reading of its rule."""
+
+import numpy as np
+import pytest
+import torch
+
+from hps.attention import block_mask
+from hps.packing import Block, micro_batches, pack, pieces
+
+
+def random_blocks(seed: int, B: int = 7, most: int = 5) -> list[Block]:
+    g = np.random.default_rng(seed)
+    return [
+        Block(g.integers(3, 99, g.integers(1, 9)), tuple(g.integers(3, 99, g.integers(1, 7)) for _ in range(k)))
+        for k in g.integers(1, most + 1, B)
+    ]
+
+
+def test_the_layout_of_the_docstring():
+    packed = pack([Block(np.array([7, 8]), (np.array([5, 2]), np.array([6, 9, 2])))], pad_id=0)
+    assert packed.input_ids.tolist() == [[7, 8, 5, 2, 6, 9, 2]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4]]
+    assert packed.segment.tolist() == [[0, 0, 1, 1, 2, 2, 2]]
+    assert packed.predictor.tolist() == [1, 2, 1, 4, 5]
+    assert packed.targets.tolist() == [5, 2, 6, 9, 2]
+    assert packed.sequence.tolist() == [0, 0, 1, 1, 1]
+    assert packed.num_tokens.tolist() == [[2, 3]]
+
+
+def test_the_padded_layout():
+    packed = pack([Block(np.array([7, 8]), (np.array([5, 2]), np.array([6, 9, 2])))], pad_id=0, share_prompt=False)
+    assert packed.input_ids.tolist() == [[7, 8, 5, 2, 0], [7, 8, 6, 9, 2]]
+    assert packed.predictor.tolist() == [1, 2, 6, 7, 8]
+    assert packed.sequence.tolist() == [0, 0, 1, 1, 1]
+    assert block_mask(packed) is None
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_every_token_is_scored_once_by_its_predecessor(share_prompt):
+    """Whatever the layout: targets are the responses' tokens, and each predictor is the token just before."""
+    blocks = random_blocks(0)
+    packed = pack(blocks, pad_id=0, share_prompt=share_prompt)
+    flat, K = packed.input_ids.flatten(), packed.num_tokens.shape[1]
+    for b, block in enumerate(blocks):
+        for k, y in enumerate(block.responses):
+            mine = packed.sequence == b * K + k
+            assert packed.targets[mine].tolist() == y.tolist()
+            assert flat[packed.predictor[mine]].tolist() == [block.prompt[-1], *y[:-1]]
+            assert packed.num_tokens[b, k] == len(y)
+        assert packed.valid[b].tolist() == [k < len(block.responses) for k in range(K)]
+
+
+def test_block_mask_is_the_rule():
+    """Brute force over every pair of positions, each carrying (block, segment) written out from the blocks."""
+    packed = pack(random_blocks(1), pad_id=0)
+    mask = block_mask(packed)[:, 0]
+    R, N = packed.input_ids.shape
+    for r in range(R):
+        for i in range(N):
+            for j in range(N):
+                same = packed.block[r, i] == packed.block[r, j]
+                prompt_or_own = packed.segment[r, j] == 0 or packed.segment[r, j] == packed.segment[r, i]
+                assert mask[r, i, j] == bool(same and prompt_or_own and j <= i)
+    assert mask.any(-1).all()  # no empty softmax row
+
+
+def test_rows_hold_all_blocks_with_few_pads():
+    lengths = [len(b) for b in random_blocks(2, B=40)]
+    packed = pack(random_blocks(2, B=40), pad_id=0)
+    R, N = packed.input_ids.shape
+    assert max(lengths) == N
+    assert int((packed.block >= 0).sum()) == sum(lengths)
+    assert R * N < 1.35 * sum(lengths) + N
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("budget", [1, 30, 100, 10_000])
+def test_micro_batches_cover_all_within_budget_and_agree_on_their_number(world_size, budget):
+    lengths = [len(b) for b in random_blocks(3, B=23)]
+    ranks = micro_batches(lengths, budget=budget, world_size=world_size)
+    assert sorted(i for batches in ranks for members in batches for i in members) == list(range(23))
+    assert len({len(batches) for batches in ranks}) == 1  # or sharded collectives hang
+    for batches in ranks:
+        for members in batches:
+            assert len(members) <= 1 or sum(lengths[i] for i in members) <= budget
+
+
+def test_pieces_hold_all_responses_in_order():
+    block = random_blocks(4, B=1, most=1)[0]
+    block = Block(block.prompt, tuple(np.full(n, n) for n in range(1, 30)))
+    cut = pieces(block, tokens=60)
+    assert [y.tolist() for piece in cut for y in piece.responses] == [y.tolist() for y in block.responses]
+    assert all(len(piece) <= 60 or len(piece.responses) == 1 for piece in cut)
+    assert len(cut) < 29

@@ -1,0 +1,215 @@
+"""The sampler: the distribution of draws, what is excluded, and what a draw may not depend on."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from hps.sampling import (
+    counter_uniform,
+    dispreferred,
+    gamma_at,
+    log_q,
+    normalise_rewards,
+    plan,
+    ranked_subset,
+)
+
+RUN = dict(epochs=2, prompts_per_step=4, seed=0)
+
+
+def world(rows: int = 40, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """Ragged rewards, all texts distinct, and keys."""
+    g = np.random.default_rng(seed)
+    rewards = [g.normal(size=g.integers(3, 12)) for _ in range(rows)]
+    return rewards, [np.arange(len(r)) for r in rewards], g.integers(0, 2**63, size=rows, dtype=np.uint64)
+
+
+def test_log_q_is_eq_9():
+    """q_i = exp(gamma s_i) / sum over the dispreferred; the preferred column takes no part."""
+    s = torch.tensor([[9.0, 1.0, 0.0, -2.0]], dtype=torch.float64)
+    by_hand = np.exp(2 * np.array([1.0, 0.0, -2.0]))
+    np.testing.assert_allclose(log_q(s, 2.0).exp().numpy()[0], by_hand / by_hand.sum(), rtol=1e-12)
+
+
+def test_log_q_never_overflows():
+    """The authors' np.exp(gamma * r) is inf past 709; log space is exact at any scale."""
+    s = torch.tensor([[2000.0, 1000.0, 999.0, -3000.0]], dtype=torch.float64)
+    for gamma in (-5.0, 5.0):
+        q = log_q(s, gamma)
+        assert torch.isfinite(q).all()
+        assert torch.logsumexp(q, 1).item() == pytest.approx(0.0, abs=1e-12)
+    assert log_q(s, 5.0)[0, 1].item() == pytest.approx(-5.0 - math.log1p(math.exp(-5.0)))
+
+
+def test_log_q_of_ragged_rows():
+    s = torch.tensor([[5.0, 1.0, 7.0], [3.0, 2.0, 1.0]], dtype=torch.float64)
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    q = log_q(s, torch.tensor([1.0, 2.0], dtype=torch.float64), valid=valid).exp()
+    np.testing.assert_allclose(q.numpy(), [[1.0, 0.0], [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))]], rtol=1e-12)
+
+
+def test_gamma_schedules():
+    """Fixed values of the four readings of "from -5 to 5, updated every 20 %"."""
+    at = np.array([0.0, 0.19, 0.2, 0.59, 0.6, 0.99])
+    assert gamma_at(at).tolist() == [-5, -5, -3, -1, 1, 3]
+    assert gamma_at(at, schedule="inclusive").tolist() == [-5, -5, -2.5, 0, 2.5, 5]
+    np.testing.assert_allclose(gamma_at(at, schedule="linear"), -5 + 10 * at)
+    assert gamma_at(at, schedule="constant", start=2.0).tolist() == [2.0] * 6
+    # 3/5 of 10 steps is step 6: floats must not push it back into the third phase.
+    assert gamma_at(np.arange(10) / 10).tolist() == [-5, -5, -3, -3, -1, -1, 1, 1, 3, 3]
+    with pytest.raises(ValueError, match="unknown gamma_schedule 'ramp'"):
+        gamma_at(0.5, schedule="ramp")
+
+
+def test_draws_follow_q():
+    """One prompt visited 20,000 times at a constant gamma: the counts of the draws against Eq. 9."""
+    rewards = np.array([0.3, 2.0, 1.2, -0.5, 0.9])
+    p = plan(
+        [rewards] * 20_000,
+        [np.arange(5)] * 20_000,
+        np.arange(20_000, dtype=np.uint64),
+        view="hps",
+        gamma_schedule="constant",
+        gamma_start=1.5,
+        epochs=1,
+        prompts_per_step=64,
+        seed=3,
+    )
+    assert (p.responses[:, 0] == 1).all()
+    weights = np.exp(1.5 * np.delete(rewards, 1))
+    counts = np.bincount(p.responses[:, 1], minlength=5)
+    assert counts[1] == 0
+    assert stats.chisquare(np.delete(counts, 1), 20_000 * weights / weights.sum()).pvalue > 1e-3
+
+
+def test_uniform_view_draws_evenly_and_redraws_each_epoch():
+    n = 6
+    p = plan(
+        [np.arange(n, dtype=float)] * 5000,
+        [np.arange(n)] * 5000,
+        np.arange(5000, dtype=np.uint64),
+        view="uniform",
+        **RUN,
+    )
+    assert stats.chisquare(np.bincount(p.responses[:, 1], minlength=n)[:-1]).pvalue > 1e-3
+    first, second = (
+        dict(zip(p.row[p.epoch == e], p.responses[p.epoch == e, 1], strict=True)) for e in (0, 1)
+    )
+    same = np.mean([first[row] == second[row] for row in first])
+    assert abs(same - 1 / (n - 1)) < 0.03  # independent draws agree by chance only
+
+
+def test_counter_uniform_is_uniform_and_independent_across_counters():
+    u = counter_uniform(7, np.arange(20_000))
+    v = counter_uniform(7, np.arange(20_000), 1)
+    assert ((0 < u) & (u < 1)).all()
+    assert stats.kstest(u, "uniform").pvalue > 1e-3
+    assert stats.kstest(v, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(u, v)[0, 1]) < 0.03
+    assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.03
+    assert counter_uniform(7, 5, 9).item() == counter_uniform(7, 5, np.array([8, 9]))[1]
+
+
+def test_draws_depend_on_the_prompt_and_not_on_its_place():
+    """Another file order, other prompts left out, wider neighbours (padding): the same draw for the same prompt."""
+    rewards, identity, keys = world()
+    whole = plan(rewards, identity, keys, view="hps", gamma_schedule="constant", gamma_start=1.0, **RUN)
+    at = {(keys[r], e): y[1] for r, e, y in zip(whole.row, whole.epoch, whole.responses, strict=True)}
+    some = np.random.default_rng(1).permutation(40)[:15]
+    part = plan(
+        [rewards[i] for i in some],
+        [identity[i] for i in some],
+        keys[some],
+        view="hps",
+        gamma_schedule="constant",
+        gamma_start=1.0,
+        **RUN,
+    )
+    for r, e, y in zip(part.row, part.epoch, part.responses, strict=True):
+        assert y[1] == at[keys[some][r], e]
+
+
+def test_every_prompt_once_an_epoch_in_a_new_order():
+    rewards, identity, keys = world()
+    p = plan(rewards, identity, keys, view="bt", **RUN)
+    one, two = p.row[:40], p.row[40:]
+    assert sorted(one) == sorted(two) == list(range(40))
+    assert list(one) != list(two)
+    assert p.steps == 20
+    assert [v for s in range(p.steps) for v in p.step(s)] == list(range(80))
+    unshuffled = plan(rewards, identity, keys, view="bt", shuffle=False, **RUN)
+    assert list(unshuffled.row) == list(range(40)) * 2
+
+
+def test_curriculum_follows_optimizer_steps():
+    rewards, identity, keys = world()
+    p = plan(rewards, identity, keys, view="hps", **RUN)  # 20 steps, four of each gamma
+    assert [p.gamma[p.step(s)[0]] for s in range(20)] == [g for g in (-5, -3, -1, 1, 3) for _ in range(4)]
+    # gamma = -5 draws low-reward responses, gamma = 3 high ones.
+    mean = {g: np.mean([stats.rankdata(rewards[r])[y] / len(rewards[r])
+                        for r, y in zip(p.row[p.gamma == g], p.responses[p.gamma == g, 1], strict=True)])
+            for g in (-5, 3)}
+    assert mean[-5] < 0.35 < 0.55 < mean[3]
+
+
+def test_ties_and_copies_of_the_best_are_excluded_and_counted():
+    """Candidates: best, tie with it, copy of its text with a lower score, two true opponents."""
+    rewards = np.array([3.0, 3.0, 1.0, 2.0, 0.0])
+    identity = np.array([0, 1, 0, 2, 3])
+    best, mask, counts = dispreferred(rewards, identity)
+    assert best == 0
+    assert mask.tolist() == [False, False, False, True, True]
+    assert counts == {"ties_with_best": 1, "copies_of_best": 1}
+    p = plan([rewards] * 50, [identity] * 50, np.arange(50), view="uniform", n_factor="n_minus_one", **RUN)
+    assert set(p.responses[:, 1]) == {3, 4}
+    assert p.excluded == {"ties_with_best": 50, "copies_of_best": 50}
+    assert set(p.kappa) == {2.0}  # N counts what q runs over
+
+
+def test_rows_without_contrast_are_dropped_and_counted():
+    rewards = [np.array([1.0]), np.array([2.0, 2.0]), np.array([1.0, 0.0])]
+    identity = [np.array([0]), np.array([0, 1]), np.array([0, 1])]
+    p = plan(rewards, identity, np.arange(3), view="bt", **RUN)
+    assert p.dropped == {"rows_one_response": 1, "rows_no_dispreferred": 1}
+    assert set(p.row) == {2}
+    with pytest.raises(ValueError, match="no prompt has a response below its best one"):
+        plan(rewards[:2], identity[:2], np.arange(2), view="bt", **RUN)
+
+
+def test_bt_takes_best_and_worst_and_pl_ranks_evenly():
+    rewards = np.array([5.0, 0.0, 9.0, 3.0, 1.0, 7.0, 2.0, 4.0, 6.0, 8.0])
+    same = np.arange(10)
+    bt = plan([rewards], [same], np.arange(1), view="bt", **RUN)
+    assert bt.responses[0].tolist() == [2, 1]
+    pl = plan([rewards], [same], np.arange(1), view="pl", pl_responses=4, **RUN)
+    # Ranks of the nine dispreferred: 0 (reward 8), 4 (reward 4), 8 (reward 0).
+    assert rewards[pl.responses[0]].tolist() == [9.0, 8.0, 4.0, 0.0]
+    ragged = plan([rewards[:3]], [same[:3]], np.arange(1), view="pl", pl_responses=4, **RUN)
+    assert ragged.responses[0].tolist() == [2, 0, 1, -1]
+    # A text that stands twice is ranked once.
+    _, mask, _ = dispreferred(rewards, same)
+    copies = same.copy()
+    copies[7] = copies[0]
+    assert set(ranked_subset(rewards, mask, copies, 20)) == set(range(10)) - {2, 7}
+
+
+def test_reward_normalisation():
+    r = np.array([1.0, 2.0, 6.0])
+    z = normalise_rewards(r, norm="zscore", scale=0.5)
+    np.testing.assert_allclose(z, 0.5 * stats.zscore(r))
+    assert normalise_rewards(np.array([2.0, 2.0]), norm="zscore").tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match="unknown reward_norm 'rank'"):
+        normalise_rewards(r, norm="rank")
+
+
+def test_effective_negatives():
+    """exp(entropy): n - 1 at gamma = 0, 1 where q is an argmax."""
+    rewards = np.array([9.0, 3.0, 2.0, 1.0, 0.0])
+    for gamma, expected in ((0.0, 4.0), (100.0, 1.0)):
+        p = plan(
+            [rewards], [np.arange(5)], np.arange(1), view="hps", gamma_schedule="constant", gamma_start=gamma, **RUN
+        )
+        assert p.effective[0] == pytest.approx(expected, rel=1e-5)

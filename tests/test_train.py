@@ -1,0 +1,357 @@
+"""The loop: the same trajectory however it is split, sharded, packed, cached or interrupted; known first losses;
+every user mistake named. Runs `train.py` on a tiny world, with the shapes that real runs pass."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+from hps import reference
+from hps.data import listwise
+from hps.model import load_causal_lm
+from hps.packing import Block
+
+
+def arguments(world: Path, out: Path, **changes) -> list[str]:
+    """A short full-tuning run whose losses move: 24 prompts, 2 epochs, 6 steps of 8."""
+    options = dict(
+        model=world / "model",
+        data=world / "train.jsonl",
+        out=out,
+        method="dpo-hps",
+        lora_rank=0,
+        lr=3e-3,
+        epochs=2,
+        prompts_per_step=8,
+        max_length=128,
+        beta=0.5,
+        reference_cache=world / "cache",
+    )
+    options |= changes
+    return [f"--{key}={value}" for key, value in options.items() if value is not None]
+
+
+def losses(out: Path, key: str = "loss") -> list[float]:
+    return [json.loads(line)[key] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(world: Path, out: Path, **changes) -> list[float]:
+    train.main(arguments(world, out, **changes))
+    return losses(out)
+
+
+def run_ranks(world: Path, out: Path, ranks: int, **changes) -> list[float]:
+    """The same under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py"]
+    done = subprocess.run(
+        [*command, *arguments(world, out, **changes)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(out)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_world, tmp_path_factory) -> list[float]:
+    """The trajectory that others are compared with: one process, one micro-batch a step, packed, cached."""
+    out = tmp_path_factory.mktemp("base")
+    values = run(tiny_world, out, tokens_per_micro_batch=100_000)
+    assert len(values) == 6 and (out / "policy").exists()
+    assert np.std(values[1:]) > 1e-2  # a trajectory that does not move would equal anything
+    return values
+
+
+def test_accumulation_does_not_change_the_trajectory(tiny_world, tmp_path, base):
+    """8 prompts in one micro-batch, or in eight of one prompt each."""
+    np.testing.assert_allclose(run(tiny_world, tmp_path, tokens_per_micro_batch=1), base, rtol=0, atol=1e-5)
+
+
+def test_padded_rows_give_the_packed_trajectory(tiny_world, tmp_path, base):
+    np.testing.assert_allclose(run(tiny_world, tmp_path, share_prompt="false"), base, rtol=0, atol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_trajectory(tiny_world, tmp_path, base):
+    np.testing.assert_allclose(run(tiny_world, tmp_path, gradient_checkpointing="true"), base, rtol=0, atol=1e-5)
+
+
+def test_a_live_reference_gives_the_cached_trajectory(tiny_world, tmp_path, base, monkeypatch):
+    """Instead of the cache: a second copy of the start model, each response alone through its own head."""
+    lm = load_causal_lm(str(tiny_world / "model"), dtype=torch.float32)
+
+    def live(cache: reference.Cache, block: Block) -> np.ndarray:
+        rows = []
+        for y in block.responses:
+            ids = torch.from_numpy(np.concatenate([block.prompt, y])).long()
+            with torch.no_grad():
+                logps = torch.log_softmax(lm(input_ids=ids[None]).logits[0], -1)
+            P = len(block.prompt)
+            rows.append(sum(float(logps[t - 1, ids[t]]) for t in range(P, len(ids))))
+        return np.array(rows, dtype=np.float32)
+
+    monkeypatch.setattr(reference, "fill", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(reference, "lookup", live)
+    np.testing.assert_allclose(run(tiny_world, tmp_path), base, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [100_000, 120])
+def test_two_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base, budget):
+    """Sharded on 2 gloo ranks; with the small budget some ranks get dummy micro-batches."""
+    values = run_ranks(tiny_world, tmp_path, 2, tokens_per_micro_batch=budget, reference_cache=tmp_path / "cache")
+    np.testing.assert_allclose(values, base, rtol=0, atol=1e-5)
+
+
+def test_lora_on_two_ranks(tiny_world, tmp_path):
+    """LoRA: one process, two ranks, and the exported adapter loads in plain peft with the trained weights."""
+    lora = dict(lora_rank=4, lora_alpha=8, lr=3e-2)
+    one = run(tiny_world, tmp_path / "one", **lora)
+    two = run_ranks(tiny_world, tmp_path / "two", 2, **lora)
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    from peft import AutoPeftModelForCausalLM
+
+    adapters = [AutoPeftModelForCausalLM.from_pretrained(tmp_path / which / "policy") for which in ("one", "two")]
+    weights = [{n: p for n, p in a.named_parameters() if "lora_" in n} for a in adapters]
+    assert weights[0] and all(p.abs().max() > 0 for p in weights[0].values())
+    for name, p in weights[0].items():
+        torch.testing.assert_close(p, weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_exported_full_weights_score_as_the_policy_did(tiny_world, tmp_path):
+    """A second run that starts from the exported policy, with the old model as its reference, begins where the
+    first one's last update left off: its step-0 log-probs are not the reference's."""
+    run(tiny_world, tmp_path / "a")
+    lm = load_causal_lm(str(tmp_path / "a" / "policy"), dtype=torch.float32)
+    start = load_causal_lm(str(tiny_world / "model"), dtype=torch.float32)
+    moved = max(float((p - q).abs().max()) for p, q in zip(lm.parameters(), start.parameters(), strict=True))
+    assert moved > 1e-3
+    assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight  # still tied
+    values = run(
+        tiny_world, tmp_path / "b", model=tmp_path / "a" / "policy", reference=tiny_world / "model", method="dpo-bt"
+    )
+    assert abs(values[0] - math.log(2)) > 1e-2
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_resumed_run_is_bit_identical(tiny_world, tmp_path, base, stop):
+    """Stopped after some steps and started again with the same command: the remaining losses to the last bit."""
+    whole = run(tiny_world, tmp_path / "whole", tokens_per_micro_batch=100_000)
+    assert whole == base  # the loop itself is deterministic
+    half = run(tiny_world, tmp_path / "half", tokens_per_micro_batch=100_000, stop_after=stop)
+    assert half == whole[:stop]
+    assert run(tiny_world, tmp_path / "half", tokens_per_micro_batch=100_000) == whole
+    for key in ("grad_norm", "lr", "gamma"):
+        assert losses(tmp_path / "half", key) == losses(tmp_path / "whole", key)
+    weights = [(tmp_path / which / "policy/model.safetensors").read_bytes() for which in ("half", "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_resume_on_another_number_of_ranks(tiny_world, tmp_path, base):
+    """Two steps on two ranks, the rest on one: the trajectory of an undisturbed run."""
+    run_ranks(tiny_world, tmp_path, 2, stop_after=2)
+    np.testing.assert_allclose(run(tiny_world, tmp_path), base, rtol=0, atol=1e-5)
+
+
+def test_resume_reads_the_last_checkpoint_and_cuts_the_log(tiny_world, tmp_path, base, monkeypatch):
+    """Killed between checkpoints: steps past the last one are done again and stand in the log once."""
+    real = train.lr_at
+
+    def kill(c, step, steps):
+        if step == 4:
+            raise KeyboardInterrupt
+        return real(c, step, steps)
+
+    monkeypatch.setattr(train, "lr_at", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_world, tmp_path, save_every=3, tokens_per_micro_batch=100_000)
+    monkeypatch.undo()
+    assert len(losses(tmp_path)) == 4
+    assert run(tiny_world, tmp_path, save_every=3, tokens_per_micro_batch=100_000) == base
+
+
+def test_a_resumed_run_never_scores_the_reference_again(tiny_world, tmp_path):
+    """With the cache gone, trained weights must not stand in for the reference."""
+    cache = tmp_path / "cache"
+    run(tiny_world, tmp_path / "run", stop_after=2, reference_cache=cache)
+    for shard in cache.rglob("shard-*"):
+        shard.unlink()
+    with pytest.raises(ValueError, match="a reference log-prob is missing"):
+        run(tiny_world, tmp_path / "run", reference_cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("dpo-bt", {}, math.log(2)),
+        ("dpo-hps", {}, math.log(2)),
+        ("dpo-uniform", {}, math.log(2)),
+        ("ipo-hps", {}, 1 / (4 * 0.5**2)),
+        ("nca-bt", {}, 2 * math.log(2)),
+    ],
+)
+def test_first_loss_is_known(tiny_world, tmp_path, method, options, expected):
+    values = run(tiny_world, tmp_path, method=method, stop_after=1, **options)
+    assert values[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_first_loss_of_plackett_luce_is_the_mean_log_factorial(tiny_world, tmp_path):
+    """Every prompt of a run of one step: mean of log n! over the ranks that each has, at most 5."""
+    values = run(tiny_world, tmp_path, method="dpo-pl", pl_responses=5, prompts_per_step=24, stop_after=1)
+    ns = []
+    for row in listwise.read(tiny_world / "train.jsonl"):
+        best = int(np.argmax(row.rewards))
+        others = {y for y, r in zip(row.responses, row.rewards, strict=True) if r < row.rewards[best]}
+        others.discard(row.responses[best])
+        ns.append(min(5, 1 + len(others)))
+    assert values[0] == pytest.approx(np.mean([math.lgamma(n + 1) for n in ns]), abs=1e-4)
+
+
+def test_n_factor_raises_the_first_loss_to_log_n(tiny_world, tmp_path):
+    """kappa = number of dispreferred responses: log(1 + kappa) at policy = reference."""
+    values = run(tiny_world, tmp_path, n_factor="n_minus_one", stop_after=1)
+    assert math.log(3) < values[0] < math.log(9)
+
+
+def test_the_self_check_fails_on_a_wrong_reference(tiny_world, tmp_path, monkeypatch):
+    real = reference.lookup
+    monkeypatch.setattr(reference, "lookup", lambda cache, block: real(cache, block) - np.arange(len(block.responses)))
+    with pytest.raises(ValueError, match="with policy = reference dpo-bt must give 0.693147"):
+        run(tiny_world, tmp_path, method="dpo-bt")
+    assert not (tmp_path / "policy").exists()
+
+
+def test_training_raises_the_margin_that_it_optimises(tiny_world, tmp_path):
+    run(tiny_world, tmp_path, epochs=10)
+    margins = losses(tmp_path, "rewards/margins")
+    assert margins[0] == pytest.approx(0, abs=1e-4)
+    assert np.mean(margins[-5:]) > 1.0
+    assert np.mean(losses(tmp_path, "rewards/accuracies")[-5:]) > 0.8
+
+
+def test_bf16_follows_fp32(tiny_world, tmp_path, base):
+    for name, options in {"full": {}, "lora": dict(lora_rank=4)}.items():
+        low = run(tiny_world, tmp_path / name, dtype="bf16", **options)
+        assert low[0] == pytest.approx(math.log(2), abs=2e-2)
+        assert all(math.isfinite(x) for x in low)
+        if name == "full":
+            np.testing.assert_allclose(low, base, atol=0.1)
+
+
+def test_sft_learns_the_preferred_response(tiny_world, tmp_path):
+    """Loss per token from log V at random weights; the file's order kept."""
+    options = dict(loss="sft", method=None, beta=None, reference_cache=None, data=tiny_world / "sft.jsonl")
+    values = run(tiny_world, tmp_path, epochs=6, shuffle="false", lr=1e-2, **options)
+    size = json.loads((tiny_world / "model/config.json").read_text())["vocab_size"]
+    assert values[0] == pytest.approx(math.log(size), rel=0.05)
+    assert values[-1] < values[0] - 1
+
+
+# ------------------------------------------------------------------------------------- mistakes and odd data
+
+
+def rewrite(world: Path, tmp_path: Path, change) -> Path:
+    """A copy of the training file with `change(list of dicts)` applied."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    change(rows)
+    path = tmp_path / "changed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def counts(out: Path) -> dict[str, int]:
+    return json.loads((out / "summary.json").read_text())["counts"]
+
+
+def test_odd_rows_are_dropped_and_counted(tiny_world, tmp_path):
+    """n = 1, all rewards equal, an empty response, an over-long prompt: left out, counted, nothing is NaN."""
+
+    def change(rows):
+        rows[0].update(responses=rows[0]["responses"][:1], rewards=[1.0])
+        rows[1].update(rewards=[2.0] * len(rows[1]["responses"]))
+        rows[2]["responses"][0] = ""
+        rows[3]["prompt"][-1]["content"] = " ".join(["the"] * 500)
+
+    values = run(tiny_world, tmp_path / "out", data=rewrite(tiny_world, tmp_path, change))
+    found = counts(tmp_path / "out")
+    assert found["rows_one_response"] == 1
+    assert found["rows_no_dispreferred"] == 1
+    assert found["responses_empty"] == 1
+    assert found["rows_overlong_prompt"] == 1
+    assert found["rows_read"] == 24 and found["rows_kept"] == 23
+    assert len(values) == math.ceil(2 * 21 / 8)
+    assert all(math.isfinite(x) for x in values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[4].pop("rewards"), r"changed\.jsonl:5: .*data_prep\.py annotate"),
+        (lambda rows: rows[4]["rewards"].pop(), r"changed\.jsonl:5: "),
+        (lambda rows: rows[4]["rewards"].__setitem__(0, float("nan")), r"changed\.jsonl:5: "),
+        (lambda rows: rows[4].update(id=rows[0]["id"]), r"changed\.jsonl:5: "),
+        (lambda rows: [r.update(rewards=[1.0] * len(r["rewards"])) for r in rows], "no prompt has a response below"),
+    ],
+)
+def test_bad_data_is_named_with_file_and_line(tiny_world, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_world, tmp_path / "out", data=rewrite(tiny_world, tmp_path, change))
+
+
+def test_a_broken_line_is_named(tiny_world, tmp_path):
+    path = rewrite(tiny_world, tmp_path, lambda rows: None)
+    lines = path.read_text().splitlines()
+    lines[6] = lines[6][:-9]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"changed\.jsonl:7: "):
+        run(tiny_world, tmp_path / "out", data=path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(method="dpo-hsp"), "method = 'dpo-hsp' does not exist; choose one of dpo-bt"),
+        (dict(method="dpo-bt", gamma_end=3), "method dpo-bt does not use.*gamma_end"),
+        (dict(method="dpo-hps", pl_responses=3), "method dpo-hps does not use.*pl_responses"),
+        (dict(method="nca-hps", label_smoothing=0.1), "method nca-hps does not use.*label_smoothing"),
+        (dict(loss="sft", beta=None, reference_cache=None), "loss sft does not use.*method"),
+        (dict(gamma_schedule="constant", gamma_end=3), "does not use.*gamma_end"),
+        (dict(lora_alpha=4), "does not use.*lora_alpha"),
+        (dict(dtype="fp16"), "dtype = 'fp16' does not exist; choose one of fp32, bf16"),
+        (dict(beta=0), "beta must be positive"),
+        (dict(betta=0.1), "betta.*--beta"),
+        (dict(epochs="two"), "epochs.*'two'.*int"),
+        (dict(overlong="error", max_length=12), r"train\.jsonl:\d+: "),
+        (dict(model="nowhere"), "nowhere"),
+    ],
+)
+def test_a_wrong_option_is_named(tiny_world, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_world, tmp_path, **options)
+
+
+def test_a_folder_with_another_run_is_refused(tiny_world, tmp_path):
+    run(tiny_world, tmp_path, stop_after=1)
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(lr: 0.003 -> 0.01\)"):
+        run(tiny_world, tmp_path, lr=0.01)
+
+
+def test_errors_end_with_status_2_and_no_traceback(tiny_world, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train.py", *arguments(tiny_world, tmp_path, method="dpo-bt", gamma_end=3)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
