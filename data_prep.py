@@ -21,6 +21,7 @@ import torch
 
 from hps import config, model
 from hps.data import doctor, generate, importers, listwise, rewards, tokens
+from hps.lab import scorers, world
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Fit:
 
 @dataclass
 class Annotate:
-    scorer: str  # world[:SEED] (its training reward), human (1 chosen, 0 rejected), or a file of `fit`
+    scorer: str  # world-est[:SEED] (its training reward), world-true[:SEED], human (1 chosen, 0 rejected), or a file
     input: str  # list-wise JSON Lines
     output: str  # the same with rewards
 
@@ -83,8 +84,6 @@ def report(counts: dict[str, int], output: str) -> None:
 
 
 def make_world(c: World) -> None:
-    from hps.lab import world
-
     about = world.write(Path(c.out), **{k: v for k, v in config.as_dict(c).items() if k != "out"})
     report({k: v for k, v in about.items() if isinstance(v, int)}, c.out)
 
@@ -138,7 +137,7 @@ def fit_scorer(c: Fit) -> None:
     rows = [row for row in listwise.read(c.input) if row.chosen is not None and row.rejected is not None]
     if not rows:
         raise ValueError(f"{c.input}: no row has a human pair (chosen, rejected) to fit a reward model on")
-    pairs = [(row.responses[row.chosen], row.responses[row.rejected]) for row in rows]
+    pairs = [(str(row.prompt), row.responses[row.chosen], row.responses[row.rejected]) for row in rows]
     rewards.save_linear(rewards.fit_linear(pairs), c.output)
     report({"pairs": len(rows)}, c.output)
 
@@ -148,7 +147,8 @@ def annotate_rows(c: Annotate) -> None:
     if c.scorer == "human":
         found = [human_rewards(row) for row in rows]
     else:
-        found = rewards.annotate(((row.id, row.prompt, list(row.responses)) for row in rows), scorer(c.scorer))
+        asked = ((row.id, row.prompt, list(row.responses)) for row in rows)
+        found = [r for _, r in rewards.annotate(asked, scorers.load(c.scorer))]
     listwise.write(c.output, [dataclasses.replace(row, rewards=tuple(r)) for row, r in zip(rows, found, strict=True)])
     report({"rows": len(rows), "responses": sum(len(row.responses) for row in rows)}, c.output)
 
@@ -158,17 +158,6 @@ def human_rewards(row: listwise.Row) -> list[float]:
     if row.chosen is None or len(row.responses) != 2:
         raise ValueError(f"{row.where}: scorer human needs a row of two responses with `chosen`")
     return [float(k == row.chosen) for k in range(2)]
-
-
-def scorer(name: str):
-    """The function (prompt, responses) -> rewards of a scorer's name."""
-    if name.split(":")[0] == "world":
-        from hps.lab.world import World
-
-        world = World(int(name.partition(":")[2] or 0))
-        return lambda prompt, responses: [world.train_reward(prompt, y) for y in responses]
-    linear = rewards.load_linear(name)
-    return lambda prompt, responses: rewards.score_linear(linear, prompt, responses)
 
 
 def diagnose(c: Doctor) -> None:

@@ -9,7 +9,6 @@ Margins need candidates with rewards or a human pair; reward, harm and win rate 
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from hps import checkpoint, config, dist, logps, model, reference
-from hps.data import generate, listwise, rewards, tokens
+from hps.data import generate, listwise, tokens
 from hps.evaluate import metrics, report
+from hps.lab import scorers
 from hps.packing import Block, pack
 
 
@@ -37,7 +37,7 @@ class Config:
     temperature: float = 0.9  # of the samples
     max_new_tokens: int = 256  # a sample ends there at the latest
     seed: int = 0  # of the samples
-    scorer: str = "none"  # of the samples: none, world[:SEED] (true reward), or the file of a linear reward model
+    scorer: str = "none"  # of the samples: none, world-true[:SEED], or the file of a linear reward model
     baseline: str = ""  # out folder of another evaluation (the SFT model's), for the win rate
     # -- compute --
     dtype: str = "fp32"  # fp32 or bf16
@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate(c: Config, ranks: dist.Ranks) -> None:
-    score = scorer(c.scorer)
+    score = None if c.scorer == "none" else scorers.load(c.scorer)
     rows = listwise.read(c.data)[: c.limit or None]
     tokenizer = tokens.load_tokenizer(c.reference)
-    examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length)
+    examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, progress=ranks.first)
     by_id = {row.id: row for row in rows}
     dtype = model.DTYPES[c.dtype]
     policy_lm, ref_lm = (model.load_causal_lm(path, dtype=dtype) for path in (c.model, c.reference))
@@ -111,19 +111,6 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     dist.barrier()
     if ranks.first:
         merge(c, out, [e.id for e in examples], ranks.world_size)
-
-
-def scorer(name: str) -> Callable[[listwise.Prompt, list[str]], list[float]] | None:
-    """The function that rewards samples: none, world[:seed], or a linear reward model's file."""
-    if name == "none":
-        return None
-    if name.split(":")[0] == "world":
-        from hps.lab.world import World
-
-        world = World(int(name.partition(":")[2] or 0))
-        return lambda prompt, responses: [world.true_reward(prompt, y) for y in responses]
-    linear = rewards.load_linear(name)
-    return lambda prompt, responses: rewards.score_linear(linear, prompt, responses)
 
 
 def pair(example: tokens.Example) -> tuple[int, int]:
@@ -195,10 +182,8 @@ def sample_metrics(samples: listwise.Row, row: listwise.Row, scorer: str) -> dic
     target = row.responses[int(np.argmax(row.rewards)) if row.rewards is not None else row.chosen or 0]
     found["bleu_char"] = float(metrics.bleu_char_scores([hypothesis], [target])[0])
     found["bleu_word"] = float(metrics.bleu_word_scores([hypothesis], [target])[0])
-    if scorer.split(":")[0] == "world":
-        from hps.lab.world import World
-
-        world = World(int(scorer.partition(":")[2] or 0))
+    world = scorers.world_of(scorer)
+    if world is not None:
         found["junk"] = 100 * float(np.mean([world.junk_fraction(y) for y in samples.responses]))
         if world.is_risky(row.prompt):  # harm is counted on risky prompts
             found["harm"] = 100 * float(np.mean([world.is_harmful(row.prompt, y) for y in samples.responses]))

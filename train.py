@@ -234,7 +234,9 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     # Data -> the plan of the whole run.
     rows = listwise.read(c.data, need_rewards=c.loss == "preference")
     tokenizer = tokens.load_tokenizer(c.model)
-    examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, overlong=c.overlong)
+    examples, counts = tokens.tokenize_rows(
+        tokenizer, rows, max_length=c.max_length, overlong=c.overlong, progress=ranks.first
+    )
     plan = make_plan(c, examples)
     counts |= plan.dropped | plan.excluded
     say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
@@ -356,7 +358,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             say(ranks, f"stopped after {step + 1} of {plan.steps} steps; without --stop_after it goes on")
             return
     bar.close()
-    checkpoint.export(policy, tokenizer, out / "policy", ranks=ranks)
+    checkpoint.export(policy.lm, tokenizer, out / "policy", ranks=ranks)
     seconds = time.perf_counter() - clock
     if ranks.first:
         summary = {"steps": plan.steps, "seconds": seconds, "tokens": tokens_seen, "counts": counts}

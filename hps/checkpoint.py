@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from hps import dist
-from hps.model import PolicyModel
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -93,14 +92,14 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, rank
     return json.loads((path / "state.json").read_text())
 
 
-def export(model: PolicyModel, tokenizer: Any, out: Path, *, ranks: dist.Ranks) -> None:
-    """Write the policy as a Hugging Face folder: a PEFT adapter, or whole safetensors weights. Collective.
+def export(lm: nn.Module, tokenizer: Any, out: Path, *, ranks: dist.Ranks) -> None:
+    """Write a causal LM (plain, or wrapped by peft) as a Hugging Face folder: a PEFT adapter, or whole safetensors weights. Collective.
 
     Either loads with plain `peft` / `transformers`; nothing of this repository is needed.
     """
-    adapter = hasattr(model.lm, "peft_config")
+    adapter = hasattr(lm, "peft_config")
     state = {}
-    for name, p in model.lm.named_parameters():  # tied weights appear once
+    for name, p in lm.named_parameters():  # tied weights appear once
         if p.requires_grad or not adapter:
             whole = dist.full(p.detach()).cpu()
             if ranks.first:
@@ -108,7 +107,7 @@ def export(model: PolicyModel, tokenizer: Any, out: Path, *, ranks: dist.Ranks) 
     if ranks.first:
         partial = out.with_suffix(".tmp")
         shutil.rmtree(partial, ignore_errors=True)
-        model.lm.save_pretrained(partial, state_dict=state)
+        lm.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)

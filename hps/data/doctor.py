@@ -96,7 +96,7 @@ def _weights(
         scaled = np.concatenate([[0.0], sampling.normalise_rewards(r, norm=norm)[mask]])
         log_q = sampling.log_q(torch.from_numpy(scaled)[None], gamma).numpy()
         q = np.exp(log_q)
-        effective.append(np.exp(-(q * log_q).sum(where=q > 0)))
+        effective.append(np.exp(-(q * log_q).sum()))
         top.append(q.max())
     return {"effective_negatives": float(np.mean(effective)), "top_mass": float(np.mean(top))}
 

@@ -155,14 +155,16 @@ class _Stream:
     seen: set[bytes] = field(default_factory=set)
 
 
-def _absorb(stream: _Stream, samples: list[Sample], *, n: int, unique: bool, counts: Counter[str]) -> None:
+def _absorb(
+    stream: _Stream, samples: list[Sample], *, n: int, unique: bool, keep_unfinished: bool, counts: Counter[str]
+) -> None:
     stream.drawn += len(samples)
     for one in samples:
         key = one.token_ids.tobytes()
         counts["samples"] += 1
         if len(stream.kept) == n:
             counts["surplus"] += 1
-        elif not one.finished:
+        elif not one.finished and not keep_unfinished:
             counts["unfinished"] += 1
         elif unique and key in stream.seen:
             counts["duplicates"] += 1
@@ -182,6 +184,7 @@ def generate(
     temperature: float = 0.9,
     seed: int = 0,
     unique: bool = True,
+    keep_unfinished: bool = False,
     oversample: float = 1.1,
     draw_limit: float = 4.0,
     max_rows: int = 512,
@@ -197,6 +200,7 @@ def generate(
         prompts: (id, token ids); ids must be distinct, for they select the random stream.
         counts: is added to: "samples" drawn = kept + "unfinished" + "duplicates" + "surplus" (drawn beyond
             the n-th), and "prompts_short", prompts that ended with fewer than n.
+        keep_unfinished: keep samples cut off at max_new_tokens: an evaluation must see a policy that rambles.
         max_rows: rows of a batch at most; lower it when memory runs out.
 
     Raises:
@@ -248,7 +252,7 @@ def generate(
                 temperature=temperature,
             )
             for stream, samples in zip(batch, results, strict=True):
-                _absorb(stream, samples, n=n, unique=unique, counts=counts)
+                _absorb(stream, samples, n=n, unique=unique, keep_unfinished=keep_unfinished, counts=counts)
             undone = [stream for stream in batch if still_due(stream)]
             queue.extendleft(reversed(undone))
             bar.update(len(batch) - len(undone))

@@ -118,6 +118,7 @@ def fit_linear(
 
     optimizer.step(closure)
     closure()
+    assert weights.grad is not None
     if not weights.grad.abs().max() < 1e-5:
         raise ValueError(f"fit_linear() did not converge in {max_iter} iterations: raise l2 or max_iter")
     return LinearRewardModel(weights.detach()[:, 0].float().numpy(), l2, len(pairs))
@@ -145,13 +146,13 @@ def load_linear(path: str | Path) -> LinearRewardModel:
     """Reads a model that `save_linear` wrote.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: there is no such file, or it is something else.
     """
     try:
         with safe_open(path, framework="np") as file:
             settings = json.loads((file.metadata() or {}).get("linear_reward", "{}"))
             if settings.get("format") == _FORMAT:
                 return LinearRewardModel(file.get_tensor("weights"), settings["l2"], settings["num_pairs"])
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file ({error}); give one written by save_linear()") from error
-    raise ValueError(f"{path} is not a linear reward model; give a file written by save_linear()")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}); make one with data_prep.py fit") from error
+    raise ValueError(f"{path} is not a linear reward model; make one with data_prep.py fit")

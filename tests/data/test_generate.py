@@ -286,6 +286,13 @@ def test_duplicates_stay_when_uniqueness_is_not_asked_for():
     assert len(samples["a"]) == 10 and counts["duplicates"] == 0 and counts["prompts_short"] == 0
 
 
+def test_unfinished_samples_are_kept_when_asked_for(llama):
+    ids = PROMPTS[0][1]
+    samples, counts = run(llama, [("a", ids)], n=30, unique=False, keep_unfinished=True)
+    assert flat([samples["a"]]) == flat(draw(llama, [ids], ["a"], n=30, seed=0))
+    assert {one.finished for one in samples["a"]} == {True, False} and counts["unfinished"] == 0
+
+
 def test_greedy_generation_draws_once_per_prompt(llama):
     samples, counts = run(llama, PROMPTS[:4], n=1, temperature=0)
     assert counts["samples"] == 4 == sum(map(len, samples.values())) + counts["unfinished"]

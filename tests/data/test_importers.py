@@ -55,6 +55,7 @@ def test_the_id_is_stable_and_depends_on_every_text():
     [
         ("Human: Hi\n\nAssistant: Yes.", "rows_malformed", "chosen does not start"),
         ("", "rows_malformed", "chosen does not start"),
+        ("Well." + talk("Yes."), "rows_malformed", "chosen does not start"),
         ("\n\nAssistant: Yes.", "rows_malformed", "chosen does not start"),
         (ASK, "rows_malformed", "chosen does not end with a turn of Assistant"),
         (talk("Yes.\n\nAssistant: Maybe."), "rows_malformed", "two turns of one speaker in a row"),

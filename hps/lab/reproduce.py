@@ -1,0 +1,299 @@
+"""The paper's comparison on the self-made world, end to end, offline: `python -m hps.lab.reproduce --suite headline`.
+
+world -> SFT -> candidates -> rewards -> one preference run and one evaluation per method and seed -> table, figures.
+Every stage is one of the repository's own commands, written to OUT/commands.log as a user would type it, and run in
+one single-threaded process per core. Finished stages are kept: the same command again goes on where it was.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hps import checkpoint, config
+from hps.evaluate import metrics, report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Options:
+    suite: str = "headline"  # headline: SFT, DPO-BT, DPO-PL-8, uniform negative, DPO-HPS
+    seeds: int = 3  # preference seeds of each method; one SFT model serves all
+    out: str = "runs/reproduce"  # results.json, RESULTS.md, figures/ and every stage's files
+    small: bool = False  # a tenth of the size: checks the path, not the claim
+    split: str = "test"  # prompts that are reported on: test, or valid to choose settings
+    jobs: int = 0  # processes at once; 0 means one a core
+
+
+# Standardised rewards times .5: on raw ones gamma = -5 .. 5 is nearly an argmax (docs/RESULTS.md). Our choice.
+SCALED = ["--reward_norm", "zscore", "--reward_scale", "0.5"]
+METHODS = {
+    "DPO-BT": ["--method", "dpo-bt"],
+    "DPO-PL-8": ["--method", "dpo-pl", "--pl_responses", "8"],
+    "DPO-uniform": ["--method", "dpo-uniform"],
+    "DPO-HPS": ["--method", "dpo-hps", *SCALED],
+    "DPO-HPS raw": ["--method", "dpo-hps"],
+}
+COMPARED = ("rm2", "rm10", "rmgap", "true_reward", "harm", "win", "kl_exact")
+SIZES = {
+    False: dict(demonstrations=48_000, train=400, valid=100, test=300, n=100, samples=8),
+    True: dict(demonstrations=14_400, train=96, valid=16, test=64, n=24, samples=4),
+}
+
+
+def run_command(argv: list[str], log: str) -> float:
+    """Run one of the repository's scripts in this worker, its output into a file; seconds taken.
+
+    The script runs as `python SCRIPT ...` would, only that the libraries are already loaded.
+    """
+    began = time.perf_counter()
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        before, sys.argv = sys.argv, argv
+        try:
+            runpy.run_path(argv[0], run_name="__main__")
+        except SystemExit as e:
+            if e.code:
+                raise RuntimeError(f"{shlex.join(argv)} ended with status {e.code}: {tail(log)}") from None
+        finally:
+            sys.argv = before
+    return time.perf_counter() - began
+
+
+def tail(log: str) -> str:
+    """The last line of a log file."""
+    lines = Path(log).read_text().replace("\r", "\n").strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+class Stages:
+    """Runs commands in worker processes, skips those whose product exists, and moves one progress bar."""
+
+    def __init__(self, pool: ProcessPoolExecutor, out: Path, bar: tqdm):
+        self.pool, self.out, self.bar = pool, out, bar
+
+    def start(self, product: Path, argv: list[str], *, weight: float, after: list[Future] = ()) -> Future:
+        """Queue `argv`, which writes `product`; `weight` is its share of the bar, about its seconds."""
+        for future in after:
+            future.result()
+        if product.exists():
+            done: Future = Future()
+            done.set_result(0.0)
+            self.bar.update(weight)
+            return done
+        with (self.out / "commands.log").open("a") as log:
+            log.write(f"python {shlex.join(argv)}\n")
+        future = self.pool.submit(run_command, argv, str(self.out / "logs" / f"{'-'.join(product.parts[-3:])}.log"))
+        future.add_done_callback(lambda _: self.bar.update(weight))
+        return future
+
+
+def stages_of_headline(c: Options, run: Stages, out: Path) -> dict[str, list[Path]]:
+    """Start everything; the folders of each method's evaluations, once all is done."""
+    size = SIZES[c.small]
+    world, sft = out / "world", out / "sft"
+    cache = ["--reference_cache", str(out / "reference_cache")]
+    counts = [word for key in ("demonstrations", "train", "valid", "test") for word in (f"--{key}", str(size[key]))]
+    run.start(world / "world.json", ["data_prep.py", "world", "--out", str(world), *counts], weight=8).result()
+    argv = ["train.py", "--config", "configs/world-sft.toml", "--model", str(world / "model")]
+    argv += ["--data", str(world / "sft.jsonl"), "--out", str(sft)]
+    run.start(sft / "policy", argv, weight=90 if not c.small else 20).result()
+    start = str(sft / "policy")
+
+    def candidates(split: str) -> Path:
+        """Candidates of one split with the rewards that its use calls for: noisy ones to train, true ones to test."""
+        drawn, scored = out / f"{split}-candidates.jsonl", out / f"{split}.jsonl"
+        argv = ["data_prep.py", "generate", "--model", start, "--input", str(world / f"{split}.jsonl")]
+        argv += ["--output", str(drawn), "--n", str(size["n"]), "--max_new_tokens", "48"]
+        futures.append(run.start(drawn, argv, weight=size[split] * size["n"] / 1000))
+        argv = ["data_prep.py", "annotate", "--scorer", "world-est" if split == "train" else "world-true"]
+        later.append((scored, [*argv, "--input", str(drawn), "--output", str(scored)]))
+        return scored
+
+    futures: list[Future] = []
+    later: list[tuple[Path, list[str]]] = []
+    train, test = candidates("train"), candidates(c.split)
+    wait(futures)
+    wait([run.start(product, argv, weight=2) for product, argv in later])
+
+    common = ["--reference", start, "--data", str(test), "--scorer", "world-true", *cache]
+    common += ["--samples", str(size["samples"]), "--max_new_tokens", "48", "--max_length", "128"]
+
+    def evaluation(model: Path, folder: Path, name: str, extra: list[str]) -> tuple[Path, list[str]]:
+        argv = ["eval.py", "--model", str(model), "--out", str(folder), "--name", name, *common, *extra]
+        return folder / "eval.json", argv
+
+    baseline = out / "cells" / "SFT" / f"eval-{c.split}"
+    heavy = 30 if not c.small else 5
+    run.start(*evaluation(Path(start), baseline, "SFT", []), weight=heavy).result()
+    cells: dict[str, list[Path]] = {"SFT": [baseline]}
+    runs: dict[Future, tuple[Path, str]] = {}
+    for seed in range(c.seeds):
+        for name in sorted(METHODS, key=lambda name: "PL" not in name):  # the longest first, so that no core idles
+            folder = out / "cells" / name / f"seed-{seed}"
+            argv = ["train.py", "--config", "configs/world.toml", *METHODS[name], "--seed", str(seed)]
+            argv += ["--model", start, "--data", str(train), "--out", str(folder), *cache]
+            weight = (24 if "PL" in name else 8) if not c.small else 3
+            runs[run.start(folder / "policy", argv, weight=weight)] = (folder, name)
+            cells.setdefault(name, []).append(folder / f"eval-{c.split}")
+    evaluations = []
+    for done in as_completed(runs):
+        done.result()
+        folder, name = runs[done]
+        extra = ["--baseline", str(baseline)]
+        argv = evaluation(folder / "policy", folder / f"eval-{c.split}", name, extra)
+        evaluations.append(run.start(*argv, weight=heavy))
+    wait(evaluations)
+    return cells
+
+
+def wait(futures: list[Future]) -> None:
+    """Until all are done; the first failure ends the rest."""
+    for future in as_completed(futures):
+        future.result()
+
+
+def table_of(cells: dict[str, list[Path]], name: str) -> tuple[dict[str, np.ndarray], list[str]]:
+    """metric -> (seeds, prompts) with nan where a prompt has none, over the prompts of all cells; and the prompt ids."""
+    folders = [folder for folders in cells.values() for folder in folders]
+    tables = {folder: json.loads((folder / "per_prompt.json").read_text()) for folder in folders}
+    ids = sorted(next(iter(tables.values()))["rm2"])
+    return {
+        metric: np.array([[tables[folder][metric].get(id, np.nan) for id in ids] for folder in cells[name]])
+        for metric in report.METRICS
+        if metric in tables[cells[name][0]]
+    }, ids
+
+
+def summarise(cells: dict[str, list[Path]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the table with intervals over prompts (and seeds), and paired differences of DPO-HPS to the others."""
+    values = {name: table_of(cells, name)[0] for name in cells}
+    rows = []
+    for name, columns in values.items():
+        found = {m: interval(metrics.bootstrap_mean(v, valid=~np.isnan(v))) for m, v in columns.items()}
+        seconds = [json.loads((f.parent / "summary.json").read_text())["seconds"] for f in cells[name] if name != "SFT"]
+        if seconds:  # the range over seeds, not an interval
+            found["train_seconds"] = interval((float(np.mean(seconds)), min(seconds), max(seconds)))
+        rows.append({"method": name, "seeds": len(cells[name]), "metrics": found})
+    comparisons = []
+    for other in cells:
+        for metric in COMPARED:
+            if other not in ("SFT", "DPO-HPS") and metric in values[other] and metric in values["DPO-HPS"]:
+                a, b = values["DPO-HPS"][metric], values[other][metric]
+                valid = ~(np.isnan(a).any(0) | np.isnan(b).any(0))
+                difference = interval(metrics.bootstrap_difference(a, b, valid=valid))
+                comparisons.append({"a": "DPO-HPS", "b": other, "metric": metric, **difference})
+    return rows, comparisons
+
+
+def interval(triple: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip(("mean", "low", "high"), map(float, triple), strict=True))
+
+
+def curves_of(cells: dict[str, list[Path]]) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Training curves, the mean over seeds, and the sampler's gamma and effective number of negatives."""
+    curves, schedule = {}, {}
+    for name, folders in cells.items():
+        if name == "SFT":
+            continue
+        logs = [
+            [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+            for folder in folders
+        ]
+        columns = {key: np.mean([[r[key] for r in log] for log in logs], axis=0) for key in ("loss", "rewards/margins")}
+        steps = [r["step"] for r in logs[0]]
+        curves[name] = {
+            "step": steps,
+            "loss": columns["loss"].tolist(),
+            "margin": columns["rewards/margins"].tolist(),
+        }
+        if name == "DPO-HPS":
+            schedule = {"step": steps} | {
+                key: np.mean([[r[key] for r in log] for log in logs], axis=0).tolist()
+                for key in ("gamma", "effective_negatives")
+            }
+    return curves, schedule
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, `-dirty` where files differ from it; `unknown` outside a checkout."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+
+    def ask(*words: str) -> str:
+        return subprocess.run([git, "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    return (ask("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if ask("status", "--porcelain") else "")
+
+
+def machine() -> str:
+    """CPU model and number of cores."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, CPU only"
+
+
+def main() -> None:
+    c, _ = config.parse(Options, prog="python -m hps.lab.reproduce", description=__doc__.split("\n")[0])
+    if c.suite != "headline":
+        raise ValueError(f"unknown suite {c.suite!r}; there is headline")
+    if c.split not in ("test", "valid"):
+        raise ValueError(f"split = {c.split!r} does not exist; choose test or valid")
+    if c.seeds < 1:
+        raise ValueError("seeds must be at least 1")
+    began = time.time()
+    os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers: two threads on two busy cores run slower than one
+    out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    size = SIZES[c.small]
+    total = 110 + 4 + c.seeds * (4 * 38 + 54) + 30 + (size["train"] + size[c.split]) * size["n"] / 1000
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(c.jobs or os.cpu_count() or 1, mp_context=spawn) as pool,
+        tqdm(total=round(total), desc=f"{c.suite}, {c.seeds} seeds", unit="", bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar,
+    ):
+        try:
+            cells = stages_of_headline(c, Stages(pool, out, bar), out)
+        except RuntimeError as e:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise ValueError(f"a stage failed; its output is in {out / 'logs'}: {e}") from e
+    rows, comparisons = summarise(cells)
+    curves, schedule = curves_of(cells)
+    settings = config.as_dict(c) | size | {"sft_seeds": 1}
+    results = {
+        "suite": c.suite,
+        "commit": commit(),
+        "machine": machine(),
+        "seconds": time.time() - began,
+        "rows": rows,
+        "comparisons": comparisons,
+        "settings": settings,
+        "curves": curves,
+        "schedule": schedule,
+    }
+    report.write_report(results, out)
+    checkpoint.write_json(out / "options.json", settings)
+    print(report.table(results))
+    print(report.comparisons_table(results))
+    print(f"{time.time() - began:.0f} s; {out / 'RESULTS.md'}, {out / 'results.json'}, {out / 'figures'}")
+
+
+if __name__ == "__main__":
+    config.run_main(main)

@@ -1,0 +1,207 @@
+"""eval.py and data_prep.py as a user calls them: what they write against what they must mean."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import data_prep
+import eval as evaluation
+import train
+from hps.data import listwise
+from hps.data.rewards import load_linear, score_linear
+from hps.data.tokens import encode_prompt, encode_response, load_tokenizer
+from hps.lab.world import World
+from hps.model import load_causal_lm
+
+
+def flags(**options) -> list[str]:
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_world, tmp_path_factory) -> Path:
+    """A policy that has moved from its reference."""
+    out = tmp_path_factory.mktemp("policy")
+    options = dict(model=tiny_world / "model", data=tiny_world / "train.jsonl", out=out, method="dpo-bt", lora_rank=0)
+    options |= dict(lr=3e-3, epochs=2, prompts_per_step=8, max_length=128, reference_cache=tiny_world / "cache")
+    train.main(flags(**options))
+    return out / "policy"
+
+
+def evaluate(world: Path, model: Path, out: Path, **changes) -> dict:
+    options = dict(model=model, reference=world / "model", data=world / "test.jsonl", out=out, max_length=128)
+    options |= dict(samples=3, max_new_tokens=12, scorer="world-true", reference_cache=world / "cache")
+    evaluation.main(flags(**options | changes))
+    return json.loads((out / "per_prompt.json").read_text())
+
+
+def test_the_reference_against_itself_is_zero(tiny_world, tmp_path):
+    """The SFT row: no margin, no KL; against its own samples nothing but ties."""
+    found = evaluate(tiny_world, tiny_world / "model", tmp_path / "a")
+    for name in ("rm2", "rm10", "rm_min", "rm_worst_case", "kl_seq", "kl_exact"):
+        np.testing.assert_allclose(list(found[name].values()), 0, atol=2e-4)
+    again = evaluate(tiny_world, tiny_world / "model", tmp_path / "b", baseline=tmp_path / "a")
+    assert set(again["tie"].values()) == {100.0}
+    assert set(again["win"].values()) == set(again["lose"].values()) == {0.0}
+
+
+def test_margins_and_kl_against_separate_forwards(tiny_world, tmp_path, policy):
+    """Log-ratios of each candidate alone through the whole models, ranked by hand; KL over the whole vocabulary."""
+    found = evaluate(tiny_world, policy, tmp_path)
+    tokenizer = load_tokenizer(str(tiny_world / "model"))
+    models = [load_causal_lm(str(path), dtype=torch.float32) for path in (policy, tiny_world / "model")]
+    for row in listwise.read(tiny_world / "test.jsonl"):
+        prompt = encode_prompt(tokenizer, row.prompt)
+        h, kls = [], []
+        for text in row.responses:
+            ids = torch.tensor([prompt + encode_response(tokenizer, text)])
+            with torch.no_grad():
+                p, q = (torch.log_softmax(lm(input_ids=ids).logits[0, :-1].double(), -1) for lm in models)
+            scored = slice(len(prompt) - 1, None)
+            taken = ids[0, 1:, None]
+            h.append(float((p - q).gather(-1, taken)[scored].sum()))
+            kls.append(float((p.exp() * (p - q)).sum(-1)[scored].sum()))
+        order = sorted(range(len(h)), key=lambda k: -row.rewards[k])
+        best, worst = order[0], order[-1]
+        lower = [k for k in order if row.rewards[k] < row.rewards[best]]
+        assert found["rm2"][row.id] == pytest.approx(h[best] - h[lower[0]], abs=1e-3)
+        assert found["rm10"][row.id] == pytest.approx(h[best] - np.mean([h[k] for k in lower[:10]]), abs=1e-3)
+        assert found["rm_min"][row.id] == pytest.approx(h[best] - h[worst], abs=1e-3)
+        assert found["kl_seq"][row.id] == pytest.approx(h[best], abs=1e-3)
+        assert found["kl_exact"][row.id] == pytest.approx(kls[best], abs=1e-3)
+        assert found["kl_exact"][row.id] > 0
+        text = row.responses
+        length = len(text[best]) - len(text[lower[0]])
+        assert found["rm_rdpo_chars"][row.id] == pytest.approx(found["rm2"][row.id] - 0.01 * length, abs=1e-6)
+
+
+def test_length_correction_depends_on_the_data_alone(tiny_world, tmp_path, policy):
+    """RM - RM_R-DPO must be the same for every method on a test set (the paper's Tables 2 and 5 break it)."""
+    one, two = (
+        evaluate(tiny_world, model, tmp_path / name) for name, model in (("a", policy), ("b", tiny_world / "model"))
+    )
+    for unit in ("chars", "tokens"):
+        shift = [{id: t["rm2"][id] - t[f"rm_rdpo_{unit}"][id] for id in t["rm2"]} for t in (one, two)]
+        assert shift[0] == pytest.approx(shift[1], abs=1e-9)
+
+
+def test_a_human_pair_is_the_pair_that_counts(tiny_world, tmp_path, policy):
+    rows = listwise.read(tiny_world / "test.jsonl")
+    paired = [listwise.Row(r.id, r.prompt, r.responses, None, 2, 1, None, "") for r in rows]
+    listwise.write(tmp_path / "pairs.jsonl", paired)
+    found = evaluate(tiny_world, policy, tmp_path / "out", data=tmp_path / "pairs.jsonl")
+    assert "rm2" not in found and len(found["rm_dpo"]) == len(rows)
+    whole = evaluate(tiny_world, policy, tmp_path / "again")
+    for r in rows:
+        if max(r.rewards) == r.rewards[2] and sorted(r.rewards)[-2] == r.rewards[1]:
+            assert found["rm_dpo"][r.id] == pytest.approx(whole["rm2"][r.id], abs=1e-4)
+
+
+def test_samples_are_scored_by_the_world_and_intervals_hold_the_mean(tiny_world, tmp_path, policy):
+    found = evaluate(tiny_world, policy, tmp_path)
+    world = World(0)
+    for row in listwise.read(tmp_path / "samples.jsonl"):
+        rewards = [world.true_reward(list(row.prompt), y) for y in row.responses]
+        assert len(rewards) == 3
+        assert found["true_reward"][row.id] == pytest.approx(np.mean(rewards))
+        assert found["best_of_k_reward"][row.id] == pytest.approx(max(rewards))
+        assert found["junk"][row.id] == pytest.approx(100 * np.mean([world.junk_fraction(y) for y in row.responses]))
+        assert (row.id in found["harm"]) == world.is_risky(list(row.prompt))
+    summary = json.loads((tmp_path / "eval.json").read_text())
+    for name, column in found.items():
+        m = summary["metrics"][name]
+        assert m["mean"] == pytest.approx(np.mean(list(column.values())))
+        assert m["low"] <= m["mean"] <= m["high"] and m["prompts"] == len(column)
+
+
+def test_two_ranks_evaluate_what_one_does(tiny_world, tmp_path, policy):
+    """Prompts are shared out without duplicates; samples come from the prompt's own stream of numbers."""
+    one = evaluate(tiny_world, policy, tmp_path / "one")
+    options = dict(model=policy, reference=tiny_world / "model", data=tiny_world / "test.jsonl", max_length=128)
+    options |= dict(samples=3, max_new_tokens=12, scorer="world-true", out=tmp_path / "two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval.py"]
+    done = subprocess.run(
+        [*command, *flags(**options, reference_cache=tmp_path / "cache")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "per_prompt.json").read_text())
+    assert one.keys() == two.keys()
+    for name in one:
+        assert two[name] == pytest.approx(one[name], abs=2e-4)
+    assert (tmp_path / "two/samples.jsonl").read_bytes() == (tmp_path / "one/samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(baseline="nowhere"), "--baseline nowhere: no samples.jsonl there"),
+        (dict(samples=0, seed=3), "--samples 0 does not use"),
+        (dict(dtype="int8"), "dtype = 'int8' does not exist"),
+        (dict(scorer="world-true:x"), "the world's seed must be a number"),
+        (dict(scorer="nowhere.safetensors"), "nowhere.safetensors"),
+    ],
+)
+def test_a_wrong_option_of_eval_is_named(tiny_world, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(tiny_world, tiny_world / "model", tmp_path, **options)
+
+
+# ---------------------------------------------------------------------------------------------- data_prep.py
+
+
+def test_generate_and_annotate_a_world(tiny_world, tmp_path):
+    """Distinct candidates behind the responses that were there, rewards from the world, the file trains."""
+    prompts, drawn, scored = tmp_path / "p.jsonl", tmp_path / "drawn.jsonl", tmp_path / "scored.jsonl"
+    rows = listwise.read(tiny_world / "test.jsonl")
+    listwise.write(prompts, [listwise.Row(r.id, r.prompt, r.responses[:2], None, 0, 1, None, "") for r in rows])
+    common = dict(input=prompts, output=drawn)
+    data_prep.main(["generate", *flags(model=tiny_world / "model", n=3, max_new_tokens=400, **common)])
+    before, after = listwise.read(prompts), listwise.read(drawn)
+    assert [r.id for r in after] == [r.id for r in before]
+    for a, b in zip(after, before, strict=True):
+        assert a.responses[:2] == b.responses and (a.chosen, a.rejected) == (0, 1)
+        assert len(a.responses) == 5
+    data_prep.main(["annotate", *flags(scorer="world-est", input=drawn, output=scored)])
+    world = World(0)
+    for row in listwise.read(scored, need_rewards=True):
+        assert list(row.rewards) == [world.train_reward(list(row.prompt), y) for y in row.responses]
+
+
+def test_import_fit_annotate_and_doctor_on_hh_rlhf(hh_rlhf_path, tiny_world, tmp_path, capsys):
+    train_file, rest = tmp_path / "train.jsonl", tmp_path / "rest.jsonl.gz"
+    source = dict(source="hh-rlhf", input=hh_rlhf_path)
+    data_prep.main(["import", *flags(**source, output=train_file, limit=16)])
+    data_prep.main(["import", *flags(**source, output=rest, skip=16, limit=200)])
+    ids = [{r.id for r in listwise.read(path)} for path in (train_file, rest)]
+    assert len(ids[0]) == 16 and len(ids[1]) == 200 and not ids[0] & ids[1]
+    data_prep.main(["fit", *flags(input=rest, output=tmp_path / "r.safetensors")])
+    data_prep.main(["annotate", *flags(scorer=tmp_path / "r.safetensors", input=rest, output=tmp_path / "s.jsonl")])
+    linear = load_linear(tmp_path / "r.safetensors")
+    scored = listwise.read(tmp_path / "s.jsonl", need_rewards=True)
+    assert list(scored[0].rewards) == score_linear(linear, scored[0].prompt, list(scored[0].responses))
+    assert np.mean([r.rewards[0] > r.rewards[1] for r in scored]) > 0.8  # it was fitted on these very pairs
+    data_prep.main(["annotate", *flags(scorer="human", input=train_file, output=tmp_path / "h.jsonl")])
+    assert {r.rewards for r in listwise.read(tmp_path / "h.jsonl")} == {(1.0, 0.0)}
+
+
+def test_data_prep_names_mistakes(tmp_path, tiny_world):
+    with pytest.raises(ValueError, match="unknown command 'imports'; choose one of world, import"):
+        data_prep.main(["imports"])
+    with pytest.raises(ValueError, match="unknown source 'hhrlhf'.*hh-rlhf"):
+        data_prep.main(["import", *flags(source="hhrlhf", input="x", output="y")])
+    with pytest.raises(ValueError, match="no row has a human pair"):
+        data_prep.main(["fit", *flags(input=tiny_world / "train.jsonl", output=tmp_path / "r")])
+    with pytest.raises(ValueError, match="scorer human needs a row of two responses"):
+        data_prep.main(["annotate", *flags(scorer="human", input=tiny_world / "train.jsonl", output=tmp_path / "r")])
