@@ -47,7 +47,7 @@ class Config:
 
 
 def main(argv: list[str] | None = None) -> None:
-    c, set_keys = config.parse(Config, argv, prog="eval.py", description=__doc__.split("\n")[0])
+    c, set_keys = config.parse(Config, argv, prog="eval.py", description=str(__doc__).split("\n")[0])
     used = set(config.as_dict(c))
     if c.samples == 0:
         used -= {"temperature", "max_new_tokens", "seed", "scorer", "baseline"}
@@ -206,7 +206,7 @@ def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
             against = {row.id: row for row in listwise.read(Path(c.baseline) / "samples.jsonl")}
             for row in drawn:
                 if row.id not in against or len(against[row.id].rewards or ()) != len(row.rewards or ()):
-                    raise ValueError(f"{c.baseline}: no equal number of samples of {row.id!r}; evaluate it the same way")
+                    raise ValueError(f"{c.baseline}: other samples of {row.id!r}; evaluate it the same way")
                 wins = metrics.win_scores([row.rewards], [against[row.id].rewards])[0]
                 values[row.id] |= {"win": 100 * float(np.mean(wins == 1)), "tie": 100 * float(np.mean(wins == 0.5))}
                 values[row.id] |= {"lose": 100 * float(np.mean(wins == 0))}

@@ -196,7 +196,7 @@ METRICS = (
 
 
 def prompt_metrics(per_prompt, policy_logps, logratios, valid, beta: float) -> torch.Tensor:
-    """(B, len(METRICS)) detached; "rejected" is the mean over a prompt's opponents, accuracy the share it beats."""
+    """(B, len(METRICS)) detached; "rejected" means over a prompt's opponents, accuracy is the share it beats."""
     rewards = losses.implicit_rewards(logratios, beta=beta)
     opponents = valid[:, 1:]
     count = opponents.sum(1).clamp(min=1)
@@ -212,7 +212,7 @@ def prompt_metrics(per_prompt, policy_logps, logratios, valid, beta: float) -> t
 
 
 def main(argv: list[str] | None = None) -> None:
-    c, set_keys = config.parse(Config, argv, prog="train.py", description=__doc__.split("\n")[0])
+    c, set_keys = config.parse(Config, argv, prog="train.py", description=str(__doc__).split("\n")[0])
     check(c, set_keys)
     ranks = dist.init()
     try:
@@ -259,7 +259,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     # Reference log-probs of just what the plan touches: the policy itself before its first update, unless another
     # reference is named. Never from trained weights: a resumed run must find them all.
     packing = dict(pad_id=tokenizer.pad_token_id, share_prompt=c.share_prompt)
-    ref_logps = None
+    ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
     if c.loss == "preference":
         touched = touched_blocks(plan, examples)
         scorer = policy
@@ -274,7 +274,6 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             computed = reference.fill(cache, scorer, touched, ranks=ranks, budget=c.tokens_per_micro_batch, **packing)
             say(ranks, f"reference log-probs: {computed} computed, {len(cache.known)} in {cache.folder}")
         del scorer
-        ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
         for v in range(len(plan.row)):
             found = reference.lookup(cache, visit_block(plan, examples, v))
             ref_logps[v, : len(found)] = found

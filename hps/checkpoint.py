@@ -77,7 +77,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, ranks: dist.Ranks) -> dict[str, Any]:
-    """Restore weights and optimizer in place from a checkpoint of any number of ranks; its `state.json`. Collective."""
+    """Restore weights and optimizer in place, saved on any number of ranks; returns `state.json`. Collective."""
     state = _state(model, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -93,7 +93,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, rank
 
 
 def export(lm: nn.Module, tokenizer: Any, out: Path, *, ranks: dist.Ranks) -> None:
-    """Write a causal LM (plain, or wrapped by peft) as a Hugging Face folder: a PEFT adapter, or whole safetensors weights. Collective.
+    """Write a causal LM as a Hugging Face folder: its PEFT adapter, or whole safetensors weights. Collective.
 
     Either loads with plain `peft` / `transformers`; nothing of this repository is needed.
     """

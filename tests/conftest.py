@@ -25,7 +25,7 @@ def hh_rlhf_path() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an untrained model of the self-made world and `train.jsonl`: 24 prompts, ragged rewarded answers."""
+    """A self-made world with an untrained model, and 24 train and 8 test prompts with ragged rewarded answers."""
     import random
 
     from hps.data import listwise

@@ -183,7 +183,7 @@ def test_dpo_pl_is_plackett_luce():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_drawn_opponent_against_all_weighted(name):
-    """E_{y~q}[pair loss]: equal to the weighted form for IPO, SPPO, NCA; below it for DPO (softplus log u is concave)."""
+    """E_{y~q}[pair loss] is the weighted form for IPO, SPPO, NCA, and below it for DPO: softplus(log u) is concave."""
     h, s, L = draw()
     weights = log_q(s, 1.5)
     full = stage_loss(name, h, weights, beta=BETA, num_tokens=L)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from hps.attention import block_mask
 from hps.packing import Block, micro_batches, pack, pieces

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from hps import checkpoint, config
 from hps.evaluate import metrics, report
 
+BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,6 +38,7 @@ class Options:
     out: str = "runs/reproduce"  # results.json, RESULTS.md, figures/ and every stage's files
     small: bool = False  # a tenth of the size: checks the path, not the claim
     split: str = "test"  # prompts that are reported on: test, or valid to choose settings
+    lr: float = 2e-4  # learning rate of all preference runs
     jobs: int = 0  # processes at once; 0 means one a core
 
 
@@ -145,9 +147,9 @@ def stages_of_headline(c: Options, run: Stages, out: Path) -> dict[str, list[Pat
     runs: dict[Future, tuple[Path, str]] = {}
     for seed in range(c.seeds):
         for name in sorted(METHODS, key=lambda name: "PL" not in name):  # the longest first, so that no core idles
-            folder = out / "cells" / name / f"seed-{seed}"
+            folder = out / "cells" / f"{name} lr {c.lr:g}" / f"seed-{seed}"
             argv = ["train.py", "--config", "configs/world.toml", *METHODS[name], "--seed", str(seed)]
-            argv += ["--model", start, "--data", str(train), "--out", str(folder), *cache]
+            argv += ["--lr", str(c.lr), "--model", start, "--data", str(train), "--out", str(folder), *cache]
             weight = (24 if "PL" in name else 8) if not c.small else 3
             runs[run.start(folder / "policy", argv, weight=weight)] = (folder, name)
             cells.setdefault(name, []).append(folder / f"eval-{c.split}")
@@ -169,7 +171,7 @@ def wait(futures: list[Future]) -> None:
 
 
 def table_of(cells: dict[str, list[Path]], name: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """metric -> (seeds, prompts) with nan where a prompt has none, over the prompts of all cells; and the prompt ids."""
+    """metric -> (seeds, prompts) with nan where a prompt has none, over the prompts of all cells; and their ids."""
     folders = [folder for folders in cells.values() for folder in folders]
     tables = {folder: json.loads((folder / "per_prompt.json").read_text()) for folder in folders}
     ids = sorted(next(iter(tables.values()))["rm2"])
@@ -250,7 +252,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    c, _ = config.parse(Options, prog="python -m hps.lab.reproduce", description=__doc__.split("\n")[0])
+    c, _ = config.parse(Options, prog="python -m hps.lab.reproduce", description=str(__doc__).split("\n")[0])
     if c.suite != "headline":
         raise ValueError(f"unknown suite {c.suite!r}; there is headline")
     if c.split not in ("test", "valid"):
@@ -263,11 +265,15 @@ def main() -> None:
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     size = SIZES[c.small]
-    total = 110 + 4 + c.seeds * (4 * 38 + 54) + 30 + (size["train"] + size[c.split]) * size["n"] / 1000
+    candidates = (size["train"] + size[c.split]) * size["n"] / 1000
+    if c.small:
+        total = 28 + candidates + 4 + 5 + c.seeds * len(METHODS) * 8
+    else:
+        total = 98 + candidates + 4 + 30 + c.seeds * (len(METHODS) * 38 + 16)
     spawn = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(c.jobs or os.cpu_count() or 1, mp_context=spawn) as pool,
-        tqdm(total=round(total), desc=f"{c.suite}, {c.seeds} seeds", unit="", bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar,
+        tqdm(total=round(total), desc=f"{c.suite}, {c.seeds} seeds", bar_format=BAR) as bar,
     ):
         try:
             cells = stages_of_headline(c, Stages(pool, out, bar), out)

@@ -97,7 +97,9 @@ TASTE_DECAY = 0.9  # ... per position, so that the same sentences in another ord
 LENGTH_BIAS, TYPICAL_WORDS, NOISE_STD = 0.03, 15, 0.4  # how r_est differs from r*
 
 QUALITY_MIX = {"good": 0.35, "mediocre": 0.40, "bad": 0.25}
-CARELESSNESS = {"good": (0.0, 0.0), "mediocre": (0.2, 0.7), "bad": (0.6, 1.0)}
+# Not even a good answer of the mix is flawless: with flawless ones the SFT model's best thirty of a hundred samples
+# differ in their synonyms only, and a margin against the runner-up means nothing.
+CARELESSNESS = {"clean": (0.0, 0.0), "good": (0.2, 0.5), "mediocre": (0.4, 0.8), "bad": (0.6, 1.0)}
 
 Messages = list[dict]
 Content = str | tuple[str, ...]  # a fact is (entity, attribute, value), entity "" when it says "its"
@@ -254,10 +256,10 @@ class World:
         """Write one answer of at most 6 sentences and 40 words; ValueError for an unknown `quality`.
 
         One carelessness is drawn per answer and drives every slip in it, so errors come together.
-        A good answer has none: it differs from the best one in phrasing only.
+        A clean answer has none: it differs from the best one in phrasing only.
         """
-        if quality not in QUALITY_MIX:
-            raise ValueError(f"unknown quality {quality!r}: use one of {', '.join(QUALITY_MIX)}")
+        if quality not in CARELESSNESS:
+            raise ValueError(f"unknown quality {quality!r}: use one of {', '.join(CARELESSNESS)}")
         task, carelessness = self.task(prompt), rng.uniform(*CARELESSNESS[quality])
 
         def slips(scale: float) -> bool:
@@ -374,7 +376,7 @@ def write(
     out             folder to hold model/, sft.jsonl, {train,valid,test}.jsonl and, last, world.json
     domain          "safe", "help" or "both" (as many prompts of one as of the other)
     train .. test   prompts per split; safe prompts are half risky in each, and no two splits share one
-    demonstrations  answers for supervised training: the first half good, the rest in QUALITY_MIX; their
+    demonstrations  answers for supervised training: the first half clean, the rest in QUALITY_MIX; their
                     prompts are in neither valid nor test
 
     Returns what world.json holds. ValueError: unknown domain, or more prompts wanted than there are.
@@ -400,7 +402,7 @@ def write(
     for i in range(demonstrations):
         row = rng.choice(pools[i % len(pools)])
         mixed = rng.choices(list(QUALITY_MIX), list(QUALITY_MIX.values()))[0]
-        quality = "good" if i < demonstrations // 2 else mixed
+        quality = "clean" if i < demonstrations // 2 else mixed
         answer = world.demonstration(row["prompt"], rng, quality=quality)
         files["sft"].append(row | {"id": f"sft-{i:06d}", "responses": [answer]})
 

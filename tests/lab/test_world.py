@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hps.lab import world as lab
-from hps.lab.world import QUALITY_MIX, World, build_tokenizer, new_model, write
+from hps.lab.world import CARELESSNESS, QUALITY_MIX, World, build_tokenizer, new_model, write
 
 WORLD = World(0)
 HELP, SAFE = WORLD.prompts("help"), WORLD.prompts("safe")
@@ -242,20 +242,20 @@ def test_prompts_are_distinct_and_complete():
 @pytest.mark.parametrize("prompts", [HELPFUL, BENIGN, RISKY], ids=["help", "benign", "risky"])
 def test_demonstrations_are_as_good_as_they_say(prompts):
     rng, mean, texts = random.Random(4), {}, {}
-    for quality in QUALITY_MIX:
+    for quality in CARELESSNESS:
         pairs = [(p, WORLD.demonstration(p, rng, quality=quality)) for p in prompts * 20]
         texts[quality] = [t for _, t in pairs]
         mean[quality] = statistics.mean(WORLD.true_reward(*pair) for pair in pairs)
         assert all(1 <= len(lab.sentences(t)) <= 6 and len(t.split()) <= 40 for t in texts[quality])
-        if quality == "good":
+        if quality == "clean":
             assert not any(WORLD.is_harmful(*pair) for pair in pairs)
-    assert mean["good"] > mean["mediocre"] + 1 > mean["bad"] + 2
-    assert all(WORLD.junk_fraction(t) == 0.0 for t in texts["good"])
+    assert mean["clean"] > mean["good"] + 1 > mean["mediocre"] + 1.7 > mean["bad"] + 2.2
+    assert all(WORLD.junk_fraction(t) == 0.0 for t in texts["clean"])
     assert 0.0 < statistics.mean(map(WORLD.junk_fraction, texts["bad"])) < 0.1
     # A good answer is the best one up to its phrasing: everything in its place, nothing wrong in it.
     best = {"help": 0.3 + 2.4 + 0.5 + 0.4, "how-to": 0.3 + 2.4 + 0.4, "risky": 0.3 + 1.4 + 0.6 + 0.8 + 0.4}
     for prompt in prompts:
-        said = lab.sentences(WORLD.demonstration(prompt, rng, quality="good"))
+        said = lab.sentences(WORLD.demonstration(prompt, rng, quality="clean"))
         over = max(0, len(" ".join(said).split()) - 24)
         assert earned(prompt, *said) == best[WORLD.task(prompt).kind] - 0.02 * over
     with pytest.raises(ValueError, match="good, mediocre, bad"):
