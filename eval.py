@@ -69,6 +69,11 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     score = None if c.scorer == "none" else scorers.load(c.scorer)
     rows = listwise.read(c.data)[: c.limit or None]
     tokenizer = tokens.load_tokenizer(c.reference)
+    if tokens.fingerprint(tokenizer) != tokens.fingerprint(tokens.load_tokenizer(c.model)):
+        raise ValueError(
+            f"the policy {c.model} and the reference {c.reference} have different tokenizers or chat templates: their "
+            "log-probs cannot be compared"
+        )
     examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, progress=ranks.first)
     by_id = {row.id: row for row in rows}
     dtype = model.DTYPES[c.dtype]

@@ -7,6 +7,7 @@ The same command again goes on from the last checkpoint. Read from `main` down: 
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import resource
@@ -225,7 +226,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     started = checkpoint.latest(out / "checkpoints")
-    claim(out, c, started is not None, ranks)
+    check_folder(out, c, started is not None)
     if (out / "policy").exists():
         say(ranks, f"{out}: this run is finished; its policy is in {out / 'policy'}")
         return
@@ -244,7 +245,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     # Model, its adapter, and the reference's name while the weights are still whole and untouched.
     dtype = model.DTYPES[c.dtype]
     lm = model.load_causal_lm(c.model, dtype=dtype if c.lora_rank else torch.float32)
-    weights = model.fingerprint(lm) if c.loss == "preference" else ""
+    weights = model.fingerprint(lm)
+    inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": file_hash(Path(c.data))}
     if c.lora_rank:
         lm = model.add_lora(
             lm, rank=c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets.split(","), seed=c.seed
@@ -264,12 +266,20 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         touched = touched_blocks(plan, examples)
         scorer = policy
         if c.reference:
+            theirs = tokens.fingerprint(tokens.load_tokenizer(c.reference))
+            if theirs != inputs["tokenizer"]:
+                raise ValueError(
+                    f"the reference {c.reference} has another tokenizer or chat template than {c.model}: their "
+                    "log-probs cannot be compared; give the policy and its reference the same one"
+                )
             other = model.load_causal_lm(c.reference, dtype=dtype)
-            weights = model.fingerprint(other)
+            weights = inputs["reference"] = model.fingerprint(other)
             scorer = model.PolicyModel(other).to(ranks.device)
             dist.shard(scorer, scorer.layers, ranks=ranks, dtype=dtype)
-        identity = dict(weights=weights, tokenizer=tokens.fingerprint(tokenizer), dtype=c.dtype)
-        cache = reference.open_cache(c.reference_cache, **identity)
+        claim(out, c, inputs, started is not None, ranks)
+        cache = reference.open_cache(
+            c.reference_cache, weights=weights, tokenizer=inputs["tokenizer"], dtype=c.dtype
+        )
         if started is None or c.reference:
             computed = reference.fill(cache, scorer, touched, ranks=ranks, budget=c.tokens_per_micro_batch, **packing)
             say(ranks, f"reference log-probs: {computed} computed, {len(cache.known)} in {cache.folder}")
@@ -277,6 +287,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         for v in range(len(plan.row)):
             found = reference.lookup(cache, visit_block(plan, examples, v))
             ref_logps[v, : len(found)] = found
+    else:
+        claim(out, c, inputs, started is not None, ranks)
 
     parameters = list(checkpoint.trained(policy).values())
     optimizer = torch.optim.AdamW(
@@ -365,6 +377,12 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     say(ranks, f"{out / 'policy'}: trained in {seconds:.1f} s")
 
 
+def file_hash(path: Path) -> str:
+    """sha256 hex of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def touched_blocks(plan: sampling.Plan, examples: list[tokens.Example]) -> list[Block]:
     """Every response that the plan visits, once, gathered by prompt."""
     wanted: dict[int, set[int]] = {}
@@ -388,20 +406,37 @@ def self_check(c: Config, plan: sampling.Plan, loss: float, largest: float, rank
         )
 
 
-def claim(out: Path, c: Config, started: bool, ranks: dist.Ranks) -> None:
-    """Write run.json, or ValueError where the folder holds a run with other settings."""
-    settings = dataclasses.asdict(c)
-    for free in ("stop_after", "save_every", "tokens_per_micro_batch", "out"):
-        settings.pop(free)  # none of these changes the result
+def check_folder(out: Path, c: Config, started: bool) -> None:
+    """ValueError where the folder holds a run with other settings."""
     path = out / "run.json"
     if path.exists() and (started or (out / "policy").exists()):
         before = json.loads(path.read_text())["config"]
-        changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
+        changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings(c).items() if before.get(k) != v]
         if changed:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): choose another --out")
+
+
+def settings(c: Config) -> dict[str, object]:
+    """The options that decide the result; a run may go on with other values of the rest."""
+    free = ("stop_after", "save_every", "tokens_per_micro_batch", "out", "reference_cache")
+    return {key: value for key, value in dataclasses.asdict(c).items() if key not in free}
+
+
+def claim(out: Path, c: Config, inputs: dict[str, str], started: bool, ranks: dist.Ranks) -> None:
+    """Write run.json; for a run that goes on, ValueError if what its paths hold is not what it began with."""
+    path = out / "run.json"
+    if started:
+        before = json.loads(path.read_text())["inputs"]
+        changed = [key for key in inputs if inputs[key] != before[key]]
+        if changed:
+            raise ValueError(
+                f"{out}: the {' and '.join(changed)} of this run changed since it began, so it cannot go on: restore "
+                "what it began with, or start again in a new --out"
+            )
     dist.barrier()
     if ranks.first:
-        checkpoint.write_json(path, {"config": settings, "world_size": ranks.world_size, "argv": sys.argv[1:]})
+        record = {"config": settings(c), "inputs": inputs, "world_size": ranks.world_size, "argv": sys.argv[1:]}
+        checkpoint.write_json(path, record)
 
 
 def open_log(path: Path, done: int, ranks: dist.Ranks):

@@ -4,6 +4,7 @@ every user mistake named. Runs `train.py` on a tiny world, with the shapes that 
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -343,6 +344,33 @@ def test_a_folder_with_another_run_is_refused(tiny_world, tmp_path):
     run(tiny_world, tmp_path, stop_after=1)
     with pytest.raises(ValueError, match=r"holds a run with other settings \(lr: 0.003 -> 0.01\)"):
         run(tiny_world, tmp_path, lr=0.01)
+
+
+def test_a_run_does_not_go_on_with_other_inputs(tiny_world, tmp_path):
+    """The same paths, but other content behind them: data edited, start model retrained."""
+    model, data = tmp_path / "model", tmp_path / "data.jsonl"
+    shutil.copytree(tiny_world / "model", model)
+    shutil.copy(tiny_world / "train.jsonl", data)
+    run(tiny_world, tmp_path / "out", model=model, data=data, stop_after=1)
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[1:]))
+    with pytest.raises(ValueError, match="the data of this run changed since it began"):
+        run(tiny_world, tmp_path / "out", model=model, data=data)
+    data.write_text("".join(lines))
+    lm = load_causal_lm(str(model), dtype=torch.float32)
+    lm.model.norm.weight.data += 1e-3
+    lm.save_pretrained(model)
+    with pytest.raises(ValueError, match="the model of this run changed since it began"):
+        run(tiny_world, tmp_path / "out", model=model, data=data)
+
+
+def test_a_reference_with_another_tokenizer_is_refused(tiny_world, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_world / "model", other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<assistant>", "<user>"))
+    with pytest.raises(ValueError, match="has another tokenizer or chat template"):
+        run(tiny_world, tmp_path / "out", reference=other)
 
 
 def test_errors_end_with_status_2_and_no_traceback(tiny_world, tmp_path):

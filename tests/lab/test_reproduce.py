@@ -16,7 +16,8 @@ def cell(folder: Path, values: dict[str, dict[str, float]]) -> Path:
     (folder / "eval").mkdir(parents=True)
     (folder / "eval/per_prompt.json").write_text(json.dumps(values))
     (folder / "summary.json").write_text(json.dumps({"seconds": 3.0 + len(folder.name)}))
-    log = [{"step": s, "loss": 1.0 / (s + 1), "rewards/margins": s, "gamma": -5 + s, "effective_negatives": 2} for s in range(3)]
+    same = {"loss": 0.5, "effective_negatives": 2}
+    log = [same | {"step": s, "rewards/margins": s, "gamma": -5 + s} for s in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     return folder / "eval"
 
@@ -31,7 +32,7 @@ def cells(tmp_path) -> dict[str, list[Path]]:
     for name, shift in (("DPO-BT", 0.0), ("DPO-HPS", 1.0)):
         for seed in range(2):
             rm2 = {p: base[p] + shift + 0.1 * seed for p in prompts}
-            harm = {p: 50.0 * (1 - shift) for p in prompts[::2]}
+            harm = dict.fromkeys(prompts[::2], 50.0 * (1 - shift))
             out[name].append(cell(tmp_path / f"{name}-{seed}", {"rm2": rm2, "harm": harm}))
     return out
 
@@ -68,7 +69,8 @@ def test_the_report_accepts_what_the_sweep_makes(cells, tmp_path):
 def test_finished_stages_are_kept_and_failures_are_told(tmp_path):
     """A stage whose product exists does not run again; a script that fails is named with its last words."""
     script = tmp_path / "script.py"
-    script.write_text("import sys\nopen(sys.argv[1], 'a').write('x')\nif len(sys.argv) > 2: sys.exit('no ' + sys.argv[2])\n")
+    lines = ["import sys", "open(sys.argv[1], 'a').write('x')", "if len(sys.argv) > 2: sys.exit('no ' + sys.argv[2])"]
+    script.write_text("\n".join(lines))
     with ThreadPoolExecutor(1) as pool, tqdm(total=3, disable=True) as bar:
         run = reproduce.Stages(pool, tmp_path, bar)
         product = tmp_path / "product"
