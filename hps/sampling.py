@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-VIEWS = ("bt", "pl", "hps", "uniform")
-SCHEDULES = ("left_knots", "inclusive", "linear", "constant")
-REWARD_NORMS = ("none", "zscore")
+VIEWS = ("bt", "pl", "hps", "uniform", "top2", "random", "human")
+SCHEDULES = ("left_knots", "inclusive", "linear", "constant", "mixture")
+REWARD_NORMS = ("none", "zscore", "minmax")
+FORMS = ("sample", "full")
 
 
 def log_q(rewards: Tensor, gamma: float | Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -52,6 +53,7 @@ def gamma_at(
         progress: share of the optimizer steps already taken.
         schedule: `left_knots` -5 -3 -1 1 3 (the ramp's value where each phase begins; the default, and what
             the authors' code computes), `inclusive` -5 -2.5 0 2.5 5, `linear` at every step, `constant` = start.
+            `mixture`, the left knots in random order, is drawn by `plan`; here `progress` is the random number.
 
     Raises:
         ValueError: unknown schedule, or fewer than one (for `inclusive` two) phases.
@@ -65,6 +67,7 @@ def gamma_at(
     phase = np.minimum(np.floor(progress * phases + 1e-9), phases - 1)
     share = {
         "left_knots": phase / phases,
+        "mixture": phase / phases,
         "inclusive": phase / max(phases - 1, 1),
         "linear": progress,
         "constant": np.zeros_like(progress),
@@ -73,7 +76,7 @@ def gamma_at(
 
 
 def normalise_rewards(rewards: np.ndarray, *, norm: str = "none", scale: float = 1.0) -> np.ndarray:
-    """Rewards of one prompt, (n,) float64, as q sees them: `none` or `zscore` over the prompt, times `scale`.
+    """Rewards of one prompt, (n,) float64, as q sees them: as they are, `zscore` or `minmax` over the prompt, scaled.
 
     OURS: the paper uses raw rewards; gamma = 5 on raw rewards of a wide scale is nearly an argmax.
     """
@@ -83,6 +86,9 @@ def normalise_rewards(rewards: np.ndarray, *, norm: str = "none", scale: float =
     if norm == "zscore":
         spread = rewards.std()
         rewards = (rewards - rewards.mean()) / (spread if spread > 0 else 1.0)
+    elif norm == "minmax":
+        spread = np.ptp(rewards)
+        rewards = (rewards - rewards.min()) / (spread if spread > 0 else 1.0)
     return scale * rewards
 
 
@@ -102,8 +108,8 @@ def counter_uniform(seed: int, *counters: int | np.ndarray) -> np.ndarray:
     return ((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-# The first counter of each kind of draw, so that no two kinds share numbers.
-_ORDER, _DRAW = 1, 2
+# The first counter of each kind of draw, so that no two kinds share numbers; draw d > 0 of a visit is _DRAW + 16 d.
+_ORDER, _DRAW, _GAMMA, _PAIR = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def dispreferred(rewards: np.ndarray, identity: np.ndarray) -> tuple[int, np.nda
 
 
 def ranked_subset(rewards: np.ndarray, eligible: np.ndarray, identity: np.ndarray, size: int) -> np.ndarray:
-    """At most `size` - 1 distinct dispreferred candidates, ranked: the hardest, the worst, evenly spaced ranks between.
+    """At most `size` - 1 distinct dispreferred candidates, ranked: hardest, worst, and evenly spaced between.
 
     Differs: the paper ranks all n = 100; its reported time (2.68 x BT) fits five or six responses per prompt.
     """
@@ -194,6 +200,52 @@ def plan_demonstrations(
     )
 
 
+def _static_opponents(
+    view: str, rewards: np.ndarray, eligible: np.ndarray, identity: np.ndarray, pl_responses: int
+) -> np.ndarray:
+    """The opponents that a prompt has at every visit, hardest first: all that BT, PL and top2 need."""
+    if view == "top2":
+        return ranked_subset(rewards, eligible, identity, len(rewards) + 1)[:1]
+    return ranked_subset(rewards, eligible, identity, 2 if view == "bt" else pl_responses or len(rewards) + 1)
+
+
+def _draw(
+    scaled: Sequence[np.ndarray],
+    eligible: Sequence[np.ndarray],
+    gamma: np.ndarray,
+    counters: list[np.ndarray],
+    seed: int,
+    *,
+    form: str,
+    samples: int,
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """Opponents of some visits drawn from q, their log-weights in the loss, and q's effective number (C,).
+
+    scaled, eligible: one (n,) array a visit. gamma: (C,). counters: (C,) arrays that name the visit. `sample` draws
+    `samples` times with replacement and weighs a response by how often it came; `full` takes all with weights q.
+    """
+    C, n = len(scaled), max(map(len, scaled))
+    r, ok = np.zeros((C, n + 1)), np.zeros((C, n + 1), dtype=bool)
+    for i in range(C):  # log_q reads column 0 as the winner, so candidates start at column 1
+        r[i, 1 : 1 + len(scaled[i])] = scaled[i]
+        ok[i, 1 : 1 + len(scaled[i])] = eligible[i]
+    weights = log_q(torch.from_numpy(r), torch.from_numpy(gamma), valid=torch.from_numpy(ok)).numpy()
+    entropy = -(np.exp(weights) * np.where(weights > -np.inf, weights, 0.0)).sum(1)
+    if form == "full":
+        drawn = [np.flatnonzero(mask) for mask in eligible]
+        return drawn, [w[d] for w, d in zip(weights, drawn, strict=True)], np.exp(entropy)
+    picks = np.empty((C, samples), dtype=np.int64)
+    for d in range(samples):
+        u = counter_uniform(seed, _DRAW + 16 * d, *(c[:, None] for c in counters), np.arange(n)[None, :])
+        picks[:, d] = np.argmax(weights - np.log(-np.log(u)), axis=1)  # Gumbel-max: a draw from q
+    drawn, logs = [], []
+    for row in picks:
+        distinct, count = np.unique(row, return_counts=True)
+        drawn.append(distinct)
+        logs.append(np.log(count / samples))
+    return drawn, logs, np.exp(entropy)
+
+
 def plan(
     rewards: Sequence[np.ndarray],
     identity: Sequence[np.ndarray],
@@ -208,20 +260,28 @@ def plan(
     gamma_end: float = 5.0,
     gamma_phases: int = 5,
     n_factor: str = "one",
+    hps_form: str = "sample",
+    hps_samples: int = 1,
     reward_norm: str = "none",
     reward_scale: float = 1.0,
     pl_responses: int = 8,
     shuffle: bool = True,
+    human: Sequence[tuple[int, int] | None] = (),
 ) -> Plan:
     """Draw a whole run: for every visit its prompt, its responses and their weights.
 
     Args:
-        rewards: one (n,) float array a prompt, ragged n.
+        rewards: one (n,) float array a prompt, ragged n; not looked at by `human`.
         identity: one (n,) int array a prompt; equal numbers mark equal texts.
         keys: (R,) uint64, stable identity of each prompt (a hash of its id), which the draws are keyed by.
-        view: `bt` best against worst; `pl` `pl_responses` ranks; `hps` best against one draw from q (Eq. 9) made
-            anew at every visit; `uniform` the same with gamma = 0, the control that any claim for q must beat.
+        view: whom the preferred response is contrasted with.
+            `bt` the worst; `top2` the runner-up; `pl` `pl_responses` ranks (0: all of them);
+            `hps` draws from q (Eq. 9), made anew at every visit, or all responses weighted by q (`hps_form`);
+            `uniform` the same with gamma = 0, the control that any claim for q must beat;
+            `random` the better of two random responses against the other, drawn anew at every visit;
+            `human` the pair in `human`, (chosen, rejected) a prompt or None.
         n_factor: `one` (kappa = 1) or `n_minus_one` (kappa = number of dispreferred responses, Eq. 8).
+        hps_samples: draws a visit, with replacement (more than one is OURS).
         shuffle: order prompts anew in each epoch, else file order.
 
     Raises:
@@ -231,60 +291,89 @@ def plan(
         raise ValueError(f"unknown preference view {view!r}; choose one of {', '.join(VIEWS)}")
     if n_factor not in ("one", "n_minus_one"):
         raise ValueError(f"unknown n_factor {n_factor!r}; choose one or n_minus_one")
-    if pl_responses < 2 or epochs < 1 or prompts_per_step < 1:
-        raise ValueError("pl_responses must be at least 2, epochs and prompts_per_step at least 1")
+    if hps_form not in FORMS:
+        raise ValueError(f"unknown hps_form {hps_form!r}; choose one of {', '.join(FORMS)}")
+    if min(epochs, prompts_per_step, hps_samples) < 1 or pl_responses == 1 or pl_responses < 0:
+        raise ValueError("epochs, prompts_per_step and hps_samples must be at least 1, pl_responses 0 or at least 2")
 
     dropped = {"rows_one_response": 0, "rows_no_dispreferred": 0}
     excluded = {"ties_with_best": 0, "copies_of_best": 0}
     kept, best, eligible = [], [], []
-    for i, (r, same) in enumerate(zip(rewards, identity, strict=True)):
-        b, mask, counts = dispreferred(r, same)
-        if not mask.any():
-            dropped["rows_one_response" if len(r) == 1 else "rows_no_dispreferred"] += 1
-            continue
-        for reason in excluded:
-            excluded[reason] += counts[reason]
-        kept.append(i)
-        best.append(b)
-        eligible.append(mask)
+    if view == "human":
+        dropped = {"rows_no_human_pair": sum(pair is None for pair in human), "pairs_of_equal_texts": 0}
+        for i, pair in enumerate(human):
+            if pair is not None and identity[i][pair[0]] == identity[i][pair[1]]:
+                dropped["pairs_of_equal_texts"] += 1
+            elif pair is not None:
+                kept.append(i)
+                best.append(pair[0])
+    else:
+        for i, (r, same) in enumerate(zip(rewards, identity, strict=True)):
+            b, mask, counts = dispreferred(r, same)
+            if not mask.any():
+                dropped["rows_one_response" if len(r) == 1 else "rows_no_dispreferred"] += 1
+                continue
+            for reason in excluded:
+                excluded[reason] += counts[reason]
+            kept.append(i)
+            best.append(b)
+            eligible.append(mask)
     if not kept:
         raise ValueError(
             f"no prompt has a response below its best one ({dropped}): check the rewards with data_prep.py doctor"
+            if view != "human"
+            else f"no prompt has a human pair of different texts ({dropped}): give `chosen` and `rejected` in the data"
         )
     kept_rows, kept_keys = np.array(kept), np.asarray(keys, dtype=np.uint64)[kept]
 
     visits, epoch = _visits(kept_keys, epochs=epochs, seed=seed, shuffle=shuffle)  # positions in `kept`
     steps = -(-len(visits) // prompts_per_step)
     progress = np.arange(len(visits)) // prompts_per_step / steps
-
-    K = pl_responses if view == "pl" else 2
-    responses = np.full((len(visits), K), -1, dtype=np.int64)
-    responses[:, 0] = np.array(best)[visits]
+    preferred = np.array(best)[visits]
     gamma = np.zeros(len(visits))
     effective = np.ones(len(visits))
-    if view in ("bt", "pl"):
-        opponents = [
-            ranked_subset(np.asarray(rewards[i]), mask, np.asarray(identity[i]), K)
+    opponents: list[np.ndarray] = []  # of each visit
+    logs: list[np.ndarray] = []
+    if view == "human":
+        opponents = [np.array([human[row][1]]) for row in kept_rows[visits]]  # type: ignore[index]
+    elif view == "random":
+        for v, (p, e) in enumerate(zip(visits, epoch, strict=True)):
+            first, other = _random_pair(np.asarray(rewards[kept[p]]), seed, kept_keys[p], e)
+            preferred[v] = first
+            opponents.append(np.array([other]))
+    elif view in ("bt", "top2", "pl"):
+        fixed = [
+            _static_opponents(view, np.asarray(rewards[i]), mask, np.asarray(identity[i]), pl_responses)
             for i, mask in zip(kept, eligible, strict=True)
         ]
-        for v, position in enumerate(visits):
-            responses[v, 1 : 1 + len(opponents[position])] = opponents[position]
+        opponents = [fixed[p] for p in visits]
     else:
         if view == "hps":
+            if gamma_schedule == "mixture":
+                progress = counter_uniform(seed, _GAMMA, kept_keys[visits], epoch)
             gamma = gamma_at(progress, schedule=gamma_schedule, start=gamma_start, end=gamma_end, phases=gamma_phases)
         scaled = [normalise_rewards(rewards[i], norm=reward_norm, scale=reward_scale) for i in kept]
         for chunk in np.array_split(np.arange(len(visits)), -(-len(visits) // 4096)):
             at = visits[chunk]
-            n = max(len(scaled[p]) for p in at)
-            r, ok = np.zeros((len(chunk), n + 1)), np.zeros((len(chunk), n + 1), dtype=bool)
-            for i, p in enumerate(at):  # log_q reads column 0 as the winner, so candidates start at column 1
-                r[i, 1 : 1 + len(scaled[p])] = scaled[p]
-                ok[i, 1 : 1 + len(scaled[p])] = eligible[p]
-            weights = log_q(torch.from_numpy(r), torch.from_numpy(gamma[chunk]), valid=torch.from_numpy(ok)).numpy()
-            u = counter_uniform(seed, _DRAW, kept_keys[at][:, None], epoch[chunk][:, None], np.arange(n)[None, :])
-            responses[chunk, 1] = np.argmax(weights - np.log(-np.log(u)), axis=1)  # Gumbel-max: a draw from q
-            entropy = -(np.exp(weights) * np.where(weights > -np.inf, weights, 0.0)).sum(1)
-            effective[chunk] = np.exp(entropy)
+            drawn, weights, effective[chunk] = _draw(
+                [scaled[p] for p in at],
+                [eligible[p] for p in at],
+                gamma[chunk],
+                [kept_keys[at], epoch[chunk]],
+                seed,
+                form=hps_form,
+                samples=hps_samples,
+            )
+            opponents += drawn
+            logs += weights
+    K = 1 + max(map(len, opponents))
+    responses = np.full((len(visits), K), -1, dtype=np.int64)
+    responses[:, 0] = preferred
+    weights_of = np.zeros((len(visits), K - 1), dtype=np.float32)
+    for v, others in enumerate(opponents):
+        responses[v, 1 : 1 + len(others)] = others
+        if logs:
+            weights_of[v, : len(others)] = logs[v]
     kappa = np.ones(len(visits))
     if n_factor == "n_minus_one" and view in ("hps", "uniform"):
         kappa = np.array([mask.sum() for mask in eligible], dtype=np.float64)[visits]
@@ -292,7 +381,7 @@ def plan(
         row=kept_rows[visits],
         epoch=epoch,
         responses=responses,
-        log_q=np.zeros((len(visits), K - 1), dtype=np.float32),
+        log_q=weights_of,
         kappa=kappa.astype(np.float32),
         gamma=gamma.astype(np.float32),
         effective=effective.astype(np.float32),
@@ -300,3 +389,11 @@ def plan(
         dropped=dropped,
         excluded=excluded,
     )
+
+
+def _random_pair(rewards: np.ndarray, seed: int, key: np.uint64, epoch: int) -> tuple[int, int]:
+    """Two responses of different reward, better first: the first pair of a random order that is not a tie."""
+    order = np.argsort(counter_uniform(seed, _PAIR, key, epoch, np.arange(len(rewards))))
+    other = next(i for i in order if rewards[i] != rewards[order[0]])
+    pair = sorted((order[0], other), key=lambda i: -rewards[i])
+    return int(pair[0]), int(pair[1])

@@ -187,8 +187,12 @@ def test_bt_takes_best_and_worst_and_pl_ranks_evenly():
     pl = plan([rewards], [same], np.arange(1), view="pl", pl_responses=4, **RUN)
     # Ranks of the nine dispreferred: 0 (reward 8), 4 (reward 4), 8 (reward 0).
     assert rewards[pl.responses[0]].tolist() == [9.0, 8.0, 4.0, 0.0]
-    ragged = plan([rewards[:3]], [same[:3]], np.arange(1), view="pl", pl_responses=4, **RUN)
-    assert ragged.responses[0].tolist() == [2, 0, 1, -1]
+    two = plan([rewards[:3], rewards], [same[:3], same], np.arange(2), view="pl", pl_responses=4, **RUN)
+    assert two.responses[two.row == 0][0].tolist() == [2, 0, 1, -1]
+    whole = plan([rewards], [same], np.arange(1), view="pl", pl_responses=0, **RUN)
+    assert rewards[whole.responses[0]].tolist() == sorted(rewards, reverse=True)
+    top2 = plan([rewards], [same], np.arange(1), view="top2", **RUN)
+    assert rewards[top2.responses[0]].tolist() == [9.0, 8.0]
     # A text that stands twice is ranked once.
     _, mask, _ = dispreferred(rewards, same)
     copies = same.copy()
@@ -213,3 +217,72 @@ def test_effective_negatives():
             [rewards], [np.arange(5)], np.arange(1), view="hps", gamma_schedule="constant", gamma_start=gamma, **RUN
         )
         assert p.effective[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_draws_are_merged_with_their_counts_as_weights():
+    """K draws with replacement: a response drawn c times stands once with weight c / K; the first draw is K = 1's."""
+    rewards, identity, keys = world()
+    how = dict(view="hps", gamma_schedule="constant", gamma_start=1.0, **RUN)
+    one = plan(rewards, identity, keys, **how)
+    many = plan(rewards, identity, keys, hps_samples=4, **how)
+    assert many.responses.shape[1] <= 5
+    for v in range(len(many.row)):
+        others = many.responses[v, 1:][many.responses[v, 1:] >= 0]
+        assert len(set(others)) == len(others) and one.responses[v, 1] in others
+        weights = np.exp(many.log_q[v, : len(others)])
+        assert weights.sum() == pytest.approx(1.0, abs=1e-6)
+        assert np.allclose(weights * 4, np.round(weights * 4), atol=1e-5)
+    # Over many draws the weights follow q.
+    r = np.array([0.3, 2.0, 1.2, -0.5, 0.9])
+    p = plan([r], [np.arange(5)], np.arange(1), hps_samples=20_000, **how)
+    q = np.exp(1.0 * r[p.responses[0, 1:]])
+    np.testing.assert_allclose(np.exp(p.log_q[0]), q / q.sum(), atol=0.015)
+
+
+def test_the_full_form_carries_eq_9():
+    r = np.array([0.3, 2.0, 1.2, -0.5, 0.9])
+    p = plan(
+        [r, r[:3]], [np.arange(5), np.arange(3)], np.arange(2), view="hps", hps_form="full",
+        gamma_schedule="constant", gamma_start=2.0, **RUN,
+    )  # fmt: skip
+    for n in (5, 3):
+        v = int(np.flatnonzero(p.row == (0 if n == 5 else 1))[0])
+        others = [i for i in range(n) if i != 1]
+        assert p.responses[v, : 1 + len(others)].tolist() == [1, *others]
+        assert (p.responses[v, 1 + len(others) :] == -1).all()
+        q = np.exp(2.0 * r[others])
+        np.testing.assert_allclose(np.exp(p.log_q[v, : len(others)]), q / q.sum(), rtol=1e-5)
+
+
+def test_mixture_shuffles_the_knots_over_all_of_training():
+    """The authors' accident: each visit has one of the five gammas, whatever the step."""
+    rewards, identity, keys = world(rows=2000)
+    p = plan(rewards, identity, keys, view="hps", gamma_schedule="mixture", **RUN)
+    for half in (p.gamma[:2000], p.gamma[2000:]):
+        values, counts = np.unique(half, return_counts=True)
+        assert values.tolist() == [-5, -3, -1, 1, 3]
+        assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_random_pairs_are_ordered_by_reward_and_even():
+    r = np.array([1.0, 3.0, 3.0, 2.0])
+    p = plan([r] * 6000, [np.arange(4)] * 6000, np.arange(6000), view="random", epochs=1, prompts_per_step=8, seed=0)
+    pairs, counts = np.unique(p.responses, axis=0, return_counts=True)
+    assert {tuple(pair) for pair in pairs} == {(1, 0), (2, 0), (3, 0), (1, 3), (2, 3)}
+    assert (r[p.responses[:, 0]] > r[p.responses[:, 1]]).all()
+    assert counts.min() > 800
+
+
+def test_human_pairs_need_no_rewards():
+    pairs = [(1, 0), None, (0, 2), (0, 1)]
+    identity = [np.arange(2), np.arange(2), np.arange(3), np.array([5, 5])]
+    p = plan([None] * 4, identity, np.arange(4), view="human", human=pairs, **RUN)
+    assert {tuple(y) for y in p.responses} == {(1, 0), (0, 2)}
+    assert p.dropped == {"rows_no_human_pair": 1, "pairs_of_equal_texts": 1}
+    with pytest.raises(ValueError, match="no prompt has a human pair"):
+        plan([None], [np.arange(2)], np.arange(1), view="human", human=[None], **RUN)
+
+
+def test_minmax():
+    np.testing.assert_allclose(normalise_rewards(np.array([1.0, 2.0, 6.0]), norm="minmax", scale=2.0), [0, 0.4, 2])
+    assert normalise_rewards(np.array([2.0, 2.0]), norm="minmax").tolist() == [0.0, 0.0]
