@@ -33,7 +33,7 @@ class Config:
     data: str  # list-wise JSON Lines with rewards (.gz accepted)
     out: str  # folder of the run: metrics.jsonl, checkpoints, the final policy; an unfinished run there goes on
     loss: str = "preference"  # preference (see method) or sft (likelihood of the best response)
-    method: str = "dpo-hps"  # {dpo,exo,ipo,sppo,nca}-{bt,pl,hps,uniform}: a loss and whom it contrasts
+    method: str = "dpo-hps"  # a loss (dpo, exo, ipo, sppo, nca) and whom it contrasts (see sampling.plan), e.g. dpo-bt
     reference: str = ""  # reference model; empty means the policy itself before its first update
     # -- the loss --
     beta: float = 0.1  # KL strength
@@ -42,13 +42,15 @@ class Config:
     length_norm: bool = True  # divide log-ratios by scored tokens, as TRL does; ipo only
     n_factor: str = "one"  # N of Eq. 8: one, or n_minus_one (number of dispreferred responses)
     # -- whom it contrasts --
-    gamma_schedule: str = "left_knots"  # left_knots, inclusive, linear or constant
+    hps_form: str = "sample"  # sample: draws from q; full: all dispreferred responses weighted by q
+    hps_samples: int = 1  # draws from q at each visit
+    gamma_schedule: str = "left_knots"  # left_knots, inclusive, linear, constant, or mixture (knots in random order)
     gamma_start: float = -5.0  # hardness at the start; negative draws the worst responses
     gamma_end: float = 5.0  # hardness that the ramp runs to; positive draws the hardest
     gamma_phases: int = 5  # constant pieces of the ramp
-    reward_norm: str = "none"  # rewards as the sampler sees them: none or zscore over each prompt
+    reward_norm: str = "none"  # rewards as the sampler sees them: none, zscore or minmax over each prompt
     reward_scale: float = 1.0  # factor on the (normalised) rewards
-    pl_responses: int = 8  # ranks that Plackett-Luce sees: best, worst and evenly spaced ones
+    pl_responses: int = 8  # ranks that Plackett-Luce sees: best, worst and evenly spaced ones; 0 means all
     # -- optimiser --
     lr: float = 1e-5  # peak learning rate of AdamW (the paper's 5e-7 moves a LoRA adapter by almost nothing)
     epochs: int = 2  # passes over the prompts
@@ -78,7 +80,9 @@ class Config:
     stop_after: int = 0  # stop (with a checkpoint) after this many steps in all; 0 runs to the end
 
 
-SAMPLER = {"gamma_schedule", "gamma_start", "gamma_end", "gamma_phases", "reward_norm", "reward_scale", "n_factor"}
+GAMMA = {"gamma_schedule", "gamma_start", "gamma_end", "gamma_phases"}
+SAMPLER = GAMMA | {"hps_form", "hps_samples", "reward_norm", "reward_scale", "n_factor"}
+BY_VIEW = {"pl": {"pl_responses"}, "hps": SAMPLER, "uniform": {"n_factor", "hps_form", "hps_samples"}}
 BY_LOSS = {"beta", "label_smoothing", "exo_eps", "length_norm"}
 
 
@@ -91,7 +95,8 @@ def used_options(c: Config) -> set[str]:
         name, view = c.method.split("-")
         used |= {"beta", *losses.LOSSES[name].options}
         used |= {"length_norm"} if losses.LOSSES[name].length_norm else set()
-        used |= {"bt": set(), "pl": {"pl_responses"}, "hps": SAMPLER, "uniform": {"n_factor"}}[view]
+        used |= BY_VIEW.get(view, set())
+        used -= {"hps_samples"} if c.hps_form == "full" else set()
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
     return used if c.lora_rank else used - {"lora_alpha", "lora_targets"}
 
@@ -105,6 +110,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         "dtype": list(model.DTYPES),
         "overlong": ["drop", "error"],
         "gamma_schedule": list(sampling.SCHEDULES),
+        "hps_form": list(sampling.FORMS),
         "reward_norm": list(sampling.REWARD_NORMS),
         "n_factor": ["one", "n_minus_one"],
     }
@@ -127,7 +133,9 @@ def make_plan(c: Config, examples: list[tokens.Example]) -> sampling.Plan:
         return sampling.plan_demonstrations([preferred(e) for e in examples], keys, **order)
     sampler = {key: getattr(c, key) for key in SAMPLER | {"pl_responses"}}
     rewards, identity = [e.rewards for e in examples], [e.identity for e in examples]
-    return sampling.plan(rewards, identity, keys, view=c.method.split("-")[1], **order, **sampler)
+    human = [None if e.chosen is None or e.rejected is None else (e.chosen, e.rejected) for e in examples]
+    view = c.method.split("-")[1]
+    return sampling.plan(rewards, identity, keys, view=view, human=human, **order, **sampler)
 
 
 def preferred(example: tokens.Example) -> int:
@@ -233,7 +241,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     torch.manual_seed(c.seed)
 
     # Data -> the plan of the whole run.
-    rows = listwise.read(c.data, need_rewards=c.loss == "preference")
+    rows = listwise.read(c.data, need_rewards=c.loss == "preference" and not c.method.endswith("-human"))
     tokenizer = tokens.load_tokenizer(c.model)
     examples, counts = tokens.tokenize_rows(
         tokenizer, rows, max_length=c.max_length, overlong=c.overlong, progress=ranks.first

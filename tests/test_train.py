@@ -198,11 +198,23 @@ def test_a_resumed_run_never_scores_the_reference_again(tiny_world, tmp_path):
         ("dpo-uniform", {}, math.log(2)),
         ("ipo-hps", {}, 1 / (4 * 0.5**2)),
         ("nca-bt", {}, 2 * math.log(2)),
+        ("dpo-hps", {"hps_samples": 3}, math.log(2)),
+        ("dpo-hps", {"hps_form": "full"}, math.log(2)),
+        ("sppo-top2", {}, 1 / (2 * 0.5**2)),
+        ("exo-random", {}, -math.log(2) - (math.log(0.999) + math.log(0.001)) / 2),
     ],
 )
 def test_first_loss_is_known(tiny_world, tmp_path, method, options, expected):
     values = run(tiny_world, tmp_path, method=method, stop_after=1, **options)
     assert values[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_human_pairs_train_without_rewards(tiny_world, tmp_path):
+    rows = listwise.read(tiny_world / "train.jsonl")
+    pairs = [listwise.Row(r.id, r.prompt, r.responses, None, 2, 1, None, "") for r in rows]
+    listwise.write(tmp_path / "pairs.jsonl", pairs)
+    values = run(tiny_world, tmp_path / "out", method="dpo-human", data=tmp_path / "pairs.jsonl")
+    assert values[0] == pytest.approx(math.log(2), abs=1e-4) and np.std(values[1:]) > 1e-2
 
 
 def test_first_loss_of_plackett_luce_is_the_mean_log_factorial(tiny_world, tmp_path):
@@ -326,6 +338,8 @@ def test_a_broken_line_is_named(tiny_world, tmp_path):
         (dict(method="nca-hps", label_smoothing=0.1), "method nca-hps does not use.*label_smoothing"),
         (dict(loss="sft", beta=None, reference_cache=None), "loss sft does not use.*method"),
         (dict(gamma_schedule="constant", gamma_end=3), "does not use.*gamma_end"),
+        (dict(hps_form="full", hps_samples=2), "does not use.*hps_samples"),
+        (dict(method="dpo-top2", gamma_end=2), "method dpo-top2 does not use.*gamma_end"),
         (dict(lora_alpha=4), "does not use.*lora_alpha"),
         (dict(dtype="fp16"), "dtype = 'fp16' does not exist; choose one of fp32, bf16"),
         (dict(beta=0), "beta must be positive"),

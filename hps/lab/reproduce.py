@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from hps import checkpoint, config
 from hps.evaluate import metrics, report
+from hps.losses import LOSSES
 
 BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Options:
-    suite: str = "headline"  # headline: SFT, DPO-BT, DPO-PL-8, uniform negative, DPO-HPS
+    suite: str = "headline"  # headline (with the uniform control), methods (Table 2), beta (Table 8), schedule
     seeds: int = 3  # preference seeds of each method; one SFT model serves all
     out: str = "runs/reproduce"  # results.json, RESULTS.md, figures/ and every stage's files
     small: bool = False  # a tenth of the size: checks the path, not the claim
@@ -44,13 +45,72 @@ class Options:
 
 # Standardised rewards times .5: on raw ones gamma = -5 .. 5 is nearly an argmax (docs/RESULTS.md). Our choice.
 SCALED = ["--reward_norm", "zscore", "--reward_scale", "0.5"]
-METHODS = {
-    "DPO-BT": ["--method", "dpo-bt"],
-    "DPO-PL-8": ["--method", "dpo-pl", "--pl_responses", "8"],
-    "DPO-uniform": ["--method", "dpo-uniform"],
-    "DPO-HPS": ["--method", "dpo-hps", *SCALED],
-    "DPO-HPS raw": ["--method", "dpo-hps"],
-}
+PL = ["--pl_responses", "8"]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`methods`: row name -> flags of train.py beside configs/world.toml. `pairs`: rows that are compared, a - b."""
+
+    methods: dict[str, list[str]]
+    pairs: list[tuple[str, str]]
+
+
+def headline() -> Suite:
+    """The question of the paper, with the control that it lacks: a uniformly drawn dispreferred response."""
+    methods = {
+        "DPO-BT": ["--method", "dpo-bt"],
+        "DPO-PL-8": ["--method", "dpo-pl", *PL],
+        "DPO-uniform": ["--method", "dpo-uniform"],
+        "DPO-HPS": ["--method", "dpo-hps", *SCALED],
+        "DPO-HPS raw": ["--method", "dpo-hps"],
+    }
+    return Suite(methods, [("DPO-HPS", other) for other in methods if other != "DPO-HPS"])
+
+
+def all_methods() -> Suite:
+    """The paper's Table 2: five losses under three preference models."""
+    methods, pairs = {}, []
+    for loss in LOSSES:
+        name = loss.upper()
+        methods[f"{name}-BT"] = ["--method", f"{loss}-bt"]
+        methods[f"{name}-PL-8"] = ["--method", f"{loss}-pl", *PL]
+        methods[f"{name}-HPS"] = ["--method", f"{loss}-hps", *SCALED]
+        pairs += [(f"{name}-HPS", f"{name}-BT"), (f"{name}-HPS", f"{name}-PL-8")]
+    return Suite(methods, pairs)
+
+
+def betas() -> Suite:
+    """The paper's Table 8: reward margin against KL over beta."""
+    methods, pairs = {}, []
+    for beta in ("0.1", "0.25", "0.5", "0.75", "1"):
+        for view, extra in (("bt", []), ("pl", PL), ("hps", SCALED)):
+            methods[f"DPO-{view.upper()} beta {beta}"] = ["--method", f"dpo-{view}", "--beta", beta, *extra]
+        pairs += [(f"DPO-HPS beta {beta}", f"DPO-{other} beta {beta}") for other in ("BT", "PL")]
+    return Suite(methods, pairs)
+
+
+def schedules() -> Suite:
+    """What gamma's course over training does, and the forms of HPS."""
+    hps = ["--method", "dpo-hps", *SCALED]
+    methods = {"DPO-HPS": hps}
+    for gamma in (-5, 0, 5):
+        methods[f"gamma {gamma}"] = [*hps, "--gamma_schedule", "constant", f"--gamma_start={gamma}"]
+    methods |= {
+        "gamma 5 to -5": [*hps, "--gamma_start=5", "--gamma_end=-5"],
+        "gamma 0 to 5": [*hps, "--gamma_start=0"],
+        "gamma inclusive": [*hps, "--gamma_schedule", "inclusive"],
+        "gamma linear": [*hps, "--gamma_schedule", "linear"],
+        "gamma mixture": [*hps, "--gamma_schedule", "mixture"],
+        "N factor n - 1": [*hps, "--n_factor", "n_minus_one"],
+        "8 draws": [*hps, "--hps_samples", "8"],
+        "runner-up": ["--method", "dpo-top2"],
+        "random pairs": ["--method", "dpo-random"],
+    }
+    return Suite(methods, [(other, "DPO-HPS") for other in methods if other != "DPO-HPS"])
+
+
+SUITES = {"headline": headline, "methods": all_methods, "beta": betas, "schedule": schedules}
 COMPARED = ("rm2", "rm10", "rmgap", "true_reward", "harm", "win", "kl_exact")
 SIZES = {
     False: dict(demonstrations=48_000, train=400, valid=100, test=300, n=100, samples=8),
@@ -105,7 +165,7 @@ class Stages:
         return future
 
 
-def stages_of_headline(c: Options, run: Stages, out: Path) -> dict[str, list[Path]]:
+def sweep(c: Options, methods: dict[str, list[str]], run: Stages, out: Path) -> dict[str, list[Path]]:
     """Start everything; the folders of each method's evaluations, once all is done."""
     size = SIZES[c.small]
     world, sft = out / "world", out / "sft"
@@ -146,11 +206,11 @@ def stages_of_headline(c: Options, run: Stages, out: Path) -> dict[str, list[Pat
     cells: dict[str, list[Path]] = {"SFT": [baseline]}
     runs: dict[Future, tuple[Path, str]] = {}
     for seed in range(c.seeds):
-        for name in sorted(METHODS, key=lambda name: "PL" not in name):  # the longest first, so that no core idles
+        for name in sorted(methods, key=slow):  # the longest last would leave a core idle
             folder = out / "cells" / f"{name} lr {c.lr:g}" / f"seed-{seed}"
-            argv = ["train.py", "--config", "configs/world.toml", *METHODS[name], "--seed", str(seed)]
+            argv = ["train.py", "--config", "configs/world.toml", *methods[name], "--seed", str(seed)]
             argv += ["--lr", str(c.lr), "--model", start, "--data", str(train), "--out", str(folder), *cache]
-            weight = (24 if "PL" in name else 8) if not c.small else 3
+            weight = (8 if slow(name) else 24) if not c.small else 3
             runs[run.start(folder / "policy", argv, weight=weight)] = (folder, name)
             cells.setdefault(name, []).append(folder / f"eval-{c.split}")
     evaluations = []
@@ -162,6 +222,11 @@ def stages_of_headline(c: Options, run: Stages, out: Path) -> dict[str, list[Pat
         evaluations.append(run.start(*argv, weight=heavy))
     wait(evaluations)
     return cells
+
+
+def slow(name: str) -> bool:
+    """False for methods that see many responses a prompt: sorts them first."""
+    return not ("PL" in name or "draws" in name)
 
 
 def wait(futures: list[Future]) -> None:
@@ -182,8 +247,10 @@ def table_of(cells: dict[str, list[Path]], name: str) -> tuple[dict[str, np.ndar
     }, ids
 
 
-def summarise(cells: dict[str, list[Path]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of the table with intervals over prompts (and seeds), and paired differences of DPO-HPS to the others."""
+def summarise(
+    cells: dict[str, list[Path]], pairs: list[tuple[str, str]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the table with intervals over prompts (and seeds), and paired differences of the named pairs."""
     values = {name: table_of(cells, name)[0] for name in cells}
     rows = []
     for name, columns in values.items():
@@ -193,13 +260,13 @@ def summarise(cells: dict[str, list[Path]]) -> tuple[list[dict[str, Any]], list[
             found["train_seconds"] = interval((float(np.mean(seconds)), min(seconds), max(seconds)))
         rows.append({"method": name, "seeds": len(cells[name]), "metrics": found})
     comparisons = []
-    for other in cells:
+    for name, other in pairs:
         for metric in COMPARED:
-            if other not in ("SFT", "DPO-HPS") and metric in values[other] and metric in values["DPO-HPS"]:
-                a, b = values["DPO-HPS"][metric], values[other][metric]
+            if metric in values[name] and metric in values[other]:
+                a, b = values[name][metric], values[other][metric]
                 valid = ~(np.isnan(a).any(0) | np.isnan(b).any(0))
                 difference = interval(metrics.bootstrap_difference(a, b, valid=valid))
-                comparisons.append({"a": "DPO-HPS", "b": other, "metric": metric, **difference})
+                comparisons.append({"a": name, "b": other, "metric": metric, **difference})
     return rows, comparisons
 
 
@@ -253,8 +320,8 @@ def machine() -> str:
 
 def main() -> None:
     c, _ = config.parse(Options, prog="python -m hps.lab.reproduce", description=str(__doc__).split("\n")[0])
-    if c.suite != "headline":
-        raise ValueError(f"unknown suite {c.suite!r}; there is headline")
+    if c.suite not in SUITES:
+        raise ValueError(f"unknown suite {c.suite!r}; choose one of {', '.join(SUITES)}")
     if c.split not in ("test", "valid"):
         raise ValueError(f"split = {c.split!r} does not exist; choose test or valid")
     if c.seeds < 1:
@@ -264,23 +331,23 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers: two threads on two busy cores run slower than one
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
-    size = SIZES[c.small]
+    size, suite = SIZES[c.small], SUITES[c.suite]()
     candidates = (size["train"] + size[c.split]) * size["n"] / 1000
     if c.small:
-        total = 28 + candidates + 4 + 5 + c.seeds * len(METHODS) * 8
+        total = 28 + candidates + 4 + 5 + c.seeds * len(suite.methods) * 8
     else:
-        total = 98 + candidates + 4 + 30 + c.seeds * (len(METHODS) * 38 + 16)
+        total = 98 + candidates + 4 + 30 + c.seeds * sum(38 if slow(name) else 54 for name in suite.methods)
     spawn = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(c.jobs or os.cpu_count() or 1, mp_context=spawn) as pool,
         tqdm(total=round(total), desc=f"{c.suite}, {c.seeds} seeds", bar_format=BAR) as bar,
     ):
         try:
-            cells = stages_of_headline(c, Stages(pool, out, bar), out)
+            cells = sweep(c, suite.methods, Stages(pool, out, bar), out)
         except RuntimeError as e:
             pool.shutdown(wait=False, cancel_futures=True)
             raise ValueError(f"a stage failed; its output is in {out / 'logs'}: {e}") from e
-    rows, comparisons = summarise(cells)
+    rows, comparisons = summarise(cells, suite.pairs)
     curves, schedule = curves_of(cells)
     settings = config.as_dict(c) | size | {"sft_seeds": 1}
     results = {

@@ -38,7 +38,7 @@ def cells(tmp_path) -> dict[str, list[Path]]:
 
 
 def test_rows_and_paired_differences(cells):
-    rows, comparisons = reproduce.summarise(cells)
+    rows, comparisons = reproduce.summarise(cells, [("DPO-HPS", "DPO-BT")])
     by_name = {row["method"]: row for row in rows}
     bt, hps = by_name["DPO-BT"], by_name["DPO-HPS"]
     values = json.loads((cells["DPO-BT"][0] / "per_prompt.json").read_text())["rm2"].values()
@@ -56,7 +56,7 @@ def test_rows_and_paired_differences(cells):
 
 
 def test_the_report_accepts_what_the_sweep_makes(cells, tmp_path):
-    rows, comparisons = reproduce.summarise(cells)
+    rows, comparisons = reproduce.summarise(cells, [("DPO-HPS", "DPO-BT")])
     curves, schedule = reproduce.curves_of(cells)
     assert schedule["gamma"] == [-5, -4, -3]
     results = {"suite": "headline", "commit": "c", "machine": "m", "seconds": 1.0, "rows": rows}
@@ -64,6 +64,20 @@ def test_the_report_accepts_what_the_sweep_makes(cells, tmp_path):
     written = report.write_report(results, tmp_path / "out")
     assert json.loads((tmp_path / "out/results.json").read_text())["rows"][1]["method"] == "DPO-BT"
     assert {"results.json", "RESULTS.md"} <= {path.name for path in written}
+
+
+@pytest.mark.parametrize("suite", reproduce.SUITES)
+def test_every_row_of_a_suite_is_a_command_that_train_accepts(suite):
+    """Options that a method would ignore are errors, so each row's flags must belong to its method."""
+    import train
+    from hps import config
+
+    spec = reproduce.SUITES[suite]()
+    for name, flags in spec.methods.items():
+        argv = ["--config", "configs/world.toml", "--model", "m", "--data", "d", "--out", "o", *flags]
+        train.check(*config.parse(train.Config, argv, prog="train.py", description=""))
+        assert not [word for word in flags if word == "--lr"], name
+    assert {name for pair in spec.pairs for name in pair} <= spec.methods.keys()
 
 
 def test_finished_stages_are_kept_and_failures_are_told(tmp_path):
