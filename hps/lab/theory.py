@@ -1,0 +1,524 @@
+"""The paper's theorems, measured with their premises: `python -m hps.lab.theory` writes theory.json and THEORY.md.
+
+Each `theorem...` function is one statement: it returns a plain dict of premise, claim, the rows of numbers, and a
+verdict computed from them: "holds", "does not hold", or "identity" where algebra leaves no choice.
+
+The world of Theorem 1 meets its Assumption 1 exactly: r_theta(x, y) = <theta, phi(x, y)>, phi uniform on the sphere of
+radius sqrt(D), so |r| <= sqrt(D) |theta| (alpha_0), |grad r| = sqrt(D) (alpha_1), no curvature (alpha_2 = 0). theta* is
+the first unit vector, so r* is the first feature, of standard deviation 1. Rankings are Plackett-Luce at theta*: sorted
+*scores*, r* plus Gumbel noise. By symmetry the minimiser of any expected loss is c theta*; consistency is c = 1.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hps.checkpoint import write_json
+from hps.config import parse, run_main
+from hps.evaluate.report import COLOURS, DPI, STYLE
+from hps.losses import plackett_luce_loss, stage_loss
+from hps.sampling import log_q
+
+D = 8  # dimension of theta
+B = 2.0  # Assumption 1b: |theta| <= B, so alpha_0 = B sqrt(D)
+DELTA = 0.05  # the bounds hold with probability 1 - DELTA
+CHUNK = 4_000_000  # float64 features held at once
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (r_theta, r_est), both (P, n) in ranked order -> (P,)
+Bound = Callable[[int, int], float]  # (m, n) -> the paper's bound with its constant set to 1
+Row = dict[str, Any]
+Statement = dict[str, Any]
+
+
+@dataclass
+class Options:
+    out: str = "runs/theory"  # folder of theory.json, THEORY.md and the figures
+    small: bool = False  # seconds instead of minutes: checks the path, not the claims
+    seed: int = 0  # of every draw
+
+
+def hps(gamma: float, *, kappa_n: bool = True) -> Loss:
+    """The full HPS loss (Eqs. 8-10), kappa = N = n - 1 or else 1; gamma = 0 with kappa = N is Eq. 6."""
+    return lambda r, r_est: stage_loss("dpo", r, log_q(r_est, gamma), beta=1.0, kappa=r.shape[1] - 1 if kappa_n else 1)
+
+
+def pl(r: Tensor, r_est: Tensor) -> Tensor:
+    """The Plackett-Luce loss of the whole ranking (Eqs. 4-5)."""
+    return plackett_luce_loss("dpo", r, beta=1.0)
+
+
+def bt(r: Tensor, r_est: Tensor) -> Tensor:
+    """The Bradley-Terry loss of the first against the last (Eq. 2)."""
+    return stage_loss("dpo", r[:, [0, -1]], r.new_zeros(len(r), 1), beta=1.0)
+
+
+# ---- Theorem 1: estimation ------------------------------------------------------------------------
+
+
+def bound_hps(m: int, n: int) -> float:
+    """Psi_1 of Theorem 1 without C_1: its leading term, O(n / sqrt(m)); the other one falls as 1/m."""
+    alpha_0 = B * math.sqrt(D)
+    zeta = 1 / (2 + math.exp(2 * alpha_0 + math.log(n - 1)) + math.exp(-2 * alpha_0))
+    return math.sqrt((D + math.log(1 / DELTA)) / m) / zeta
+
+
+def bound_pl(m: int, n: int) -> float:
+    """Psi_2 of Theorem 1 without C_2, O(n^2 / sqrt(m))."""
+    return math.sqrt(n**4 * math.exp(8 * B * math.sqrt(D)) * (D + math.log(1 / DELTA)) / m)
+
+
+def ranked_prompts(replicates: int, m: int, n: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Data sets drawn from PL(theta*): features (R, m, n, D) and scores (R, m, n), float64, best first."""
+    phi = torch.randn(replicates, m, n, D, generator=generator, dtype=torch.float64)
+    phi *= math.sqrt(D) / phi.norm(dim=-1, keepdim=True)
+    gumbel = -(-torch.rand(phi.shape[:3], generator=generator, dtype=torch.float64).log()).log()
+    scores, order = (phi[..., 0] + gumbel).sort(dim=-1, descending=True)
+    return phi.gather(2, order[..., None].expand_as(phi)), scores
+
+
+def fit(loss: Loss, phi: Tensor, r_est: Tensor) -> Tensor:
+    """theta of least mean loss (Eq. 11), (R, D), of each replicate phi (R, m, n, D), r_est (R, m, n)."""
+    R, m, n, _ = phi.shape
+    theta = torch.zeros(R, D, dtype=torch.float64)
+    theta[:, 0] = 1.0  # theta*: near the answer, and the losses are convex in theta, so it does not sway it
+    theta.requires_grad_()
+    solver = torch.optim.LBFGS(
+        [theta], max_iter=300, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        value = loss((phi @ theta[:, None, :, None]).reshape(R * m, n), r_est.reshape(R * m, n)).sum() / m
+        value.backward()
+        return value
+
+    solver.step(closure)
+    closure()
+    assert theta.grad is not None and theta.grad.abs().max() < 1e-5 and theta.abs().max() < 50, "no finite minimiser"
+    return theta.detach()
+
+
+def semi_norm(delta: Tensor, phi: Tensor) -> Tensor:
+    """|delta|_Sigma_D of Theorem 1, (R,), from (R, D) and phi (R, m, n, D).
+
+    The mean over pairs of <delta, phi_j - phi_k>^2 is twice the sample variance of <delta, phi_j>.
+    """
+    return (2 * (phi @ delta[:, None, :, None])[..., 0].var(dim=2).mean(dim=1)).sqrt()
+
+
+def gradients_at_truth(loss: Loss, phi: Tensor, r_est: Tensor) -> Tensor:
+    """Gradient in theta of each prompt's loss at theta*, (P, D), from phi (P, n, D) and r_est (P, n)."""
+    r = phi[..., 0].clone().requires_grad_()
+    (by_reward,) = torch.autograd.grad(loss(r, r_est).sum(), r)
+    return torch.einsum("pn,pnd->pd", by_reward, phi)
+
+
+def measure(loss: Loss, *, m: int, n: int, replicates: int, seed: int, by_scores: bool = False) -> dict[str, float]:
+    """Estimates of theta from `replicates` data sets of m prompts with n responses; the same data for every loss.
+
+    Args:
+        by_scores: q is built from the scores that were sorted into the ranking, not from r*.
+
+    Returns:
+        error, error_se: root mean square of |theta - theta*|_Sigma_D, with its standard error.
+        c, c_se: mean of <theta, theta*>.
+        gradient_z: mean gradient at theta*, along theta*, in standard errors; expectation 0 if consistent.
+        predicted: sqrt(tr(Sigma I^-1) / m), the asymptotic error of a likelihood (Eq. 6 and PL), where the Fisher
+            information I is the second moment of the gradients at theta*.
+    """
+    generator = torch.Generator().manual_seed(seed + 7919 * n + 104729 * m)
+    squares, along, gradients = [], [], []
+    size = max(1, CHUNK // (m * n * D))
+    for start in range(0, replicates, size):
+        phi, scores = ranked_prompts(min(size, replicates - start), m, n, generator=generator)
+        r_est = scores if by_scores else phi[..., 0]
+        theta = fit(loss, phi, r_est)
+        along.append(theta[:, 0])
+        squares.append(semi_norm(theta - torch.eye(D, dtype=theta.dtype)[0], phi) ** 2)
+        gradients.append(gradients_at_truth(loss, phi.flatten(0, 1), r_est.flatten(0, 1)))
+    square, c, g = torch.cat(squares), torch.cat(along), torch.cat(gradients)
+    values = {
+        "error": square.mean().sqrt(),
+        "error_se": square.std() / math.sqrt(replicates) / (2 * square.mean().sqrt()),
+        "c": c.mean(),
+        "c_se": c.std() / math.sqrt(replicates),
+        "gradient_z": g[:, 0].mean() / g[:, 0].std() * math.sqrt(len(g)),
+        "predicted": (2 * (g.T @ g / len(g)).inverse().trace() / m).sqrt(),  # Sigma = 2 I: phi has covariance I
+    }
+    return {key: float(value) for key, value in values.items()}
+
+
+def exponent(x: Sequence[float], y: Sequence[float], y_se: Sequence[float]) -> tuple[float, float]:
+    """a of the power law y ~ x^a, with its standard error: least squares in logs, weighted by the errors of log y."""
+    u, weight = np.log(x), (np.asarray(y) / np.asarray(y_se)) ** 2
+    u = u - np.average(u, weights=weight)
+    return float((weight * u * np.log(y)).sum() / (weight * u**2).sum()), float((weight * u**2).sum() ** -0.5)
+
+
+def _rates(
+    axis: str, cells: list[tuple[int, int]], losses: dict[str, tuple[Loss, Bound | None]], *, replicates: int, seed: int
+) -> tuple[list[Row], dict[str, tuple[float, float]]]:
+    """A row for each loss and cell (m, n), the bound's unknown constant set to meet the first; and the exponents."""
+    rows, exponents = [], {}
+    for method, (loss, bound) in losses.items():
+        mine: list[Row] = []
+        for m, n in cells:
+            found = measure(loss, m=m, n=n, replicates=replicates, seed=seed)
+            row = {"method": method, "m": m, "n": n, "error": found["error"], "error_se": found["error_se"]}
+            mine.append(row)
+            if bound:
+                scaled = bound(m, n) / bound(*cells[0]) * mine[0]["error"]
+                row |= {"predicted": found["predicted"], "bound": scaled}
+        exponents[method] = exponent(*([row[key] for row in mine] for key in (axis, "error", "error_se")))
+        rows += mine
+    return rows, exponents
+
+
+def _show(exponents: dict[str, tuple[float, float]]) -> str:
+    return ", ".join(f"{name} {value:.3f} +- {se:.3f}" for name, (value, se) in exponents.items())
+
+
+def theorem1_in_m(*, ms: Sequence[int], n: int, replicates: int, seed: int) -> Statement:
+    """Theorem 1, error against the number of prompts m.
+
+    Premise: rankings from PL(theta*), of which Eq. 6 (HPS with gamma = 0, kappa = N) and PL are likelihoods.
+    Asserted: both err as m^-1/2. Not asserted: a rate for HPS with gamma != 0, nor for BT on first and last.
+    """
+    losses = {"Eq. 6": (hps(0), bound_hps), "PL": (pl, bound_pl), "HPS gamma 2": (hps(2), None), "BT": (bt, None)}
+    rows, found = _rates("m", [(m, n) for m in ms], losses, replicates=replicates, seed=seed)
+    off = [abs(found[name][0] + 0.5) < 0.02 + 3 * found[name][1] for name in ("Eq. 6", "PL")]  # .02: m is finite
+    return {
+        "title": "Theorem 1, the rate in m",
+        "premise": f"rankings from PL(theta*), d = {D}, q from r*, {replicates} data sets a row",
+        "claim": "the errors of Eq. 6 (HPS with gamma = 0, kappa = N) and of PL fall as m^-1/2",
+        "verdict": "holds" if all(off) else "does not hold",
+        "note": f"Exponents of m: {_show(found)}. The last two tend to another theta, so their errors have a floor. "
+        "`predicted` is the asymptotic error by Fisher's information, `bound` the paper's, scaled to its first row.",
+        "rows": rows,
+    }
+
+
+def theorem1_in_n(*, m: int, ns: Sequence[int], replicates: int, seed: int) -> Statement:
+    """Theorem 1, error against the number of responses n.
+
+    Premise: rankings from PL(theta*). Asserted: the bounds, of order n (Eq. 6) and n^2 (PL), grow faster than the
+    errors. Not asserted: that Eq. 6 is therefore closer to theta* than PL, the paper's claim, which the verdict is on.
+    """
+    losses: dict[str, tuple[Loss, Bound | None]] = {"Eq. 6": (hps(0), bound_hps), "PL": (pl, bound_pl)}
+    rows, found = _rates("n", [(m, n) for n in ns], losses, replicates=replicates, seed=seed)
+    closer = all(eq6["error"] < full["error"] for eq6, full in zip(rows, rows[len(ns) :]))
+    return {
+        "title": "Theorem 1, the rate in n",
+        "premise": f"rankings from PL(theta*), d = {D}, {replicates} data sets a row",
+        "claim": "Eq. 6 lands closer to theta* than PL, since its bound grows as n and that of PL as n^2",
+        "verdict": "holds" if closer else "does not hold",
+        "note": f"Exponents of n: {_show(found)}; the bounds have 1 and 2. They hold as upper bounds (constants 1, "
+        f"n = {ns[0]}: {bound_hps(m, ns[0]):.0e} and {bound_pl(m, ns[0]):.0e}), and upper bounds order nothing. "
+        "Every stage of PL adds information; one choice among n says about as much whatever n is.",
+        "rows": rows,
+    }
+
+
+def theorem1_consistency(*, m: int, n: int, replicates: int, seed: int) -> Statement:
+    """Theorem 1's premise that the expected loss is least at theta* (its proof: E[V] = 0).
+
+    Premise: rankings from PL(theta*). Asserted: so it is for Eq. 6 and PL. Not asserted, as it is false: for HPS with
+    gamma != 0 or kappa != N, and for BT; of these the table gives the limit c theta*.
+    """
+    methods: list[tuple[str, str, Loss]] = [("Eq. 6", "", hps(0)), ("PL", "", pl), ("BT", "", bt)]
+    methods.append(("gamma 0, kappa 1", "", hps(0, kappa_n=False)))
+    for source in ("r*", "scores"):
+        for gamma in (1, 2, 5):
+            methods.append((f"gamma {gamma}, kappa N", source, hps(gamma)))
+            methods.append((f"gamma {gamma}, kappa 1", source, hps(gamma, kappa_n=False)))
+    rows = []
+    for method, source, loss in methods:
+        found = measure(loss, m=m, n=n, replicates=replicates, seed=seed, by_scores=source == "scores")
+        rows.append({"method": method, "q from": source} | {k: found[k] for k in ("c", "c_se", "gradient_z", "error")})
+    good = [abs(row["gradient_z"]) < 4 for row in rows]
+    only = all(good[:2]) and not any(good[2:])
+    return {
+        "title": "Theorem 1, consistency",
+        "premise": f"rankings from PL(theta*), n = {n}, m = {m}, {replicates} data sets a row",
+        "claim": "theta* minimises the expected HPS loss, so that estimates tend to it (c = 1)",
+        "verdict": "holds" if all(good) else "does not hold" + (", but for Eq. 6 (and PL)" if only else ""),
+        "note": "Estimates tend to c theta*. q is built from r*, or from the scores that were sorted into the ranking; "
+        "`gradient_z` is the mean gradient at theta* in standard errors. By r* a noisy winner is often worse than the "
+        "hardest of the others, and large gamma learns from just these: c < 0 prefers the worse response.",
+        "rows": rows,
+    }
+
+
+# ---- Theorem 2: gamma to infinity -----------------------------------------------------------------
+
+
+def supremum(r: Tensor) -> Tensor:
+    """sup over p of Eq. 12 for each prompt, (P,), r_theta (P, n): all mass on the largest dispreferred reward."""
+    return F.softplus(r[:, 1:].amax(1) + math.log(r.shape[1] - 1) - r[:, 0])
+
+
+def rewards(correlation: float, *, prompts: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """r_theta and r_est, (P, n) float64 standard normal, columns ranked by r_est."""
+    noise = torch.randn(2, prompts, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    r_est = noise[0].sort(dim=1, descending=True).values
+    return correlation * r_est + math.sqrt(1 - correlation**2) * noise[1], r_est
+
+
+def theorem2_own_reward(*, gammas: Sequence[float], prompts: int, n: int, seed: int) -> Statement:
+    """Theorem 2 with q built from r_theta, which its proof needs (it bounds gamma r_est where r_theta < M - eps).
+
+    Asserted: with kappa = N the HPS loss of every prompt rises with gamma to the supremum of Eq. 12.
+    """
+    r, _ = rewards(0.0, prompts=prompts, n=n, seed=seed)
+    losses = torch.stack([hps(gamma)(r, r) for gamma in gammas])
+    gaps = supremum(r) - losses
+    rises = bool((losses.diff(dim=0) > -1e-12).all())
+    return {
+        "title": "Theorem 2, q built from r_theta",
+        "premise": f"r_est = r_theta, kappa = N, {prompts} prompts, n = {n}",
+        "claim": "the HPS loss tends to the supremum of Eq. 12, softplus(max_j r_j + log N - r_1)",
+        "verdict": "holds" if rises and gaps[-1].abs().max() < 1e-9 else "does not hold",
+        "note": f"The loss rises with gamma on every prompt: {'yes' if rises else 'no'}.",
+        "rows": [
+            {"gamma": float(g), "loss": float(x.mean()), "gap": float(gap.mean()), "largest gap": float(gap.max())}
+            for g, x, gap in zip(gammas, losses, gaps)
+        ],
+    }
+
+
+def theorem2_other_reward(*, correlations: Sequence[float], prompts: int, n: int, seed: int) -> Statement:
+    """Theorem 2 as stated, q built from r_est.
+
+    Asserted: the limit is the loss against argmax r_est alone. Not asserted, as it is false: that this is the supremum,
+    which needs r_theta to be largest for that same response.
+    """
+    rows = []
+    for correlation in correlations:
+        r, r_est = rewards(correlation, prompts=prompts, n=n, seed=seed)
+        limit = hps(1e9)(r, r_est)  # for infinity
+        gap = supremum(r) - limit
+        agree = r[:, 1:].argmax(1) == 0
+        row = {"correlation": correlation, "argmaxes agree": agree.double().mean(), "limit": limit.mean()}
+        row |= {"supremum": supremum(r).mean(), "gap": gap.mean(), "gap_se": gap.std() / math.sqrt(prompts)}
+        row["largest gap, agreeing"] = gap[agree].abs().max() if agree.any() else 0.0
+        row["off pair loss"] = (limit - F.softplus(r[:, 1] + math.log(n - 1) - r[:, 0])).abs().max()
+        rows.append({key: float(value) for key, value in row.items()})
+    holds = all(abs(row["gap"]) < 1e-9 for row in rows)
+    return {
+        "title": "Theorem 2, q built from r_est",
+        "premise": f"r_est and r_theta normal, ranked by r_est, kappa = N, {prompts} prompts, n = {n}",
+        "claim": "the HPS loss tends to the supremum of Eq. 12",
+        "verdict": "holds" if holds else "does not hold, but where r_est and r_theta have the same argmax",
+        "note": "The limit is the loss of the pair (winner, argmax r_est); `off pair loss` is the largest difference.",
+        "rows": rows,
+    }
+
+
+# ---- Theorem 3: the margin ------------------------------------------------------------------------
+
+
+def margin(r: Tensor) -> Tensor:
+    """r_1 - max_{j > 1} r_j of each prompt (Eq. 14), (P,), from r_theta (P, n)."""
+    return r[:, 0] - r[:, 1:].amax(1)
+
+
+def limiting_loss(r: Tensor, log_p: Tensor) -> Tensor:
+    """-log(e^{r_1} / E_p e^{r_j}) of each prompt (Eq. 13), (P,), from r_theta (P, n) and log p (P, n - 1)."""
+    return torch.logsumexp(r[:, 1:] + log_p, dim=1) - r[:, 0]
+
+
+def theorem3_identity(*, prompts: int, n: int, seed: int) -> Statement:
+    """Theorem 3: the supremum over p of Eq. 13 is -(r_1 - max_j r_j), whatever the rewards.
+
+    Asserted: a one-hot p attains it and no p exceeds it. Not asserted: that leaving out log N "does not change the
+    minimizers": loss - log N - Eq. 13 = log(1 + e^margin / N) is negligible for margins well below log N only.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    r = 3 * torch.randn(prompts, n, generator=generator, dtype=torch.float64)
+    one_hot = torch.stack([limiting_loss(r, log_p) for log_p in torch.eye(n - 1, dtype=r.dtype).log()])
+    some = 3 * torch.randn(50, prompts, n - 1, generator=generator, dtype=r.dtype)
+    mixed = torch.stack([limiting_loss(r, log_p) for log_p in torch.log_softmax(some, dim=2)])
+    off, excess = float((one_hot.amax(0) + margin(r)).abs().max()), float((mixed + margin(r)).max())
+    rows = []
+    for N in (4, 99, 999):
+        for size in (0.0, 2.0, 5.0):
+            r_pair = torch.tensor([[size] + [0.0] * N], dtype=torch.float64)
+            rows.append({"N": N, "margin": size, "left out": float(hps(0)(r_pair, r_pair)) - math.log(N) + size})
+    return {
+        "title": "Theorem 3, the supremum is minus the margin",
+        "premise": f"any rewards; here {prompts} prompts, n = {n}, every one-hot p and 50 random p",
+        "claim": "sup over p of Eq. 13 = -(r_1 - max_j r_j)",
+        "verdict": "identity" if off < 1e-12 and excess < 1e-12 else "does not hold",
+        "note": f"Largest difference at one-hot p {off:.0e}; no random p comes closer than {-excess:.1e}. The rows are "
+        "what Eq. 13 leaves out of the loss: the saturation that stops the margin's growth at about log N.",
+        "off": off,
+        "excess": excess,
+        "rows": rows,
+    }
+
+
+def ascend(phi: Tensor, *, steps: int, rate: float, unit: bool) -> tuple[list[float], float]:
+    """Mean margin at every subgradient step on it and the last |theta|; r_theta = <phi, theta>, phi (m, n, D).
+
+    unit: theta is scaled back to length 1 after every step; else nothing holds it (no KL term, no bound).
+    """
+    theta, prompt, margins = phi.new_full((D,), D**-0.5), torch.arange(len(phi)), []
+    for _ in range(steps):
+        r = phi @ theta
+        margins.append(float(margin(r).mean()))
+        theta = theta + rate * (phi[:, 0] - phi[prompt, 1 + r[:, 1:].argmax(1)]).mean(0)
+        theta = theta / theta.norm() if unit else theta
+    return margins, float(theta.norm())
+
+
+def theorem3_minimiser(*, ns: Sequence[int], m: int, steps: int, seed: int) -> Statement:
+    """Theorem 3's theta*, the maximiser of the mean margin, for rewards linear in theta.
+
+    There margin(c theta) = c margin(theta) for c > 0. Asserted: if some theta has a positive mean margin, it grows
+    without bound and nothing attains it; if none has, theta = 0 does. Not asserted: a theta* that is neither.
+    """
+    rows, curves = [], {}
+    for ranking in ("by r*", "PL"):
+        for n in ns:
+            phi, _ = ranked_prompts(1, m, n, generator=torch.Generator().manual_seed(seed))
+            if ranking == "by r*":
+                phi = phi.gather(2, phi[..., :1].argsort(dim=2, descending=True).expand_as(phi))
+            free, length = ascend(phi[0], steps=steps, rate=0.1, unit=False)
+            unit, _ = ascend(phi[0], steps=steps, rate=0.1, unit=True)
+            diverges, collapses = free[-1] > 1.5 * free[steps // 2] > 0, unit[-1] < 0 and length < 0.3
+            rows.append({"ranking": ranking, "n": n, "margin, length 1": unit[-1], "free, half way": free[steps // 2]})
+            rows[-1] |= {"free, end": free[-1], "length, end": length}
+            rows[-1]["outcome"] = "diverges" if diverges else "collapses to 0" if collapses else "neither"
+            curves[f"{ranking}, n = {n}"] = free
+    neither = any(row["outcome"] == "neither" for row in rows)
+    return {
+        "title": "Theorem 3, is there a minimiser",
+        "premise": f"linear rewards, m = {m}, {steps} subgradient steps of 0.1 on the mean margin",
+        "claim": "some theta* other than 0 maximises the margin",
+        "verdict": "undecided" if neither else "does not hold without a bound on theta or a KL term",
+        "note": "Where the margin at length 1 is positive the free one grows by the step; where it is negative, as in "
+        "noisy rankings of many responses, theta shrinks to 0 (to about a step).",
+        "rows": rows,
+        "curves": curves,
+    }
+
+
+# ---- the report -----------------------------------------------------------------------------------
+
+
+def statements(*, small: bool, seed: int) -> dict[str, Statement]:
+    """All statements by the names of their functions, at full size or in a few seconds."""
+    ms, ns = ((200, 400, 800), (3, 10)) if small else ((200, 400, 800, 1600, 3200), (3, 10, 30, 100))
+    sets, drawn = 16 if small else 100, dict(prompts=500 if small else 5000, n=20, seed=seed)
+    gammas = (0, 1, 2, 5, 10, 30, 100, 1e3, 1e9)
+    correlations = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
+    return {
+        "theorem1_in_m": theorem1_in_m(ms=ms, n=5, replicates=sets, seed=seed),
+        "theorem1_in_n": theorem1_in_n(m=400, ns=ns, replicates=sets, seed=seed),
+        "theorem1_consistency": theorem1_consistency(m=800 if small else 4000, n=10, replicates=16, seed=seed),
+        "theorem2_own_reward": theorem2_own_reward(gammas=gammas, **drawn),
+        "theorem2_other_reward": theorem2_other_reward(correlations=correlations, **drawn),
+        "theorem3_identity": theorem3_identity(**drawn),
+        "theorem3_minimiser": theorem3_minimiser(ns=(2, 10), m=500 if small else 2000, steps=400, seed=seed),
+    }
+
+
+def _table(rows: Sequence[Row]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[f"{v:.4g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *cells])
+
+
+def _draw_errors(figure: Any, found: dict[str, Statement]) -> None:
+    for axes, x in zip(figure.subplots(1, 2), "mn"):
+        rows = found[f"theorem1_in_{x}"]["rows"]
+        for colour, method in zip(COLOURS, dict.fromkeys(row["method"] for row in rows)):
+            mine = {key: [row.get(key, math.nan) for row in rows if row["method"] == method] for key in rows[0]}
+            axes.errorbar(mine[x], mine["error"], mine["error_se"], color=colour, marker="o", ms=3, label=method)
+            axes.plot(mine[x], mine["predicted"], color=colour, linestyle="", marker="_", ms=12)
+            axes.plot(mine[x], mine["bound"], color=colour, linestyle=":")
+        axes.set(xscale="log", yscale="log", xlabel={"m": "m, prompts", "n": "n, responses"}[x])
+        ticks = sorted({row[x] for row in rows})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+    figure.axes[0].set_ylabel("error, semi-norm of Sigma_D")
+    figure.axes[0].legend()
+
+
+def _draw_supremum(figure: Any, found: dict[str, Statement]) -> None:
+    left, right = figure.subplots(1, 2)
+    rows = [row for row in found["theorem2_own_reward"]["rows"] if 0 < row["gamma"] <= 1000]
+    left.plot([row["gamma"] for row in rows], [row["gap"] for row in rows], color=COLOURS[0], marker="o", ms=3)
+    left.set(xscale="log", yscale="log", xlabel="gamma (q from r_theta)", ylabel="supremum - loss, nats")
+    rows = found["theorem2_other_reward"]["rows"]
+    for colour, key, label in zip(COLOURS, ("gap", "argmaxes agree"), ("supremum - limit, nats", "argmaxes agree")):
+        columns = [[row[k] for row in rows] for k in ("correlation", key)]
+        right.plot(*columns, color=colour, marker="o", ms=3, label=label)
+    right.set(xlabel="correlation of r_est (makes q) and r_theta")
+    right.legend()
+
+
+def _draw_margin(figure: Any, found: dict[str, Statement]) -> None:
+    axes = figure.subplots()
+    for colour, (name, margins) in zip(COLOURS, found["theorem3_minimiser"]["curves"].items()):
+        axes.plot(margins, color=colour, label=f"ranked {name}")
+    axes.set(xlabel="subgradient step", ylabel="mean margin, theta free")
+    axes.legend()
+
+
+# statement that it follows, inches, drawing, caption
+FIGURES = {
+    "theorem1": ("theorem1_in_n", (7.5, 3.2), _draw_errors, "Lines: measured. Dashes: Fisher. Dots: the bounds."),
+    "theorem2": ("theorem2_other_reward", (7.5, 2.8), _draw_supremum, "The distance to the supremum of Eq. 12."),
+    "theorem3": ("theorem3_minimiser", (4.5, 3.0), _draw_margin, "Maximising the margin with nothing to hold theta."),
+}
+
+
+def write(found: dict[str, Statement], out: Path, *, seconds: float) -> None:
+    """Write theory.json, THEORY.md and the figures under `out`, which is made if missing."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # never pyplot: no global figure, no display
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "theory.json", found)
+    images = {}
+    for name, (statement, size, draw, caption) in FIGURES.items():
+        with rc_context(STYLE):
+            figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+            draw(figure, found)
+            figure.savefig(out / f"{name}.png.tmp", format="png")
+        os.replace(out / f"{name}.png.tmp", out / f"{name}.png")
+        images[statement] = [f"![{caption}]({name}.png)", caption]
+    parts = ["# The theorems, measured", f"`python -m hps.lab.theory`, {seconds:.0f} CPU seconds."]
+    parts += [_table([{key: s[key] for key in ("title", "claim", "verdict")} for s in found.values()])]
+    for name, s in found.items():
+        summary = f"* Premise: {s['premise']}.\n* Claim: {s['claim']}.\n* Verdict: **{s['verdict']}**."
+        parts += [f"## {s['title']}", summary, _table(s["rows"]), s["note"], *images.get(name, [])]
+    (out / "THEORY.md.tmp").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    os.replace(out / "THEORY.md.tmp", out / "THEORY.md")
+
+
+def main() -> None:
+    options, _ = parse(Options, prog="python -m hps.lab.theory", description="The paper's theorems, measured.")
+    out, began = Path(options.out), time.process_time()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    found = statements(small=options.small, seed=options.seed)
+    seconds = time.process_time() - began
+    write(found, out, seconds=seconds)
+    for s in found.values():
+        print(f"{s['title']}: {s['claim']}: {s['verdict'].upper()}")
+    print(f"{seconds:.0f} CPU seconds; {out / 'THEORY.md'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,274 @@
+"""The theorems' statements against scipy, brute force and hand algebra, in worlds small enough for both."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize, special
+
+from hps.lab import theory
+
+
+def data(replicates: int, m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return theory.ranked_prompts(replicates, m, n, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(name: str, r: np.ndarray, r_est: np.ndarray) -> float:
+    """Mean loss of (P, n) rewards in ranked order, as the paper writes it: plain exponentials, no log-space."""
+    e, n = np.exp(r), r.shape[1]
+    if name == "PL":
+        return float(sum(-np.log(e[:, j] / e[:, j:].sum(1)) for j in range(n)).mean())
+    if name == "BT":
+        return float(-np.log(e[:, 0] / (e[:, 0] + e[:, -1])).mean())
+    gamma, kappa = {"Eq. 6": (0, n - 1), "HPS": (2, n - 1), "HPS, one": (2, 1)}[name]
+    q = np.exp(gamma * r_est[:, 1:])
+    q /= q.sum(1, keepdims=True)
+    return float(-np.log(e[:, 0] / (e[:, 0] + kappa * (q * e[:, 1:]).sum(1))).mean())
+
+
+LOSSES = {"Eq. 6": theory.hps(0), "PL": theory.pl, "BT": theory.bt, "HPS": theory.hps(2)}
+LOSSES["HPS, one"] = theory.hps(2, kappa_n=False)
+
+
+# ---- Theorem 1 ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_estimates_are_scipys(name):
+    """Two data sets fitted at once give what scipy finds for each alone, with the losses written by hand."""
+    phi, _ = data(2, 150, 4)
+    r_est = phi[..., 0]
+    found = theory.fit(LOSSES[name], phi, r_est)
+    for i in range(2):
+        features, est = phi[i].numpy(), r_est[i].numpy()
+        fitted = optimize.minimize(lambda t, x=features, e=est: by_hand(name, x @ t, e), np.zeros(theory.D), tol=1e-10)
+        np.testing.assert_allclose(found[i].numpy(), fitted.x, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_finite_differences(name):
+    phi, _ = data(1, 1, 5)
+    gradient = theory.gradients_at_truth(LOSSES[name], phi[0], phi[0, ..., 0])[0]
+    features, est = phi[0].numpy(), phi[0, ..., 0].numpy()
+    truth = np.eye(theory.D)[0]
+    numeric = optimize.approx_fprime(truth, lambda theta: by_hand(name, features @ theta, est), 1e-7)
+    np.testing.assert_allclose(gradient.numpy(), numeric, atol=1e-6)
+
+
+def test_only_the_likelihoods_have_no_gradient_at_the_truth():
+    """z of each of the D components over 20,000 prompts: Eq. 6 and PL as noise, gamma = 5 far off along theta*."""
+    phi, _ = data(1, 20_000, 6)
+
+    def z(loss):
+        g = theory.gradients_at_truth(loss, phi[0], phi[0, ..., 0])
+        return (g.mean(0) / g.std(0) * math.sqrt(len(g))).abs()
+
+    assert z(theory.hps(0)).max() < 4 and z(theory.pl).max() < 4
+    assert z(theory.hps(5))[0] > 50 and z(theory.hps(5))[1:].max() < 4
+    assert z(theory.bt)[0] > 50
+
+
+def test_winners_follow_the_softmax_of_the_true_rewards():
+    phi, scores = data(1, 20_000, 4)
+    assert (scores.diff(dim=-1) <= 0).all()
+    torch.testing.assert_close(phi.norm(dim=-1), torch.full((1, 20_000, 4), math.sqrt(theory.D), dtype=torch.float64))
+    r = phi[0, :, :, 0]
+    best_won = (r[:, 0] > r[:, 1:].amax(1)).double()  # the response of the largest r* is ranked first
+    expected = torch.softmax(r, 1).amax(1)
+    assert abs(best_won.sum() - expected.sum()) < 4 * (expected * (1 - expected)).sum().sqrt()
+    second, rest = (r[:, 1] > r[:, 2:].amax(1)).double(), torch.softmax(r[:, 1:], 1).amax(1)  # and so at every stage
+    assert abs(second.sum() - rest.sum()) < 4 * (rest * (1 - rest)).sum().sqrt()
+
+
+def test_semi_norm_is_the_papers_matrix():
+    phi, _ = data(2, 7, 4)
+    delta = torch.randn(2, theory.D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for i in range(2):
+        sigma = sum(torch.outer(z, z) for x in phi[i] for j in range(4) for k in range(j + 1, 4) for z in [x[j] - x[k]])
+        sigma = 2 / (7 * 4 * 3) * sigma
+        expected = (delta[i] @ sigma @ delta[i]).sqrt()
+        torch.testing.assert_close(theory.semi_norm(delta, phi)[i], expected)
+
+
+def test_bounds_have_the_papers_orders():
+    assert theory.bound_hps(400, 21) / theory.bound_hps(400, 11) == pytest.approx(2, rel=1e-4)
+    assert theory.bound_pl(400, 20) / theory.bound_pl(400, 10) == pytest.approx(4)
+    for bound in (theory.bound_hps, theory.bound_pl):
+        assert bound(100, 10) / bound(400, 10) == pytest.approx(2)
+    a = 2 * math.sqrt(8)
+    expected = math.sqrt((8 + math.log(20)) / 50) * (2 + 4 * math.exp(2 * a) + math.exp(-2 * a))
+    assert theory.bound_hps(50, 5) == pytest.approx(expected)
+    assert theory.bound_pl(50, 5) == pytest.approx(25 * math.exp(4 * a) * math.sqrt((8 + math.log(20)) / 50))
+
+
+def test_exponent_of_a_power_law():
+    x = np.array([1.0, 2.0, 5.0, 9.0])
+    assert theory.exponent(x, 3 * x**-0.5, 0.1 * x**-0.5)[0] == pytest.approx(-0.5)
+    # Two points with relative errors e: the slope's error is sqrt(2) e / log(x2 / x1).
+    assert theory.exponent([1, 4], [2, 1], [0.2, 0.1])[1] == pytest.approx(math.sqrt(2) * 0.1 / math.log(4))
+
+
+def test_errors_fall_as_the_root_of_m_and_as_fisher_says():
+    found = theory.theorem1_in_m(ms=(200, 800), n=5, replicates=24, seed=1)
+    rows = {(row["method"], row["m"]): row for row in found["rows"]}
+    for method in ("Eq. 6", "PL"):
+        for m in (200, 800):
+            row = rows[method, m]
+            assert abs(row["error"] - row["predicted"]) < 3 * row["error_se"] + 0.03 * row["predicted"]
+        assert rows[method, 200]["error"] / rows[method, 800]["error"] == pytest.approx(2, rel=0.3)
+        assert rows[method, 200]["bound"] == pytest.approx(rows[method, 200]["error"])
+        assert rows[method, 800]["bound"] == pytest.approx(rows[method, 200]["error"] / 2)
+    assert rows["HPS gamma 2", 800]["error"] > 0.9 * rows["HPS gamma 2", 200]["error"]
+    assert "bound" not in rows["BT", 200]
+    assert found["verdict"] == "holds"
+
+
+def test_fisher_information_of_two_responses():
+    """With n = 2 Eq. 6, PL and BT are one logistic regression: I is E sigma (1 - sigma) z z^T."""
+    found = theory.measure(theory.pl, m=4000, n=2, replicates=4, seed=0)
+    for loss in (theory.hps(0), theory.bt, theory.hps(5)):
+        same = theory.measure(loss, m=4000, n=2, replicates=4, seed=0)
+        assert same["error"] == pytest.approx(found["error"], rel=1e-4)
+    phi, _ = data(1, 50_000, 2, seed=9)
+    z = phi[0, :, 0] - phi[0, :, 1]
+    p = torch.sigmoid(z[:, 0])
+    information = (z * (p * (1 - p))[:, None]).T @ z / len(z)  # the second derivative, where measure uses the first
+    expected = math.sqrt(2 * float(torch.linalg.inv(information).trace()) / 4000)
+    assert found["predicted"] == pytest.approx(expected, rel=0.02)
+
+
+def test_standard_errors_are_the_spread_over_seeds():
+    found = [theory.measure(theory.pl, m=200, n=3, replicates=12, seed=seed) for seed in range(40)]
+    for key in ("error", "c"):
+        spread = np.std([row[key] for row in found], ddof=1)
+        assert np.mean([row[f"{key}_se"] for row in found]) == pytest.approx(spread, rel=0.35)
+    z = [row["gradient_z"] for row in found]
+    assert 0.65 < np.std(z) < 1.35 and abs(np.mean(z)) < 4 / math.sqrt(40)
+
+
+@pytest.mark.parametrize("name", ["HPS", "HPS, one", "BT"])
+def test_limits_of_the_inconsistent_losses(name):
+    """c of 8-dimensional fits against the minimiser over c alone, in an independent draw of true rewards."""
+    found = theory.measure(LOSSES[name], m=1500, n=5, replicates=6, seed=0)
+    g = np.random.default_rng(0)
+    x = g.normal(size=(60_000, 5, theory.D))
+    r = math.sqrt(theory.D) * x[..., 0] / np.linalg.norm(x, axis=-1)
+    r = np.take_along_axis(r, np.argsort(-(r + g.gumbel(size=r.shape)), axis=1), axis=1)
+    limit = optimize.minimize_scalar(lambda c: by_hand(name, c * r, r), bracket=(-1, 2)).x
+    assert abs(limit - 1) > 0.3
+    assert abs(found["c"] - limit) < 4 * found["c_se"] + 0.03
+
+
+def test_who_is_closer():
+    found = theory.theorem1_in_n(m=300, ns=(3, 12), replicates=8, seed=0)
+    eq6, full = [row["error"] for row in found["rows"][:2]], [row["error"] for row in found["rows"][2:]]
+    assert full[0] < eq6[0] and full[1] < eq6[1] / 2
+    assert found["verdict"] == "does not hold"
+    assert found["rows"][1]["bound"] / found["rows"][0]["bound"] == pytest.approx(11 / 2, rel=1e-3)
+    assert found["rows"][3]["bound"] / found["rows"][2]["bound"] == pytest.approx(16)
+
+
+def test_consistency_table():
+    found = theory.theorem1_consistency(m=500, n=5, replicates=4, seed=0)
+    c = {(row["method"], row["q from"]): row["c"] for row in found["rows"]}
+    assert len(c) == 16 and found["verdict"].startswith("does not hold, but for Eq. 6")
+    assert c["gamma 5, kappa N", "r*"] < 0 < c["gamma 5, kappa N", "scores"] < 1
+
+
+# ---- Theorem 2 ------------------------------------------------------------------------------------
+
+
+def test_supremum_of_eq_12_by_brute_force():
+    r = np.random.default_rng(0).normal(size=(20, 6))
+    p = np.concatenate([np.eye(5), np.random.default_rng(1).dirichlet(np.full(5, 0.3), size=500)])
+    losses = -np.log(np.exp(r[:, :1]) / (np.exp(r[:, :1]) + 5 * np.exp(r[:, 1:]) @ p.T))  # (prompts, p)
+    np.testing.assert_allclose(theory.supremum(torch.from_numpy(r)), losses.max(1), atol=1e-12)
+
+
+def test_limits_of_gamma_by_hand():
+    """r_est prefers the second response, r_theta the third: the limit is 1 + log 2, the supremum 2 + log 2."""
+    r, r_est = torch.tensor([[0.0, 1.0, 2.0]]).double(), torch.tensor([[5.0, 4.0, 3.0]]).double()
+    assert float(theory.hps(1e9)(r, r_est)) == pytest.approx(np.log1p(2 * math.e), abs=1e-12)
+    assert float(theory.supremum(r)) == pytest.approx(np.log1p(2 * math.e**2), abs=1e-12)
+    assert float(theory.hps(1e9)(r, r)) == pytest.approx(np.log1p(2 * math.e**2), abs=1e-12)
+
+
+def test_own_reward_rises_to_the_supremum():
+    found = theory.theorem2_own_reward(gammas=(0, 1, 4, 16, 1e9), prompts=300, n=8, seed=0)
+    gaps = [row["gap"] for row in found["rows"]]
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] > 0.3 and abs(gaps[-1]) < 1e-12
+    assert "every prompt: yes" in found["note"] and found["verdict"] == "holds"
+    falling = theory.theorem2_own_reward(gammas=(16, 4), prompts=300, n=8, seed=0)
+    assert "every prompt: no" in falling["note"] and falling["verdict"] == "does not hold"
+
+
+def test_other_reward_stays_below_where_the_argmaxes_differ():
+    found = theory.theorem2_other_reward(correlations=(0.0, 0.9, 1.0), prompts=4000, n=9, seed=0)
+    none, high, same = found["rows"]
+    assert none["argmaxes agree"] == pytest.approx(1 / 8, abs=4 * math.sqrt(7 / 64 / 4000))
+    assert none["gap"] > high["gap"] > 10 * high["gap_se"] > 0 == pytest.approx(same["gap"], abs=1e-12)
+    for row in found["rows"]:
+        assert row["off pair loss"] < 1e-12 and row["largest gap, agreeing"] < 1e-12
+        assert row["supremum"] - row["limit"] == pytest.approx(row["gap"])
+    assert same["argmaxes agree"] == 1 and found["verdict"].startswith("does not hold")
+    r, r_est = theory.rewards(0.9, prompts=4000, n=9, seed=0)
+    assert np.corrcoef(r.flatten(), r_est.flatten())[0, 1] == pytest.approx(0.9, abs=0.01)
+    assert (r_est.diff(dim=1) <= 0).all()
+
+
+# ---- Theorem 3 ------------------------------------------------------------------------------------
+
+
+def test_supremum_of_eq_13_is_minus_the_margin():
+    found = theory.theorem3_identity(prompts=200, n=7, seed=0)
+    assert found["off"] < 1e-12 and found["excess"] < 0 and found["verdict"] == "identity"
+    for row in found["rows"]:
+        assert row["left out"] == pytest.approx(math.log1p(math.exp(row["margin"]) / row["N"]), abs=1e-12)
+    r, log_p = np.array([[1.0, 4.0, 2.0]]), np.log([[0.25, 0.75]])
+    expected = special.logsumexp(r[0, 1:], b=[0.25, 0.75]) - 1
+    assert float(theory.limiting_loss(torch.from_numpy(r), torch.from_numpy(log_p))) == pytest.approx(expected)
+    assert float(theory.margin(torch.from_numpy(r))) == -3
+
+
+def test_margin_diverges_or_collapses():
+    found = theory.theorem3_minimiser(ns=(2, 12), m=400, steps=200, seed=0)
+    rows = {(row["ranking"], row["n"]): row for row in found["rows"]}
+    outcomes = {key: row["outcome"] for key, row in rows.items()}
+    assert outcomes.pop(("PL", 12)) == "collapses to 0" and set(outcomes.values()) == {"diverges"}
+    assert rows["PL", 12]["margin, length 1"] < 0
+    # With n = 2 the mean margin is <theta, v>, v the mean of phi_1 - phi_2: at length 1 its maximum is |v|, and a
+    # free step adds rate |v|^2.
+    phi, _ = data(1, 400, 2)
+    v = (phi[0, :, 0] - phi[0, :, 1]).mean(0)
+    assert rows["PL", 2]["margin, length 1"] == pytest.approx(float(v.norm()), rel=1e-6)
+    growth = rows["PL", 2]["free, end"] - rows["PL", 2]["free, half way"]
+    assert growth == pytest.approx(99 * 0.1 * float(v @ v), rel=1e-9)
+
+
+# ---- the report -----------------------------------------------------------------------------------
+
+
+def test_everything_is_written_and_read_back(tmp_path):
+    small = dict(prompts=50, n=5, seed=0)
+    found = {
+        "theorem1_in_m": theory.theorem1_in_m(ms=(200, 300), n=4, replicates=3, seed=0),
+        "theorem1_in_n": theory.theorem1_in_n(m=100, ns=(3, 4), replicates=3, seed=0),
+        "theorem2_own_reward": theory.theorem2_own_reward(gammas=(0, 1, 10), **small),
+        "theorem2_other_reward": theory.theorem2_other_reward(correlations=(0.0, 1.0), **small),
+        "theorem3_minimiser": theory.theorem3_minimiser(ns=(2,), m=50, steps=20, seed=0),
+    }
+    theory.write(found, tmp_path / "new" / "folder", seconds=1.0)
+    out = tmp_path / "new" / "folder"
+    files = {"theory.json", "THEORY.md", "theorem1.png", "theorem2.png", "theorem3.png"}
+    assert {path.name for path in out.iterdir()} == files
+    assert json.loads((out / "theory.json").read_text()) == json.loads(json.dumps(found))
+    page = (out / "THEORY.md").read_text()
+    for statement in found.values():
+        assert statement["title"] in page and f"**{statement['verdict']}**" in page
+        for row in statement["rows"]:
+            cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
+            assert any(set(cells) <= {cell.strip() for cell in line.split("|")} for line in page.splitlines()), row
+    for name in ("theorem1", "theorem2", "theorem3"):
+        assert f"({name}.png)" in page and (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
