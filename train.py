@@ -71,6 +71,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     share_prompt: bool = True  # compute a prompt once for all its responses; false pads plain rows
     # -- batches --
+    candidates: int = 0  # use the first so many responses of each prompt; 0 means all
     max_length: int = 2048  # tokens of prompt and response together
     overlong: str = "drop"  # what happens beyond max_length: drop (and count) or error
     tokens_per_micro_batch: int = 4096  # packed tokens of one forward; the step's gradient does not depend on it
@@ -242,6 +243,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
 
     # Data -> the plan of the whole run.
     rows = listwise.read(c.data, need_rewards=c.loss == "preference" and not c.method.endswith("-human"))
+    if c.candidates:
+        rows = [listwise.first_responses(row, c.candidates) for row in rows]
     tokenizer = tokens.load_tokenizer(c.model)
     examples, counts = tokens.tokenize_rows(
         tokenizer, rows, max_length=c.max_length, overlong=c.overlong, progress=ranks.first

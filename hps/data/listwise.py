@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
@@ -72,6 +72,14 @@ def parse_row(obj: object, where: str) -> Row:
         source=_text(row["source"], "source", where) if "source" in row else None,
         where=where,
     )
+
+
+def first_responses(row: Row, n: int) -> Row:
+    """The row with its first n responses only; its human pair goes where a part of it does."""
+    pair = (row.chosen, row.rejected)
+    kept = pair if all(k is None or k < n for k in pair) else (None, None)
+    rewards = None if row.rewards is None else row.rewards[:n]
+    return replace(row, responses=row.responses[:n], rewards=rewards, chosen=kept[0], rejected=kept[1])
 
 
 def read(path: str | Path, *, need_rewards: bool = False) -> list[Row]:

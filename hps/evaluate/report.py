@@ -54,7 +54,8 @@ METRICS = {
     "win": Metric(_WINS, "win %", 1, 1, "samples with a higher reward than the same-numbered SFT sample"),
     "tie": Metric(_WINS, "tie %", 1, 0, "samples with exactly the same reward"),
     "lose": Metric(_WINS, "lose %", 1, -1, "samples with a lower reward"),
-    "train_seconds": Metric(_COST, "train s", 1, -1, "wall-clock seconds of preference training"),
+    "train_seconds": Metric(_COST, "train s", 1, -1, "seconds of preference training; [lowest, highest] seed"),
+    "train_tokens": Metric(_COST, "tokens (k)", 0, -1, "thousand packed tokens of preference training; the same range"),
 }
 
 

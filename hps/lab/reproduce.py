@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hps import checkpoint, config
+from hps.data import listwise
 from hps.evaluate import metrics, report
 from hps.losses import LOSSES
 
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Options:
-    suite: str = "headline"  # headline (with the uniform control), methods (Table 2), beta (Table 8), schedule
+    suite: str = "headline"  # headline, methods (Table 2), transfer (5), responses (6, 7), beta (8), schedule, cost
     seeds: int = 3  # preference seeds of each method; one SFT model serves all
     out: str = "runs/reproduce"  # results.json, RESULTS.md, figures/ and every stage's files
     small: bool = False  # a tenth of the size: checks the path, not the claim
@@ -50,10 +51,16 @@ PL = ["--pl_responses", "8"]
 
 @dataclass(frozen=True)
 class Suite:
-    """`methods`: row name -> flags of train.py beside configs/world.toml. `pairs`: rows that are compared, a - b."""
+    """`methods`: row name -> flags of train.py beside configs/world.toml. `pairs`: rows that are compared, a - b.
+
+    `splits`: row name -> (training prompts, test prompts) where these are not "train" and the reported split; with
+    `domain` both, "train-help" and the like are the prompts of one domain.
+    """
 
     methods: dict[str, list[str]]
     pairs: list[tuple[str, str]]
+    domain: str = "safe"
+    splits: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def headline() -> Suite:
@@ -110,7 +117,52 @@ def schedules() -> Suite:
     return Suite(methods, [(other, "DPO-HPS") for other in methods if other != "DPO-HPS"])
 
 
-SUITES = {"headline": headline, "methods": all_methods, "beta": betas, "schedule": schedules}
+def responses() -> Suite:
+    """The paper's Tables 6 and 7: how many candidates a prompt has in training."""
+    methods, pairs = {}, []
+    for n in ("5", "20", "50", "100"):
+        for view, extra in (("bt", []), ("pl", PL), ("hps", SCALED)):
+            if (n, view) != ("5", "pl"):
+                methods[f"DPO-{view.upper()} n {n}"] = ["--method", f"dpo-{view}", "--candidates", n, *extra]
+        pairs.append((f"DPO-HPS n {n}", f"DPO-BT n {n}"))
+    methods["DPO-PL n 5"] = ["--method", "dpo-pl", "--candidates", "5", "--pl_responses", "5"]
+    return Suite(methods, [*pairs, *((f"DPO-HPS n {n}", f"DPO-PL n {n}") for n in ("5", "20", "50", "100"))])
+
+
+def transfer() -> Suite:
+    """The paper's Table 5: trained on one domain, tested on the other; the SFT model knows both."""
+    methods, pairs, splits = {}, [], {}
+    for source, target in (("help", "safe"), ("safe", "help")):
+        for view, extra in (("bt", []), ("pl", PL), ("uniform", []), ("hps", SCALED)):
+            name = f"DPO-{view.upper()} {source} to {target}"
+            methods[name] = ["--method", f"dpo-{view}", *extra]
+            splits[name] = f"train-{source}", f"test-{target}"
+            if view != "hps":
+                pairs.append((f"DPO-HPS {source} to {target}", name))
+    return Suite(methods, pairs, domain="both", splits=splits)
+
+
+def cost() -> Suite:
+    """The paper's 62.8 : 64.4 : 168.4 hours: seconds and packed tokens of training by preference model."""
+    methods = {
+        "DPO-BT": ["--method", "dpo-bt"],
+        "DPO-HPS": ["--method", "dpo-hps", *SCALED],
+        "DPO-HPS 8 draws": ["--method", "dpo-hps", *SCALED, "--hps_samples", "8"],
+        "DPO-PL-5": ["--method", "dpo-pl", "--pl_responses", "5"],
+        "DPO-PL-8": ["--method", "dpo-pl", *PL],
+    }
+    return Suite(methods, [(other, "DPO-BT") for other in methods if other != "DPO-BT"])
+
+
+SUITES = {
+    "headline": headline,
+    "methods": all_methods,
+    "transfer": transfer,
+    "responses": responses,
+    "beta": betas,
+    "schedule": schedules,
+    "cost": cost,
+}
 COMPARED = ("rm2", "rm10", "rmgap", "true_reward", "harm", "win", "kl_exact")
 SIZES = {
     False: dict(demonstrations=48_000, train=400, valid=100, test=300, n=100, samples=8),
@@ -165,67 +217,77 @@ class Stages:
         return future
 
 
-def sweep(c: Options, methods: dict[str, list[str]], run: Stages, out: Path) -> dict[str, list[Path]]:
-    """Start everything; the folders of each method's evaluations, once all is done."""
+def sweep(c: Options, suite: Suite, run: Stages, out: Path) -> dict[str, list[Path]]:
+    """Run everything; the folders of each row's evaluations, one a seed."""
     size = SIZES[c.small]
-    world, sft = out / "world", out / "sft"
+    base = out if suite.domain == "safe" else out / suite.domain
+    world, sft = base / "world", base / "sft"
     cache = ["--reference_cache", str(out / "reference_cache")]
-    counts = [word for key in ("demonstrations", "train", "valid", "test") for word in (f"--{key}", str(size[key]))]
-    run.start(world / "world.json", ["data_prep.py", "world", "--out", str(world), *counts], weight=8).result()
+    twice = 2 if suite.domain == "both" else 1  # so that each domain has as many prompts as when it is alone
+    sizes = {key: twice * size[key] for key in ("train", "valid", "test")} | {"demonstrations": size["demonstrations"]}
+    argv = ["data_prep.py", "world", "--out", str(world), "--domain", suite.domain]
+    argv += [word for key, n in sizes.items() for word in (f"--{key}", str(n))]
+    run.start(world / "world.json", argv, weight=8).result()
     argv = ["train.py", "--config", "configs/world-sft.toml", "--model", str(world / "model")]
     argv += ["--data", str(world / "sft.jsonl"), "--out", str(sft)]
     run.start(sft / "policy", argv, weight=90 if not c.small else 20).result()
     start = str(sft / "policy")
 
-    def candidates(split: str) -> Path:
-        """Candidates of one split with the rewards that its use calls for: noisy ones to train, true ones to test."""
-        drawn, scored = out / f"{split}-candidates.jsonl", out / f"{split}.jsonl"
-        argv = ["data_prep.py", "generate", "--model", start, "--input", str(world / f"{split}.jsonl")]
-        argv += ["--output", str(drawn), "--n", str(size["n"]), "--max_new_tokens", "48"]
-        futures.append(run.start(drawn, argv, weight=size[split] * size["n"] / 1000))
-        argv = ["data_prep.py", "annotate", "--scorer", "world-est" if split == "train" else "world-true"]
-        later.append((scored, [*argv, "--input", str(drawn), "--output", str(scored)]))
-        return scored
+    # Candidates of every split that a row names, with the rewards that its use calls for: the noisy training reward
+    # to train on, the true one to test on.
+    splits = {name: suite.splits.get(name, ("train", c.split)) for name in suite.methods}
+    drawing, scoring = [], []
+    for split in dict.fromkeys(split for pair in splits.values() for split in pair):
+        prompts = world / f"{split}.jsonl"
+        if not prompts.exists():
+            whole, domain = split.split("-")
+            rows = listwise.read(world / f"{whole}.jsonl")
+            listwise.write(prompts, [row for row in rows if row.source == f"world-{domain}"])
+        drawn, scored = base / f"{split}-candidates.jsonl", base / f"{split}.jsonl"
+        argv = ["data_prep.py", "generate", "--model", start, "--input", str(prompts), "--output", str(drawn)]
+        argv += ["--n", str(size["n"]), "--max_new_tokens", "48"]
+        drawing.append(run.start(drawn, argv, weight=size[split.split("-")[0]] * size["n"] / 1000))
+        argv = ["data_prep.py", "annotate", "--scorer", "world-est" if split.startswith("train") else "world-true"]
+        scoring.append((scored, [*argv, "--input", str(drawn), "--output", str(scored)]))
+    wait(drawing)
+    wait([run.start(product, argv, weight=2) for product, argv in scoring])
 
-    futures: list[Future] = []
-    later: list[tuple[Path, list[str]]] = []
-    train, test = candidates("train"), candidates(c.split)
-    wait(futures)
-    wait([run.start(product, argv, weight=2) for product, argv in later])
-
-    common = ["--reference", start, "--data", str(test), "--scorer", "world-true", *cache]
-    common += ["--samples", str(size["samples"]), "--max_new_tokens", "48", "--max_length", "128"]
-
-    def evaluation(model: Path, folder: Path, name: str, extra: list[str]) -> tuple[Path, list[str]]:
-        argv = ["eval.py", "--model", str(model), "--out", str(folder), "--name", name, *common, *extra]
-        return folder / "eval.json", argv
-
-    baseline = out / "cells" / "SFT" / f"eval-{c.split}"
     heavy = 30 if not c.small else 5
-    run.start(*evaluation(Path(start), baseline, "SFT", []), weight=heavy).result()
-    cells: dict[str, list[Path]] = {"SFT": [baseline]}
-    runs: dict[Future, tuple[Path, str]] = {}
+
+    def evaluation(model: Path, test: str, folder: Path, name: str, extra: list[str]) -> Future:
+        argv = ["eval.py", "--model", str(model), "--reference", start, "--data", str(base / f"{test}.jsonl")]
+        argv += ["--out", str(folder), "--name", name, "--scorer", "world-true", *cache, *extra]
+        argv += ["--samples", str(size["samples"]), "--max_new_tokens", "48", "--max_length", "128"]
+        return run.start(folder / "eval.json", argv, weight=heavy)
+
+    tests = dict.fromkeys(test for _, test in splits.values())
+    baselines = {test: base / "cells" / "SFT" / f"eval-{test}" for test in tests}
+    wait([evaluation(Path(start), test, folder, "SFT", []) for test, folder in baselines.items()])
+    cells = {"SFT" if len(tests) == 1 else f"SFT on {test}": [folder] for test, folder in baselines.items()}
+    runs: dict[Future, tuple[str, Path]] = {}
     for seed in range(c.seeds):
-        for name in sorted(methods, key=slow):  # the longest last would leave a core idle
-            folder = out / "cells" / f"{name} lr {c.lr:g}" / f"seed-{seed}"
-            argv = ["train.py", "--config", "configs/world.toml", *methods[name], "--seed", str(seed)]
-            argv += ["--lr", str(c.lr), "--model", start, "--data", str(train), "--out", str(folder), *cache]
-            weight = (8 if slow(name) else 24) if not c.small else 3
-            runs[run.start(folder / "policy", argv, weight=weight)] = (folder, name)
-            cells.setdefault(name, []).append(folder / f"eval-{c.split}")
+        for name in sorted(suite.methods, key=quick):  # a slow one left to the end would leave a core idle
+            train, test = splits[name]
+            folder = base / "cells" / f"{name} lr {c.lr:g}" / f"seed-{seed}"
+            argv = ["train.py", "--config", "configs/world.toml", *suite.methods[name], "--seed", str(seed)]
+            argv += ["--lr", str(c.lr), "--model", start, "--data", str(base / f"{train}.jsonl")]
+            argv += ["--out", str(folder), *cache]
+            weight = (8 if quick(name) else 24) if not c.small else 3
+            runs[run.start(folder / "policy", argv, weight=weight)] = (name, folder)
+            cells.setdefault(name, []).append(folder / f"eval-{test}")
     evaluations = []
     for done in as_completed(runs):
         done.result()
-        folder, name = runs[done]
-        extra = ["--baseline", str(baseline)]
-        argv = evaluation(folder / "policy", folder / f"eval-{c.split}", name, extra)
-        evaluations.append(run.start(*argv, weight=heavy))
+        name, folder = runs[done]
+        test = splits[name][1]
+        extra = ["--baseline", str(baselines[test])]
+        evaluations.append(evaluation(folder / "policy", test, folder / f"eval-{test}", name, extra))
     wait(evaluations)
     return cells
 
 
-def slow(name: str) -> bool:
-    """False for methods that see many responses a prompt: sorts them first."""
+def quick(name: str) -> bool:
+    """Whether a row's method sees two responses a prompt, and not many."""
     return not ("PL" in name or "draws" in name)
 
 
@@ -235,29 +297,30 @@ def wait(futures: list[Future]) -> None:
         future.result()
 
 
-def table_of(cells: dict[str, list[Path]], name: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """metric -> (seeds, prompts) with nan where a prompt has none, over the prompts of all cells; and their ids."""
-    folders = [folder for folders in cells.values() for folder in folders]
-    tables = {folder: json.loads((folder / "per_prompt.json").read_text()) for folder in folders}
-    ids = sorted(next(iter(tables.values()))["rm2"])
+def table_of(folders: list[Path]) -> dict[str, np.ndarray]:
+    """metric -> (seeds, prompts) of one row's evaluations, nan where a prompt has none, prompts by id."""
+    tables = [json.loads((folder / "per_prompt.json").read_text()) for folder in folders]
+    ids = sorted(tables[0]["rm2"])
     return {
-        metric: np.array([[tables[folder][metric].get(id, np.nan) for id in ids] for folder in cells[name]])
+        metric: np.array([[table[metric].get(id, np.nan) for id in ids] for table in tables])
         for metric in report.METRICS
-        if metric in tables[cells[name][0]]
-    }, ids
+        if metric in tables[0]
+    }
 
 
 def summarise(
     cells: dict[str, list[Path]], pairs: list[tuple[str, str]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of the table with intervals over prompts (and seeds), and paired differences of the named pairs."""
-    values = {name: table_of(cells, name)[0] for name in cells}
+    values = {name: table_of(folders) for name, folders in cells.items()}
     rows = []
     for name, columns in values.items():
         found = {m: interval(metrics.bootstrap_mean(v, valid=~np.isnan(v))) for m, v in columns.items()}
-        seconds = [json.loads((f.parent / "summary.json").read_text())["seconds"] for f in cells[name] if name != "SFT"]
-        if seconds:  # the range over seeds, not an interval
-            found["train_seconds"] = interval((float(np.mean(seconds)), min(seconds), max(seconds)))
+        if not name.startswith("SFT"):
+            runs = [json.loads((folder.parent / "summary.json").read_text()) for folder in cells[name]]
+            for metric, key, unit in (("train_seconds", "seconds", 1), ("train_tokens", "tokens", 1000)):
+                spent = [run[key] / unit for run in runs]  # with the range over seeds, not an interval
+                found[metric] = interval((float(np.mean(spent)), min(spent), max(spent)))
         rows.append({"method": name, "seeds": len(cells[name]), "metrics": found})
     comparisons = []
     for name, other in pairs:
@@ -278,7 +341,7 @@ def curves_of(cells: dict[str, list[Path]]) -> tuple[dict[str, Any], dict[str, l
     """Training curves, the mean over seeds, and the sampler's gamma and effective number of negatives."""
     curves, schedule = {}, {}
     for name, folders in cells.items():
-        if name == "SFT":
+        if name.startswith("SFT"):
             continue
         logs = [
             [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
@@ -336,14 +399,14 @@ def main() -> None:
     if c.small:
         total = 28 + candidates + 4 + 5 + c.seeds * len(suite.methods) * 8
     else:
-        total = 98 + candidates + 4 + 30 + c.seeds * sum(38 if slow(name) else 54 for name in suite.methods)
+        total = 98 + candidates + 4 + 30 + c.seeds * sum(38 if quick(name) else 54 for name in suite.methods)
     spawn = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(c.jobs or os.cpu_count() or 1, mp_context=spawn) as pool,
         tqdm(total=round(total), desc=f"{c.suite}, {c.seeds} seeds", bar_format=BAR) as bar,
     ):
         try:
-            cells = sweep(c, suite.methods, Stages(pool, out, bar), out)
+            cells = sweep(c, suite, Stages(pool, out, bar), out)
         except RuntimeError as e:
             pool.shutdown(wait=False, cancel_futures=True)
             raise ValueError(f"a stage failed; its output is in {out / 'logs'}: {e}") from e

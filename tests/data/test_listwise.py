@@ -259,3 +259,12 @@ def test_any_bytes_give_rows_or_a_value_error(tmp_path_factory, data):
     path = put(tmp_path_factory.mktemp("bytes") / "x.jsonl", data)
     with pytest.raises(ValueError, match=r"x.jsonl"):
         read(path)
+
+
+def test_first_responses_keeps_or_drops_the_human_pair_whole():
+    row = listwise.Row("a", "p", ("x", "y", "z"), (1.0, 2.0, 3.0), 0, 1, None, "f:1")
+    two = listwise.first_responses(row, 2)
+    assert (two.responses, two.rewards, two.chosen, two.rejected) == (("x", "y"), (1.0, 2.0), 0, 1)
+    one = listwise.first_responses(row, 1)
+    assert (one.responses, one.rewards, one.chosen, one.rejected) == (("x",), (1.0,), None, None)
+    assert listwise.first_responses(row, 9) == row

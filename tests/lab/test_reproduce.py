@@ -15,7 +15,7 @@ from hps.lab import reproduce
 def cell(folder: Path, values: dict[str, dict[str, float]]) -> Path:
     (folder / "eval").mkdir(parents=True)
     (folder / "eval/per_prompt.json").write_text(json.dumps(values))
-    (folder / "summary.json").write_text(json.dumps({"seconds": 3.0 + len(folder.name)}))
+    (folder / "summary.json").write_text(json.dumps({"seconds": 3.0 + len(folder.name), "tokens": 5000}))
     same = {"loss": 0.5, "effective_negatives": 2}
     log = [same | {"step": s, "rewards/margins": s, "gamma": -5 + s} for s in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -45,6 +45,7 @@ def test_rows_and_paired_differences(cells):
     assert bt["metrics"]["rm2"]["mean"] == pytest.approx(np.mean(list(values)) + 0.05)
     assert by_name["SFT"]["metrics"]["rm2"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert bt["metrics"]["harm"]["mean"] == 50.0 and bt["seeds"] == 2
+    assert bt["metrics"]["train_tokens"]["mean"] == 5.0
     assert "train_seconds" in hps["metrics"] and "train_seconds" not in by_name["SFT"]["metrics"]
     # Prompts differ by about one, yet the paired difference is sharp: it is one on every prompt.
     assert bt["metrics"]["rm2"]["high"] - bt["metrics"]["rm2"]["low"] > 0.3
@@ -78,6 +79,7 @@ def test_every_row_of_a_suite_is_a_command_that_train_accepts(suite):
         train.check(*config.parse(train.Config, argv, prog="train.py", description=""))
         assert not [word for word in flags if word == "--lr"], name
     assert {name for pair in spec.pairs for name in pair} <= spec.methods.keys()
+    assert spec.splits.keys() <= spec.methods.keys()
 
 
 def test_finished_stages_are_kept_and_failures_are_told(tmp_path):
