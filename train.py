@@ -33,13 +33,18 @@ class Config:
     data: str  # list-wise JSON Lines with rewards (.gz accepted)
     out: str  # folder of the run: metrics.jsonl, checkpoints, the final policy; an unfinished run there goes on
     loss: str = "preference"  # preference (see method) or sft (likelihood of the best response)
-    method: str = "dpo-hps"  # a loss (dpo, exo, ipo, sppo, nca) and whom it contrasts (see sampling.plan), e.g. dpo-bt
+    method: str = "dpo-hps"  # a loss of losses.py and whom it contrasts (sampling.plan): dpo-bt, nca-pl, ...
     reference: str = ""  # reference model; empty means the policy itself before its first update
     # -- the loss --
     beta: float = 0.1  # KL strength
-    label_smoothing: float = 0.0  # cDPO's epsilon; dpo only
-    exo_eps: float = 1e-3  # target mass on the opponents; exo only
-    length_norm: bool = True  # divide log-ratios by scored tokens, as TRL does; ipo only
+    label_smoothing: float = 0.0  # dpo: cDPO's epsilon; robust: the share of labels that are wrong
+    exo_eps: float = 1e-3  # exo: target mass on the opponents
+    length_norm: bool = True  # ipo, simpo: divide by scored tokens, as TRL does
+    target_margin: float = 0.5  # simpo: margin that is asked for, in reward units
+    slic_delta: float = 1.0  # slic: margin that is asked for, in nats
+    slic_lambda: float = 0.1  # slic: weight of the preferred response's likelihood
+    rdpo_alpha: float = 0.01  # rdpo: reward units that a token of length is worth
+    label_temperature: float = 1.0  # exo_rw, infonca, nca_soft: labels are softmax(rewards / it)
     n_factor: str = "one"  # N of Eq. 8: one, or n_minus_one (number of dispreferred responses)
     # -- whom it contrasts --
     hps_form: str = "sample"  # sample: draws from q; full: all dispreferred responses weighted by q
@@ -50,6 +55,7 @@ class Config:
     gamma_phases: int = 5  # constant pieces of the ramp
     reward_norm: str = "none"  # rewards as the sampler sees them: none, zscore or minmax over each prompt
     reward_scale: float = 1.0  # factor on the (normalised) rewards
+    pl_form: str = "stagewise"  # pl: stagewise, or official (the list-wise form of exo's, nca's and sppo's authors)
     pl_responses: int = 8  # ranks that Plackett-Luce sees: best, worst and evenly spaced ones; 0 means all
     # -- optimiser --
     lr: float = 1e-5  # peak learning rate of AdamW (the paper's 5e-7 moves a LoRA adapter by almost nothing)
@@ -83,20 +89,36 @@ class Config:
 
 GAMMA = {"gamma_schedule", "gamma_start", "gamma_end", "gamma_phases"}
 SAMPLER = GAMMA | {"hps_form", "hps_samples", "reward_norm", "reward_scale", "n_factor"}
-BY_VIEW = {"pl": {"pl_responses"}, "hps": SAMPLER, "uniform": {"n_factor", "hps_form", "hps_samples"}}
-BY_LOSS = {"beta", "label_smoothing", "exo_eps", "length_norm"}
+BY_VIEW = {"pl": {"pl_responses", "pl_form"}, "hps": SAMPLER, "uniform": {"n_factor", "hps_form", "hps_samples"}}
+BY_LOSS = {"beta", "length_norm", *losses.OPTIONS}
+
+
+def parts(c: Config) -> tuple[str, str, losses.Loss | losses.Listwise]:
+    """Name of the loss, view, and the loss's facts, of the method; the official form of a PL method is list-wise."""
+    name, view = c.method.split("-")
+    if view == "pl" and c.pl_form == "official" and losses.OFFICIAL.get(name):
+        name = str(losses.OFFICIAL[name])
+    return name, view, losses.LISTWISE[name] if name in losses.LISTWISE else losses.LOSSES[name]
+
+
+def needs_reference(c: Config) -> bool:
+    """Whether log-probs of a reference are looked up: not by SFT, nor by SimPO and SLiC."""
+    return c.loss == "preference" and getattr(parts(c)[2], "needs_reference", True)
 
 
 def used_options(c: Config) -> set[str]:
     """Names of the options that the run will use; whatever else the user set is an error."""
-    used = {field.name for field in dataclasses.fields(Config)} - SAMPLER - BY_LOSS - {"pl_responses"}
+    used = {field.name for field in dataclasses.fields(Config)} - SAMPLER - BY_LOSS - BY_VIEW["pl"]
     if c.loss == "sft":
         used -= {"method", "reference", "reference_cache", "share_prompt"}
     else:
-        name, view = c.method.split("-")
-        used |= {"beta", *losses.LOSSES[name].options}
-        used |= {"length_norm"} if losses.LOSSES[name].length_norm else set()
+        _, view, facts = parts(c)
+        used |= set(facts.options)
+        used |= {"beta"} if getattr(facts, "needs_beta", True) else set()
+        used |= {"length_norm"} if getattr(facts, "length_norm", False) else set()
+        used -= set() if needs_reference(c) else {"reference", "reference_cache"}
         used |= BY_VIEW.get(view, set())
+        used -= {"pl_form"} if c.method.split("-")[0] in losses.LISTWISE else set()
         used -= {"hps_samples"} if c.hps_form == "full" else set()
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
     return used if c.lora_rank else used - {"lora_alpha", "lora_targets"}
@@ -105,6 +127,7 @@ def used_options(c: Config) -> set[str]:
 def check(c: Config, set_keys: frozenset[str]) -> None:
     """ValueError for a choice that does not exist or that the run would ignore."""
     methods = [f"{name}-{view}" for name in losses.LOSSES for view in sampling.VIEWS]
+    methods += [f"{name}-pl" for name in losses.LISTWISE]
     choices = {
         "loss": ["preference", "sft"],
         "method": methods,
@@ -112,6 +135,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         "overlong": ["drop", "error"],
         "gamma_schedule": list(sampling.SCHEDULES),
         "hps_form": list(sampling.FORMS),
+        "pl_form": ["stagewise", "official"],
         "reward_norm": list(sampling.REWARD_NORMS),
         "n_factor": ["one", "n_minus_one"],
     }
@@ -156,22 +180,29 @@ def visit_block(plan: sampling.Plan, examples: list[tokens.Example], v: int) -> 
     return Block(example.prompt_ids, tuple(example.response_ids[k] for k in plan.responses[v] if k >= 0))
 
 
-def preference_loss(c: Config, logratios, log_q, kappa, valid, num_tokens) -> torch.Tensor:
-    """Per-prompt loss (B,) of the chosen method from log-ratios (B, K)."""
-    name, view = c.method.split("-")
+def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_tokens) -> torch.Tensor:
+    """Per-prompt loss (B,) of the chosen method from log-ratios (B, K); rewards (B, K) are for list-wise losses."""
+    name, view, facts = parts(c)
     options = dict(beta=c.beta, valid=valid, num_tokens=num_tokens)
-    options |= {key: getattr(c, key) for key in losses.LOSSES[name].options}
-    options |= {"length_norm": c.length_norm} if losses.LOSSES[name].length_norm else {}
+    options |= {key: getattr(c, key) for key in facts.options}
+    if name in losses.LISTWISE:
+        return losses.listwise_loss(name, logratios, rewards, **options)
+    options |= {"length_norm": c.length_norm} if facts.length_norm else {}
     if view == "pl":
         return losses.plackett_luce_loss(name, logratios, **options)
     return losses.stage_loss(name, logratios, log_q, kappa=kappa, **options)
 
 
-def expected_first_loss(c: Config, plan: sampling.Plan) -> float:
-    """What the first step's loss must be while policy = reference, in closed form (log 2 for DPO-BT)."""
-    name, view = c.method.split("-")
-    options = {"beta": c.beta} | {key: getattr(c, key) for key in losses.LOSSES[name].options}
+def expected_first_loss(c: Config, plan: sampling.Plan, rewards: np.ndarray) -> float | None:
+    """What the first step's loss must be while policy = reference, in closed form (log 2 for DPO-BT), or None."""
+    name, view, facts = parts(c)
+    if facts.at_reference is None:
+        return None
+    options = {"beta": c.beta} | {key: getattr(c, key) for key in facts.options}
     first = list(plan.step(0))
+    if name in losses.LISTWISE:
+        scores, valid = torch.from_numpy(rewards[first]), torch.from_numpy(plan.responses[first] >= 0)
+        return float(losses.listwise_at_reference(name, scores, valid=valid, **options).mean())
     if view == "pl":
         ranks = (plan.responses[first] >= 0).sum(1)
         return float(np.mean([losses.plackett_luce_at_reference(name, int(n), **options) for n in ranks]))
@@ -273,7 +304,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     # reference is named. Never from trained weights: a resumed run must find them all.
     packing = dict(pad_id=tokenizer.pad_token_id, share_prompt=c.share_prompt)
     ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
-    if c.loss == "preference":
+    if needs_reference(c):
         touched = touched_blocks(plan, examples)
         scorer = policy
         if c.reference:
@@ -300,6 +331,11 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             ref_logps[v, : len(found)] = found
     else:
         claim(out, c, inputs, started is not None, ranks)
+
+    rewards = np.zeros(plan.responses.shape, dtype=np.float32)  # only list-wise losses look at them
+    if c.loss == "preference" and examples[0].rewards is not None:
+        for v, (row, ks) in enumerate(zip(plan.row, plan.responses, strict=True)):
+            rewards[v] = np.where(ks >= 0, examples[row].rewards[ks], 0.0)
 
     parameters = list(checkpoint.trained(policy).values())
     optimizer = torch.optim.AdamW(
@@ -339,7 +375,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
                 log_q = torch.from_numpy(plan.log_q[at][:, : K - 1]).to(ranks.device)
                 kappa = torch.from_numpy(plan.kappa[at]).to(ranks.device)
                 logratios = torch.where(packed.valid, policy_logps - ref, 0.0)
-                per_prompt = preference_loss(c, logratios, log_q, kappa, packed.valid, packed.num_tokens)
+                scores = torch.from_numpy(rewards[at][:, :K]).to(ranks.device)
+                per_prompt = preference_loss(c, logratios, scores, log_q, kappa, packed.valid, packed.num_tokens)
                 total = per_prompt.sum()
                 columns = prompt_metrics(per_prompt, policy_logps, logratios, packed.valid, c.beta)
                 largest = torch.maximum(largest, logratios.detach().abs().max().cpu())
@@ -353,8 +390,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             rows = ", ".join(examples[plan.row[v]].id for v in visits)
             raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}; no update was made. Rows: {rows}")
-        if step == 0 and c.loss == "preference" and not c.reference:
-            self_check(c, plan, loss, float(largest), ranks)
+        if step == 0 and needs_reference(c) and not c.reference:
+            self_check(c, expected_first_loss(c, plan, rewards), loss, float(largest), ranks)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -405,9 +442,11 @@ def touched_blocks(plan: sampling.Plan, examples: list[tokens.Example]) -> list[
     ]
 
 
-def self_check(c: Config, plan: sampling.Plan, loss: float, largest: float, ranks: dist.Ranks) -> None:
+def self_check(c: Config, expected: float | None, loss: float, largest: float, ranks: dist.Ranks) -> None:
     """While policy = reference the loss is known; another value means a wrong mask, shift, dropout or dtype."""
-    expected = expected_first_loss(c, plan)
+    if expected is None:
+        say(ranks, f"step 0: loss {loss:.6f} (not known beforehand); largest |log-ratio| {largest:.2g} (should be 0)")
+        return
     say(ranks, f"step 0: loss {loss:.6f}, expected {expected:.6f}; largest |log-ratio| {largest:.2g} (should be 0)")
     tolerance = (1e-3 if c.dtype == "fp32" else 5e-2) * max(1.0, abs(expected))
     if abs(loss - expected) > tolerance:

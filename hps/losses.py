@@ -1,4 +1,4 @@
-"""Preference losses: pure functions of (B, K) log-ratios, one table, nothing else.
+"""Preference losses: pure functions of (B, K) log-ratios, two tables, nothing else.
 
 One *stage* contrasts a winner (column 0) with opponents (columns 1..K-1) that carry normalised log-weights
 `log_q`. Every method of the paper is made of stages:
@@ -11,12 +11,16 @@ Notation: h = `logratios` = log pi_theta(y|x) - log pi_ref(y|x), summed over the
 r = beta * h the implicit reward (Eq. 3 without beta log Z, which cancels or is absorbed); kappa the factor N
 of Eq. 8 (`n_minus_one`) or 1 (Eq. 10 read literally, one drawn response).
 
-To add a loss: write one function like those below, add one line to `LOSSES`, add one test.
+`LISTWISE` holds the losses that are not made of stages: they set all responses against the rewards themselves.
+
+To add a loss: write one function like those below, add one line to `LOSSES` (and one to `OPTIONS` for an option
+of its own), add one test.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +30,34 @@ from torch import Tensor
 LOG_ZERO = -1e30
 
 
+class Option(NamedTuple):
+    default: float
+    allowed: Callable[[float], bool]
+    range: str  # `allowed` in words
+
+
+# What losses can be told beside beta.
+OPTIONS: dict[str, Option] = {
+    "label_smoothing": Option(0.0, lambda x: 0 <= x < 0.5, "[0, 0.5)"),
+    "exo_eps": Option(1e-3, lambda x: 0 < x < 1, "(0, 1)"),
+    "target_margin": Option(0.5, lambda x: 0 <= x < math.inf, "[0, inf)"),
+    "slic_delta": Option(1.0, lambda x: 0 < x < math.inf, "(0, inf)"),
+    "slic_lambda": Option(0.1, lambda x: 0 <= x < math.inf, "[0, inf)"),
+    "rdpo_alpha": Option(0.01, lambda x: 0 <= x < math.inf, "[0, inf)"),
+    "label_temperature": Option(1.0, lambda x: 0 < x < math.inf, "(0, inf)"),
+}
+
+# ------------------------------------------------------------------------------------------- losses of a stage
+
+
+def _margin(r: Tensor, log_q: Tensor, log_kappa: Tensor) -> Tensor:
+    """D = r_w - x against the aggregated opponent x = logsumexp_k(r_k + log q_k) + log kappa, (B,)."""
+    return r[:, 0] - torch.logsumexp(r[:, 1:] + log_q, dim=1) - log_kappa
+
+
 def _dpo(h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """softplus(x - r_w) with x = logsumexp_k(r_k + log q_k) + log kappa: Eq. 10 (and Eq. 2 for one opponent)."""
-    r = beta * h
-    margin = r[:, 0] - torch.logsumexp(r[:, 1:] + log_q, dim=1) - log_kappa  # (B,)
+    """softplus(-D): Eq. 10 (and Eq. 2 for one opponent)."""
+    margin = _margin(beta * h, log_q, log_kappa)
     # cDPO: (1 - e) sp(-D) + e sp(D) = sp(-D) + e D. OURS: on the aggregated margin when there are many opponents.
     return F.softplus(-margin) + label_smoothing * margin
 
@@ -64,8 +92,52 @@ def _nca(h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: fl
     return F.softplus(-r[:, 0]) + (F.softplus(r[:, 0]) + kappa * opponents) / (1 + kappa)
 
 
+def _hinge(h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: float) -> Tensor:
+    """max(0, 1 - D): RSO's hinge, which is SLiC's with a reference and delta = 1 / beta."""
+    return F.relu(1 - _margin(beta * h, log_q, log_kappa))
+
+
+def _unsmoothing(flip_rate: float) -> float:
+    """Robust DPO is sp(-D) - e D / (1 - 2e): cDPO with this coefficient of D."""
+    if flip_rate == 0:
+        raise ValueError("robust needs label_smoothing in (0, 0.5), the share of flipped labels; with 0 use dpo")
+    return -flip_rate / (1 - 2 * flip_rate)
+
+
+def _robust(
+    h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: float, label_smoothing: float
+) -> Tensor:
+    """((1 - e) sp(-D) - e sp(D)) / (1 - 2e): unbiased for DPO on clean labels where a share e is flipped."""
+    return _dpo(h, log_q, log_kappa, valid, beta=beta, label_smoothing=_unsmoothing(label_smoothing))
+
+
+def _simpo(h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: float, target_margin: float) -> Tensor:
+    """softplus(target_margin - D) on r = (beta / L) log pi (Eq. 19); its authors name target_margin / beta."""
+    return F.softplus(target_margin - _margin(beta * h, log_q, log_kappa))
+
+
+def _slic(
+    h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: float, slic_delta: float, slic_lambda: float
+) -> Tensor:
+    """sum_k q_k max(0, delta - h_w + h_k) - lambda h_w on h = log pi; beta and kappa play no part."""
+    # Differs: Eq. 16 draws the regulariser into the max; outside it, as in SLiC-HF, it still acts on won pairs.
+    hinges = F.relu(slic_delta - h[:, :1] + h[:, 1:])
+    return torch.where(valid, log_q.exp() * hinges, 0.0).sum(1) - slic_lambda * h[:, 0]
+
+
+def _rdpo(
+    h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: float, rdpo_alpha: float, num_tokens: Tensor
+) -> Tensor:
+    """softplus(-D) on beta h_i + alpha L_i, which is the reward (hence plus) if h is best for reward - alpha L."""
+    return F.softplus(-_margin(beta * h + rdpo_alpha * num_tokens.to(h.dtype), log_q, log_kappa))
+
+
 def _dpo_at_reference(kappa: float, *, beta: float, label_smoothing: float) -> float:
     return math.log1p(kappa) - label_smoothing * math.log(kappa)
+
+
+def _robust_at_reference(kappa: float, *, beta: float, label_smoothing: float) -> float:
+    return _dpo_at_reference(kappa, beta=beta, label_smoothing=_unsmoothing(label_smoothing))
 
 
 def _exo_at_reference(kappa: float, *, beta: float, exo_eps: float) -> float:
@@ -78,15 +150,20 @@ class Loss:
     """What the rest of the program needs to know about a loss.
 
     `stage(h, log_q, log_kappa, valid, *, beta, <options>) -> (B,)`; `at_reference(kappa, *, beta, <options>)`
-    is the stage's value where policy = reference (all h = 0), which every run checks at step 0;
-    `options` are the keyword options it takes beside beta; `length_norm` says whether h is divided by
-    `num_tokens` unless told otherwise.
+    is the stage's value where policy = reference (all h = 0), which every run checks at step 0, and None where
+    that is unknown before training: without a reference h is log pi itself, and R-DPO's depends on lengths;
+    `options` are the keys of `OPTIONS` that it takes beside beta; `length_norm` says whether h is divided by
+    `num_tokens` unless told otherwise, `needs_length` whether the stage takes `num_tokens` (B, K) itself;
+    without `needs_reference`, h is the policy's summed log-prob; without `needs_beta`, beta plays no part.
     """
 
     stage: Callable[..., Tensor]
-    at_reference: Callable[..., float]
+    at_reference: Callable[..., float] | None
     options: tuple[str, ...] = ()
     length_norm: bool = False
+    needs_length: bool = False
+    needs_reference: bool = True
+    needs_beta: bool = True
 
 
 LOSSES: dict[str, Loss] = {
@@ -95,21 +172,41 @@ LOSSES: dict[str, Loss] = {
     "ipo": Loss(_ipo, lambda kappa, *, beta: 1 / (4 * beta**2), length_norm=True),
     "sppo": Loss(_sppo, lambda kappa, *, beta: 1 / (2 * beta**2)),
     "nca": Loss(_nca, lambda kappa, *, beta: 2 * math.log(2)),
+    "hinge": Loss(_hinge, lambda kappa, *, beta: max(0.0, 1 + math.log(kappa))),
+    "robust": Loss(_robust, _robust_at_reference, options=("label_smoothing",)),
+    "rdpo": Loss(_rdpo, None, options=("rdpo_alpha",), needs_length=True),
+    "simpo": Loss(_simpo, None, options=("target_margin",), length_norm=True, needs_reference=False),
+    "slic": Loss(_slic, None, options=("slic_delta", "slic_lambda"), needs_reference=False, needs_beta=False),
 }
 
 
-def _options(name: str, *, label_smoothing: float, exo_eps: float) -> dict[str, float]:
-    """The options that loss `name` takes; ValueError for an unknown loss or an option that it would ignore."""
-    if name not in LOSSES:
-        raise ValueError(f"unknown loss {name!r}; choose one of {', '.join(LOSSES)}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
-    if not 0 < exo_eps < 1:
-        raise ValueError(f"exo_eps must lie in (0, 1), got {exo_eps}")
-    given = {"label_smoothing": label_smoothing, "exo_eps": exo_eps}
-    if label_smoothing != 0 and "label_smoothing" not in LOSSES[name].options:
-        raise ValueError(f"loss {name!r} does not use label_smoothing; remove it (EXO's own is exo_eps)")
-    return {option: given[option] for option in LOSSES[name].options}
+def _look_up(table: Mapping[str, Any], name: str, given: Mapping[str, float]) -> tuple[Any, dict[str, float]]:
+    """The loss's facts and all the options it takes; ValueError for one that is unknown, ignored or out of range."""
+    if name not in table:
+        raise ValueError(f"unknown loss {name!r}; choose one of {', '.join(table)}")
+    takes = table[name].options
+    for option, value in given.items():
+        if option not in OPTIONS:
+            raise ValueError(f"unknown option {option!r}; there are {', '.join(OPTIONS)}")
+        if not OPTIONS[option].allowed(value):
+            raise ValueError(f"{option} must lie in {OPTIONS[option].range}, got {value}")
+        if value != OPTIONS[option].default and option not in takes:
+            raise ValueError(f"loss {name!r} does not use {option}; remove it (it takes {', '.join(takes) or 'none'})")
+    return table[name], {option: given.get(option, OPTIONS[option].default) for option in takes}
+
+
+def _clean(
+    name: str, h: Tensor, *, beta: float, valid: Tensor | None, num_tokens: Tensor | None, length_norm: bool
+) -> tuple[Tensor, Tensor]:
+    """h, divided by length where asked and 0 where invalid, and `valid` as a tensor."""
+    if beta <= 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    if length_norm:
+        if num_tokens is None:
+            raise ValueError(f"loss {name!r} divides by length: pass num_tokens, or length_norm=False")
+        h = h / num_tokens.clamp(min=1)
+    valid = torch.ones_like(h, dtype=torch.bool) if valid is None else valid
+    return torch.where(valid, h, 0.0), valid  # what stands in an invalid column must not matter, not even inf
 
 
 def stage_loss(
@@ -124,42 +221,42 @@ def stage_loss(
     label_smoothing: float = 0.0,
     exo_eps: float = 1e-3,
     length_norm: bool | None = None,
+    **options: float,
 ) -> Tensor:
     """Per-prompt loss of one stage: the winner in column 0 against weighted opponents (Eq. 10 for DPO).
 
     Args:
         name: a key of `LOSSES`.
-        logratios: (B, K) float, h = policy_logps - ref_logps in nats, column 0 preferred.
+        logratios: (B, K) float, h = policy_logps - ref_logps in nats, column 0 preferred; policy_logps
+            themselves for a loss without `needs_reference`.
         log_q: (B, K-1) float, log-weights of the opponents, logsumexp 0 over the valid ones.
         beta: KL strength, > 0.
         kappa: the N factor, a float or (B,): 1, or the number of dispreferred responses (Eq. 8).
         valid: (B, K) bool, False where a ragged row has no response; None means all.
-        num_tokens: (B, K) int, scored tokens; needed where h is divided by length.
-        label_smoothing: cDPO's epsilon in [0, 0.5); DPO only.
+        num_tokens: (B, K) int, scored tokens; needed where h is divided by length, and by R-DPO.
+        label_smoothing: cDPO's epsilon in [0, 0.5), or robust DPO's in (0, 0.5).
         exo_eps: EXO's target mass on the opponents, in (0, 1).
         length_norm: divide h by `num_tokens` first; None takes the loss's convention (IPO yes, as in TRL).
+        options: the loss's other `OPTIONS`, with their defaults: target_margin (SimPO, units of reward),
+            slic_delta and slic_lambda (nats), rdpo_alpha (reward per token).
 
     Returns:
         (B,) float, nats. A row without a valid opponent gives DPO's limit 0; leave such rows out.
 
     Raises:
-        ValueError: unknown name, an option that the loss ignores, or `num_tokens` missing where it is needed.
+        ValueError: unknown name, an option out of range or ignored, or `num_tokens` missing where it is needed.
     """
-    options = _options(name, label_smoothing=label_smoothing, exo_eps=exo_eps)
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
     B, K = logratios.shape
     assert log_q.shape == (B, K - 1), (log_q.shape, logratios.shape)
-    h = logratios
-    if LOSSES[name].length_norm if length_norm is None else length_norm:
-        if num_tokens is None:
-            raise ValueError(f"loss {name!r} divides by length: pass num_tokens, or length_norm=False")
-        h = h / num_tokens.clamp(min=1)
-    valid = torch.ones_like(h, dtype=torch.bool) if valid is None else valid
-    h = torch.where(valid, h, 0.0)  # what stands in an invalid column must not matter, not even if it is inf
+    loss, taken = _look_up(LOSSES, name, {"label_smoothing": label_smoothing, "exo_eps": exo_eps, **options})
+    divide = loss.length_norm if length_norm is None else length_norm
+    h, valid = _clean(name, logratios, beta=beta, valid=valid, num_tokens=num_tokens, length_norm=divide)
+    if loss.needs_length and num_tokens is None:
+        raise ValueError(f"loss {name!r} adds a term for length: pass num_tokens")
+    lengths = {"num_tokens": num_tokens} if loss.needs_length else {}
     log_q = torch.where(valid[:, 1:], log_q, LOG_ZERO)
     log_kappa = torch.as_tensor(kappa, dtype=h.dtype, device=h.device).log().expand(B)
-    return LOSSES[name].stage(h, log_q, log_kappa, valid[:, 1:], beta=beta, **options)
+    return loss.stage(h, log_q, log_kappa, valid[:, 1:], beta=beta, **taken, **lengths)
 
 
 def plackett_luce_loss(
@@ -172,6 +269,7 @@ def plackett_luce_loss(
     label_smoothing: float = 0.0,
     exo_eps: float = 1e-3,
     length_norm: bool | None = None,
+    **options: float,
 ) -> Tensor:
     """Per-prompt Plackett-Luce loss: the sum over ranks j of the stage "j above all that follow" (Eqs. 4-5).
 
@@ -186,42 +284,285 @@ def plackett_luce_loss(
     Returns:
         (B,) float, nats.
     """
+    # Every rank a positive, opponents weighted alike (gamma = 0), kappa their number.
+    given = {"label_smoothing": label_smoothing, "exo_eps": exo_eps, "length_norm": length_norm, **options}
+    given |= {"valid": valid, "num_tokens": num_tokens, "n_factor": "n_minus_one"}
+    same, ones = torch.zeros_like(logratios), [1.0] * logratios.shape[1]
+    return multi_positive_loss(name, logratios, same, beta=beta, gamma=0.0, weights=ones, **given)
+
+
+def multi_positive_loss(
+    name: str,
+    logratios: Tensor,
+    rewards: Tensor,
+    *,
+    beta: float,
+    gamma: float | Tensor,
+    weights: Sequence[float],
+    n_factor: str = "one",
+    exclude_positives: bool = False,
+    valid: Tensor | None = None,
+    num_tokens: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Per-prompt loss with m valid responses, L = sum_j lambda_j L_j (App. E); L_j has the winner j.
+
+    Args:
+        logratios: (B, K) float, columns in ranked order, the m = len(weights) positives first; rows padded right.
+        rewards: (B, K) float, external rewards, which weight the opponents of each stage (Eq. 9).
+        gamma: hardness, a float or (B,).
+        weights: lambda_1..lambda_m, not negative. A stage that a row is too short for adds 0 to it.
+        n_factor: `one`, or `n_minus_one` (kappa is the number of the stage's opponents).
+        exclude_positives: False contrasts j with j+1..n, as the appendix's formula does, so that y_2 is an
+            opponent of y_1; True with m+1..n only, as its text says.
+        valid: (B, K) bool, a prefix of every row; None means all.
+        The others: as in `stage_loss`.
+
+    Returns:
+        (B,) float, nats.
+
+    Raises:
+        ValueError: as `stage_loss`; no weight or a negative one; unknown n_factor.
+    """
+    if not weights or min(weights) < 0:
+        raise ValueError(f"weights must be one number >= 0 for each positive response, got {list(weights)}")
+    if n_factor not in ("one", "n_minus_one"):
+        raise ValueError(f"unknown n_factor {n_factor!r}; choose one of one, n_minus_one")
     B, K = logratios.shape
     valid = torch.ones_like(logratios, dtype=torch.bool) if valid is None else valid
+    gamma = torch.as_tensor(gamma, dtype=logratios.dtype, device=logratios.device).reshape(-1, 1)
+    logits = torch.where(valid, gamma * rewards, LOG_ZERO)
     total = logratios.new_zeros(B)
-    for j in range(K - 1):
-        opponents = valid[:, j + 1 :].sum(1)  # (B,) how many follow rank j
+    for j, weight in enumerate(weights):
+        columns = [j, *range(len(weights) if exclude_positives else j + 1, K)]
+        if len(columns) == 1:
+            break
+        opponents = valid[:, columns[1:]].sum(1)  # (B,)
         u = opponents.clamp(min=1).to(logratios.dtype)
         stage = stage_loss(
             name,
-            logratios[:, j:],
-            (-u.log())[:, None].expand(B, K - 1 - j),
+            logratios[:, columns],
+            F.log_softmax(logits[:, columns[1:]], dim=1),
             beta=beta,
-            kappa=u,
-            valid=valid[:, j:],
-            num_tokens=None if num_tokens is None else num_tokens[:, j:],
-            label_smoothing=label_smoothing,
-            exo_eps=exo_eps,
-            length_norm=length_norm,
+            kappa=u if n_factor == "n_minus_one" else 1.0,
+            valid=valid[:, columns],
+            num_tokens=None if num_tokens is None else num_tokens[:, columns],
+            **options,
         )
-        total = total + torch.where(opponents > 0, stage, 0.0)
+        total = total + torch.where(opponents > 0, weight * stage, 0.0)
     return total
 
 
 def loss_at_reference(
-    name: str, *, beta: float, kappa: float = 1.0, label_smoothing: float = 0.0, exo_eps: float = 1e-3
+    name: str, *, beta: float, kappa: float = 1.0, label_smoothing: float = 0.0, exo_eps: float = 1e-3, **options: float
 ) -> float:
-    """The stage loss where policy = reference, in closed form: log(1 + kappa) for DPO, 1/(4 beta^2) for IPO ..."""
-    options = _options(name, label_smoothing=label_smoothing, exo_eps=exo_eps)
-    return LOSSES[name].at_reference(kappa, beta=beta, **options)
+    """The stage loss where policy = reference, in closed form: log(1 + kappa) for DPO, 1/(4 beta^2) for IPO ...
+
+    Raises:
+        ValueError: a loss whose value is unknown before training (simpo, slic, rdpo), or as `stage_loss`.
+    """
+    loss, taken = _look_up(LOSSES, name, {"label_smoothing": label_smoothing, "exo_eps": exo_eps, **options})
+    if loss.at_reference is None:
+        why = "depends on the lengths" if loss.needs_reference else "has no reference, so it depends on the policy"
+        raise ValueError(f"loss {name!r} {why}: its value is unknown before training, make no check against it")
+    return loss.at_reference(kappa, beta=beta, **taken)
 
 
 def plackett_luce_at_reference(
-    name: str, n: int, *, beta: float, label_smoothing: float = 0.0, exo_eps: float = 1e-3
+    name: str, n: int, *, beta: float, label_smoothing: float = 0.0, exo_eps: float = 1e-3, **options: float
 ) -> float:
-    """The PL loss of n ranks where policy = reference: log n! for DPO."""
-    smoothing = {"label_smoothing": label_smoothing, "exo_eps": exo_eps}
-    return sum(loss_at_reference(name, beta=beta, kappa=u, **smoothing) for u in range(1, n))
+    """The PL loss of n ranks where policy = reference: log n! for DPO. Raises as `loss_at_reference`."""
+    options = {"label_smoothing": label_smoothing, "exo_eps": exo_eps, **options}
+    return sum(loss_at_reference(name, beta=beta, kappa=u, **options) for u in range(1, n))
+
+
+# ------------------------------------------------------------------------- losses of a list and its rewards
+# Each gives (B, K) terms that are summed over the valid responses; s are the rewards, t = softmax(s / alpha).
+
+
+def _log_labels(s: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """log t, (B, K); finite, whatever the temperature."""
+    top = s.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    return F.log_softmax(torch.where(valid, (s - top) / temperature, LOG_ZERO).clamp(min=LOG_ZERO), dim=1)
+
+
+def _count(s: Tensor, valid: Tensor) -> Tensor:
+    """n, (B, 1), in the dtype of s."""
+    return valid.to(s.dtype).sum(1, keepdim=True).clamp(min=1)
+
+
+def _winrate(s: Tensor, valid: Tensor) -> Tensor:
+    """Phat_i = (1/n) sum_j sigmoid(s_i - s_j), j = i included, (B, K): how often i wins against the list."""
+    wins = torch.where(valid[:, None, :], torch.sigmoid(s[:, :, None] - s[:, None, :]), 0.0)
+    return wins.sum(2) / _count(s, valid)
+
+
+def _exo_rw(h: Tensor, s: Tensor, valid: Tensor, *, beta: float, label_temperature: float) -> Tensor:
+    """KL(softmax(r) || t): EXO's reverse KL to the rewards' own distribution."""
+    log_p = F.log_softmax(torch.where(valid, beta * h, LOG_ZERO), dim=1)
+    return log_p.exp() * (log_p - _log_labels(s, valid, label_temperature))
+
+
+def _infonca(h: Tensor, s: Tensor, valid: Tensor, *, beta: float, label_temperature: float) -> Tensor:
+    """-sum_i t_i log softmax(r)_i; Eq. 6 as alpha -> 0."""
+    log_p = F.log_softmax(torch.where(valid, beta * h, LOG_ZERO), dim=1)
+    return -_log_labels(s, valid, label_temperature).exp() * log_p
+
+
+def _nca_soft(h: Tensor, s: Tensor, valid: Tensor, *, beta: float, label_temperature: float) -> Tensor:
+    """sum_i t_i sp(-r_i) + (1/n) sum_i sp(r_i); the first stage of NCA-PL as alpha -> 0."""
+    r, t = beta * h, _log_labels(s, valid, label_temperature).exp()
+    return t * F.softplus(-r) + F.softplus(r) / _count(s, valid)
+
+
+def _sppo_winrate(h: Tensor, s: Tensor, valid: Tensor, *, beta: float) -> Tensor:
+    """sum_i (h_i - (Phat_i - 1/2) / beta)^2: the sum over responses, where the official code has the mean."""
+    return (h - (_winrate(s, valid) - 0.5) / beta) ** 2
+
+
+def _lipo(h: Tensor, s: Tensor, valid: Tensor, *, beta: float) -> Tensor:
+    """LiPO-lambda (Eq. 17): sum over pairs psi_i > psi_j of Delta_ij sp(r_j - r_i), where
+
+    Delta_ij = |2^psi_i - 2^psi_j| |1/log(1 + tau_i) - 1/log(1 + tau_j)|, tau the rank under r (1 = best), detached.
+    OURS: psi is s put on a scale of 0 to 1 per prompt, since 2^s of raw rewards overflows; equal r rank by s, or
+    the pairs would have no weight before the first update.
+    """
+    r, model = beta * h, h.detach()
+    low = s.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    high = s.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    psi = torch.where(valid & (high > low), (s - low) / (high - low), 0.0)
+    lower, upper = (slice(None), slice(None), None), (slice(None), None)  # x[lower] is x_i, x[upper] x_j of (B, i, j)
+    ahead = (model[upper] > model[lower]) | ((model[upper] == model[lower]) & (s[upper] > s[lower]))
+    discount = 1 / torch.log(2 + (ahead & valid[upper]).sum(2).to(r.dtype))  # tau_i = 1 + how many are ahead of i
+    delta = (2 ** psi[lower] - 2 ** psi[upper]) * (discount[lower] - discount[upper]).abs()
+    pairs = valid[lower] & valid[upper] & (psi[lower] > psi[upper])
+    return torch.where(pairs, delta * F.softplus(r[upper] - r[lower]), 0.0).sum(2)
+
+
+@dataclass(frozen=True)
+class Listwise:
+    """A list-wise loss: `terms(h, s, valid, *, beta, <options>) -> (B, K)`, and the same where all h = 0,
+    `at_reference(s, valid, *, beta, <options>)`: None for LiPO, whose ranks are rounding noise there."""
+
+    terms: Callable[..., Tensor]
+    at_reference: Callable[..., Tensor] | None
+    options: tuple[str, ...] = ()
+
+
+LISTWISE: dict[str, Listwise] = {
+    "exo_rw": Listwise(
+        _exo_rw,
+        lambda s, valid, *, beta, label_temperature: (
+            -(_count(s, valid).log() + _log_labels(s, valid, label_temperature)) / _count(s, valid)
+        ),
+        options=("label_temperature",),
+    ),
+    "infonca": Listwise(
+        _infonca,
+        lambda s, valid, *, beta, label_temperature: _count(s, valid).log() / _count(s, valid),
+        options=("label_temperature",),
+    ),
+    "nca_soft": Listwise(
+        _nca_soft,
+        lambda s, valid, *, beta, label_temperature: 2 * math.log(2) / _count(s, valid),
+        options=("label_temperature",),
+    ),
+    "sppo_winrate": Listwise(_sppo_winrate, lambda s, valid, *, beta: (_winrate(s, valid) - 0.5) ** 2 / beta**2),
+    "lipo": Listwise(_lipo, None),
+}
+
+# What the original papers do with a list, by row of the paper's tables. None: `plackett_luce_loss` stays (it is
+# DPO's own form; IPO has pairs only).
+OFFICIAL: dict[str, str | None] = {"dpo": None, "exo": "exo_rw", "ipo": None, "sppo": "sppo_winrate", "nca": "nca_soft"}
+
+
+def listwise_loss(
+    name: str,
+    logratios: Tensor,
+    rewards: Tensor,
+    *,
+    beta: float,
+    valid: Tensor | None = None,
+    num_tokens: Tensor | None = None,
+    length_norm: bool = False,
+    **options: float,
+) -> Tensor:
+    """Per-prompt loss of a whole list of responses against their rewards; the order of the columns is free.
+
+    Args:
+        name: a key of `LISTWISE`.
+        logratios: (B, K) float, h = policy_logps - ref_logps in nats.
+        rewards: (B, K) float, external rewards.
+        beta: KL strength, > 0.
+        valid: (B, K) bool, at least one to a row; None means all.
+        num_tokens: (B, K) int, scored tokens; needed with length_norm.
+        length_norm: divide h by `num_tokens` first.
+        options: label_temperature, the alpha of the labels softmax(rewards / alpha), where the loss has them.
+
+    Returns:
+        (B,) float.
+
+    Raises:
+        ValueError: unknown name, an option out of range or ignored, or `num_tokens` missing where it is needed.
+    """
+    assert logratios.shape == rewards.shape, (logratios.shape, rewards.shape)
+    loss, taken = _look_up(LISTWISE, name, options)
+    h, valid = _clean(name, logratios, beta=beta, valid=valid, num_tokens=num_tokens, length_norm=length_norm)
+    s = torch.where(valid, rewards.to(h.dtype), 0.0)
+    return torch.where(valid, loss.terms(h, s, valid, beta=beta, **taken), 0.0).sum(1)
+
+
+def listwise_at_reference(
+    name: str, rewards: Tensor, *, beta: float, valid: Tensor | None = None, **options: float
+) -> Tensor:
+    """The list-wise loss (B,) where policy = reference, in closed form from rewards (B, K): log n for InfoNCA.
+
+    Raises:
+        ValueError: lipo, whose value is unknown before training, or as `listwise_loss`.
+    """
+    loss, taken = _look_up(LISTWISE, name, options)
+    if loss.at_reference is None:
+        raise ValueError(f"loss {name!r} ranks by rounding noise there: its value is unknown before training")
+    s, valid = _clean(name, rewards, beta=beta, valid=valid, num_tokens=None, length_norm=False)
+    return torch.where(valid, loss.at_reference(s, valid, beta=beta, **taken), 0.0).sum(1)
+
+
+# -------------------------------------------------------------------------------------- responses one by one
+
+
+def kto_loss(
+    logratios: Tensor,
+    *,
+    beta: float,
+    kl: float | Tensor,
+    valid: Tensor | None = None,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Per-prompt KTO loss w_D s(beta (z0 - h_w)) + w_U sum_k s(beta (h_k - z0)), s the sigmoid (App., Eq. 18).
+
+    OURS: the best response is the desirable one, the rest are undesirable.
+
+    Args:
+        logratios: (B, K) float, h = policy_logps - ref_logps in nats, column 0 preferred.
+        beta: KL strength, > 0.
+        kl: z0 in nats, a float or (B,): mean h of responses put to other prompts; detached, negative counts as 0.
+        valid: (B, K) bool; None means all.
+        desirable_weight, undesirable_weight: w_D and w_U, >= 0.
+
+    Returns:
+        (B,) float; (w_D + w_U (n - 1)) / 2 where policy = reference.
+
+    Raises:
+        ValueError: beta not positive, or a negative weight.
+    """
+    if min(desirable_weight, undesirable_weight) < 0:
+        raise ValueError(f"KTO's weights must not be negative, got {desirable_weight} and {undesirable_weight}")
+    h, valid = _clean("kto", logratios, beta=beta, valid=valid, num_tokens=None, length_norm=False)
+    z0 = torch.as_tensor(kl, dtype=h.dtype, device=h.device).detach().clamp(min=0).reshape(-1, 1)
+    desirable = desirable_weight * torch.sigmoid(beta * (z0[:, 0] - h[:, 0]))
+    undesirable = undesirable_weight * torch.sigmoid(beta * (h[:, 1:] - z0))
+    return desirable + torch.where(valid[:, 1:], undesirable, 0.0).sum(1)
 
 
 def implicit_rewards(logratios: Tensor, *, beta: float) -> Tensor:

@@ -1,0 +1,614 @@
+"""The further losses: against hand algebra in float64, TRL's own loss code, limits, and rows alone."""
+
+import inspect
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_losses import draw, trl_pair_loss
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from hps.losses import (
+    LISTWISE,
+    LOSSES,
+    OFFICIAL,
+    OPTIONS,
+    kto_loss,
+    listwise_at_reference,
+    listwise_loss,
+    loss_at_reference,
+    multi_positive_loss,
+    plackett_luce_at_reference,
+    plackett_luce_loss,
+    stage_loss,
+)
+from hps.sampling import log_q
+
+B, K = 4, 6
+BETA = 0.3
+# No option at its default: a default would hide an option that does not arrive.
+MORE = {
+    "hinge": {},
+    "robust": {"label_smoothing": 0.2},
+    "rdpo": {"rdpo_alpha": 0.03},
+    "simpo": {"target_margin": 0.7},
+    "slic": {"slic_delta": 2.0, "slic_lambda": 0.3},
+}
+ALL = {"dpo": {}, "exo": {}, "ipo": {}, "sppo": {}, "nca": {}} | MORE
+LISTS = {
+    "exo_rw": {"label_temperature": 0.4},
+    "infonca": {"label_temperature": 0.4},
+    "nca_soft": {"label_temperature": 0.4},
+    "sppo_winrate": {},
+    "lipo": {},
+}
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def sp(x: float) -> float:
+    return math.log(1 + math.exp(x))
+
+
+def shuffle(seed: int = 3, *, fixed: int) -> Tensor:
+    """A permutation of the K columns that leaves the first `fixed` where they are."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.arange(fixed), fixed + torch.randperm(K - fixed, generator=g)])
+
+
+# ---------------------------------------------------------------------------------------------- stage losses
+
+
+def row_by_hand(name: str, h: list, L: list, q: list, kappa: float, beta: float) -> float:
+    """The formulas in plain floats, exp and log; rows of `others` are (q_k, h_k, h_k / L_k, r_k)."""
+    o, target = ALL[name], 1 / (2 * beta)
+    r = [beta / n * x if name == "simpo" else beta * x + o.get("rdpo_alpha", 0.0) * n for x, n in zip(h, L)]
+    mean = [x / n for x, n in zip(h, L)]
+    others = list(zip(q, h[1:], mean[1:], r[1:]))
+    weights = [math.exp(r[0])] + [kappa * w * math.exp(s) for w, _, _, s in others]
+    D = r[0] - math.log(sum(weights[1:]))
+    e = o.get("label_smoothing", 1e-3)  # EXO's is 1e-3
+    p, t = [w / sum(weights) for w in weights], [1 - e] + [e * w for w in q]
+    hinges = sum(w * max(0.0, o.get("slic_delta", 0.0) - h[0] + x) for w, x, _, _ in others)
+    return {
+        "dpo": sp(-D),
+        "exo": sum(a * math.log(a / b) for a, b in zip(p, t)),
+        "ipo": sum(w * (mean[0] - m - target) ** 2 for w, _, m, _ in others),
+        "sppo": (h[0] - target) ** 2 + sum(w * (x + target) ** 2 for w, x, _, _ in others),
+        "nca": sp(-r[0]) + (sp(r[0]) + kappa * sum(w * sp(s) for w, _, _, s in others)) / (1 + kappa),
+        "hinge": max(0.0, 1 - D),
+        "robust": ((1 - e) * sp(-D) - e * sp(D)) / (1 - 2 * e),
+        "rdpo": sp(-D),
+        "simpo": sp(o.get("target_margin", 0.0) - D),
+        "slic": hinges - o.get("slic_lambda", 0.0) * h[0],
+    }[name]
+
+
+def stage_by_hand(name: str, h: Tensor, L: Tensor, q: Tensor, kappa: float, *, beta: float) -> Tensor:
+    rows = zip(h.tolist(), L.tolist(), q.tolist())
+    return torch.tensor([row_by_hand(name, *row, kappa, beta) for row in rows], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("kappa", [1.0, 5.0])
+def test_stage_is_the_formula(name, kappa):
+    h, s, L = draw(B=12)
+    q = log_q(s, 1.3)
+    ours = stage_loss(name, h, q, beta=BETA, kappa=kappa, num_tokens=L, **ALL[name])
+    close(ours, stage_by_hand(name, h, L, q.exp(), kappa, beta=BETA))
+    if name == "hinge" and kappa == 1:
+        assert 0 < (ours == 0).sum() < 12  # both sides of the kink
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_plackett_luce_is_the_sum_of_stages(name):
+    """The stage j has u = n - j opponents, q = 1/u and kappa = u."""
+    h, _, L = draw(B=12)
+    by_hand = 0
+    for j in range(K - 1):
+        u = K - 1 - j
+        uniform = torch.full((12, u), 1 / u, dtype=h.dtype)
+        by_hand += stage_by_hand(name, h[:, j:], L[:, j:], uniform, u, beta=BETA)
+    close(plackett_luce_loss(name, h, beta=BETA, num_tokens=L, **ALL[name]), by_hand, 1e-11)
+
+
+@pytest.mark.parametrize(("name", "trl_name"), [("hinge", "hinge"), ("robust", "robust"), ("dpo", "sigmoid")])
+@pytest.mark.parametrize("scale", [3.0, 170.0])
+def test_pairs_equal_trl(name, trl_name, scale, monkeypatch):
+    """Values and gradients of DPOTrainer._compute_loss, at small margins and at |D| around 50."""
+    trainer_class = pytest.importorskip("trl", reason="TRL is a development extra").DPOTrainer
+    compute = trainer_class._compute_loss
+
+    def compute_other(trainer, *args, **kwargs):
+        trainer.loss_types, trainer.label_smoothing = [trl_name], ALL[name].get("label_smoothing", 0.0)
+        return compute(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_class, "_compute_loss", compute_other)
+    h, _, L = draw(seed=1, K=2, scale=scale)
+    ours_in, theirs_in = h.clone().requires_grad_(), h.clone().requires_grad_()
+    ours = stage_loss(name, ours_in, torch.zeros(B, 1, dtype=h.dtype), beta=BETA, **ALL[name])
+    theirs = trl_pair_loss("dpo", theirs_in, L, BETA)
+    close(ours, theirs, 1e-6)
+    ours.sum().backward()
+    theirs.sum().backward()
+    close(ours_in.grad, theirs_in.grad, 1e-6)
+
+
+def test_simpo_equals_trl():
+    """trl.experimental's CPOTrainer.cpo_loss on mean log-probs; its simpo_gamma is in units of the reward too."""
+    pytest.importorskip("trl", reason="TRL is a development extra")
+    from trl.experimental.cpo import CPOTrainer
+
+    logps, _, L = draw(seed=2, B=12, K=2, scale=40.0)
+    trainer = SimpleNamespace(
+        alpha=0.0,
+        beta=2.5,
+        simpo_gamma=0.7,
+        label_smoothing=0.0,
+        loss_type="simpo",
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    theirs, *_ = CPOTrainer.cpo_loss(trainer, *(logps / L).unbind(1))
+    ours = stage_loss("simpo", logps, torch.zeros(12, 1, dtype=logps.dtype), beta=2.5, num_tokens=L, target_margin=0.7)
+    close(ours, theirs)
+
+
+def test_limits_of_the_stage_losses():
+    h, s, L = draw()
+    q, one = log_q(s, 1.0), torch.full((B, K), 7)
+    dpo = stage_loss("dpo", h, q, beta=BETA, kappa=2.0)
+    # A vanishing share of flipped labels, or no price of length, or equal lengths, leave DPO.
+    close(stage_loss("robust", h, q, beta=BETA, kappa=2.0, label_smoothing=1e-9), dpo, 1e-7)
+    close(stage_loss("rdpo", h, q, beta=BETA, kappa=2.0, num_tokens=L, rdpo_alpha=0.0), dpo)
+    close(stage_loss("rdpo", h, q, beta=BETA, kappa=2.0, num_tokens=one, rdpo_alpha=0.5), dpo)
+    # SimPO without a margin on equal lengths is DPO on log pi.
+    close(stage_loss("simpo", h, q, beta=7 * BETA, kappa=2.0, num_tokens=one, target_margin=0.0), dpo)
+    # A hinge on a pair is SLiC's without regulariser, delta = 1/beta, in units of the reward.
+    pair, alone = h[:, :2], torch.zeros(B, 1, dtype=h.dtype)
+    slic = stage_loss("slic", pair, alone, beta=BETA, slic_delta=1 / BETA, slic_lambda=0.0)
+    close(stage_loss("hinge", pair, alone, beta=BETA), BETA * slic)
+
+
+def test_robust_is_unbiased_under_flipped_labels():
+    """With a share e of flipped pairs the mean robust loss is DPO on the true order."""
+    h, _, _ = draw(K=2)
+    q, e = torch.zeros(B, 1, dtype=h.dtype), 0.2
+    right, flipped = (stage_loss("robust", x, q, beta=BETA, label_smoothing=e) for x in (h, h.flip(1)))
+    close((1 - e) * right + e * flipped, stage_loss("dpo", h, q, beta=BETA))
+
+
+def test_rdpo_lets_a_longer_winner_off():
+    """The reward is beta h + alpha L: a winner that is longer has less to prove, one that is shorter more."""
+    h, q = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    longer, shorter = torch.tensor([[20, 10]]), torch.tensor([[10, 20]])
+    losses = [stage_loss("rdpo", h, q, beta=BETA, num_tokens=L, rdpo_alpha=0.1).item() for L in (longer, shorter)]
+    assert losses == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))])
+
+
+def test_values_at_reference():
+    """max(0, 1 + log kappa) and log(1 + kappa) + e/(1 - 2e) log kappa where all h = 0, for every stage and PL."""
+    zero = torch.zeros(B, K, dtype=torch.float64)
+    q = log_q(draw()[1], 2.0)
+    for kappa in (0.1, 1.0, 5.0):
+        by_hand = {
+            "hinge": max(0.0, 1 + math.log(kappa)),
+            "robust": math.log(1 + kappa) + 0.2 / 0.6 * math.log(kappa),
+        }
+        for name, value in by_hand.items():
+            assert loss_at_reference(name, beta=BETA, kappa=kappa, **MORE[name]) == pytest.approx(value, rel=1e-12)
+            ours = stage_loss(name, zero, q, beta=BETA, kappa=kappa, **MORE[name])
+            assert ours.tolist() == pytest.approx([value] * B, rel=1e-12)
+    for name in ("hinge", "robust"):
+        ranked = plackett_luce_at_reference(name, K, beta=BETA, **MORE[name])
+        close(plackett_luce_loss(name, zero, beta=BETA, **MORE[name]), torch.full_like(zero[:, 0], ranked))
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_stage_gradcheck(name):
+    h, s, L = draw(B=2, K=4)
+    h.requires_grad_()
+    given = dict(beta=BETA, num_tokens=L, **MORE[name])
+    q = log_q(s, 1.0)
+    assert gradcheck(lambda x: stage_loss(name, x, q, kappa=3.0, **given), (h,))
+    assert gradcheck(lambda x: plackett_luce_loss(name, x, **given), (h,))
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_stage_ragged_rows_equal_rows_alone(name):
+    """Padding changes nothing in value and gradient, whatever stands in it."""
+    h, s, L = draw()
+    sizes = [2, 6, 3, 5]
+    valid = torch.arange(K)[None] < torch.tensor(sizes)[:, None]
+    padded = torch.where(valid, h, torch.nan).requires_grad_()
+    kappa = torch.tensor(sizes, dtype=h.dtype) - 1
+    q = log_q(s, 1.0, valid=valid)
+    given = dict(beta=BETA, **MORE[name])
+    stage = stage_loss(name, padded, q, kappa=kappa, valid=valid, num_tokens=L, **given)
+    ranked = plackett_luce_loss(name, padded, valid=valid, num_tokens=L, **given)
+    (stage + ranked).sum().backward()
+    for b, n in enumerate(sizes):
+        alone, lengths = h[b : b + 1, :n].clone().requires_grad_(), L[b : b + 1, :n]
+        q_alone = log_q(s[b : b + 1, :n], 1.0)
+        one = stage_loss(name, alone, q_alone, kappa=n - 1.0, num_tokens=lengths, **given)
+        two = plackett_luce_loss(name, alone, num_tokens=lengths, **given)
+        close(torch.stack([stage[b], ranked[b]]), torch.cat([one, two]), 1e-10)
+        (one + two).sum().backward()
+        close(padded.grad[b, :n], alone.grad[0], 1e-10)
+        assert (padded.grad[b, n:] == 0).all()
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_order_of_opponents_does_not_matter(name):
+    h, s, L = draw()
+    order = shuffle(fixed=1)
+    given = dict(beta=BETA, kappa=2.0, **MORE[name])
+    a = stage_loss(name, h, log_q(s, 1.0), num_tokens=L, **given)
+    close(stage_loss(name, h[:, order], log_q(s[:, order], 1.0), num_tokens=L[:, order], **given), a)
+
+
+@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("margin", [-1e4, -50.0, 50.0, 1e4])
+def test_stage_stays_finite_in_fp32(name, margin):
+    h = torch.zeros(1, K)
+    h[0, 0] = margin / BETA
+    h.requires_grad_()
+    s, L = torch.linspace(200, -200, K)[None], torch.full((1, K), 9)
+    for gamma in (-5.0, 5.0):  # gamma * s spans +-1000: q underflows, log q must not
+        given = dict(beta=BETA, num_tokens=L, **MORE[name])
+        loss = stage_loss(name, h, log_q(s, gamma), kappa=K - 1.0, **given) + plackett_luce_loss(name, h, **given)
+        (grad,) = torch.autograd.grad(loss.sum(), h)
+        assert torch.isfinite(loss).all() and torch.isfinite(grad).all()
+
+
+# ------------------------------------------------------------------------------------------ list-wise losses
+
+
+def list_by_hand(name: str, h: Tensor, s: Tensor, *, beta: float, temperature: float = 1.0) -> Tensor:
+    """Oracles: torch's own KL, soft cross-entropy and binary cross-entropy; loops over responses and pairs."""
+    r, t = beta * h, torch.softmax(s / temperature, 1)
+    if name == "exo_rw":
+        return F.kl_div(t.log(), torch.softmax(r, 1), reduction="none").sum(1)
+    if name == "infonca":
+        return F.cross_entropy(r, t, reduction="none")
+    if name == "nca_soft":
+        bce = F.binary_cross_entropy_with_logits
+        yes, no = (bce(r, torch.full_like(r, y), reduction="none") for y in (1.0, 0.0))
+        return (t * yes).sum(1) + no.mean(1)
+    losses = []
+    for x, score in zip(h.tolist(), s.tolist()):
+        n, loss = len(x), 0.0
+        psi = [(v - min(score)) / (max(score) - min(score)) for v in score]
+        tau = {i: rank for rank, i in enumerate(sorted(range(n), key=lambda i: -x[i]), 1)}
+        for i in range(n):
+            if name == "sppo_winrate":
+                wins = sum(1 / (1 + math.exp(v - score[i])) for v in score) / n
+                loss += (x[i] - (wins - 0.5) / beta) ** 2
+            for j in range(n):
+                if name == "lipo" and psi[i] > psi[j]:
+                    delta = abs(2 ** psi[i] - 2 ** psi[j]) * abs(1 / math.log(1 + tau[i]) - 1 / math.log(1 + tau[j]))
+                    loss += delta * math.log(1 + math.exp(-beta * (x[i] - x[j])))
+        losses.append(loss)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_list_is_the_formula(name):
+    h, s, _ = draw(B=8)
+    by_hand = list_by_hand(name, h, s, beta=BETA, temperature=LISTS[name].get("label_temperature", 1.0))
+    close(listwise_loss(name, h, s, beta=BETA, **LISTS[name]), by_hand)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_list_gradcheck(name):
+    h, s, _ = draw(B=2, K=4)
+    h.requires_grad_()
+    assert gradcheck(lambda x: listwise_loss(name, x, s, beta=BETA, **LISTS[name]), (h,))
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_list_ragged_rows_equal_rows_alone(name):
+    h, s, L = draw()
+    sizes = [1, 6, 2, 5]
+    valid = torch.arange(K)[None] < torch.tensor(sizes)[:, None]
+    padded = torch.where(valid, h, torch.nan).requires_grad_()
+    rewards = torch.where(valid, s, torch.inf)
+    given = dict(beta=BETA, length_norm=True, **LISTS[name])
+    loss = listwise_loss(name, padded, rewards, valid=valid, num_tokens=L, **given)
+    loss.sum().backward()
+    for b, n in enumerate(sizes):
+        alone = (h[b : b + 1, :n] / L[b : b + 1, :n]).requires_grad_()
+        one = listwise_loss(name, alone, s[b : b + 1, :n], beta=BETA, **LISTS[name])
+        close(loss[b], one[0])
+        one.sum().backward()
+        close(padded.grad[b, :n], alone.grad[0] / L[b, :n])
+        assert (padded.grad[b, n:] == 0).all()
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_order_of_a_list_does_not_matter(name):
+    """Neither in value nor in gradient, also where the model ties all (h = 0) or two rewards are equal."""
+    h, s, _ = draw()
+    s[:, 2] = s[:, 1]
+    order = shuffle(fixed=0)
+    for x in (h, torch.zeros_like(h)):
+        a, b = x.clone().requires_grad_(), x[:, order].clone().requires_grad_()
+        loss = listwise_loss(name, a, s, beta=BETA, **LISTS[name])
+        shuffled = listwise_loss(name, b, s[:, order], beta=BETA, **LISTS[name])
+        close(shuffled, loss)
+        loss.sum().backward()
+        shuffled.sum().backward()
+        close(b.grad, a.grad[:, order])
+        assert (a.grad.abs().sum(1) > 0).all()  # also before the first update
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("margin", [-1e4, -50.0, 50.0, 1e4])
+def test_list_stays_finite_in_fp32(name, margin):
+    h = torch.zeros(1, K)
+    h[0, 0] = margin / BETA
+    h.requires_grad_()
+    labelled = LISTS[name].get("label_temperature")
+    for temperature in (1e-40, 1e-4, 1.0, 1e4):
+        for s in (torch.linspace(200, -200, K)[None], torch.full((1, K), -30.0)):
+            given = {"label_temperature": temperature} if labelled else {}
+            loss = listwise_loss(name, h, s, beta=BETA, **given)
+            (grad,) = torch.autograd.grad(loss.sum(), h)
+            assert torch.isfinite(loss).all() and torch.isfinite(grad).all()
+
+
+def test_limits_of_the_list_losses():
+    h, s, _ = draw()
+    hard = dict(beta=BETA, label_temperature=1e-6)
+    # One-hot labels: InfoNCA is Eq. 6 (DPO for a pair), NCA is the first stage of NCA-PL.
+    close(listwise_loss("infonca", h, s, **hard), torch.logsumexp(BETA * h, 1) - BETA * h[:, 0])
+    pair = dict(beta=BETA)
+    alone = torch.zeros(B, 1, dtype=h.dtype)
+    close(listwise_loss("infonca", h[:, :2], s[:, :2], **hard), stage_loss("dpo", h[:, :2], alone, **pair))
+    first = stage_loss("nca", h, log_q(s, 0.0), beta=BETA, kappa=K - 1)
+    close(listwise_loss("nca_soft", h, s, **hard), first)
+    # Rewards far apart make win rates of 1 and 0 against the other: SPPO's hard pair, at half its targets.
+    far = torch.tensor([[100.0, -100.0]] * B, dtype=h.dtype)
+    hard_pair = stage_loss("sppo", h[:, :2], alone, beta=2 * BETA)
+    close(listwise_loss("sppo_winrate", h[:, :2], far, beta=BETA), hard_pair)
+    # EXO's is zero just where the policy has the rewards' distribution: beta h = s / alpha.
+    assert listwise_loss("exo_rw", s / (0.4 * BETA), s, beta=BETA, label_temperature=0.4).abs().max() < 1e-12
+    # LiPO looks at rewards on a scale of 0 to 1, and at nothing where all are equal.
+    close(listwise_loss("lipo", h, 50 * s - 7, beta=BETA), listwise_loss("lipo", h, s, beta=BETA), 1e-10)
+    assert (listwise_loss("lipo", h, torch.ones_like(s), beta=BETA) == 0).all()
+
+
+def test_list_values_at_reference():
+    """-log n - mean log t, log n, 2 log 2 and sum ((Phat - 1/2)/beta)^2; each is the loss where all h = 0."""
+    _, s, _ = draw()
+    sizes = [1, 6, 2, 5]
+    valid = torch.arange(K)[None] < torch.tensor(sizes)[:, None]
+    for name in ("exo_rw", "infonca", "nca_soft", "sppo_winrate"):
+        value = listwise_at_reference(name, torch.where(valid, s, torch.nan), beta=BETA, valid=valid, **LISTS[name])
+        close(value, listwise_loss(name, torch.zeros_like(s), s, beta=BETA, valid=valid, **LISTS[name]))
+        for b, n in enumerate(sizes):
+            row = s[b, :n]
+            by_hand = {
+                "exo_rw": -math.log(n) - torch.log_softmax(row / 0.4, 0).mean().item(),
+                "infonca": math.log(n),
+                "nca_soft": 2 * math.log(2),
+                "sppo_winrate": sum(((sum(1 / (1 + math.exp(b - a)) for b in row) / n - 0.5) / BETA) ** 2 for a in row),
+            }[name]
+            assert value[b].item() == pytest.approx(float(by_hand), rel=1e-12, abs=1e-12)
+
+
+def test_official_forms_exist():
+    """Every row of the paper's tables has an entry, and its options can be told apart from the stage's."""
+    assert set(OFFICIAL) == {"dpo", "exo", "ipo", "sppo", "nca"} <= set(LOSSES)
+    assert {form for form in OFFICIAL.values() if form} <= set(LISTWISE)
+    assert not set(LISTWISE) & set(LOSSES)
+    assert set(LOSSES) == set(ALL) and set(LISTWISE) == set(LISTS)
+
+
+# ---------------------------------------------------------------------------------- several positives, and KTO
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_positives_without_hardness_are_the_first_stages(name):
+    """gamma = 0, kappa = N, all weights 1: m positives are Plackett-Luce less that of the ranks from m on."""
+    h, s, L = draw()
+    given = dict(beta=BETA, **ALL[name])
+    for m in (1, 2, 4):
+        rest = plackett_luce_loss(name, h[:, m:], num_tokens=L[:, m:], **given)
+        first = plackett_luce_loss(name, h, num_tokens=L, **given) - rest
+        many = dict(gamma=0.0, weights=[1.0] * m, n_factor="n_minus_one", num_tokens=L)
+        close(multi_positive_loss(name, h, s, **many, **given), first, 1e-9)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize("n_factor", ["one", "n_minus_one"])
+def test_positives_are_weighted_stages(name, exclude, n_factor):
+    """L = L_1 + lambda_2 L_2 + lambda_3 L_3, each with its own q over its own opponents and its own N."""
+    h, s, L = draw()
+    gamma, weights = torch.tensor([-2.0, 0.0, 1.0, 3.0], dtype=h.dtype), [1.0, 0.5, 0.25]
+    given = dict(beta=BETA, **ALL[name])
+    by_hand = 0
+    for j, weight in enumerate(weights):
+        columns = [j, 3, 4, 5] if exclude else list(range(j, K))
+        q = torch.softmax(gamma[:, None] * s[:, columns[1:]], 1).log()
+        kappa = len(columns) - 1 if n_factor == "n_minus_one" else 1.0
+        stage = stage_loss(name, h[:, columns], q, kappa=kappa, num_tokens=L[:, columns], **given)
+        by_hand = by_hand + weight * stage
+    many = dict(gamma=gamma, weights=weights, exclude_positives=exclude, n_factor=n_factor, num_tokens=L)
+    close(multi_positive_loss(name, h, s, **many, **given), by_hand, 1e-10)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("exclude", [False, True])
+def test_positives_ragged_rows_equal_rows_alone(name, exclude):
+    """Also rows with too few responses for a stage, or for any: those add 0 and no gradient."""
+    h, s, L = draw()
+    sizes = [2, 6, 3, 1]
+    valid = torch.arange(K)[None] < torch.tensor(sizes)[:, None]
+    padded = torch.where(valid, h, torch.nan).requires_grad_()
+    given = dict(beta=BETA, gamma=2.0, weights=[1.0, 0.5], exclude_positives=exclude, **ALL[name])
+    loss = multi_positive_loss(name, padded, torch.where(valid, s, torch.nan), valid=valid, num_tokens=L, **given)
+    loss.sum().backward()
+    for b, n in enumerate(sizes):
+        alone = h[b : b + 1, :n].clone().requires_grad_()
+        one = multi_positive_loss(name, alone, s[b : b + 1, :n], num_tokens=L[b : b + 1, :n], **given)
+        close(loss[b], one[0], 1e-10)
+        expected = torch.zeros_like(h[b])
+        if one.requires_grad:
+            (grad,) = torch.autograd.grad(one.sum(), alone)
+            expected[:n] = grad[0]
+        close(padded.grad[b], expected, 1e-10)
+        assert (loss[b] == 0) == (n == 1 or (exclude and n == 2)) or name in ("hinge", "slic")
+
+
+def trl_kto_loss(h: Tensor, kl: float, *, beta: float, desirable_weight: float, undesirable_weight: float) -> Tensor:
+    """KTOTrainer._compute_loss of one prompt's responses, the first desirable, driven without a model.
+
+    A fake model returns one log-prob per response, h against reference log-probs of zero; for the mismatched
+    responses it returns kl, so that z0 is max(0, kl). TRL's mean over responses is put back to a sum.
+    """
+    KTOTrainer = pytest.importorskip("trl", reason="TRL is a development extra").KTOTrainer
+    K, blank = len(h), torch.zeros(len(h), 1)
+    batch = {
+        "input_ids": torch.ones(K, 2, dtype=torch.long),
+        "attention_mask": torch.ones(K, 2, dtype=torch.long),
+        "completion_mask": torch.tensor([[0, 1]] * K),
+        "KL_input_ids": torch.zeros(K, 2, dtype=torch.long),
+        "KL_attention_mask": torch.ones(K, 2, dtype=torch.long),
+        "KL_completion_mask": torch.tensor([[0, 1]] * K),
+        "label": torch.tensor([True] + [False] * (K - 1)),
+        "ref_logps": torch.zeros(K, dtype=h.dtype),
+        "ref_KL_logps": torch.zeros(K, dtype=h.dtype),
+    }
+
+    def model(input_ids, **kwargs):
+        log_probs = h[:, None] if input_ids.any() else torch.full_like(h[:, None], kl)
+        return SimpleNamespace(log_probs=log_probs, entropy=blank, mean_logits=blank)
+
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
+        beta=beta,
+        loss_type="kto",
+        calculate_KL=True,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        _total_train_tokens=0,
+        _tp_size=1,
+        _metrics={"train": defaultdict(list)},
+    )
+    trainer._compute_kl_logps = lambda model, batch: KTOTrainer._compute_kl_logps(trainer, model, batch)
+    return K * KTOTrainer._compute_loss(trainer, model, batch, return_outputs=False)
+
+
+@pytest.mark.parametrize("kl", [-0.8, 0.0, 1.7])
+def test_kto_equals_trl(kl):
+    """Values and gradients; a negative estimate of z0 counts as 0."""
+    h, _, _ = draw()
+    weights = dict(desirable_weight=1.3, undesirable_weight=0.6)
+    ours_in, theirs_in = h.clone().requires_grad_(), h.clone().requires_grad_()
+    ours = kto_loss(ours_in, beta=BETA, kl=kl, **weights)
+    theirs = torch.stack([trl_kto_loss(row, kl, beta=BETA, **weights) for row in theirs_in])
+    close(ours, theirs, 1e-7)  # TRL's mean runs through a float32 mask
+    ours.sum().backward()
+    theirs.sum().backward()
+    close(ours_in.grad, theirs_in.grad, 1e-7)
+
+
+def test_kto_by_hand_and_ragged():
+    """w_D (1 - s(beta (h - z0))) + w_U sum (1 - s(beta (z0 - h))), z0 of each prompt, without a gradient through it."""
+    h, _, _ = draw()
+    sizes = [1, 6, 2, 5]
+    valid = torch.arange(K)[None] < torch.tensor(sizes)[:, None]
+    padded = torch.where(valid, h, torch.nan).requires_grad_()
+    z0 = torch.tensor([0.0, 0.4, 2.0, -1.0], dtype=h.dtype, requires_grad=True)
+    loss = kto_loss(padded, beta=BETA, kl=z0, valid=valid, desirable_weight=1.5, undesirable_weight=0.5)
+    loss.sum().backward()
+    assert z0.grad is None
+    for b, n in enumerate(sizes):
+        z, x = max(0.0, z0[b].item()), h[b, :n].tolist()
+        by_hand = 1.5 * (1 - 1 / (1 + math.exp(-BETA * (x[0] - z))))
+        by_hand += sum(0.5 * (1 - 1 / (1 + math.exp(-BETA * (z - v)))) for v in x[1:])
+        assert loss[b].item() == pytest.approx(by_hand, rel=1e-12)
+        assert torch.isfinite(padded.grad[b]).all() and (padded.grad[b, n:] == 0).all()
+    assert gradcheck(lambda x: kto_loss(x, beta=BETA, kl=0.7), (h.requires_grad_(),))
+    reference = kto_loss(torch.zeros(1, K), beta=BETA, kl=0.0, desirable_weight=1.5, undesirable_weight=0.5)
+    assert reference.item() == pytest.approx((1.5 + 0.5 * (K - 1)) / 2)
+    extreme = kto_loss(torch.tensor([[1e6, -1e6, 1e6]], requires_grad=True), beta=BETA, kl=1e6)
+    assert torch.isfinite(extreme).all()
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_options_are_declared_once():
+    """The explicit keywords of the public functions have the table's defaults, and every loss's options exist."""
+    for function in (stage_loss, plackett_luce_loss, loss_at_reference, plackett_luce_at_reference):
+        for option in ("label_smoothing", "exo_eps"):
+            assert inspect.signature(function).parameters[option].default == OPTIONS[option].default
+    taken = {option for loss in [*LOSSES.values(), *LISTWISE.values()] for option in loss.options}
+    assert taken == set(OPTIONS)
+    assert all(option.allowed(option.default) for option in OPTIONS.values())
+    assert not any(option.allowed(x) for option in OPTIONS.values() for x in (math.nan, math.inf, -1e-9))
+
+
+def test_a_user_mistake_is_named():
+    h, s, L = draw()
+    q = log_q(s, 1.0)
+    for name in ("dpo", "hinge", "ipo"):
+        with pytest.raises(ValueError, match=f"'{name}' does not use target_margin; remove it"):
+            stage_loss(name, h, q, beta=BETA, num_tokens=L, target_margin=0.1)
+    with pytest.raises(ValueError, match="'hinge' does not use label_smoothing"):
+        plackett_luce_loss("hinge", h, beta=BETA, label_smoothing=0.1)
+    with pytest.raises(ValueError, match="'slic' does not use exo_eps.*slic_delta, slic_lambda"):
+        stage_loss("slic", h, q, beta=BETA, exo_eps=0.1)
+    with pytest.raises(ValueError, match="unknown option 'slic_delt'; there are .*slic_delta"):
+        stage_loss("slic", h, q, beta=BETA, slic_delt=1.0)
+    for value in (0.0, 0.5, -0.1):
+        with pytest.raises(ValueError, match=r"label_smoothing.*[\[(]0, 0.5\)"):
+            stage_loss("robust", h, q, beta=BETA, label_smoothing=value)
+    with pytest.raises(ValueError, match=r"with 0 use dpo"):
+        loss_at_reference("robust", beta=BETA)
+    with pytest.raises(ValueError, match=r"slic_delta must lie in \(0, inf\), got 0"):
+        stage_loss("slic", h, q, beta=BETA, slic_delta=0.0)
+    with pytest.raises(ValueError, match="'simpo' divides by length: pass num_tokens"):
+        stage_loss("simpo", h, q, beta=BETA)
+    with pytest.raises(ValueError, match="'rdpo' adds a term for length: pass num_tokens"):
+        plackett_luce_loss("rdpo", h, beta=BETA)
+    for name in ("simpo", "slic"):
+        with pytest.raises(ValueError, match="no reference.*unknown before training"):
+            loss_at_reference(name, beta=BETA)
+    with pytest.raises(ValueError, match="lengths.*unknown before training"):
+        plackett_luce_at_reference("rdpo", 3, beta=BETA)
+
+
+def test_a_user_mistake_with_lists_is_named():
+    h, s, _ = draw()
+    with pytest.raises(ValueError, match="unknown loss 'dpo'; choose one of exo_rw, infonca"):
+        listwise_loss("dpo", h, s, beta=BETA)
+    with pytest.raises(ValueError, match=r"label_temperature must lie in \(0, inf\)"):
+        listwise_loss("infonca", h, s, beta=BETA, label_temperature=0.0)
+    with pytest.raises(ValueError, match="'lipo' does not use label_temperature"):
+        listwise_loss("lipo", h, s, beta=BETA, label_temperature=0.5)
+    with pytest.raises(ValueError, match="beta must be positive"):
+        listwise_loss("lipo", h, s, beta=-1.0)
+    with pytest.raises(ValueError, match="divides by length: pass num_tokens"):
+        listwise_loss("lipo", h, s, beta=BETA, length_norm=True)
+    with pytest.raises(ValueError, match="'lipo'.*unknown before training"):
+        listwise_at_reference("lipo", s, beta=BETA)
+    with pytest.raises(ValueError, match="one number >= 0 for each positive"):
+        multi_positive_loss("dpo", h, s, beta=BETA, gamma=0.0, weights=[])
+    with pytest.raises(ValueError, match="one number >= 0 for each positive"):
+        multi_positive_loss("dpo", h, s, beta=BETA, gamma=0.0, weights=[1.0, -1.0])
+    with pytest.raises(ValueError, match="unknown n_factor 'n'"):
+        multi_positive_loss("dpo", h, s, beta=BETA, gamma=0.0, weights=[1.0], n_factor="n")
+    with pytest.raises(ValueError, match="must not be negative"):
+        kto_loss(h, beta=BETA, kl=0.0, undesirable_weight=-1.0)
