@@ -168,11 +168,13 @@ def fill(
                 for block, row in zip(chosen, scored.tolist(), strict=True):
                     keys += [response_key(block.prompt, y) for y in block.responses]
                     logps += row[: len(block.responses)]
+            # Rank 0 stands for all: exact when alone, and never beyond the total.
+            done = ranks.world_size * sum(len(block.responses) for block in chosen)
+            bar.update(min(done, computed - bar.n))
         if not np.all(np.isfinite(logps)):
             raise ValueError("the reference gives a response a log-prob that is not finite: check its weights, dtype")
         if keys:
             _write_shard(cache, keys, logps)
-        bar.update(sum(len(block.responses) for block in part))
     bar.close()
     dist.reshard(model)
     dist.barrier()
