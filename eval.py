@@ -75,6 +75,11 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
             "log-probs cannot be compared"
         )
     examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, progress=ranks.first)
+    usable = [e for e in examples if comparable(e)]
+    counts["rows_nothing_to_compare"] = len(examples) - len(usable)
+    if not usable:
+        raise ValueError(f"{c.data}: no row has rewards that differ, or a human pair (chosen, rejected), that fits")
+    examples = usable
     by_id = {row.id: row for row in rows}
     dtype = model.DTYPES[c.dtype]
     policy_lm, ref_lm = (model.load_causal_lm(path, dtype=dtype) for path in (c.model, c.reference))
@@ -118,12 +123,16 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         merge(c, out, [e.id for e in examples], ranks.world_size)
 
 
+def comparable(example: tokens.Example) -> bool:
+    """Whether there is a pair to look at: a human one that fits, or rewards that differ."""
+    human = example.chosen is not None and example.rejected is not None
+    return human or (example.rewards is not None and example.rewards.min() < example.rewards.max())
+
+
 def pair(example: tokens.Example) -> tuple[int, int]:
     """The pair that single-pair metrics look at: the human one, else the best candidate and the runner-up."""
     if example.chosen is not None and example.rejected is not None:
         return example.chosen, example.rejected
-    if example.rewards is None:
-        raise ValueError(f"{example.where}: neither rewards nor a human pair (chosen, rejected): nothing to compare")
     ranked = metrics.order(example.rewards)
     return int(ranked[0]), int(ranked[1])
 
@@ -131,7 +140,7 @@ def pair(example: tokens.Example) -> tuple[int, int]:
 def candidate_metrics(example: tokens.Example, h: np.ndarray, texts: list[str]) -> dict[str, float]:
     """Margins of one prompt from log-ratios h (k,) in nats, without beta; the length-corrected one of its pair."""
     found: dict[str, float] = {}
-    if example.rewards is not None:
+    if example.rewards is not None and example.rewards.min() < example.rewards.max():
         found |= metrics.margins(h, example.rewards)
     w, o = pair(example)
     rm = float(h[w] - h[o])
@@ -231,7 +240,8 @@ def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
     shown = {name: {key: m[key] for key in ("mean", "low", "high")} for name, m in means.items()}
     row = {"method": result["method"], "seeds": 1, "metrics": shown}
     print(report.table({"suite": "eval", "commit": "unknown", "seconds": 0.0, "machine": "unknown", "rows": [row]}))
-    tqdm.write(f"{out / 'eval.json'}: {len(ids)} prompts", file=sys.stderr)
+    lost = ", ".join(f"{key} {n}" for key, n in counts.items() if n)
+    tqdm.write(f"{out / 'eval.json'}: {len(ids)} prompts ({lost})", file=sys.stderr)
 
 
 if __name__ == "__main__":

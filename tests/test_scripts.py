@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,21 @@ def test_a_human_pair_is_the_pair_that_counts(tiny_world, tmp_path, policy):
     for r in rows:
         if max(r.rewards) == r.rewards[2] and sorted(r.rewards)[-2] == r.rewards[1]:
             assert found["rm_dpo"][r.id] == pytest.approx(whole["rm2"][r.id], abs=1e-4)
+
+
+def test_rows_with_nothing_to_compare_are_counted(tiny_world, tmp_path):
+    """Equal rewards, and a human pair of which one response is too long: left out of the evaluation, not fatal."""
+    rows = listwise.read(tiny_world / "test.jsonl")
+    equal = replace(rows[0], rewards=(1.0,) * len(rows[0].responses))
+    cut = replace(rows[1], responses=("yes .", "the " * 200), rewards=None, chosen=0, rejected=1)
+    listwise.write(tmp_path / "some.jsonl", [equal, cut, *rows[2:]])
+    found = evaluate(tiny_world, tiny_world / "model", tmp_path / "a", data=tmp_path / "some.jsonl")
+    assert set(found["kl_seq"]) == {row.id for row in rows[2:]}
+    counts = json.loads((tmp_path / "a/eval.json").read_text())["counts"]
+    assert counts["rows_nothing_to_compare"] == 2 and counts["pairs_broken"] == 1
+    listwise.write(tmp_path / "none.jsonl", [equal])
+    with pytest.raises(ValueError, match="no row has rewards that differ"):
+        evaluate(tiny_world, tiny_world / "model", tmp_path / "b", data=tmp_path / "none.jsonl")
 
 
 def test_samples_are_scored_by_the_world_and_intervals_hold_the_mean(tiny_world, tmp_path, policy):
