@@ -1,0 +1,33 @@
+"""Every file in configs/ is a valid configuration, and the presets say what they are said to say."""
+
+import pytest
+from conftest import ROOT
+
+import train
+from hps import config
+
+FILES = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def load(path, *more: str) -> train.Config:
+    argv = ["--config", str(path), "--model", "m", "--data", "d", "--out", "o", *more]
+    c, set_keys = config.parse(train.Config, argv, prog="train.py", description="")
+    train.check(c, set_keys)
+    return c
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore:lr 5e-07")
+def test_every_configuration_is_valid(path):
+    load(path)
+
+
+def test_the_paper_preset_warns_of_its_learning_rate():
+    with pytest.warns(UserWarning, match="moves a LoRA adapter by almost nothing"):
+        c = load(ROOT / "configs/paper.toml")
+    assert (c.beta, c.lr, c.lora_rank, c.lora_alpha, c.epochs, c.prompts_per_step) == (0.1, 5e-7, 8, 16, 2, 64)
+
+
+def test_the_preset_of_the_released_code():
+    c = load(ROOT / "configs/authors-code.toml")
+    assert (c.beta, c.label_smoothing, c.lora_rank, c.gamma_schedule) == (0.25, 0.1, 0, "mixture")
