@@ -85,6 +85,8 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     policy_lm, ref_lm = (model.load_causal_lm(path, dtype=dtype) for path in (c.model, c.reference))
     policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in (policy_lm, ref_lm))
     for scoring in (policy, ref):
+        longest = max(map(tokens.longest, examples))
+        model.check_limits(scoring.causal_lm, vocab_size=len(tokenizer), longest=longest)
         model.check_paths_agree(scoring, vocab_size=len(tokenizer))
 
     # The same cache as in training: the log-probs of a test set are computed once for all methods and seeds.

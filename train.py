@@ -145,6 +145,16 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     for key in ("epochs", "prompts_per_step", "tokens_per_micro_batch", "beta", "lr", "reward_scale"):
         if not getattr(c, key) > 0:
             raise ValueError(f"{key} must be positive, got {getattr(c, key)}")
+    if c.loss == "preference":
+        _, _, facts = parts(c)
+        for key in facts.options:
+            if not losses.OPTIONS[key].allowed(getattr(c, key)):
+                raise ValueError(f"{key} must lie in {losses.OPTIONS[key].range}, got {getattr(c, key)}")
+        if c.method.startswith("robust-") and c.label_smoothing == 0:
+            raise ValueError("robust DPO without wrong labels is DPO: set --label_smoothing, or use method dpo-*")
+    for key in ("candidates", "warmup_steps", "lora_rank", "max_grad_norm", "save_every", "stop_after", "weight_decay"):
+        if getattr(c, key) < 0:
+            raise ValueError(f"{key} must not be negative, got {getattr(c, key)}")
     config.check_used(set_keys, used_options(c), what="loss sft" if c.loss == "sft" else f"method {c.method}")
     if c.lora_rank and c.lr < 1e-6:
         warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
@@ -287,6 +297,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     # Model, its adapter, and the reference's name while the weights are still whole and untouched.
     dtype = model.DTYPES[c.dtype]
     lm = model.load_causal_lm(c.model, dtype=dtype if c.lora_rank else torch.float32)
+    model.check_limits(lm, vocab_size=len(tokenizer), longest=max(map(tokens.longest, examples)))
     weights = model.fingerprint(lm)
     inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": file_hash(Path(c.data))}
     if c.lora_rank:

@@ -101,6 +101,27 @@ def add_lora(lm: nn.Module, *, rank: int, alpha: int, targets: Sequence[str], se
         return get_peft_model(lm, config).eval()
 
 
+def check_limits(lm: nn.Module, *, vocab_size: int, longest: int) -> None:
+    """ValueError where the data asks for more than a model has.
+
+    Args:
+        vocab_size: tokens of the tokenizer. longest: tokens of the longest prompt with one response.
+    """
+    rows = lm.get_input_embeddings().weight.shape[0]
+    if vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} tokens and the model embeddings for {rows}: they do not belong together"
+        )
+    config = lm.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ValueError(f"a row has {longest} tokens, the model {positions} positions: set --max_length {positions}")
+    # A block mask stands in for the model's own, so a sliding window would be silently widened.
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and longest > window:
+        raise ValueError(f"a row has {longest} tokens and the model a sliding window of {window}: lower --max_length")
+
+
 def checkpoint_layers(lm: nn.Module) -> None:
     """Recompute each decoder layer in the backward pass, in place.
 

@@ -6,7 +6,15 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from hps.model import PolicyModel, add_lora, check_paths_agree, checkpoint_layers, fingerprint, load_causal_lm
+from hps.model import (
+    PolicyModel,
+    add_lora,
+    check_limits,
+    check_paths_agree,
+    checkpoint_layers,
+    fingerprint,
+    load_causal_lm,
+)
 from hps.packing import Block, pack
 
 V = 61
@@ -131,6 +139,21 @@ def test_models_that_the_packed_path_gets_wrong_are_refused():
     assert check_paths_agree(PolicyModel(tiny("llama")), vocab_size=V) < 1e-4
     with pytest.raises(ValueError, match="differ from this model's own logits.*SoftCapped"):
         check_paths_agree(PolicyModel(SoftCapped(tiny("llama"))), vocab_size=V)
+
+
+def test_data_beyond_the_models_limits_is_refused():
+    lm = tiny("gpt2")
+    check_limits(lm, vocab_size=V, longest=128)
+    with pytest.raises(ValueError, match="a row has 129 tokens, the model 128 positions: set --max_length 128"):
+        check_limits(lm, vocab_size=V, longest=129)
+    with pytest.raises(ValueError, match=f"the tokenizer has {V + 1} tokens and the model embeddings for {V}"):
+        check_limits(lm, vocab_size=V + 1, longest=9)
+    lm = tiny("qwen2")
+    lm.config.sliding_window = 32
+    check_limits(lm, vocab_size=V, longest=64)  # Qwen2 keeps a window in its config and does not use it
+    lm.config.use_sliding_window = True
+    with pytest.raises(ValueError, match="a sliding window of 32"):
+        check_limits(lm, vocab_size=V, longest=64)
 
 
 def test_fingerprint_names_content():

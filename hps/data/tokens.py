@@ -37,6 +37,11 @@ class Example:
     where: str
 
 
+def longest(example: Example) -> int:
+    """Tokens of the prompt with its longest response."""
+    return len(example.prompt_ids) + max(map(len, example.response_ids))
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a local folder or a hub name; a missing pad token becomes EOS (not scored).
 
