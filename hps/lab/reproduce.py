@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hps import checkpoint, config
+from hps import config
 from hps.data import listwise
 from hps.evaluate import metrics, report
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Options:
-    suite: str = "headline"  # headline, methods (Table 2), transfer (5), responses (6, 7), beta (8), schedule, cost
+    suite: str = "headline"  # headline, methods (Table 2), transfer (5), responses (6-7), beta (8), schedule, cost, all
     seeds: int = 3  # preference seeds of each method; one SFT model serves all
     out: str = "runs/reproduce"  # results.json, RESULTS.md, figures/ and every stage's files
     small: bool = False  # a tenth of the size: checks the path, not the claim
@@ -200,10 +200,8 @@ class Stages:
     def __init__(self, pool: ProcessPoolExecutor, out: Path, bar: tqdm):
         self.pool, self.out, self.bar = pool, out, bar
 
-    def start(self, product: Path, argv: list[str], *, weight: float, after: list[Future] = ()) -> Future:
+    def start(self, product: Path, argv: list[str], *, weight: float) -> Future:
         """Queue `argv`, which writes `product`; `weight` is its share of the bar, about its seconds."""
-        for future in after:
-            future.result()
         if product.exists():
             done: Future = Future()
             done.set_result(0.0)
@@ -211,7 +209,8 @@ class Stages:
             return done
         with (self.out / "commands.log").open("a") as log:
             log.write(f"python {shlex.join(argv)}\n")
-        future = self.pool.submit(run_command, argv, str(self.out / "logs" / f"{'-'.join(product.parts[-3:])}.log"))
+        name = "-".join(product.relative_to(self.out).parts)
+        future = self.pool.submit(run_command, argv, str(self.out / "logs" / f"{name}.log"))
         future.add_done_callback(lambda _: self.bar.update(weight))
         return future
 
@@ -382,27 +381,33 @@ def machine() -> str:
 
 def main() -> None:
     c, _ = config.parse(Options, prog="python -m hps.lab.reproduce", description=str(__doc__).split("\n")[0])
-    if c.suite not in SUITES:
-        raise ValueError(f"unknown suite {c.suite!r}; choose one of {', '.join(SUITES)}")
+    if c.suite not in (*SUITES, "all"):
+        raise ValueError(f"unknown suite {c.suite!r}; choose one of {', '.join(SUITES)}, all")
     if c.split not in ("test", "valid"):
         raise ValueError(f"split = {c.split!r} does not exist; choose test or valid")
     if c.seeds < 1:
         raise ValueError("seeds must be at least 1")
-    began = time.time()
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers: two threads on two busy cores run slower than one
     out = Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
-    size, suite = SIZES[c.small], SUITES[c.suite]()
+    for name in SUITES if c.suite == "all" else [c.suite]:
+        run_suite(c, name, out, out / name if c.suite == "all" else out)
+
+
+def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
+    """One suite: its stages' files go to `out`, where suites share what they can, its report to `folder`."""
+    began = time.time()
+    folder.mkdir(parents=True, exist_ok=True)
+    size, suite = SIZES[c.small], SUITES[name]()
     candidates = (size["train"] + size[c.split]) * size["n"] / 1000
     if c.small:
         total = 28 + candidates + 4 + 5 + c.seeds * len(suite.methods) * 8
     else:
-        total = 98 + candidates + 4 + 30 + c.seeds * sum(38 if quick(name) else 54 for name in suite.methods)
+        total = 98 + candidates + 4 + 30 + c.seeds * sum(38 if quick(row) else 54 for row in suite.methods)
     spawn = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(c.jobs or os.cpu_count() or 1, mp_context=spawn) as pool,
-        tqdm(total=round(total), desc=f"{c.suite}, {c.seeds} seeds", bar_format=BAR) as bar,
+        tqdm(total=round(total), desc=f"{name}, {c.seeds} seeds", bar_format=BAR) as bar,
     ):
         try:
             cells = sweep(c, suite, Stages(pool, out, bar), out)
@@ -411,23 +416,20 @@ def main() -> None:
             raise ValueError(f"a stage failed; its output is in {out / 'logs'}: {e}") from e
     rows, comparisons = summarise(cells, suite.pairs)
     curves, schedule = curves_of(cells)
-    settings = config.as_dict(c) | size | {"sft_seeds": 1}
     results = {
-        "suite": c.suite,
+        "suite": name,
         "commit": commit(),
         "machine": machine(),
         "seconds": time.time() - began,
         "rows": rows,
         "comparisons": comparisons,
-        "settings": settings,
+        "settings": config.as_dict(c) | size | {"suite": name, "sft_seeds": 1},
         "curves": curves,
-        "schedule": schedule,
     }
-    report.write_report(results, out)
-    checkpoint.write_json(out / "options.json", settings)
+    report.write_report(results | ({"schedule": schedule} if schedule else {}), folder)
     print(report.table(results))
     print(report.comparisons_table(results))
-    print(f"{time.time() - began:.0f} s; {out / 'RESULTS.md'}, {out / 'results.json'}, {out / 'figures'}")
+    print(f"{time.time() - began:.0f} s; {folder / 'RESULTS.md'}, {folder / 'results.json'}, {folder / 'figures'}")
 
 
 if __name__ == "__main__":
