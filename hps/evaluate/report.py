@@ -1,4 +1,4 @@
-"""From a results dict to results.json, RESULTS.md and its figures. Reads numbers only: no model, no data.
+"""From a results dict to results.json, RESULTS.md, report.html and figures. Reads numbers only: no model, no data.
 
     {"suite": str, "commit": str, "machine": str, "seconds": float,
      "rows": [{"method": str, "seeds": int, "metrics": {name: {"mean", "low", "high"}}}],
@@ -11,11 +11,13 @@
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from hps.evaluate import page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,18 +146,23 @@ def validate(results: dict[str, Any]) -> None:
         _check_series(results["schedule"], "schedule", {"step", "gamma", "effective_negatives"})
 
 
-# ---- Markdown -------------------------------------------------------------------------------------
+# ---- tables ---------------------------------------------------------------------------------------
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    def line(cells: list[str]) -> str:
+def _markdown(header: list[str], rows: list[list[page.Cell]]) -> str:
+    def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+
+    def show(cell: page.Cell) -> str:
+        mean = f"**{cell.text}**" if cell.mark == "best" else cell.text
+        return " ".join(filter(None, (mean, cell.interval, "~" if cell.mark == "near" else "")))
+    return "\n".join([line(header), line(["---"] * len(header)), *(line(map(show, row)) for row in rows)])
 
 
-def _show(item: dict[str, float], name: str, sign: str = "") -> tuple[str, str]:
-    """('1.23', ' [1.10, 1.31]'); no brackets around a number without an interval."""
+def _number(item: dict[str, float], name: str, sign: str = "") -> page.Cell:
+    """1.23 and [1.10, 1.31]; no interval for a number without one."""
     mean, low, high = (f"{item[key]:{sign}z.{METRICS[name].digits}f}" for key in ("mean", "low", "high"))
-    return mean, "" if item["low"] == item["mean"] == item["high"] else f" [{low}, {high}]"
+    interval = "" if item["low"] == item["mean"] == item["high"] else f"[{low}, {high}]"
+    return page.Cell(mean, interval, value=item["mean"])
 
 
 def _present(results: dict[str, Any]) -> list[str]:
@@ -179,30 +186,26 @@ def table(results: dict[str, Any], *, metrics: Sequence[str] | None = None) -> s
     names = _present(results) if metrics is None else list(metrics)
     for name in names:
         _check_metric(name, "metrics")
-    return f"{_table(results, names)}\n\n{LEGEND}\n"
+    return f"{_markdown(*_methods(results, names))}\n\n{LEGEND}\n"
 
 
-def _table(results: dict[str, Any], names: list[str]) -> str:
-    rows = [[row["method"], str(row["seeds"])] for row in results["rows"]]
+def _methods(results: dict[str, Any], names: list[str]) -> tuple[list[str], list[list[page.Cell]]]:
+    rows = [[page.Cell(row["method"]), page.Cell(str(row["seeds"]), value=row["seeds"])] for row in results["rows"]]
     for name in names:
         found = [row["metrics"].get(name) for row in results["rows"]]
         ranked = [item for item in found if item is not None] if METRICS[name].better else []
         best = max(ranked, key=lambda item, name=name: METRICS[name].better * item["mean"], default=None)
         for cells, item in zip(rows, found, strict=True):
             if item is None:
-                cells.append("-")
+                cells.append(page.Cell("-", value=math.nan))
                 continue
-            mean, interval = _show(item, name)
-            if best is None or all(other["mean"] == best["mean"] for other in ranked):
-                cells.append(mean + interval)
-            elif item["mean"] == best["mean"]:
-                cells.append(f"**{mean}**{interval}")
-            else:
+            mark = ""
+            if best is not None and any(other["mean"] != best["mean"] for other in ranked):
                 overlaps = item["low"] <= best["high"] and best["low"] <= item["high"]
-                cells.append(mean + interval + (" ~" if overlaps else ""))
+                mark = "best" if item["mean"] == best["mean"] else "near" if overlaps else ""
+            cells.append(_number(item, name)._replace(mark=mark))
     arrow = {1: " (+)", -1: " (-)", 0: ""}
-    header = ["method", "seeds", *(METRICS[name].title + arrow[METRICS[name].better] for name in names)]
-    return _markdown(header, rows)
+    return ["method", "seeds", *(METRICS[name].title + arrow[METRICS[name].better] for name in names)], rows
 
 
 def comparisons_table(results: dict[str, Any]) -> str:
@@ -211,12 +214,29 @@ def comparisons_table(results: dict[str, Any]) -> str:
     Verdict: "a larger" or "b larger" when the interval lies on one side of 0, else "unresolved".
     """
     validate(results)
+    return _markdown(*_comparisons(results)) + "\n" if results.get("comparisons") else ""
+
+
+def _comparisons(results: dict[str, Any]) -> tuple[list[str], list[list[page.Cell]]]:
     rows = []
-    for item in results.get("comparisons", []):
+    for item in results["comparisons"]:
         verdict = "a larger" if item["low"] > 0 else "b larger" if item["high"] < 0 else "unresolved"
-        difference = "".join(_show(item, item["metric"], "+"))
-        rows.append([METRICS[item["metric"]].title, item["a"], item["b"], difference, verdict])
-    return _markdown(["metric", "a", "b", "a - b", "verdict"], rows) + "\n" if rows else ""
+        rows.append([page.Cell(METRICS[item["metric"]].title), page.Cell(item["a"]), page.Cell(item["b"]),
+                     _number(item, item["metric"], "+"), page.Cell(verdict)])
+    return ["metric", "a", "b", "a - b", "verdict"], rows
+
+
+def _tables(results: dict[str, Any]) -> list[page.Table]:
+    """One table a group of metrics, and the comparisons last."""
+    tables = []
+    for group in dict.fromkeys(METRICS[name].group for name in _present(results)):
+        names = _in_group(results, group)
+        meanings = [(f"{METRICS[name].title} ({name})", METRICS[name].meaning) for name in names]
+        tables.append(page.Table(group, *_methods(results, names), meanings=meanings))
+    if results.get("comparisons"):
+        note = "Same prompts and seeds on both sides; unresolved: the interval contains 0."
+        tables.append(page.Table("Paired comparisons", *_comparisons(results), note=note))
+    return tables
 
 
 # ---- figures --------------------------------------------------------------------------------------
@@ -357,22 +377,25 @@ def _draw_schedule(figure: "Figure", results: dict[str, Any]) -> None:
     figure.align_ylabels()
 
 
-def _figures(results: dict[str, Any]) -> list[tuple[str, str, tuple[float, float], Drawing]]:
-    """(file name, caption, inches, drawing) of every figure that these results have the numbers for."""
-    methods, panels = len(results["rows"]), len(_in_group(results, _MARGINS))
-    figures: list[tuple[str, str, tuple[float, float], Drawing]] = []
+def _figures(results: dict[str, Any]) -> list[tuple[str, str, str, tuple[float, float], Drawing]]:
+    """(file name, caption, alt text, inches, drawing) of every figure that these results have the numbers for."""
+    methods, panels, kl = len(results["rows"]), len(_in_group(results, _MARGINS)), _tradeoff_kl(results)
+    figures: list[tuple[str, str, str, tuple[float, float], Drawing]] = []
     if panels:
         figures.append(("margins", "Margins of the best candidate, mean and interval.",
+                        "One panel a margin, one row a method: the mean as a point, the interval as a bar.",
                         (max(3.6, 1.2 + 1.35 * panels), 0.9 + 0.27 * methods), _draw_margins))
-    if any({"true_reward", _tradeoff_kl(results)} <= row["metrics"].keys() for row in results["rows"]):
+    if any({"true_reward", kl} <= row["metrics"].keys() for row in results["rows"]):
         figures.append(("reward_kl", "Reward against distance from the reference, means and intervals.",
-                        (5.0, 3.6), _draw_tradeoff))
+                        f"One point a method: mean reward over {METRICS[kl].title}.", (5.0, 3.6), _draw_tradeoff))
     if results.get("curves"):
         figures.append(("curves", "Training curves: every logged value, and its mean over 5 % of the run.",
-                        (8.0, 2.9), _draw_curves))
+                        "Loss and margin over the optimiser steps, one line a method.", (8.0, 2.9), _draw_curves))
     if "schedule" in results:
+        gamma, effective = results["schedule"]["gamma"], results["schedule"]["effective_negatives"]
         figures.append(("schedule", "Hardness and the number of equally likely negatives it amounts to.",
-                        (5.0, 3.4), _draw_schedule))
+                        f"Over the optimiser steps, gamma from {gamma[0]:g} to {gamma[-1]:g} and effective negatives "
+                        f"from {effective[0]:.1f} to {effective[-1]:.1f}.", (5.0, 3.4), _draw_schedule))
     return figures
 
 
@@ -397,7 +420,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def write_report(results: dict[str, Any], out: Path) -> list[Path]:
-    """Write results.json, RESULTS.md and figures/*.png under `out` (made if missing); returns their paths.
+    """Write results.json, RESULTS.md, report.html and figures/*.png under `out` (made if missing); returns their paths.
 
     results: the schema at the top of this file. ValueError when it is broken: then nothing is written.
     """
@@ -408,25 +431,27 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
         raise ValueError(f"settings: not writable as JSON: {error}") from None
     (out / "figures").mkdir(parents=True, exist_ok=True)
     _write(out / "results.json", text)
-    parts = [f"# Results: {results['suite']}",
-             f"Commit `{results['commit']}`, {results['machine']}, {results['seconds'] / 60:.1f} minutes."]
-    if results.get("settings"):
-        lines = (f"* {key}: `{json.dumps(value)}`" for key, value in results["settings"].items())
-        parts.append("\n".join(lines))
-    for group in dict.fromkeys(METRICS[name].group for name in _present(results)):
-        parts += [f"## {group}", _table(results, _in_group(results, group))]
+    title, minutes = f"Results: {results['suite']}", f"{results['seconds'] / 60:.1f} minutes"
+    settings = [(key, json.dumps(value)) for key, value in results.get("settings", {}).items()]
+    parts = [f"# {title}", f"Commit `{results['commit']}`, {results['machine']}, {minutes}."]
+    if settings:
+        parts.append("\n".join(f"* {key}: `{value}`" for key, value in settings))
     parts.append(LEGEND)
-    if results.get("comparisons"):
-        parts += ["## Paired comparisons", comparisons_table(results).rstrip(),
-                  "Same prompts and seeds on both sides; unresolved: the interval contains 0."]
-    written = [out / "results.json", out / "RESULTS.md"]
-    for name, caption, size, draw in _figures(results):
+    tables = _tables(results)
+    for item in tables:
+        parts += filter(None, [f"## {item.title}", _markdown(item.header, item.rows), item.note])
+    written, figures = [out / "results.json", out / "RESULTS.md", out / "report.html"], []
+    for name, caption, alt, size, draw in _figures(results):
         path = out / "figures" / f"{name}.png"
         _save(path, size, draw, results)
         written.append(path)
-        parts.append(f"![{caption}](figures/{name}.png)\n\n{caption}")
+        parts.append(f"![{alt}](figures/{name}.png)\n\n{caption}")
+        figures.append(page.Figure(caption, alt, round(96 * size[0]), path.read_bytes()))
     parts += ["## What the columns mean",
               "\n".join(f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}"
                         for name in _present(results))]
     _write(out / "RESULTS.md", "\n\n".join(parts) + "\n")
+    subtitle = f"Commit {results['commit']}, {results['machine']}, {minutes}."
+    _write(out / "report.html", page.render(
+        title, subtitle, settings=settings, legend=LEGEND.replace("`", ""), tables=tables, figures=figures))
     return written

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Options:
     suite: str = "headline"  # headline, methods (Table 2), transfer (5), responses (6-7), beta (8), schedule, cost, all
     seeds: int = 3  # preference seeds of each method; one SFT model serves all
-    out: str = "runs/reproduce"  # results.json, RESULTS.md, figures/ and every stage's files
+    out: str = "runs/reproduce"  # results.json, RESULTS.md, report.html, figures/ and every stage's files
     small: bool = False  # a tenth of the size: checks the path, not the claim
     split: str = "test"  # prompts that are reported on: test, or valid to choose settings
     lr: float = 2e-4  # learning rate of all preference runs
@@ -429,7 +429,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     report.write_report(results | ({"schedule": schedule} if schedule else {}), folder)
     print(report.table(results))
     print(report.comparisons_table(results))
-    print(f"{time.time() - began:.0f} s; {folder / 'RESULTS.md'}, {folder / 'results.json'}, {folder / 'figures'}")
+    print(f"{time.time() - began:.0f} s; {folder / 'RESULTS.md'}, {folder / 'report.html'}, {folder / 'figures'}")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def written(tmp_path_factory):
 def test_written_files_are_the_listed_ones(written):
     out, paths = written
     on_disk = {path for path in out.rglob("*") if path.is_file()}
-    assert on_disk == set(paths) and len(paths) == 6  # nothing temporary is left
+    assert on_disk == set(paths) and len(paths) == 7  # nothing temporary is left
     assert json.loads((out / "results.json").read_text()) == results()
     shuffled = copy.deepcopy(results())
     shuffled = dict(reversed(shuffled.items()))
@@ -195,7 +195,7 @@ def test_results_md_holds_every_method_number_and_figure(written):
     assert "(`rm10`)" not in text  # only the columns that are there
     assert report.comparisons_table(results()) in text
     assert text.count(report.LEGEND) == 1
-    for path in paths[2:]:
+    for path in paths[3:]:
         assert f"](figures/{path.name})" in text
 
 
@@ -222,7 +222,7 @@ def test_figures_without_numbers_are_left_out(tmp_path):
     for key in ("comparisons", "curves", "schedule"):
         del bare[key]
     paths = report.write_report(bare, tmp_path)
-    assert [path.name for path in paths] == ["results.json", "RESULTS.md"]
+    assert [path.name for path in paths] == ["results.json", "RESULTS.md", "report.html"]
     assert "figures/" not in (tmp_path / "RESULTS.md").read_text()
 
 
