@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -192,6 +193,21 @@ def tail(log: str) -> str:
     """The last line of a log file."""
     lines = Path(log).read_text().replace("\r", "\n").strip().splitlines()
     return lines[-1] if lines else "no output"
+
+
+def workers(jobs: int) -> ProcessPoolExecutor:
+    """Worker processes that end with this one, even if it is killed: an orphan would go on writing beside a restart."""
+    jobs, spawn = jobs or os.cpu_count() or 1, multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_follow, initargs=(os.getpid(),))
+
+
+def _follow(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Stages:
@@ -404,9 +420,8 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
         total = 28 + candidates + 4 + 5 + c.seeds * len(suite.methods) * 8
     else:
         total = 98 + candidates + 4 + 30 + c.seeds * sum(38 if quick(row) else 54 for row in suite.methods)
-    spawn = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(c.jobs or os.cpu_count() or 1, mp_context=spawn) as pool,
+        workers(c.jobs) as pool,
         tqdm(total=round(total), desc=f"{name}, {c.seeds} seeds", bar_format=BAR) as bar,
     ):
         try:

@@ -1,11 +1,16 @@
 """The sweep's arithmetic and restart: means and paired differences from the cells' files, finished stages kept."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tqdm import tqdm
 
 from hps.evaluate import report
@@ -80,6 +85,26 @@ def test_every_row_of_a_suite_is_a_command_that_train_accepts(suite):
         assert not [word for word in flags if word == "--lr"], name
     assert {name for pair in spec.pairs for name in pair} <= spec.methods.keys()
     assert spec.splits.keys() <= spec.methods.keys()
+
+
+def test_workers_end_with_a_killed_sweep(tmp_path):
+    """SIGKILL of the parent while a worker is busy: the worker is gone within seconds."""
+    driver = tmp_path / "driver.py"
+    lines = ["import os, sys, time", "from hps.lab import reproduce", "if __name__ == '__main__':"]
+    lines += ["    pool = reproduce.workers(1)", "    print(pool.submit(os.getpid).result(), flush=True)"]
+    lines += ["    pool.submit(time.sleep, 600)", "    time.sleep(600)"]
+    driver.write_text("\n".join(lines))
+    parent = subprocess.Popen(
+        [sys.executable, str(driver)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    worker = int(parent.stdout.readline())
+    assert Path(f"/proc/{worker}").exists()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_finished_stages_are_kept_and_failures_are_told(tmp_path):
