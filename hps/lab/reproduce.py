@@ -215,12 +215,14 @@ class Stages:
 
     def __init__(self, pool: ProcessPoolExecutor, out: Path, bar: tqdm):
         self.pool, self.out, self.bar = pool, out, bar
+        self.kept = 0  # stages of an earlier start, which this one's seconds do not hold
 
     def start(self, product: Path, argv: list[str], *, weight: float) -> Future:
         """Queue `argv`, which writes `product`; `weight` is its share of the bar, about its seconds."""
         if product.exists():
             done: Future = Future()
             done.set_result(0.0)
+            self.kept += 1
             self.bar.update(weight)
             return done
         with (self.out / "commands.log").open("a") as log:
@@ -297,7 +299,7 @@ def sweep(c: Options, suite: Suite, run: Stages, out: Path) -> dict[str, list[Pa
         extra = ["--baseline", str(baselines[test])]
         evaluations.append(evaluation(folder / "policy", test, folder / f"eval-{test}", name, extra))
     wait(evaluations)
-    return cells
+    return {name: cells[name] for name in (*(n for n in cells if n not in suite.methods), *suite.methods)}
 
 
 def quick(name: str) -> bool:
@@ -425,7 +427,8 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
         tqdm(total=round(total), desc=f"{name}, {c.seeds} seeds", bar_format=BAR) as bar,
     ):
         try:
-            cells = sweep(c, suite, Stages(pool, out, bar), out)
+            run = Stages(pool, out, bar)
+            cells = sweep(c, suite, run, out)
         except RuntimeError as e:
             pool.shutdown(wait=False, cancel_futures=True)
             raise ValueError(f"a stage failed; its output is in {out / 'logs'}: {e}") from e
@@ -438,7 +441,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
         "seconds": time.time() - began,
         "rows": rows,
         "comparisons": comparisons,
-        "settings": config.as_dict(c) | size | {"suite": name, "sft_seeds": 1},
+        "settings": config.as_dict(c) | size | {"suite": name, "sft_seeds": 1, "stages_kept": run.kept},
         "curves": curves,
     }
     report.write_report(results | ({"schedule": schedule} if schedule else {}), folder)
