@@ -78,17 +78,13 @@ def latest(folder: Path) -> Path | None:
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, ranks: dist.Ranks) -> dict[str, Any]:
     """Restore weights and optimizer in place, saved on any number of ranks; returns `state.json`. Collective."""
-    state = _state(model, optimizer)
+    state = _state(model, optimizer)  # the tensors themselves: loading fills them in place
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not ranks.sharded)
         except Exception as e:
             raise ValueError(f"{path}: cannot be loaded ({e}); delete it to go on from the start") from e
-    for name, p in trained(model).items():
-        p.data.copy_(state[f"model.{name}"])
-        for key, value in optimizer.state[p].items():
-            value.copy_(state[f"optimizer.{name}.{key}"])
     return json.loads((path / "state.json").read_text())
 
 
