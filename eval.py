@@ -20,6 +20,7 @@ from hps import checkpoint, config, dist, logps, model, reference
 from hps.data import generate, listwise, tokens
 from hps.evaluate import metrics, report
 from hps.lab import scorers
+from hps.lab.world import World
 from hps.packing import Block, pack
 
 
@@ -84,8 +85,8 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     dtype = model.DTYPES[c.dtype]
     policy_lm, ref_lm = (model.load_causal_lm(path, dtype=dtype) for path in (c.model, c.reference))
     policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in (policy_lm, ref_lm))
+    longest = max(map(tokens.longest, examples))
     for scoring in (policy, ref):
-        longest = max(map(tokens.longest, examples))
         model.check_limits(scoring.causal_lm, vocab_size=len(tokenizer), longest=longest)
         model.check_paths_agree(scoring, vocab_size=len(tokenizer))
 
@@ -111,8 +112,9 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     if c.samples:
         sampled, texts_counts = draw_samples(c, policy_lm, tokenizer, [examples[i] for i in mine], by_id, score, ranks)
         counts |= texts_counts
+        world = scorers.world_of(c.scorer)
         for row in sampled:
-            values[row.id] |= sample_metrics(row, by_id[row.id], c.scorer)
+            values[row.id] |= sample_metrics(row, by_id[row.id], world)
 
     # Every rank writes its share; the first one puts them together.
     out = Path(c.out)
@@ -187,7 +189,7 @@ def draw_samples(c: Config, lm, tokenizer, examples, by_id, score, ranks) -> tup
     return drawn, {f"samples_{key}": n for key, n in counts.items()}
 
 
-def sample_metrics(samples: listwise.Row, row: listwise.Row, scorer: str) -> dict[str, float]:
+def sample_metrics(samples: listwise.Row, row: listwise.Row, world: World | None) -> dict[str, float]:
     """Reward, length, BLEU of one prompt's samples; harm and junk where the world can tell."""
     found = {"length": float(np.mean([len(y.split()) for y in samples.responses]))}
     hypothesis = samples.responses[0]
@@ -198,7 +200,6 @@ def sample_metrics(samples: listwise.Row, row: listwise.Row, scorer: str) -> dic
     target = row.responses[int(np.argmax(row.rewards)) if row.rewards is not None else row.chosen or 0]
     found["bleu_char"] = float(metrics.bleu_char_scores([hypothesis], [target])[0])
     found["bleu_word"] = float(metrics.bleu_word_scores([hypothesis], [target])[0])
-    world = scorers.world_of(scorer)
     if world is not None:
         found["junk"] = 100 * float(np.mean([world.junk_fraction(y) for y in samples.responses]))
         if world.is_risky(row.prompt):  # harm is counted on risky prompts
@@ -223,9 +224,7 @@ def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
             for row in drawn:
                 if row.id not in against or len(against[row.id].rewards or ()) != len(row.rewards or ()):
                     raise ValueError(f"{c.baseline}: other samples of {row.id!r}; evaluate it the same way")
-                wins = metrics.win_scores([row.rewards], [against[row.id].rewards])[0]
-                values[row.id] |= {"win": 100 * float(np.mean(wins == 1)), "tie": 100 * float(np.mean(wins == 0.5))}
-                values[row.id] |= {"lose": 100 * float(np.mean(wins == 0))}
+                values[row.id] |= metrics.win_tie_lose([row.rewards], [against[row.id].rewards])
     table = {name: {id: values[id][name] for id in ids if name in values[id]} for name in report.METRICS}
     table = {name: column for name, column in table.items() if column}
     means = {}

@@ -343,8 +343,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     else:
         claim(out, c, inputs, started is not None, ranks)
 
-    rewards = np.zeros(plan.responses.shape, dtype=np.float32)  # only list-wise losses look at them
-    if c.loss == "preference" and examples[0].rewards is not None:
+    rewards = np.zeros(plan.responses.shape, dtype=np.float32)
+    if c.loss == "preference" and parts(c)[0] in losses.LISTWISE:  # no other loss looks at them
         for v, (row, ks) in enumerate(zip(plan.row, plan.responses, strict=True)):
             rewards[v] = np.where(ks >= 0, examples[row].rewards[ks], 0.0)
 
@@ -363,8 +363,9 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         visits = plan.step(step)
         blocks = [visit_block(plan, examples, v) for v in visits]
         lengths = [len(b) for b in blocks]
+        lr = lr_at(c, step, plan.steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(c, step, plan.steps)
+            group["lr"] = lr
         # The step's loss is a mean over its prompts (SFT: its tokens), whichever rank and micro-batch they are in.
         denominator = len(blocks) if c.loss == "preference" else sum(len(b.responses[0]) for b in blocks)
         metrics = torch.zeros(len(METRICS), dtype=torch.float64)
@@ -413,7 +414,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             record |= dict(zip(METRICS, metrics.tolist(), strict=True))
             record |= {"gamma": float(plan.gamma[visits].mean())}
             record |= {"effective_negatives": float(plan.effective[visits].mean())}
-        record |= {"grad_norm": grad_norm, "lr": lr_at(c, step, plan.steps)}
+        record |= {"grad_norm": grad_norm, "lr": lr}
         record |= {"perf/tokens_per_s": rate, "perf/peak_gib": peak_gib(ranks.device)}
         if log is not None:
             log.write(json.dumps(record) + "\n")

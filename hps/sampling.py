@@ -298,7 +298,7 @@ def plan(
 
     dropped = {"rows_one_response": 0, "rows_no_dispreferred": 0}
     excluded = {"ties_with_best": 0, "copies_of_best": 0}
-    kept, best, eligible = [], [], []
+    kept, best, eligible, rejected = [], [], [], []
     if view == "human":
         dropped = {"rows_no_human_pair": sum(pair is None for pair in human), "pairs_of_equal_texts": 0}
         for i, pair in enumerate(human):
@@ -307,6 +307,7 @@ def plan(
             elif pair is not None:
                 kept.append(i)
                 best.append(pair[0])
+                rejected.append(pair[1])
     else:
         for i, (r, same) in enumerate(zip(rewards, identity, strict=True)):
             b, mask, counts = dispreferred(r, same)
@@ -335,7 +336,7 @@ def plan(
     opponents: list[np.ndarray] = []  # of each visit
     logs: list[np.ndarray] = []
     if view == "human":
-        opponents = [np.array([human[row][1]]) for row in kept_rows[visits]]  # type: ignore[index]
+        opponents = [np.array([rejected[p]]) for p in visits]
     elif view == "random":
         for v, (p, e) in enumerate(zip(visits, epoch, strict=True)):
             first, other = _random_pair(np.asarray(rewards[kept[p]]), seed, kept_keys[p], e)

@@ -5,7 +5,6 @@ Pure functions on numpy arrays, float64 inside. No model: log-ratios, rewards an
 
 import warnings
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -83,19 +82,6 @@ def rm_rdpo(rm: ArrayLike, len_chosen: ArrayLike, len_rejected: ArrayLike, *, al
     if not rm.shape == chosen.shape == rejected.shape:
         raise ValueError(f"rm and the two lengths must agree: {rm.shape}, {chosen.shape}, {rejected.shape}")
     return rm - alpha * (chosen - rejected)
-
-
-def effective_negatives(log_q: ArrayLike) -> Floats:
-    """exp(entropy) of the sampler's weights: how many equally likely negatives it amounts to (OURS).
-
-    log_q: (..., K-1) log-weights, logsumexp 0 over the last axis, -inf where excluded -> (...), in [1, K-1].
-    exp(-sum_i q_i log q_i). ValueError when the weights do not sum to one.
-    """
-    log_q = np.asarray(log_q, dtype=np.float64)
-    q = np.exp(log_q)
-    if not np.allclose(q.sum(-1), 1.0, atol=1e-4):  # nan fails too
-        raise ValueError("log_q: weights do not sum to one; pass log_softmax(gamma * rewards of negatives)")
-    return np.exp(-np.sum(q * np.where(q > 0, log_q, 0.0), axis=-1))
 
 
 # ---- intervals -----------------------------------------------------------------------------------
@@ -184,23 +170,6 @@ def bootstrap_difference(
     return _interval(mean, resampled_a - resampled_b, level)
 
 
-def wilson(successes: int, total: int, *, level: float = 0.95) -> tuple[float, float, float]:
-    """Share and Wilson score interval of independent yes/no trials: (share, low, high), all in [0, 1].
-
-    Centre (p + z^2/2n) / (1 + z^2/n), half-width z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n)  (Wilson 1927).
-    Several samples of one prompt are not independent: use bootstrap_mean over prompts for those.
-    ValueError unless 0 <= successes <= total and total >= 1.
-    """
-    if not (0 <= successes <= total and total >= 1 and 0 < level < 1):
-        raise ValueError(f"need 0 <= successes <= total > 0 and 0 < level < 1: {successes}, {total}, {level}")
-    p, z = successes / total, NormalDist().inv_cdf((1 + level) / 2)
-    centre = p + z * z / (2 * total)
-    half = z * (p * (1 - p) / total + z * z / (4 * total * total)) ** 0.5
-    scale = 1 + z * z / total
-    # At 0 and total the bound is exactly p; rounding must not push it past.
-    return p, min(p, max(0.0, (centre - half) / scale)), max(p, min(1.0, (centre + half) / scale))
-
-
 # ---- win rate ------------------------------------------------------------------------------------
 
 def win_scores(rewards_a: ArrayLike, rewards_b: ArrayLike) -> Floats:
@@ -253,11 +222,6 @@ def bleu_char_scores(hypotheses: Sequence[str], references: Sequence[str]) -> Fl
         scores = [sentence_bleu([list(reference.strip())], list(hypothesis.strip()))
                   for hypothesis, reference in zip(hypotheses, references, strict=True)]
     return np.array(scores, dtype=np.float64)
-
-
-def bleu_char(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """Mean over prompts of `bleu_char_scores`, in [0, 1]: comparable with the paper's BLEU columns."""
-    return float(bleu_char_scores(hypotheses, references).mean())
 
 
 def bleu_word_scores(hypotheses: Sequence[str], references: Sequence[str]) -> Floats:
