@@ -44,6 +44,7 @@ class Config:
     slic_delta: float = 1.0  # slic: margin that is asked for, in nats
     slic_lambda: float = 0.1  # slic: weight of the preferred response's likelihood
     rdpo_alpha: float = 0.01  # rdpo: reward units that a token of length is worth
+    gap_delta: float = 10.0  # gap: nats from the rewards' gap at which the square turns into a line
     label_temperature: float = 1.0  # exo_rw, infonca, nca_soft: labels are softmax(rewards / it)
     n_factor: str = "one"  # N of Eq. 8: one, or n_minus_one (number of dispreferred responses)
     # -- whom it contrasts --
@@ -53,8 +54,11 @@ class Config:
     gamma_start: float = -5.0  # hardness at the start; negative draws the worst responses
     gamma_end: float = 5.0  # hardness that the ramp runs to; positive draws the hardest
     gamma_phases: int = 5  # constant pieces of the ramp
-    reward_norm: str = "none"  # rewards as the sampler sees them: none, zscore or minmax over each prompt
+    reward_norm: str = "none"  # rewards as the sampler sees them: none, or zscore, minmax, percentile of each prompt
     reward_scale: float = 1.0  # factor on the (normalised) rewards
+    window_end: float = 0.15  # window: share of the dispreferred that lies above its centre in the end (at first all)
+    window_power: float = 1.5  # window: 1 slides evenly, more stays longer with the worst
+    window_width: float = 0.15  # window: half its width, as a share of the dispreferred
     pl_form: str = "stagewise"  # pl: stagewise, or official (the list-wise form of exo's, nca's and sppo's authors)
     pl_responses: int = 8  # ranks that Plackett-Luce sees: best, worst and evenly spaced ones; 0 means all
     # -- optimiser --
@@ -88,8 +92,11 @@ class Config:
 
 
 GAMMA = {"gamma_schedule", "gamma_start", "gamma_end", "gamma_phases"}
-SAMPLER = GAMMA | {"hps_form", "hps_samples", "reward_norm", "reward_scale", "n_factor"}
-BY_VIEW = {"pl": {"pl_responses", "pl_form"}, "hps": SAMPLER, "uniform": {"n_factor", "hps_form", "hps_samples"}}
+DRAWS = {"hps_form", "hps_samples", "n_factor"}
+WINDOW = {"window_end", "window_power", "window_width"}
+HPS = GAMMA | DRAWS | {"reward_norm", "reward_scale"}
+BY_VIEW = {"pl": {"pl_responses", "pl_form"}, "hps": HPS, "uniform": DRAWS, "window": DRAWS | WINDOW}
+SAMPLER = {*BY_VIEW["pl"], *HPS, *WINDOW}
 BY_LOSS = {"beta", "length_norm", *losses.OPTIONS}
 
 
@@ -106,9 +113,14 @@ def needs_reference(c: Config) -> bool:
     return c.loss == "preference" and getattr(parts(c)[2], "needs_reference", True)
 
 
+def needs_rewards(c: Config) -> bool:
+    """Whether the loss itself looks at the rewards, not the sampler alone."""
+    return c.loss == "preference" and getattr(parts(c)[2], "needs_rewards", True)
+
+
 def used_options(c: Config) -> set[str]:
     """Names of the options that the run will use; whatever else the user set is an error."""
-    used = {field.name for field in dataclasses.fields(Config)} - SAMPLER - BY_LOSS - BY_VIEW["pl"]
+    used = {field.name for field in dataclasses.fields(Config)} - SAMPLER - BY_LOSS
     if c.loss == "sft":
         used -= {"method", "reference", "reference_cache", "share_prompt"}
     else:
@@ -150,6 +162,9 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         for key in facts.options:
             if not losses.OPTIONS[key].allowed(getattr(c, key)):
                 raise ValueError(f"{key} must lie in {losses.OPTIONS[key].range}, got {getattr(c, key)}")
+        for key, most in (("window_end", 1), ("window_power", math.inf), ("window_width", 1)):
+            if not 0 < getattr(c, key) <= most:
+                raise ValueError(f"{key} must lie in (0, {most}], got {getattr(c, key)}")
         if c.method.startswith("robust-") and c.label_smoothing == 0:
             raise ValueError("robust DPO without wrong labels is DPO: set --label_smoothing, or use method dpo-*")
     for key in ("candidates", "warmup_steps", "lora_rank", "max_grad_norm", "save_every", "stop_after", "weight_decay"):
@@ -166,7 +181,7 @@ def make_plan(c: Config, examples: list[tokens.Example]) -> sampling.Plan:
     order = dict(epochs=c.epochs, prompts_per_step=c.prompts_per_step, seed=c.seed, shuffle=c.shuffle)
     if c.loss == "sft":
         return sampling.plan_demonstrations([preferred(e) for e in examples], keys, **order)
-    sampler = {key: getattr(c, key) for key in SAMPLER | {"pl_responses"}}
+    sampler = {key: getattr(c, key) for key in SAMPLER - {"pl_form"}}
     rewards, identity = [e.rewards for e in examples], [e.identity for e in examples]
     human = [None if e.chosen is None or e.rejected is None else (e.chosen, e.rejected) for e in examples]
     view = c.method.split("-")[1]
@@ -191,13 +206,14 @@ def visit_block(plan: sampling.Plan, examples: list[tokens.Example], v: int) -> 
 
 
 def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_tokens) -> torch.Tensor:
-    """Per-prompt loss (B,) of the chosen method from log-ratios (B, K); rewards (B, K) are for list-wise losses."""
+    """Per-prompt loss (B,) of the chosen method from log-ratios (B, K); rewards (B, K) for those that need them."""
     name, view, facts = parts(c)
     options = dict(beta=c.beta, valid=valid, num_tokens=num_tokens)
     options |= {key: getattr(c, key) for key in facts.options}
     if name in losses.LISTWISE:
         return losses.listwise_loss(name, logratios, rewards, **options)
     options |= {"length_norm": c.length_norm} if facts.length_norm else {}
+    options |= {"rewards": rewards} if facts.needs_rewards else {}
     if view == "pl":
         return losses.plackett_luce_loss(name, logratios, **options)
     return losses.stage_loss(name, logratios, log_q, kappa=kappa, **options)
@@ -283,7 +299,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     torch.manual_seed(c.seed)
 
     # Data -> the plan of the whole run.
-    rows = listwise.read(c.data, need_rewards=c.loss == "preference" and not c.method.endswith("-human"))
+    rows = listwise.read(c.data, need_rewards=c.loss == "preference" and (parts(c)[1] != "human" or needs_rewards(c)))
     if c.candidates:
         rows = [listwise.first_responses(row, c.candidates) for row in rows]
     tokenizer = tokens.load_tokenizer(c.model)
@@ -344,7 +360,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         claim(out, c, inputs, started is not None, ranks)
 
     rewards = np.zeros(plan.responses.shape, dtype=np.float32)
-    if c.loss == "preference" and parts(c)[0] in losses.LISTWISE:  # no other loss looks at them
+    if needs_rewards(c):
         for v, (row, ks) in enumerate(zip(plan.row, plan.responses, strict=True)):
             rewards[v] = np.where(ks >= 0, examples[row].rewards[ks], 0.0)
 

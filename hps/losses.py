@@ -45,6 +45,7 @@ OPTIONS: dict[str, Option] = {
     "slic_lambda": Option(0.1, lambda x: 0 <= x < math.inf, "[0, inf)"),
     "rdpo_alpha": Option(0.01, lambda x: 0 <= x < math.inf, "[0, inf)"),
     "label_temperature": Option(1.0, lambda x: 0 < x < math.inf, "(0, inf)"),
+    "gap_delta": Option(10.0, lambda x: 0 < x < math.inf, "(0, inf)"),
 }
 
 # ------------------------------------------------------------------------------------------- losses of a stage
@@ -132,6 +133,18 @@ def _rdpo(
     return F.softplus(-_margin(beta * h + rdpo_alpha * num_tokens.to(h.dtype), log_q, log_kappa))
 
 
+def _gap(
+    h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: float, gap_delta: float, rewards: Tensor
+) -> Tensor:
+    """sum_k q_k Huber(h_w - h_k - (s_w - s_k) / beta): the margin regressed on the rewards' gap; kappa plays no part.
+
+    OURS in this place: REBEL's square (Gao et al. 2024) on off-policy pairs, bent to a line `gap_delta` nats off.
+    """
+    error = h[:, :1] - h[:, 1:] - (rewards[:, :1] - rewards[:, 1:]) / beta
+    huber = F.huber_loss(error, torch.zeros_like(error), delta=gap_delta, reduction="none")
+    return torch.where(valid, log_q.exp() * huber, 0.0).sum(1)
+
+
 def _dpo_at_reference(kappa: float, *, beta: float, label_smoothing: float) -> float:
     return math.log1p(kappa) - label_smoothing * math.log(kappa)
 
@@ -151,9 +164,11 @@ class Loss:
 
     `stage(h, log_q, log_kappa, valid, *, beta, <options>) -> (B,)`; `at_reference(kappa, *, beta, <options>)`
     is the stage's value where policy = reference (all h = 0), which every run checks at step 0, and None where
-    that is unknown before training: without a reference h is log pi itself, and R-DPO's depends on lengths;
+    that is unknown before training: without a reference h is log pi itself, R-DPO's depends on lengths and the gap
+    regression's on rewards;
     `options` are the keys of `OPTIONS` that it takes beside beta; `length_norm` says whether h is divided by
-    `num_tokens` unless told otherwise, `needs_length` whether the stage takes `num_tokens` (B, K) itself;
+    `num_tokens` unless told otherwise, `needs_length` whether the stage takes `num_tokens` (B, K) itself,
+    `needs_rewards` whether it takes `rewards` (B, K);
     without `needs_reference`, h is the policy's summed log-prob; without `needs_beta`, beta plays no part.
     """
 
@@ -162,6 +177,7 @@ class Loss:
     options: tuple[str, ...] = ()
     length_norm: bool = False
     needs_length: bool = False
+    needs_rewards: bool = False
     needs_reference: bool = True
     needs_beta: bool = True
 
@@ -177,6 +193,7 @@ LOSSES: dict[str, Loss] = {
     "rdpo": Loss(_rdpo, None, options=("rdpo_alpha",), needs_length=True),
     "simpo": Loss(_simpo, None, options=("target_margin",), length_norm=True, needs_reference=False),
     "slic": Loss(_slic, None, options=("slic_delta", "slic_lambda"), needs_reference=False, needs_beta=False),
+    "gap": Loss(_gap, None, options=("gap_delta",), needs_rewards=True),
 }
 
 
@@ -218,6 +235,7 @@ def stage_loss(
     kappa: float | Tensor = 1.0,
     valid: Tensor | None = None,
     num_tokens: Tensor | None = None,
+    rewards: Tensor | None = None,
     label_smoothing: float = 0.0,
     exo_eps: float = 1e-3,
     length_norm: bool | None = None,
@@ -234,17 +252,19 @@ def stage_loss(
         kappa: the N factor, a float or (B,): 1, or the number of dispreferred responses (Eq. 8).
         valid: (B, K) bool, False where a ragged row has no response; None means all.
         num_tokens: (B, K) int, scored tokens; needed where h is divided by length, and by R-DPO.
+        rewards: (B, K) float, external rewards; needed by the gap regression.
         label_smoothing: cDPO's epsilon in [0, 0.5), or robust DPO's in (0, 0.5).
         exo_eps: EXO's target mass on the opponents, in (0, 1).
         length_norm: divide h by `num_tokens` first; None takes the loss's convention (IPO yes, as in TRL).
         options: the loss's other `OPTIONS`, with their defaults: target_margin (SimPO, units of reward),
-            slic_delta and slic_lambda (nats), rdpo_alpha (reward per token).
+            slic_delta and slic_lambda (nats), rdpo_alpha (reward per token), gap_delta (nats).
 
     Returns:
         (B,) float, nats. A row without a valid opponent gives DPO's limit 0; leave such rows out.
 
     Raises:
-        ValueError: unknown name, an option out of range or ignored, or `num_tokens` missing where it is needed.
+        ValueError: unknown name, an option out of range or ignored, or `num_tokens` or `rewards` missing where the
+            loss needs them.
     """
     B, K = logratios.shape
     assert log_q.shape == (B, K - 1), (log_q.shape, logratios.shape)
@@ -253,10 +273,14 @@ def stage_loss(
     h, valid = _clean(name, logratios, beta=beta, valid=valid, num_tokens=num_tokens, length_norm=divide)
     if loss.needs_length and num_tokens is None:
         raise ValueError(f"loss {name!r} adds a term for length: pass num_tokens")
-    lengths = {"num_tokens": num_tokens} if loss.needs_length else {}
+    more: dict[str, Any] = {"num_tokens": num_tokens} if loss.needs_length else {}
+    if loss.needs_rewards:
+        if rewards is None:
+            raise ValueError(f"loss {name!r} is a regression on rewards: pass them")
+        more["rewards"] = torch.where(valid, rewards.to(h.dtype), 0.0)
     log_q = torch.where(valid[:, 1:], log_q, LOG_ZERO)
     log_kappa = torch.as_tensor(kappa, dtype=h.dtype, device=h.device).log().expand(B)
-    return loss.stage(h, log_q, log_kappa, valid[:, 1:], beta=beta, **taken, **lengths)
+    return loss.stage(h, log_q, log_kappa, valid[:, 1:], beta=beta, **taken, **more)
 
 
 def plackett_luce_loss(
@@ -266,6 +290,7 @@ def plackett_luce_loss(
     beta: float,
     valid: Tensor | None = None,
     num_tokens: Tensor | None = None,
+    rewards: Tensor | None = None,
     label_smoothing: float = 0.0,
     exo_eps: float = 1e-3,
     length_norm: bool | None = None,
@@ -287,8 +312,9 @@ def plackett_luce_loss(
     # Every rank a positive, opponents weighted alike (gamma = 0), kappa their number.
     given = {"label_smoothing": label_smoothing, "exo_eps": exo_eps, "length_norm": length_norm, **options}
     given |= {"valid": valid, "num_tokens": num_tokens, "n_factor": "n_minus_one"}
-    same, ones = torch.zeros_like(logratios), [1.0] * logratios.shape[1]
-    return multi_positive_loss(name, logratios, same, beta=beta, gamma=0.0, weights=ones, **given)
+    rewards = torch.zeros_like(logratios) if rewards is None else rewards
+    ones = [1.0] * logratios.shape[1]
+    return multi_positive_loss(name, logratios, rewards, beta=beta, gamma=0.0, weights=ones, **given)
 
 
 def multi_positive_loss(
@@ -347,6 +373,7 @@ def multi_positive_loss(
             kappa=u if n_factor == "n_minus_one" else 1.0,
             valid=valid[:, columns],
             num_tokens=None if num_tokens is None else num_tokens[:, columns],
+            rewards=rewards[:, columns],
             **options,
         )
         total = total + torch.where(opponents > 0, weight * stage, 0.0)
@@ -359,11 +386,13 @@ def loss_at_reference(
     """The stage loss where policy = reference, in closed form: log(1 + kappa) for DPO, 1/(4 beta^2) for IPO ...
 
     Raises:
-        ValueError: a loss whose value is unknown before training (simpo, slic, rdpo), or as `stage_loss`.
+        ValueError: a loss whose value is unknown before training (simpo, slic, rdpo, gap), or as `stage_loss`.
     """
     loss, taken = _look_up(LOSSES, name, {"label_smoothing": label_smoothing, "exo_eps": exo_eps, **options})
     if loss.at_reference is None:
-        why = "depends on the lengths" if loss.needs_reference else "has no reference, so it depends on the policy"
+        why = "has no reference, so it depends on the policy"
+        if loss.needs_reference:
+            why = f"depends on the {'lengths' if loss.needs_length else 'rewards'}"
         raise ValueError(f"loss {name!r} {why}: its value is unknown before training, make no check against it")
     return loss.at_reference(kappa, beta=beta, **taken)
 

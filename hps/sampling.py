@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-VIEWS = ("bt", "pl", "hps", "uniform", "top2", "random", "human")
+VIEWS = ("bt", "pl", "hps", "uniform", "window", "top2", "random", "human")
 SCHEDULES = ("left_knots", "inclusive", "linear", "constant", "mixture")
-REWARD_NORMS = ("none", "zscore", "minmax")
+REWARD_NORMS = ("none", "zscore", "minmax", "percentile")
 FORMS = ("sample", "full")
 
 
@@ -76,8 +76,10 @@ def gamma_at(
 
 
 def normalise_rewards(rewards: np.ndarray, *, norm: str = "none", scale: float = 1.0) -> np.ndarray:
-    """Rewards of one prompt, (n,) float64, as q sees them: as they are, `zscore` or `minmax` over the prompt, scaled.
+    """Rewards of one prompt, (n,) float64, as q sees them: as they are or put on a common scale, times `scale`.
 
+    `zscore` and `minmax` are over the prompt; `percentile` is 1 - rank / n, rank 0 the best, equal rewards sharing
+    their mean rank: no outlier and no unit of the reward model then decides how hard gamma = 5 is.
     OURS: the paper uses raw rewards; gamma = 5 on raw rewards of a wide scale is nearly an argmax.
     """
     if norm not in REWARD_NORMS:
@@ -89,7 +91,45 @@ def normalise_rewards(rewards: np.ndarray, *, norm: str = "none", scale: float =
     elif norm == "minmax":
         spread = np.ptp(rewards)
         rewards = (rewards - rewards.min()) / (spread if spread > 0 else 1.0)
+    elif norm == "percentile":
+        above, equal = (rewards > rewards[:, None]).sum(1), (rewards == rewards[:, None]).sum(1)
+        rewards = 1 - (above + (equal - 1) / 2) / len(rewards)
     return scale * rewards
+
+
+def window_log_q(
+    rewards: np.ndarray,
+    eligible: np.ndarray,
+    progress: float,
+    *,
+    end: float = 0.15,
+    power: float = 1.5,
+    width: float = 0.15,
+) -> np.ndarray:
+    """Log-weights of a window that slides over the ranks of the dispreferred, from the worst to the hard. OURS.
+
+    The dispreferred share [0, 1] evenly, the hardest at 0 and the worst at 1. The window is what lies within `width`
+    of c = 1 - (1 - end) progress^power, and a response's weight the part of the window that its share takes. Like
+    Eq. 9 with gamma rising it goes from easy to hard, but by ranks alone, and it stops short of the near-ties.
+
+    Args:
+        rewards: (n,) float, one prompt's. Equal ones rank in the order of the file.
+        eligible: (n,) bool, the dispreferred; at least one.
+        progress: share of the optimizer steps already taken, in [0, 1).
+        end, power, width: the centre's last place, the bend of its way there, half of the window's width.
+
+    Returns:
+        (n,) float64, -inf outside the window; logsumexp 0.
+    """
+    order = np.flatnonzero(eligible)
+    order = order[np.argsort(-rewards[order], kind="stable")]
+    centre = 1 - (1 - end) * progress**power
+    low, high = max(0.0, centre - width), min(1.0, centre + width)
+    shares = np.diff(np.clip(np.arange(len(order) + 1) / len(order), low, high)) / (high - low)
+    inside = shares > 1e-9  # not what rounding leaves of a share that only touches the window
+    log_weights = np.full(len(rewards), -np.inf)
+    log_weights[order[inside]] = np.log(shares[inside])
+    return log_weights
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -209,30 +249,28 @@ def _static_opponents(
     return ranked_subset(rewards, eligible, identity, 2 if view == "bt" else pl_responses or len(rewards) + 1)
 
 
-def _draw(
-    scaled: Sequence[np.ndarray],
-    eligible: Sequence[np.ndarray],
-    gamma: np.ndarray,
-    counters: list[np.ndarray],
-    seed: int,
-    *,
-    form: str,
-    samples: int,
-) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """Opponents of some visits drawn from q, their log-weights in the loss, and q's effective number (C,).
-
-    scaled, eligible: one (n,) array a visit. gamma: (C,). counters: (C,) arrays that name the visit. `sample` draws
-    `samples` times with replacement and weighs a response by how often it came; `full` takes all with weights q.
-    """
+def _hps_log_q(scaled: Sequence[np.ndarray], eligible: Sequence[np.ndarray], gamma: np.ndarray) -> np.ndarray:
+    """log q (Eq. 9) of some visits, (C, n), -inf for what is not dispreferred; one (n,) array a visit, gamma (C,)."""
     C, n = len(scaled), max(map(len, scaled))
     r, ok = np.zeros((C, n + 1)), np.zeros((C, n + 1), dtype=bool)
     for i in range(C):  # log_q reads column 0 as the winner, so candidates start at column 1
         r[i, 1 : 1 + len(scaled[i])] = scaled[i]
         ok[i, 1 : 1 + len(scaled[i])] = eligible[i]
-    weights = log_q(torch.from_numpy(r), torch.from_numpy(gamma), valid=torch.from_numpy(ok)).numpy()
+    return log_q(torch.from_numpy(r), torch.from_numpy(gamma), valid=torch.from_numpy(ok)).numpy()
+
+
+def _draw(
+    weights: np.ndarray, counters: list[np.ndarray], seed: int, *, form: str, samples: int
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """Opponents of some visits drawn from q, their log-weights in the loss, and q's effective number (C,).
+
+    weights: (C, n) log q. counters: (C,) arrays that name the visit. `sample` draws `samples` times with replacement
+    and weighs a response by how often it came; `full` takes all with weights q.
+    """
+    C, n = weights.shape
     entropy = -(np.exp(weights) * np.where(weights > -np.inf, weights, 0.0)).sum(1)
     if form == "full":
-        drawn = [np.flatnonzero(mask) for mask in eligible]
+        drawn = [np.flatnonzero(w > -np.inf) for w in weights]
         return drawn, [w[d] for w, d in zip(weights, drawn, strict=True)], np.exp(entropy)
     picks = np.empty((C, samples), dtype=np.int64)
     for d in range(samples):
@@ -264,6 +302,9 @@ def plan(
     hps_samples: int = 1,
     reward_norm: str = "none",
     reward_scale: float = 1.0,
+    window_end: float = 0.15,
+    window_power: float = 1.5,
+    window_width: float = 0.15,
     pl_responses: int = 8,
     shuffle: bool = True,
     human: Sequence[tuple[int, int] | None] = (),
@@ -278,6 +319,7 @@ def plan(
             `bt` the worst; `top2` the runner-up; `pl` `pl_responses` ranks (0: all of them);
             `hps` draws from q (Eq. 9), made anew at every visit, or all responses weighted by q (`hps_form`);
             `uniform` the same with gamma = 0, the control that any claim for q must beat;
+            `window` the same from a window of ranks that slides from the worst to the hard (`window_log_q`);
             `random` the better of two random responses against the other, drawn anew at every visit;
             `human` the pair in `human`, (chosen, rejected) a prompt or None.
         n_factor: `one` (kappa = 1) or `n_minus_one` (kappa = number of dispreferred responses, Eq. 8).
@@ -354,19 +396,24 @@ def plan(
                 progress = counter_uniform(seed, _GAMMA, kept_keys[visits], epoch)
             gamma = gamma_at(progress, schedule=gamma_schedule, start=gamma_start, end=gamma_end, phases=gamma_phases)
         scaled = [normalise_rewards(rewards[i], norm=reward_norm, scale=reward_scale) for i in kept]
+        window = dict(end=window_end, power=window_power, width=window_width)
         for chunk in np.array_split(np.arange(len(visits)), -(-len(visits) // 4096)):
             at = visits[chunk]
-            drawn, weights, effective[chunk] = _draw(
-                [scaled[p] for p in at],
-                [eligible[p] for p in at],
-                gamma[chunk],
-                [kept_keys[at], epoch[chunk]],
-                seed,
-                form=hps_form,
-                samples=hps_samples,
-            )
+            masks = [eligible[p] for p in at]
+            if view == "window":
+                each = [
+                    window_log_q(rewards[kept[p]], mask, t, **window)
+                    for p, mask, t in zip(at, masks, progress[chunk], strict=True)
+                ]
+                weights = np.full((len(at), max(map(len, each))), -np.inf)
+                for i, row in enumerate(each):
+                    weights[i, : len(row)] = row
+            else:
+                weights = _hps_log_q([scaled[p] for p in at], masks, gamma[chunk])
+            counters = [kept_keys[at], epoch[chunk]]
+            drawn, of_drawn, effective[chunk] = _draw(weights, counters, seed, form=hps_form, samples=hps_samples)
             opponents += drawn
-            logs += weights
+            logs += of_drawn
     K = 1 + max(map(len, opponents))
     responses = np.full((len(visits), K), -1, dtype=np.int64)
     responses[:, 0] = preferred
@@ -376,7 +423,7 @@ def plan(
         if logs:
             weights_of[v, : len(others)] = logs[v]
     kappa = np.ones(len(visits))
-    if n_factor == "n_minus_one" and view in ("hps", "uniform"):
+    if n_factor == "n_minus_one" and view in ("hps", "uniform", "window"):
         kappa = np.array([mask.sum() for mask in eligible], dtype=np.float64)[visits]
     return Plan(
         row=kept_rows[visits],

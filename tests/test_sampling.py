@@ -15,6 +15,7 @@ from hps.sampling import (
     normalise_rewards,
     plan,
     ranked_subset,
+    window_log_q,
 )
 
 RUN = dict(epochs=2, prompts_per_step=4, seed=0)
@@ -281,6 +282,64 @@ def test_human_pairs_need_no_rewards():
     assert p.dropped == {"rows_no_human_pair": 1, "pairs_of_equal_texts": 1}
     with pytest.raises(ValueError, match="no prompt has a human pair"):
         plan([None], [np.arange(2)], np.arange(1), view="human", human=[None], **RUN)
+
+
+def test_percentile_is_the_average_rank_over_n():
+    r = np.array([3.0, 8.0, 3.0, -1e6, 1e6, 0.0])
+    np.testing.assert_allclose(normalise_rewards(r, norm="percentile", scale=2.0), 2 * stats.rankdata(r) / 6)
+    assert normalise_rewards(np.array([2.0, 2.0]), norm="percentile").tolist() == [0.75, 0.75]
+
+
+def test_window_by_hand():
+    """Ten dispreferred take .1 each. At first the window is [.85, 1]: all of the worst's, half of the next one's; at
+    the end [0, .3]: the three hardest; on the way, at .5^1.5 = .354 of it, c = 1 - .85 * .354 = .699, [.549, .849]."""
+    rewards = np.array([3.0, 1.0, 12.0, 9.0, 2.0, 5.0, 4.0, 8.0, 7.0, 6.0, 10.0, 11.0])  # 12.0 is preferred
+    eligible = ~np.isin(rewards, (12.0, 11.0))  # 11.0: a copy of it
+
+    def window(t):
+        return dict(zip(rewards.tolist(), np.exp(window_log_q(rewards, eligible, t)).tolist(), strict=True))
+
+    first, middle, last = window(0.0), window(0.5), window(1.0)
+    assert {r: w for r, w in first.items() if w} == pytest.approx({1.0: 2 / 3, 2.0: 1 / 3})
+    assert {r: w for r, w in last.items() if w} == pytest.approx({10.0: 1 / 3, 9.0: 1 / 3, 8.0: 1 / 3})
+    c = 1 - 0.85 * 0.5**1.5
+    edges = {5.0: 0.6 - (c - 0.15), 4.0: 0.1, 3.0: 0.1, 2.0: c + 0.15 - 0.8}
+    assert {r: w for r, w in middle.items() if w} == pytest.approx({r: w / 0.3 for r, w in edges.items()})
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 40])
+@pytest.mark.parametrize("progress", [0.0, 0.3, 0.99])
+def test_window_is_a_uniform_point_of_the_window(n, progress):
+    """u uniform on [c - d, c + d] within [0, 1], the response of rank floor(u (n - 1)): how it was first defined."""
+    g = np.random.default_rng(n)
+    rewards = g.permutation(n).astype(float)
+    options = dict(end=0.3, power=0.7, width=0.2)
+    c = 1 - (1 - 0.3) * progress**0.7
+    u = g.uniform(max(0, c - 0.2), min(1, c + 0.2), size=40_000)
+    ranks = np.minimum(np.floor(u * (n - 1)).astype(int), n - 2)  # 0 is the hardest, whose reward is n - 2
+    by_draw = np.bincount(n - 2 - ranks, minlength=n) / len(u)  # by reward
+    weights = np.exp(window_log_q(rewards, rewards < n - 1, progress, **options))
+    assert weights.sum() == pytest.approx(1.0)
+    np.testing.assert_allclose(weights[np.argsort(rewards)], by_draw, atol=0.01)
+
+
+def test_window_of_a_plan_slides_with_training():
+    """Only the dispreferred are drawn, the worst first and the hard in the end; by ranks: units do not matter."""
+    rewards, identity, keys = world(rows=200)
+    options = dict(view="window", epochs=5, prompts_per_step=50, seed=1)
+    p = plan(rewards, identity, keys, **options)
+    stretched = plan([np.exp(3 * r) for r in rewards], identity, keys, **options)
+    np.testing.assert_array_equal(p.responses, stretched.responses)
+    for v in range(len(p.row)):
+        winner, drawn = p.responses[v]
+        r = rewards[p.row[v]]
+        assert winner == np.argmax(r) != drawn
+        weights = window_log_q(r, np.arange(len(r)) != winner, v // 50 / 20)
+        assert weights[drawn] > -np.inf
+        assert p.effective[v] == pytest.approx(np.exp(stats.entropy(np.exp(weights))), rel=1e-5)
+    full = plan(rewards, identity, keys, hps_form="full", n_factor="n_minus_one", **options)
+    np.testing.assert_allclose(np.exp(full.log_q).sum(1), 1 + (full.responses[:, 1:] < 0).sum(1), rtol=1e-5)
+    assert full.kappa.tolist() == [len(rewards[i]) - 1 for i in full.row]
 
 
 def test_minmax():

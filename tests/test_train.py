@@ -225,13 +225,21 @@ def test_losses_without_a_reference_neither_fill_nor_read_a_cache(tiny_world, tm
         assert values[0] == pytest.approx(math.log1p(math.exp(0.3)), abs=0.05)
 
 
-@pytest.mark.parametrize("method", ["rdpo-bt", "lipo-pl", "nca_soft-pl"])
+@pytest.mark.parametrize("method", ["rdpo-bt", "lipo-pl", "nca_soft-pl", "dpo-window"])
 def test_further_methods_train(tiny_world, tmp_path, method):
     """R-DPO's and LiPO's first value is not known beforehand; NCA's with soft labels is and was checked."""
     values = run(tiny_world, tmp_path, method=method, epochs=6)
     assert all(math.isfinite(x) for x in values)
     margins = losses(tmp_path, "rewards/margins")
     assert np.mean(margins[-4:]) > margins[0] + 0.2
+
+
+def test_gap_regression_sees_the_rewards_of_its_pairs(tiny_world, tmp_path):
+    """At the start h = 0: the loss is the mean of (s_best - s_worst)^2 / (2 beta^2) over all prompts of the step."""
+    options = dict(beta=2.0, gap_delta=1e3, prompts_per_step=24)
+    values = run(tiny_world, tmp_path, method="gap-bt", stop_after=1, **options)
+    gaps = [max(row.rewards) - min(row.rewards) for row in listwise.read(tiny_world / "train.jsonl")]
+    assert values[0] == pytest.approx(np.mean([g**2 / 8 for g in gaps]), rel=1e-4)
 
 
 def test_human_pairs_train_without_rewards(tiny_world, tmp_path):
@@ -368,6 +376,10 @@ def test_a_broken_line_is_named(tiny_world, tmp_path):
         (dict(method="simpo-bt"), "method simpo-bt does not use.*reference_cache"),
         (dict(method="infonca-hps"), "method = 'infonca-hps' does not exist"),
         (dict(method="infonca-pl", pl_form="official"), "method infonca-pl does not use.*pl_form"),
+        (dict(method="gap-bt", reward_norm="zscore"), "method gap-bt does not use.*reward_norm"),
+        (dict(method="dpo-hps", window_end=0.3), "method dpo-hps does not use.*window_end"),
+        (dict(method="dpo-window", gamma_end=3), "method dpo-window does not use.*gamma_end"),
+        (dict(method="dpo-window", window_width=0.0), r"window_width must lie in \(0, 1\], got 0"),
         (dict(method="dpo-top2", gamma_end=2), "method dpo-top2 does not use.*gamma_end"),
         (dict(lora_alpha=4), "does not use.*lora_alpha"),
         (dict(dtype="fp16"), "dtype = 'fp16' does not exist; choose one of fp32, bf16"),
