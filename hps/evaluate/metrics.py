@@ -87,15 +87,18 @@ def rm_rdpo(rm: ArrayLike, len_chosen: ArrayLike, len_rejected: ArrayLike, *, al
 # ---- intervals -----------------------------------------------------------------------------------
 
 def _table(name: str, values: ArrayLike, valid: ArrayLike | None) -> tuple[Floats, Floats]:
-    """Values as (seeds, prompts) with 0 where invalid, and their 0/1 mask."""
-    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    """Values as (worlds, seeds, prompts) with 0 where invalid, and their 0/1 mask."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim > 3:
+        raise ValueError(f"{name}: need (prompts,), (seeds, prompts) or (worlds, seeds, prompts), got {values.shape}")
+    values = values.reshape((1,) * (3 - values.ndim) + values.shape)
     try:
         mask = np.broadcast_to(np.asarray(True if valid is None else valid, dtype=bool), values.shape)
     except ValueError:
         raise ValueError(f"{name}: valid does not fit values of shape {values.shape}") from None
     if not mask.any():
         raise ValueError(f"{name}: no valid value; leave this metric out of the table")
-    return _finite(name, np.where(mask, values, 0.0), 2), mask.astype(np.float64)
+    return _finite(name, np.where(mask, values, 0.0), 3), mask.astype(np.float64)
 
 
 def _counts(rng: np.random.Generator, draws: int, items: int) -> Floats:
@@ -105,19 +108,24 @@ def _counts(rng: np.random.Generator, draws: int, items: int) -> Floats:
 
 
 def _resampled(values: Floats, mask: Floats, *, draws: int, seed: int) -> Floats:
-    """(draws,) means of two-level resamples; nan where a resample holds no valid value.
+    """(draws,) means of resamples of worlds, of seeds and prompts in each world; nan where one holds no valid value.
 
-    The prompts drawn depend on `seed` and their number alone: that pairs two calls.
+    The worlds and prompts drawn depend on `seed` and their number alone: that pairs two calls.
     """
-    seeds, prompts = values.shape
-    prompt_rng, seed_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1, seeds])
+    worlds, seeds, prompts = values.shape
+    world_rng = np.random.default_rng([seed, 2])
+    prompt_rngs = [np.random.default_rng([seed, 0, w]) for w in range(worlds)]
+    seed_rngs = [np.random.default_rng([seed, 1, seeds, w]) for w in range(worlds)]
     means = []
     for start in range(0, draws, BLOCK):
         block = min(BLOCK, draws - start)
-        by_prompt = _counts(prompt_rng, block, prompts)
-        by_seed = _counts(seed_rng, block, seeds)  # one seed: all ones
-        total = ((by_prompt @ values.T) * by_seed).sum(1)
-        count = ((by_prompt @ mask.T) * by_seed).sum(1)
+        by_world = _counts(world_rng, block, worlds)  # one world: all ones
+        total, count = np.zeros(block), np.zeros(block)
+        for w in range(worlds):
+            by_prompt = _counts(prompt_rngs[w], block, prompts)
+            by_seed = _counts(seed_rngs[w], block, seeds)
+            total += by_world[:, w] * ((by_prompt @ values[w].T) * by_seed).sum(1)
+            count += by_world[:, w] * ((by_prompt @ mask[w].T) * by_seed).sum(1)
         means.append(np.divide(total, count, out=np.full(block, np.nan), where=count > 0))
     return np.concatenate(means)
 
@@ -135,12 +143,13 @@ def bootstrap_mean(
 ) -> tuple[float, float, float]:
     """Mean over all valid values and its percentile bootstrap interval: (mean, low, high) (OURS).
 
-    values: (prompts,) or (seeds, prompts), the same prompts in every seed.
+    values: (prompts,), (seeds, prompts) with the same prompts in every seed, or (worlds, seeds, prompts) with
+    prompts of its own in every world.
     valid: bool, same shape or one that broadcasts to it, e.g. (prompts,). Values are ignored where it is
     False (rmgap is undefined for some prompts).
-    Prompts are resampled jointly for all seeds, and seeds too when there are several (two levels). A resample
-    without any valid value has no mean: the interval is that of the other resamples.
-    Three seeds say little about the spread between seeds: the interval is then somewhat too narrow.
+    Worlds are resampled, and in each of them seeds, and prompts jointly for all its seeds. A resample without any
+    valid value has no mean: the interval is that of the other resamples.
+    Three worlds say little about the spread between worlds: the interval is then somewhat too narrow.
     ValueError: nothing valid, valid values not finite, shapes that do not fit.
     """
     table, mask = _table("values", values, valid)
@@ -153,15 +162,19 @@ def bootstrap_difference(
 ) -> tuple[float, float, float]:
     """Mean of a - b and its paired percentile bootstrap interval: (mean, low, high) (OURS).
 
-    a, b: (prompts,) or (seeds, prompts) over the same prompts, which are always drawn together for a and b.
-    Seeds: with the same number in both, seed i of a is paired with seed i of b (same start, same data) and
-    they are drawn together; with different numbers (three runs against one SFT) each side's are drawn alone.
+    a, b: (prompts,), (seeds, prompts) or (worlds, seeds, prompts) over the same worlds and prompts, which are
+    always drawn together for a and b. Seeds: with the same number in both, seed i of a is paired with seed i of b
+    (same start, same data) and they are drawn together; with different numbers (three runs against one SFT) each
+    side's are drawn alone.
     valid: as in bootstrap_mean, for both; (prompts,) when the numbers of seeds differ. ValueError: as there.
     """
     table_a, mask_a = _table("a", a, valid)
     table_b, mask_b = _table("b", b, valid)
-    if table_a.shape[1] != table_b.shape[1]:
-        raise ValueError(f"a has {table_a.shape[1]} prompts, b {table_b.shape[1]}: give both the same ones")
+    if (table_a.shape[0], table_a.shape[2]) != (table_b.shape[0], table_b.shape[2]):
+        raise ValueError(
+            f"a has {table_a.shape[0]} world(s) of {table_a.shape[2]} prompts, b {table_b.shape[0]} of "
+            f"{table_b.shape[2]}: give both the same ones"
+        )
     if table_a.shape == table_b.shape:
         return bootstrap_mean(table_a - table_b, valid=mask_a, draws=draws, level=level, seed=seed)
     mean = table_a.sum() / mask_a.sum() - table_b.sum() / mask_b.sum()

@@ -102,6 +102,26 @@ def test_two_level_bootstrap_has_the_variance_of_both_levels():
     assert high - low > 1.1 * (high1 - low1)
 
 
+def test_worlds_are_a_level_of_their_own():
+    """(worlds, seeds, prompts): the variances of independent levels add, by the algebra of the plug-in mean."""
+    rng = np.random.default_rng(12)
+    worlds, seeds, prompts = 10, 4, 60
+    w, s = rng.normal(size=(worlds, 1, 1)), rng.normal(size=(worlds, seeds, 1))
+    p = rng.normal(size=(worlds, 1, prompts))
+    table = 2 * w + s + 3 * p
+    _, low, high = M.bootstrap_mean(table, draws=20_000, level=0.6827)
+    within = (s.var(1).mean() / seeds + 9 * p.var(2).mean() / prompts) / worlds
+    # A world drawn twice brings the same resample twice, so the inner variance counts 1 + 1 - 1/worlds times.
+    expected = math.sqrt(table.mean((1, 2)).var() / worlds + within * (2 - 1 / worlds))
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.06)
+    # One world is the two-level bootstrap; prompts of two worlds are not drawn together.
+    assert M.bootstrap_mean(table[:1]) == M.bootstrap_mean(table[0])
+    same = np.broadcast_to(p[0, 0], (worlds, seeds, prompts))
+    apart = M.bootstrap_mean(same, level=0.6827)
+    together = M.bootstrap_mean(same[0, 0], level=0.6827)
+    assert apart[2] - apart[1] < 0.6 * (together[2] - together[1])
+
+
 def test_constant_data_has_no_width_and_seeds_are_reproducible():
     assert M.bootstrap_mean(np.full((3, 20), 2.5)) == pytest.approx((2.5, 2.5, 2.5), abs=1e-12)
     values = np.random.default_rng(6).normal(size=(3, 40))
@@ -111,7 +131,7 @@ def test_constant_data_has_no_width_and_seeds_are_reproducible():
 
 def test_blocks_of_draws_are_independent_of_each_other():
     values = np.random.default_rng(7).normal(size=30)
-    resampled = M._resampled(values[None], np.ones((1, 30)), draws=3 * M.BLOCK + 5, seed=0)
+    resampled = M._resampled(values[None, None], np.ones((1, 1, 30)), draws=3 * M.BLOCK + 5, seed=0)
     assert resampled.shape == (3 * M.BLOCK + 5,)
     assert len(np.unique(resampled)) == len(resampled)
 
@@ -162,6 +182,10 @@ def test_difference_pairs_equal_seeds_and_draws_unequal_ones_alone():
     holes = np.arange(100) % 3 == 0
     with_nan = np.where(holes, prompts, np.nan)
     assert M.bootstrap_difference(a, with_nan, valid=holes)[0] == pytest.approx(1.5)
+    # Worlds stay paired when one side has one seed in each and the other three.
+    by_world = 9.0 * rng.normal(size=(4, 1, 1)) + rng.normal(size=(4, 1, 100))
+    thrice = by_world + np.zeros((4, 3, 1)) + 1.0
+    assert M.bootstrap_difference(thrice, by_world) == pytest.approx((1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize("call, message", [
