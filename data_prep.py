@@ -17,9 +17,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from hps import config, model
+from hps import config, model, sampling
 from hps.data import doctor, generate, importers, listwise, rewards, tokens
 from hps.lab import scorers, world
 
@@ -66,9 +67,10 @@ class Fit:
 
 @dataclass
 class Annotate:
-    scorer: str  # world-est[:SEED] (its training reward), world-true[:SEED], human (1 chosen, 0 rejected), or a file
+    scorer: str  # world-est[:SEED[:NOISE]] (the training reward), world-true[:SEED], human (1, 0), or a file
     input: str  # list-wise JSON Lines
     output: str  # the same with rewards
+    pairs: bool = False  # give rows without a human pair one: two random responses, the one of higher reward chosen
 
 
 @dataclass
@@ -149,8 +151,26 @@ def annotate_rows(c: Annotate) -> None:
     else:
         asked = ((row.id, row.prompt, list(row.responses)) for row in rows)
         found = [r for _, r in rewards.annotate(asked, scorers.load(c.scorer))]
-    listwise.write(c.output, [dataclasses.replace(row, rewards=tuple(r)) for row, r in zip(rows, found, strict=True)])
-    report({"rows": len(rows), "responses": sum(len(row.responses) for row in rows)}, c.output)
+    rows = [dataclasses.replace(row, rewards=tuple(r)) for row, r in zip(rows, found, strict=True)]
+    counts = {"rows": len(rows), "responses": sum(len(row.responses) for row in rows)}
+    if c.pairs:
+        alone = [row.chosen is None for row in rows]
+        rows = [random_pair(row) if lacks else row for row, lacks in zip(rows, alone, strict=True)]
+        counts["pairs_made"] = sum(lacks and row.chosen is not None for row, lacks in zip(rows, alone, strict=True))
+        counts["pairs_equal_rewards"] = sum(row.chosen is None for row in rows)
+    listwise.write(c.output, rows)
+    report(counts, c.output)
+
+
+def random_pair(row: listwise.Row) -> listwise.Row:
+    """The row with a pair as a data set would have it: two random responses, labelled by their rewards."""
+    rewards = np.array(row.rewards)
+    order = np.argsort(sampling.counter_uniform(0, tokens.row_key(row.id), np.arange(len(rewards))))
+    apart = order[rewards[order] != rewards[order[0]]]
+    if not len(apart):
+        return row  # all rewards are equal, so none is preferred; the caller counts it
+    worse, better = sorted((int(order[0]), int(apart[0])), key=lambda k: rewards[k])
+    return dataclasses.replace(row, chosen=better, rejected=worse)
 
 
 def human_rewards(row: listwise.Row) -> list[float]:

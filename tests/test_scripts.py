@@ -195,6 +195,31 @@ def test_generate_and_annotate_a_world(tiny_world, tmp_path):
         assert list(row.rewards) == [world.train_reward(list(row.prompt), y) for y in row.responses]
 
 
+def test_annotate_scorers_with_noise_and_pairs(tiny_world, tmp_path):
+    """Noise of the training reward is linear in its level; made pairs are labelled by reward, human ones stay."""
+    source, outs = tiny_world / "train.jsonl", {}
+    for scorer in ("world-est:0:0", "world-est", "world-est:0:0.8", "world-true:0"):
+        data_prep.main(["annotate", *flags(scorer=scorer, input=source, output=tmp_path / "a.jsonl")])
+        outs[scorer] = np.concatenate([r.rewards for r in listwise.read(tmp_path / "a.jsonl")])
+    noiseless, own, twice = outs["world-est:0:0"], outs["world-est"], outs["world-est:0:0.8"]
+    np.testing.assert_allclose(twice - noiseless, 2 * (own - noiseless), atol=1e-9)
+    liking = [0.03 * (len(y.split()) - 15) for r in listwise.read(source) for y in r.responses]
+    np.testing.assert_allclose(noiseless, outs["world-true:0"] + liking, atol=1e-9)
+    rows = listwise.read(source)
+    k = next(i for i, r in enumerate(rows) if len(r.responses) > 2)
+    rows[k] = replace(rows[k], chosen=2, rejected=0)
+    listwise.write(tmp_path / "in.jsonl", rows)
+    argv = flags(scorer="world-true", input=tmp_path / "in.jsonl", output=tmp_path / "pairs.jsonl")
+    data_prep.main(["annotate", *argv, "--pairs"])
+    paired = listwise.read(tmp_path / "pairs.jsonl")
+    assert (paired[k].chosen, paired[k].rejected) == (2, 0)
+    assert all(r.rewards[r.chosen] > r.rewards[r.rejected] for i, r in enumerate(paired) if i != k)
+    assert len({(r.chosen, r.rejected) for r in paired}) > len(rows) // 4  # not one place in the list
+    for scorer in ("world-est:x", "world-est:0:loud", "world-true:0:1", "world-est:0:1:2"):
+        with pytest.raises(ValueError, match="must be a number"):
+            data_prep.main(["annotate", *flags(scorer=scorer, input=source, output=tmp_path / "a.jsonl")])
+
+
 def test_import_fit_annotate_and_doctor_on_hh_rlhf(hh_rlhf_path, tiny_world, tmp_path, capsys):
     train_file, rest = tmp_path / "train.jsonl", tmp_path / "rest.jsonl.gz"
     source = dict(source="hh-rlhf", input=hh_rlhf_path)

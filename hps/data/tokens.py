@@ -141,6 +141,11 @@ def tokenize_rows(
     return examples, counts
 
 
+def row_key(id: str) -> int:
+    """64-bit hash of a row's id, which seeded draws are keyed by."""
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
+
+
 def _example(
     row: Row,
     prompt: np.ndarray,
@@ -175,7 +180,7 @@ def _example(
     identity = [first.setdefault(tuple(responses[i]), new) for new, i in enumerate(kept)]
     return Example(
         id=row.id,
-        key=int.from_bytes(hashlib.blake2b(row.id.encode(), digest_size=8).digest(), "big"),
+        key=row_key(row.id),
         prompt_ids=prompt,
         response_ids=tuple(np.array(responses[i], np.int32) for i in kept),
         rewards=None if row.rewards is None else np.array(row.rewards, np.float64)[kept],

@@ -233,10 +233,10 @@ class World:
             return OFF_TOPIC  # true, but nobody asked
         return wrong
 
-    def train_reward(self, prompt: Messages, response: str) -> float:
+    def train_reward(self, prompt: Messages, response: str, *, noise_std: float = NOISE_STD) -> float:
         """r_est, to train on: r* plus a liking for length and noise that prompt and response fix."""
         text = [part for message in prompt for part in (message["role"], message["content"])]
-        noise = NormalDist(0.0, NOISE_STD).inv_cdf(_unit(self.seed, "noise", *text, response))
+        noise = noise_std * NormalDist().inv_cdf(_unit(self.seed, "noise", *text, response))
         bias = LENGTH_BIAS * (len(response.split()) - TYPICAL_WORDS)
         return self.true_reward(prompt, response) + bias + noise
 
@@ -374,7 +374,8 @@ def write(
     """Write an untrained model, demonstrations to train it on, and three splits of prompts to answer.
 
     out             folder to hold model/, sft.jsonl, {train,valid,test}.jsonl and, last, world.json
-    domain          "safe", "help" or "both" (as many prompts of one as of the other)
+    domain          "safe", "help" or "both" (as many prompts of one as of the other; each split then also by
+                    domain, as train-help.jsonl)
     train .. test   prompts per split; safe prompts are half risky in each, and no two splits share one
     demonstrations  answers for supervised training: the first half clean, the rest in QUALITY_MIX; their
                     prompts are in neither valid nor test
@@ -415,6 +416,8 @@ def write(
         new_model(tokenizer, seed=seed).save_pretrained(fresh / "model")
         for name, found in files.items():
             _write_lines(fresh / f"{name}.jsonl", found)
+            for one in domains if len(domains) > 1 and name != "sft" else []:
+                _write_lines(fresh / f"{name}-{one}.jsonl", (r for r in found if r["source"] == f"world-{one}"))
         _write_lines(fresh / "world.json", [about])
         (out / "world.json").unlink(missing_ok=True)  # and back last: where it is, the rest is complete
         for path in sorted(fresh.rglob("*.*"), key=lambda path: path.name == "world.json"):
