@@ -57,6 +57,7 @@ th, td { padding: .3rem .9rem; text-align: left; vertical-align: top; overflow-w
 thead th { padding: 0; vertical-align: bottom; border-bottom: 1px solid var(--ink) }
 tr > :first-child { position: sticky; left: 0; z-index: 1; background: var(--paper) }
 td { white-space: nowrap }
+.prose { white-space: normal; min-width: 11rem; max-width: 22rem }
 tbody th { font-weight: 500; padding-left: 0; min-width: 6.5rem; max-width: 14rem; overflow-wrap: anywhere }
 thead th:first-child button { padding-left: 0 }
 .number { text-align: right; font-variant-numeric: tabular-nums }
@@ -126,7 +127,9 @@ def _cell(cell: Cell, first: bool, ranged: bool) -> str:
     text = f"<strong>{escape(cell.text)}</strong>" if cell.mark == "best" else escape(cell.text)
     text += "<i>~</i>" if cell.mark == "near" else ""
     text += f" <small>{escape(cell.interval)}</small>" if ranged else ""  # an empty one keeps the column in line
-    return f"<td>{text}</td>" if cell.value is None else f'<td class="number" data-value="{cell.value!r}">{text}</td>'
+    if cell.value is not None:
+        return f'<td class="number" data-value="{cell.value!r}">{text}</td>'
+    return f'<td class="prose">{text}</td>' if len(cell.text) > 30 else f"<td>{text}</td>"
 
 
 def _terms(pairs: Sequence[tuple[str, str]], style: str) -> str:

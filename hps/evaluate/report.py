@@ -5,23 +5,23 @@
      optional "comparisons": [{"a": method, "b": method, "metric": name, "mean", "low", "high"}],   of a - b
      optional "settings": {name: anything JSON},
      optional "curves": {method: {"step": [...], "loss": [...], "margin": [...]}},
-     optional "schedule": {"step": [...], "gamma": [...], "effective_negatives": [...]}}
+     optional "schedule": {"step": [...], "gamma": [...], "effective_negatives": [...]},
+     optional "series": {figure name: {"x": {"metric": name} or {"label": str, "values": {method: number}},
+                                       "panels": [name], "lines": {line name: [method]}}},   lines through rows
+     optional "claims": [{"claim": str, "paper": str, "verdict": one of VERDICTS, and if not measured "reason": str,
+                          else "kind": "difference" or "value" or "ratio", "metric": name, "mean", "low", "high"}]}
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from hps.evaluate import page
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 class Metric(NamedTuple):
@@ -32,18 +32,18 @@ class Metric(NamedTuple):
     meaning: str
 
 
-_MARGINS, _KL, _TEXT, _WINS, _COST = (
+MARGINS, _KL, _TEXT, _WINS, _COST = (
     "Margins (nats)", "Distance to the reference (nats)", "Samples", "Samples against SFT", "Cost")
 
 METRICS = {
-    "rm2": Metric(_MARGINS, "RM2", 2, 1, "log-ratio of the best candidate minus the runner-up's, no beta"),
-    "rm10": Metric(_MARGINS, "RM10", 2, 1, "the same against the mean of the ten hardest dispreferred"),
-    "rmgap": Metric(_MARGINS, "RMgap", 2, 1, "the same against the hardest at least 0.5 reward below"),
-    "rm_min": Metric(_MARGINS, "RM min", 2, 1, "the same against the candidate of lowest reward"),
-    "rm_worst_case": Metric(_MARGINS, "RM worst", 2, 1, "the same against the largest dispreferred one"),
-    "rm_dpo": Metric(_MARGINS, "RM_DPO", 2, 1, "log-ratio of the test set's chosen minus its rejected"),
-    "rm_rdpo_chars": Metric(_MARGINS, "RM_R-DPO chars", 2, 1, "RM_DPO - 0.01 (chosen - rejected characters)"),
-    "rm_rdpo_tokens": Metric(_MARGINS, "RM_R-DPO tokens", 2, 1, "RM_DPO - 0.01 (chosen - rejected tokens)"),
+    "rm2": Metric(MARGINS, "RM2", 2, 1, "log-ratio of the best candidate minus the runner-up's, no beta"),
+    "rm10": Metric(MARGINS, "RM10", 2, 1, "the same against the mean of the ten hardest dispreferred"),
+    "rmgap": Metric(MARGINS, "RMgap", 2, 1, "the same against the hardest at least 0.5 reward below"),
+    "rm_min": Metric(MARGINS, "RM min", 2, 1, "the same against the candidate of lowest reward"),
+    "rm_worst_case": Metric(MARGINS, "RM worst", 2, 1, "the same against the largest dispreferred one"),
+    "rm_dpo": Metric(MARGINS, "RM_DPO", 2, 1, "log-ratio of the test set's chosen minus its rejected"),
+    "rm_rdpo_chars": Metric(MARGINS, "RM_R-DPO chars", 2, 1, "RM_DPO - 0.01 (chosen - rejected characters)"),
+    "rm_rdpo_tokens": Metric(MARGINS, "RM_R-DPO tokens", 2, 1, "RM_DPO - 0.01 (chosen - rejected tokens)"),
     "kl_seq": Metric(_KL, "KL (sequence)", 2, 0, "mean log-ratio of the winner; negative if it became rarer"),
     "kl_exact": Metric(_KL, "KL (exact)", 2, 0, "next-token KL(policy, reference) summed over the winner"),
     "true_reward": Metric(_TEXT, "reward", 2, 1, "mean evaluation reward of the samples"),
@@ -59,6 +59,19 @@ METRICS = {
     "train_seconds": Metric(_COST, "train s", 1, -1, "seconds of preference training; [lowest, highest] seed"),
     "train_tokens": Metric(_COST, "tokens (k)", 0, -1, "thousand packed tokens of preference training; the same range"),
 }
+
+VERDICTS = ("holds", "does not hold", "unresolved", "not measured here")
+
+# The look of every figure: Okabe and Ito's colours, told apart by colour-blind readers, and in grey by the marker.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+MARKERS = "osD^vP"
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.4,
+    "axes.edgecolor": "0.3", "axes.labelcolor": "0.15", "xtick.color": "0.3", "xtick.labelcolor": "0.15",
+    "xtick.major.width": 0.6, "ytick.color": "0.3", "ytick.labelcolor": "0.15", "ytick.major.width": 0.6,
+}
+DPI = 200
 
 
 # ---- the schema -----------------------------------------------------------------------------------
@@ -106,14 +119,52 @@ def _check_series(item: Any, path: str, keys: set[str]) -> None:
             _check_number(value, f"{path}.{key}[{i}]")
 
 
+def _check_lines(item: Any, path: str, methods: set[str]) -> None:
+    _check_keys(item, path, {"x", "panels", "lines"})
+    _need(isinstance(item["panels"], list) and len(item["panels"]) > 0, f"{path}.panels", "need a non-empty list")
+    for name in item["panels"]:
+        _check_metric(name, f"{path}.panels")
+    _need(isinstance(item["lines"], dict) and len(item["lines"]) > 0, f"{path}.lines", "need a non-empty object")
+    rows = []
+    for line, of_line in item["lines"].items():
+        _need(isinstance(of_line, list) and len(of_line) > 0, f"{path}.lines.{line}", "need a non-empty list")
+        for row in of_line:
+            _need(row in methods, f"{path}.lines.{line}", f"no row for method {row!r}")
+        rows += of_line
+    if isinstance(item["x"], dict) and "metric" in item["x"]:
+        _check_keys(item["x"], f"{path}.x", {"metric"})
+        _check_metric(item["x"]["metric"], f"{path}.x.metric")
+        return
+    _check_keys(item["x"], f"{path}.x", {"label", "values"})
+    _check_text(item["x"]["label"], f"{path}.x.label")
+    _check_keys(item["x"]["values"], f"{path}.x.values", set(rows))
+    for row, value in item["x"]["values"].items():
+        _check_number(value, f"{path}.x.values.{row}")
+
+
+def _check_claim(item: Any, path: str) -> None:
+    unmeasured = isinstance(item, dict) and item.get("verdict") == VERDICTS[-1]
+    numbers = {"kind", "metric", "mean", "low", "high"}
+    _check_keys(item, path, {"claim", "paper", "verdict"} | ({"reason"} if unmeasured else numbers))
+    for key in ("claim", "paper", *(["reason"] if unmeasured else [])):
+        _check_text(item[key], f"{path}.{key}")
+    _need(item["verdict"] in VERDICTS, f"{path}.verdict", f"need one of {', '.join(VERDICTS)}; got {item['verdict']!r}")
+    if not unmeasured:
+        kinds = ("difference", "value", "ratio")
+        _need(item["kind"] in kinds, f"{path}.kind", f"need one of {', '.join(kinds)}; got {item['kind']!r}")
+        _check_metric(item["metric"], f"{path}.metric")
+        _check_interval(item, path)
+
+
 def validate(results: dict[str, Any]) -> None:
     """ValueError naming the path of the first thing in `results` that breaks the schema above.
 
     Numbers are finite, low <= mean <= high, methods unique and known where they are referred to.
     """
     _check_keys(results, "results", {"suite", "commit", "machine", "seconds", "rows"},
-                frozenset({"comparisons", "settings", "curves", "schedule"}))
-    for key, kind in (("rows", list), ("comparisons", list), ("settings", dict), ("curves", dict)):
+                frozenset({"comparisons", "settings", "curves", "schedule", "series", "claims"}))
+    for key, kind in (("rows", list), ("comparisons", list), ("settings", dict), ("curves", dict), ("series", dict),
+                      ("claims", list)):
         _need(isinstance(results.get(key, kind()), kind), key, f"need a {kind.__name__}")
     for key in ("suite", "commit", "machine"):
         _check_text(results[key], key)
@@ -144,6 +195,12 @@ def validate(results: dict[str, Any]) -> None:
         _check_series(series, f"curves.{method}", {"step", "loss", "margin"})
     if "schedule" in results:
         _check_series(results["schedule"], "schedule", {"step", "gamma", "effective_negatives"})
+    for name, item in results.get("series", {}).items():
+        _need(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None, "series",
+              f"{name!r} cannot name a file; use letters, digits, _ and -")
+        _check_lines(item, f"series.{name}", methods)
+    for i, item in enumerate(results.get("claims", [])):
+        _check_claim(item, f"claims[{i}]")
 
 
 # ---- tables ---------------------------------------------------------------------------------------
@@ -158,19 +215,19 @@ def _markdown(header: list[str], rows: list[list[page.Cell]]) -> str:
     return "\n".join([line(header), line(["---"] * len(header)), *(line(map(show, row)) for row in rows)])
 
 
-def _number(item: dict[str, float], name: str, sign: str = "") -> page.Cell:
+def _number(item: dict[str, float], digits: int, sign: str = "") -> page.Cell:
     """1.23 and [1.10, 1.31]; no interval for a number without one."""
-    mean, low, high = (f"{item[key]:{sign}z.{METRICS[name].digits}f}" for key in ("mean", "low", "high"))
+    mean, low, high = (f"{item[key]:{sign}z.{digits}f}" for key in ("mean", "low", "high"))
     interval = "" if item["low"] == item["mean"] == item["high"] else f"[{low}, {high}]"
     return page.Cell(mean, interval, value=item["mean"])
 
 
-def _present(results: dict[str, Any]) -> list[str]:
+def present(results: dict[str, Any]) -> list[str]:
     return [name for name in METRICS if any(name in row["metrics"] for row in results["rows"])]
 
 
-def _in_group(results: dict[str, Any], group: str) -> list[str]:
-    return [name for name in _present(results) if METRICS[name].group == group]
+def in_group(results: dict[str, Any], group: str) -> list[str]:
+    return [name for name in present(results) if METRICS[name].group == group]
 
 
 LEGEND = ("[low, high]: 95 % bootstrap interval. (+): larger is better, (-): smaller is. Bold: best mean. "
@@ -183,7 +240,7 @@ def table(results: dict[str, Any], *, metrics: Sequence[str] | None = None) -> s
     metrics: names of METRICS in the order wanted; default: all that any row has. ValueError: unknown name.
     """
     validate(results)
-    names = _present(results) if metrics is None else list(metrics)
+    names = present(results) if metrics is None else list(metrics)
     for name in names:
         _check_metric(name, "metrics")
     return f"{_markdown(*_methods(results, names))}\n\n{LEGEND}\n"
@@ -203,7 +260,7 @@ def _methods(results: dict[str, Any], names: list[str]) -> tuple[list[str], list
             if best is not None and any(other["mean"] != best["mean"] for other in ranked):
                 overlaps = item["low"] <= best["high"] and best["low"] <= item["high"]
                 mark = "best" if item["mean"] == best["mean"] else "near" if overlaps else ""
-            cells.append(_number(item, name)._replace(mark=mark))
+            cells.append(_number(item, METRICS[name].digits)._replace(mark=mark))
     arrow = {1: " (+)", -1: " (-)", 0: ""}
     return ["method", "seeds", *(METRICS[name].title + arrow[METRICS[name].better] for name in names)], rows
 
@@ -222,193 +279,51 @@ def _comparisons(results: dict[str, Any]) -> tuple[list[str], list[list[page.Cel
     for item in results["comparisons"]:
         verdict = "a larger" if item["low"] > 0 else "b larger" if item["high"] < 0 else "unresolved"
         rows.append([page.Cell(METRICS[item["metric"]].title), page.Cell(item["a"]), page.Cell(item["b"]),
-                     _number(item, item["metric"], "+"), page.Cell(verdict)])
+                     _number(item, METRICS[item["metric"]].digits, "+"), page.Cell(verdict)])
     return ["metric", "a", "b", "a - b", "verdict"], rows
 
 
+CLAIMS_NOTE = (
+    "Holds, does not hold: the whole interval lies on one side of the claim's bound, which is 0 where the claim names "
+    "none; unresolved: it does not. Beside a ratio of cost stands its range over runs.")
+
+
+def claims_table(results: dict[str, Any]) -> str:
+    """GitHub Markdown of the paper's claims, its figures and ours, with the verdict; "" when the results hold none."""
+    validate(results)
+    return _markdown(*_claims(results)) + "\n" if results.get("claims") else ""
+
+
+def _claims(results: dict[str, Any]) -> tuple[list[str], list[list[page.Cell]]]:
+    rows = []
+    for item in results["claims"]:
+        if "reason" in item:
+            here, interval = item["reason"], "-"
+        else:
+            metric, kind = METRICS[item["metric"]], item["kind"]
+            digits, sign = (2, "") if kind == "ratio" else (metric.digits, "+" if kind == "difference" else "")
+            number = _number(item, digits, sign)
+            here = f"{metric.title} {'x ' if kind == 'ratio' else ''}{number.text}"
+            interval = number.interval or "-"
+        rows.append([page.Cell(text) for text in (item["claim"], item["paper"], here, interval, item["verdict"])])
+    return ["claim", "paper", "here", "interval", "verdict"], rows
+
+
 def _tables(results: dict[str, Any]) -> list[page.Table]:
-    """One table a group of metrics, and the comparisons last."""
+    """One table a group of metrics, then the comparisons and the claims."""
     tables = []
-    for group in dict.fromkeys(METRICS[name].group for name in _present(results)):
-        names = _in_group(results, group)
+    for group in dict.fromkeys(METRICS[name].group for name in present(results)):
+        names = in_group(results, group)
         meanings = [(f"{METRICS[name].title} ({name})", METRICS[name].meaning) for name in names]
         tables.append(page.Table(group, *_methods(results, names), meanings=meanings))
     if results.get("comparisons"):
         note = "Same prompts and seeds on both sides; unresolved: the interval contains 0."
         tables.append(page.Table("Paired comparisons", *_comparisons(results), note=note))
+    if results.get("claims"):
+        count = Counter(item["verdict"] for item in results["claims"])
+        note = f"{CLAIMS_NOTE} {', '.join(f'{count[word]} {word}' for word in VERDICTS if count[word])}."
+        tables.append(page.Table("The paper's claims", *_claims(results), note=note))
     return tables
-
-
-# ---- figures --------------------------------------------------------------------------------------
-
-# Okabe and Ito's colours, told apart by colour-blind readers; the marker tells them apart in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP"
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.4,
-    "axes.edgecolor": "0.3", "axes.labelcolor": "0.15", "xtick.color": "0.3", "xtick.labelcolor": "0.15",
-    "xtick.major.width": 0.6, "ytick.color": "0.3", "ytick.labelcolor": "0.15", "ytick.major.width": 0.6,
-}
-DPI = 200
-
-
-Drawing = Callable[["Figure", dict[str, Any]], None]
-
-
-def _tradeoff_kl(results: dict[str, Any]) -> str:
-    return "kl_exact" if "kl_exact" in _present(results) else "kl_seq"
-
-
-def _look(i: int) -> tuple[str, str]:
-    return COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-
-
-def _whiskers(item: dict[str, float]) -> list[list[float]]:
-    return [[max(0.0, item["mean"] - item["low"])], [max(0.0, item["high"] - item["mean"])]]
-
-
-def _draw_margins(figure: "Figure", results: dict[str, Any]) -> None:
-    rows, names = results["rows"], _in_group(results, _MARGINS)
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
-        axes.axvline(0, color="0.75", linewidth=0.8, zorder=0)
-        for y, row in enumerate(rows):
-            item, (colour, marker) = row["metrics"].get(name), _look(y)
-            if item is not None:
-                axes.errorbar(item["mean"], y, xerr=_whiskers(item), color=colour, marker=marker, ms=5)
-        axes.set_title(METRICS[name].title)
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        axes.locator_params(axis="x", nbins=4)
-        axes.margins(x=0.12)
-    panels[0].set_yticks(range(len(rows)), [row["method"] for row in rows])
-    panels[0].set_ylim(len(rows) - 0.4, -0.6)
-    figure.supxlabel("margin of the best candidate (nats, without beta)", fontsize=9, color="0.15")
-
-
-def _label_points(figure: "Figure", axes: "Axes", points: list[tuple[float, float, str, str]]) -> None:
-    """Write the text of each (x, y, text, colour) beside its point, where it covers least of the rest."""
-    from matplotlib.transforms import Bbox
-
-    figure.draw_without_rendering()  # settles the layout: window coordinates are final from here
-    figure.set_layout_engine("none")
-    pixel = figure.dpi / 72
-    dots = axes.transData.transform([point[:2] for point in points])
-    taken = [Bbox.from_bounds(x, y, 0, 0).padded(4 * pixel) for x, y in dots]
-    taken += [bar.get_window_extent().padded(1.5 * pixel) for bar in axes.collections]
-
-    def cost(label: Any) -> float:
-        box = label.get_window_extent()
-        hits = [hit for other in taken if (hit := Bbox.intersection(box, other)) is not None]
-        inside = Bbox.intersection(box, axes.bbox)
-        outside = box.width * box.height - (inside.width * inside.height if inside else 0.0)
-        return sum(hit.width * hit.height for hit in hits) + 10 * outside
-
-    places = [(6, 4, "left", "bottom"), (6, -4, "left", "top"), (-6, 4, "right", "bottom"),
-              (-6, -4, "right", "top"), (0, 14, "center", "bottom"), (0, -14, "center", "top")]
-    for x, y, text, colour in points:
-        tries = [axes.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va,
-                               color=colour, fontsize=8.5) for dx, dy, ha, va in places]
-        best = min(tries, key=cost)
-        taken.append(best.get_window_extent())
-        for label in tries:
-            if label is not best:
-                label.remove()
-
-
-def _draw_tradeoff(figure: "Figure", results: dict[str, Any]) -> None:
-    axes, kl, points = figure.subplots(), _tradeoff_kl(results), []
-    for i, row in enumerate(results["rows"]):
-        x, y, (colour, marker) = row["metrics"].get(kl), row["metrics"].get("true_reward"), _look(i)
-        if x is None or y is None:
-            continue
-        axes.errorbar(x["mean"], y["mean"], xerr=_whiskers(x), yerr=_whiskers(y), color=colour, marker=marker,
-                      markersize=6, linewidth=1.0)
-        points.append((x["mean"], y["mean"], row["method"], colour))
-    axes.set_xlabel(f"{METRICS[kl].title} to the reference on the winner (nats)")
-    axes.set_ylabel("mean evaluation reward of the samples")
-    axes.grid(color="0.93", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.margins(0.12)
-    _label_points(figure, axes, points)
-
-
-def _log_scale_if_wide(axes: "Axes") -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    low, high = axes.dataLim.intervaly
-    if low <= 0 or high < 3 * low:  # a narrower range can miss every tick below
-        return
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _draw_curves(figure: "Figure", results: dict[str, Any]) -> None:
-    order = [row["method"] for row in results["rows"]]
-    for axes, key in zip(figure.subplots(1, 2), ("loss", "margin"), strict=True):
-        for method, series in results["curves"].items():
-            i = order.index(method)
-            colour, dashes = _look(i)[0], ("-", "--", ":")[i // len(COLOURS) % 3]
-            values = np.asarray(series[key], dtype=np.float64)
-            width = max(1, len(values) // 20)
-            smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-            axes.plot(series["step"], values, color=colour, alpha=0.18, linewidth=0.8)
-            axes.plot(series["step"][width - 1:], smooth, color=colour, linestyle=dashes, label=method)
-        axes.set_title(key)
-        axes.set_xlabel("optimiser step")
-    _log_scale_if_wide(figure.axes[0])  # losses of different methods have different scales
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center")
-
-
-def _draw_schedule(figure: "Figure", results: dict[str, Any]) -> None:
-    schedule, drawstyle = results["schedule"], "steps-post"
-    gamma, effective = figure.subplots(2, 1, sharex=True)
-    gamma.axhline(0, color="0.75", linewidth=0.8)
-    gamma.plot(schedule["step"], schedule["gamma"], color=COLOURS[0], drawstyle=drawstyle)
-    gamma.set_ylabel("gamma")
-    effective.plot(schedule["step"], schedule["effective_negatives"], color=COLOURS[1], drawstyle=drawstyle)
-    _log_scale_if_wide(effective)
-    effective.set_ylabel("effective negatives")
-    effective.set_xlabel("optimiser step")
-    figure.align_ylabels()
-
-
-def _figures(results: dict[str, Any]) -> list[tuple[str, str, str, tuple[float, float], Drawing]]:
-    """(file name, caption, alt text, inches, drawing) of every figure that these results have the numbers for."""
-    methods, panels, kl = len(results["rows"]), len(_in_group(results, _MARGINS)), _tradeoff_kl(results)
-    figures: list[tuple[str, str, str, tuple[float, float], Drawing]] = []
-    if panels:
-        figures.append(("margins", "Margins of the best candidate, mean and interval.",
-                        "One panel a margin, one row a method: the mean as a point, the interval as a bar.",
-                        (max(3.6, 1.2 + 1.35 * panels), 0.9 + 0.27 * methods), _draw_margins))
-    if any({"true_reward", kl} <= row["metrics"].keys() for row in results["rows"]):
-        figures.append(("reward_kl", "Reward against distance from the reference, means and intervals.",
-                        f"One point a method: mean reward over {METRICS[kl].title}.", (5.0, 3.6), _draw_tradeoff))
-    if results.get("curves"):
-        figures.append(("curves", "Training curves: every logged value, and its mean over 5 % of the run.",
-                        "Loss and margin over the optimiser steps, one line a method.", (8.0, 2.9), _draw_curves))
-    if "schedule" in results:
-        gamma, effective = results["schedule"]["gamma"], results["schedule"]["effective_negatives"]
-        figures.append(("schedule", "Hardness and the number of equally likely negatives it amounts to.",
-                        f"Over the optimiser steps, gamma from {gamma[0]:g} to {gamma[-1]:g} and effective negatives "
-                        f"from {effective[0]:.1f} to {effective[-1]:.1f}.", (5.0, 3.4), _draw_schedule))
-    return figures
-
-
-def _save(path: Path, size: tuple[float, float], draw: Drawing, results: dict[str, Any]) -> None:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # never pyplot: no global figure, no display, Agg by default
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-        draw(figure, results)
-        temporary = path.with_name(path.name + ".tmp")
-        figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
 
 
 # ---- the report -----------------------------------------------------------------------------------
@@ -424,6 +339,8 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
 
     results: the schema at the top of this file. ValueError when it is broken: then nothing is written.
     """
+    from hps.evaluate import figures  # which imports this file for METRICS
+
     validate(results)
     try:
         text = json.dumps(results, indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -440,18 +357,17 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     tables = _tables(results)
     for item in tables:
         parts += filter(None, [f"## {item.title}", _markdown(item.header, item.rows), item.note])
-    written, figures = [out / "results.json", out / "RESULTS.md", out / "report.html"], []
-    for name, caption, alt, size, draw in _figures(results):
-        path = out / "figures" / f"{name}.png"
-        _save(path, size, draw, results)
+    written, shown = [out / "results.json", out / "RESULTS.md", out / "report.html"], []
+    for plan in figures.plans(results):
+        path = figures.save(plan, results, out / "figures")
         written.append(path)
-        parts.append(f"![{alt}](figures/{name}.png)\n\n{caption}")
-        figures.append(page.Figure(caption, alt, round(96 * size[0]), path.read_bytes()))
+        parts.append(f"![{plan.alt}](figures/{path.name})\n\n{plan.caption}")
+        shown.append(page.Figure(plan.caption, plan.alt, round(96 * plan.size[0]), path.read_bytes()))
     parts += ["## What the columns mean",
               "\n".join(f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}"
-                        for name in _present(results))]
+                        for name in present(results))]
     _write(out / "RESULTS.md", "\n\n".join(parts) + "\n")
     subtitle = f"Commit {results['commit']}, {results['machine']}, {minutes}."
     _write(out / "report.html", page.render(
-        title, subtitle, settings=settings, legend=LEGEND.replace("`", ""), tables=tables, figures=figures))
+        title, subtitle, settings=settings, legend=LEGEND.replace("`", ""), tables=tables, figures=shown))
     return written

@@ -80,11 +80,12 @@ def test_the_tables_are_those_of_the_markdown(written):
     out, text = written
     ours = tables(text)
     assert ours == markdown_tables((out / "RESULTS.md").read_text())
-    assert len(ours) == 5
+    assert len(ours) == 6
     # Two by hand: a best, an overlap and an interval; and a missing number.
     assert ours[0][2:] == [["DPO-BT", "3", "0.51 [0.30, 0.70] ~"], ["HPS|x", "3", "**0.60** [0.45, 0.77]"]]
     assert ours[3][1] == ["SFT", "1", "-"]
     assert ours[4][1] == ["reward", "HPS|x", "DPO-BT", "+0.64 [+0.50, +0.80]", "a larger"]
+    assert ours[5][2] == ["c|d", "Table 3", "harm % 3.6", "[3.0, 4.0]", "does not hold"]
 
 
 def test_every_number_sorts_by_its_mean(written):
@@ -111,12 +112,12 @@ def test_heading_legend_headers_and_captions(written):
     assert terms["beta"] == "0.1" and terms["RM2 (rm2)"] == report.METRICS["rm2"].meaning
     assert "RM10 (rm10)" not in terms  # only the columns that are there
     assert html.texts("h2") == ["Margins (nats)", "Distance to the reference (nats)", "Samples", "Samples against SFT",
-                                "Paired comparisons", "Figures"]
+                                "Paired comparisons", "The paper's claims", "Figures"]
     heads = [attrs for attrs, _ in html.all("th") if attrs["scope"] == "col"]
-    assert len(heads) == len(html.all("button")) == 3 + 3 + 5 + 3 + 5  # each can be reached and pressed by keyboard
+    assert len(heads) == len(html.all("button")) == 3 + 3 + 5 + 3 + 5 + 5  # each can be reached and pressed by keyboard
     assert {head["aria-sort"] for head in heads} == {"none"}
     ids = [attrs["id"] for attrs, _ in html.all("h2") if "id" in attrs]
-    assert [attrs["aria-labelledby"] for attrs, _ in html.all("table")] == ids and len(set(ids)) == 5
+    assert [attrs["aria-labelledby"] for attrs, _ in html.all("table")] == ids and len(set(ids)) == 6
     markdown = (out / "RESULTS.md").read_text()
     for (attrs, _), caption in zip(html.all("img"), html.texts("figcaption"), strict=True):
         assert f"![{attrs['alt']}](" in markdown and f"\n\n{caption}\n" in markdown and attrs["alt"] != caption
@@ -128,7 +129,7 @@ def test_images_are_the_figures_themselves(written):
     images = [attrs["src"].removeprefix("data:image/png;base64,") for attrs, _ in Page(text).all("img")]
     decoded = [base64.b64decode(image, validate=True) for image in images]
     assert decoded == [(out / "figures" / f"{name}.png").read_bytes()
-                       for name in ("margins", "reward_kl", "curves", "schedule")]
+                       for name in ("margins", "reward_kl", "series_strength", "series_n", "curves", "schedule")]
     assert all(image.startswith(b"\x89PNG\r\n\x1a\n") for image in decoded)
 
 
@@ -167,6 +168,11 @@ def test_every_text_of_the_results_is_shown_and_not_run(tmp_path):
     for item in hostile["comparisons"]:
         item["a"], item["b"] = names[item["a"]], names[item["b"]]
     hostile["curves"] = {names[method]: series for method, series in hostile["curves"].items()}
+    claim, paper, reason = HOSTILE
+    hostile["claims"] = [{"claim": claim, "paper": paper, "verdict": "not measured here", "reason": reason}]
+    lines = {HOSTILE[2]: [HOSTILE[0], HOSTILE[1]]}
+    x = {"label": HOSTILE[1], "values": {HOSTILE[0]: 1, HOSTILE[1]: 2}}
+    hostile["series"] = {"n": {"x": x, "panels": ["rm2"], "lines": lines}}
     report.write_report(hostile, tmp_path)
     html = check_closed((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert html.texts("h1") == html.texts("title") == [f"Results: {HOSTILE[1]}"]
@@ -175,7 +181,11 @@ def test_every_text_of_the_results_is_shown_and_not_run(tmp_path):
         (key, json.dumps(value)) for key, value in hostile["settings"].items()]
     assert [text for attrs, text in html.all("th") if attrs["scope"] == "row"][:3] == HOSTILE
     assert {HOSTILE[0], HOSTILE[1], HOSTILE[2]} <= set(html.texts("td"))  # of the comparisons
-    assert len(html.all("img")) == 4
+    claim = [text for attrs, text in html.all("th") if attrs["scope"] == "row"][-1]
+    assert [claim, *html.texts("td")[-4:]] == [*HOSTILE, "-", "not measured here"]
+    assert f"{report.CLAIMS_NOTE} 1 not measured here." in html.texts("p")
+    assert any(HOSTILE[2] in attrs["alt"] and HOSTILE[1] in attrs["alt"] for attrs, _ in html.all("img"))
+    assert len(html.all("img")) == 5
 
 
 def test_every_argument_of_render_is_escaped():
@@ -193,11 +203,19 @@ def test_every_argument_of_render_is_escaped():
     assert html.texts("figcaption") == [image] and html.all("img")[0][0]["alt"] == ends
 
 
+def test_long_texts_wrap_and_numbers_do_not():
+    row = [page.Cell("x" * 40), page.Cell("a word " * 6), page.Cell("short"), page.Cell("1" * 40, value=1.0)]
+    html = Page(page.render("t", "s", settings=[], legend="l", figures=[],
+                            tables=[page.Table("t", ["a", "b", "c", "d"], [row])]))
+    assert [attrs.get("class") for attrs, _ in html.all("td")] == ["prose", None, "number"]
+    assert re.search(r"\.prose \{ white-space: normal;", page.STYLE)
+
+
 def test_what_the_results_do_not_hold_is_left_out(tmp_path):
     bare = results()
     for row in bare["rows"]:
         row["metrics"] = {"win": {"mean": 50, "low": 40, "high": 60}}
-    for key in ("comparisons", "settings", "curves", "schedule"):
+    for key in ("comparisons", "settings", "curves", "schedule", "series", "claims"):
         del bare[key]
     report.write_report(bare, tmp_path)
     html = check_closed((tmp_path / "report.html").read_text(encoding="utf-8"))

@@ -1,0 +1,185 @@
+"""claims.py: verdicts on made-up results, worked out by hand, and claims that name rows and metrics that exist."""
+
+import importlib
+
+import pytest
+
+from hps.evaluate import report
+from hps.lab import claims
+
+
+def interval(mean, low, high):
+    return {"mean": mean, "low": low, "high": high}
+
+
+def results(suite, *, rows=None, comparisons=()):
+    """A suite's results: `rows` is method -> metrics, `comparisons` are (a, b, metric, mean, low, high)."""
+    found = {"suite": suite, "commit": "c", "machine": "m", "seconds": 1.0}
+    found["rows"] = [{"method": name, "seeds": 1, "metrics": metrics} for name, metrics in (rows or {}).items()]
+    found["comparisons"] = [{"a": a, "b": b, "metric": m, **interval(*numbers)} for a, b, m, *numbers in comparisons]
+    return found
+
+
+def judged(of_results):
+    """claim text -> item; the report accepts them."""
+    items = claims.judge(of_results)
+    report.validate(of_results | {"claims": items})
+    by_text = {item["claim"]: item for item in items}
+    assert len(by_text) == len(items), "a claim stands twice in one table"
+    return by_text
+
+
+TWO = {"DPO-HPS": {}, "DPO-BT": {}}
+MARGIN = "DPO-HPS has a larger RM_DPO than DPO-BT"
+HARM = "DPO-HPS writes less harm than DPO-BT"
+BLEU = "DPO-HPS is at most 0.01 of BLEU below DPO-BT"
+REWARD = "DPO-HPS is at most 0.1 of reward below DPO-BT"
+
+
+@pytest.mark.parametrize("claim, metric, low, high, verdict", [
+    (MARGIN, "rm_dpo", 0.2, 0.4, "holds"),
+    (MARGIN, "rm_dpo", -0.1, 0.4, "unresolved"),
+    (MARGIN, "rm_dpo", 0.0, 0.4, "unresolved"),  # touches
+    (MARGIN, "rm_dpo", -0.4, 0.0, "unresolved"),
+    (MARGIN, "rm_dpo", -0.4, -0.1, "does not hold"),
+    (HARM, "harm", -6.0, -2.0, "holds"),  # less is better
+    (HARM, "harm", -6.0, 0.0, "unresolved"),
+    (HARM, "harm", 2.0, 6.0, "does not hold"),
+    (REWARD, "true_reward", -0.09, -0.02, "holds"),  # the bound is -.1, not 0
+    (REWARD, "true_reward", -0.2, 0.3, "unresolved"),
+    (REWARD, "true_reward", -0.3, -0.11, "does not hold"),
+    (REWARD, "true_reward", 0.2, 0.3, "holds"),
+    (BLEU, "bleu_char", -0.009, -0.002, "holds"),  # the bound is -.01
+    (BLEU, "bleu_char", -0.02, -0.011, "does not hold"),
+])
+def test_the_side_of_the_bound_that_the_interval_lies_on_decides(claim, metric, low, high, verdict):
+    mean = (low + high) / 2
+    item = judged(results("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", metric, mean, low, high)]))[claim]
+    assert item == {"claim": claim, "paper": item["paper"], "verdict": verdict, "kind": "difference",
+                    "metric": metric, **interval(mean, low, high)}
+
+
+def test_the_papers_figures_stand_in_the_item():
+    found = judged(results("headline", rows=TWO | {"DPO-PL-8": {}}))
+    assert found[MARGIN]["paper"] == "Table 2: HH 2.723 vs 0.349, PKU -5.359 vs -5.441"
+    assert found[f"{MARGIN[:-2]}PL-8"]["paper"] == "Table 2: HH 2.723 vs -0.795, PKU -5.359 vs -6.852"
+    assert found[BLEU]["paper"] == "Table 2: HH 0.232 vs 0.230, PKU 0.306 vs 0.306"
+    assert found[REWARD]["paper"] == "Table 2: HH 0.430 vs 0.431, PKU 0.407 vs 0.417"
+    assert found[HARM]["paper"] == "Sec. 6.1"
+    assert found["DPO-HPS wins more often against SFT than DPO-PL-8"]["paper"] == (
+        "Table 4: win : lose, HH 57.612 : 13.875, PKU 57.650 : 10.350")
+    assert found["DPO-PL-8 has a negative RM_DPO"]["paper"] == "Sec. 6.1, Table 2: HH -0.795, PKU -6.852"
+
+
+def test_what_is_not_there_is_left_out_or_said():
+    found = judged(results("methods", rows=TWO, comparisons=[("DPO-BT", "DPO-HPS", "rm_dpo", 1, 0.5, 2)]))
+    assert not any("PL-8" in text or "EXO" in text for text in found)  # no such rows
+    assert found[MARGIN]["verdict"] == "not measured here"  # b - a is not a - b
+    assert found[MARGIN]["reason"] == "no comparison of RM_DPO of these rows in the results"
+    assert found["DPO-HPS has a positive RM_DPO"]["reason"] == "no RM_DPO of these rows in the results"
+    people = found["People rate DPO-HPS above DPO-BT, DPO-PL and SFT"]
+    assert people == {"claim": people["claim"], "paper": "Table 3: 3.93 vs 3.82, 3.69, 3.63",
+                      "verdict": "not measured here", "reason": "needs human raters"}
+    bare = results("methods", rows=TWO)
+    del bare["comparisons"]
+    assert set(claims.judge(bare)[0]) == {"claim", "paper", "verdict", "reason"}
+    assert claims.judge(results("schedule", rows=TWO)) == []
+
+
+@pytest.mark.parametrize("low, high, positive, negative", [
+    (0.5, 2.0, "holds", "does not hold"), (-1.0, 2.0, "unresolved", "unresolved"),
+    (-2.0, -0.5, "does not hold", "holds")])
+def test_a_value_is_judged_by_its_own_interval(low, high, positive, negative):
+    metrics = {"rm_dpo": interval((low + high) / 2, low, high)}
+    found = judged(results("headline", rows={"DPO-HPS": metrics, "DPO-PL-8": metrics}))
+    assert found["DPO-HPS has a positive RM_DPO"]["verdict"] == positive
+    assert found["DPO-PL-8 has a negative RM_DPO"]["verdict"] == negative
+    assert found["DPO-PL-8 has a negative RM_DPO"]["kind"] == "value"
+
+
+@pytest.mark.parametrize("low, high, verdict", [
+    (51, 57, "holds"), (49, 57, "unresolved"), (40, 49.5, "does not hold"), (1, 9, "does not hold")])
+def test_half_of_the_samples_is_the_bound_of_a_win(low, high, verdict):
+    found = judged(results("headline", rows={"DPO-HPS": {"win": interval((low + high) / 2, low, high)}}))
+    item = found["DPO-HPS wins more than half of its samples against SFT"]
+    assert item["verdict"] == verdict and (item["low"], item["high"]) == (low, high)
+
+
+def test_cost_is_a_ratio_with_the_range_over_runs():
+    rows = {"DPO-HPS": {"train_seconds": interval(40, 36, 44), "train_tokens": interval(82, 80, 84)},
+            "DPO-BT": {"train_seconds": interval(50, 40, 60), "train_tokens": interval(80, 80, 80)},
+            "DPO-PL-8": {"train_seconds": interval(160, 150, 176), "train_tokens": interval(80, 60, 100)}}
+    found = judged(results("cost", rows=rows))
+    text = "DPO-HPS trains in less than {} times the {} of {}"
+    item = found[text.format("1.1", "seconds", "DPO-BT")]
+    assert (item["mean"], item["low"], item["high"]) == pytest.approx((0.8, 0.6, 1.1))
+    assert item["kind"] == "ratio" and item["paper"].endswith(": 64.4 vs 62.8 hours, x 1.03")
+    assert found[text.format("1.1", "tokens", "DPO-BT")]["verdict"] == "holds"  # 84 / 80 = 1.05
+    item = found[text.format("0.5", "seconds", "DPO-PL-8")]
+    assert (item["low"], item["high"]) == pytest.approx((36 / 176, 44 / 150))
+    assert item["verdict"] == "holds" and item["paper"].endswith(": 64.4 vs 168.4 hours, x 0.38")
+    assert found[text.format("0.5", "tokens", "DPO-PL-8")]["verdict"] == "does not hold"  # 80 / 100 = .8
+    rows["DPO-BT"]["train_seconds"] = interval(50, 0, 60)
+    with pytest.raises(ValueError, match="train_seconds of DPO-HPS and DPO-BT must be above 0"):
+        claims.judge(results("cost", rows=rows))
+
+
+@pytest.mark.parametrize("bt, verdict", [((0.2, 0.1, 0.3), "holds"), ((0.5, 0.2, 1.0), "unresolved"),
+                                         ((4.0, 3.1, 5.0), "does not hold")])
+def test_growth_with_n_is_a_difference_of_differences(bt, verdict):
+    pairs = [("DPO-HPS n 100", "DPO-HPS n 5", "rm_dpo", 2.0, 1.0, 3.0),
+             ("DPO-BT n 100", "DPO-BT n 5", "rm_dpo", *bt)]
+    rows = {name: {} for pair in pairs for name in pair[:2]}
+    found = judged(results("responses", rows=rows, comparisons=pairs))
+    text = "RM_DPO grows more from n 5 to 100 under DPO-HPS than under DPO-BT"
+    assert found[text]["verdict"] == verdict and found[text]["paper"] == "Table 6: +2.123 vs +0.183"
+    assert (found[text]["mean"], found[text]["low"], found[text]["high"]) == pytest.approx(
+        (2.0 - bt[0], 1.0 - bt[2], 3.0 - bt[1]))
+    assert found["DPO-HPS n 100 has a larger RM_DPO than DPO-HPS n 5"]["verdict"] == "holds"
+    assert judged(results("responses", rows=rows, comparisons=pairs[:1]))[text]["verdict"] == "not measured here"
+
+
+def test_each_table_has_its_own_columns():
+    """Figures of the tables that are cut by column: one each, as the paper prints them."""
+    paper = {(claim.text, claim.figures) for claim in claims.CLAIMS}
+    assert paper >= {
+        ("DPO-HPS help to safe has a larger RM_DPO than DPO-BT help to safe", "PKU 5.725 vs 1.346"),
+        ("DPO-HPS safe to help has a larger RM_DPO than DPO-PL-8 safe to help", "HH -4.816 vs -5.122"),
+        ("DPO-HPS safe to help is at most 0.1 of reward below DPO-BT safe to help", "HH 0.438 vs 0.437"),
+        ("DPO-HPS help to safe is at most 0.01 of BLEU below DPO-PL-8 help to safe", "PKU 0.310 vs 0.307"),
+        ("DPO-HPS n 20 has a larger RM_DPO than DPO-BT n 20", "0.822 vs 0.227"),
+        ("DPO-BT n 100 has a larger RM_DPO than DPO-BT n 5", "0.349 vs 0.166"),
+        ("DPO-HPS n 100 is at most 0.1 of reward below DPO-HPS n 5", "0.430 vs 0.431"),
+        ("DPO-HPS beta 1 has a larger RM_DPO than DPO-BT beta 1", "RM_R-DPO -1.178 vs -1.990 at KL 2.015 vs 2.043"),
+        ("SPPO-BT has a negative RM_DPO", "HH -0.978, PKU -13.442")}
+
+
+def suites():
+    try:
+        return importlib.import_module("hps.lab.suites").SUITES
+    except ModuleNotFoundError:
+        return importlib.import_module("hps.lab.reproduce").SUITES
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.text)
+def test_every_claim_names_what_the_sweep_makes(claim):
+    assert claim.suites and bool(claim.reason) != bool(claim.metric)
+    for name in claim.suites:
+        suite = suites()[name]()
+        assert claim.rows <= suite.rows.keys()
+        if claim.metric:
+            assert claim.metric in report.METRICS
+            assert claim.kind in ("difference", "value", "ratio") and claim.sign in (-1, 1)
+        if claim.kind == "difference" and claim.metric:
+            assert {(claim.a, claim.b), claim.less} - {None} <= set(suite.pairs)
+        better = report.METRICS[claim.metric].better if claim.metric else claim.sign
+        assert claim.kind == "value" or claim.sign == better  # each claim speaks for its first row
+
+
+def test_every_loss_and_suite_of_the_papers_tables_has_a_claim():
+    judged_suites = {name for claim in claims.CLAIMS for name in claim.suites}
+    assert judged_suites == {"headline", "methods", "transfer", "responses", "beta", "cost"}
+    margins = [claim for claim in claims.CLAIMS if claim.metric == "rm_dpo" and claim.kind == "difference"]
+    assert sum("methods" in claim.suites for claim in margins) == 5 * 2
+    assert sum("headline" in claim.suites for claim in margins) == 2
+    assert sum("beta" in claim.suites for claim in margins) == 5
