@@ -13,50 +13,58 @@ import pytest
 from conftest import ROOT
 from tqdm import tqdm
 
+import train
+from hps import config
 from hps.evaluate import report
 from hps.lab import reproduce
+from hps.lab.suites import SUITES
 
 
-def cell(folder: Path, values: dict[str, dict[str, float]]) -> Path:
-    (folder / "eval").mkdir(parents=True)
-    (folder / "eval/per_prompt.json").write_text(json.dumps(values))
+def run(folder: Path, values: dict[str, dict[str, float]]) -> Path:
+    (folder / "test").mkdir(parents=True)
+    (folder / "test/per_prompt.json").write_text(json.dumps(values))
     (folder / "summary.json").write_text(json.dumps({"seconds": 3.0 + len(folder.name), "tokens": 5000}))
     same = {"loss": 0.5, "effective_negatives": 2}
     log = [same | {"step": s, "rewards/margins": s, "gamma": -5 + s} for s in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    return folder / "eval"
+    return folder / "test"
 
 
 @pytest.fixture
-def cells(tmp_path) -> dict[str, list[Path]]:
-    """SFT at zero; BT one below HPS on every prompt and seed; rmgap and harm undefined on some prompts."""
+def cells(tmp_path) -> dict[str, list[list[Path]]]:
+    """Two worlds with prompts of their own. SFT at zero; BT one below HPS on every prompt and repeat; harm undefined
+    on some prompts, not the same ones in each world."""
     g = np.random.default_rng(0)
-    prompts = [f"p{i}" for i in range(40)]
-    base = {p: float(g.normal(3.0)) for p in prompts}
-    out = {"SFT": [cell(tmp_path / "SFT", {"rm2": dict.fromkeys(prompts, 0.0)})], "DPO-BT": [], "DPO-HPS": []}
-    for name, shift in (("DPO-BT", 0.0), ("DPO-HPS", 1.0)):
-        for seed in range(2):
-            rm2 = {p: base[p] + shift + 0.1 * seed for p in prompts}
-            harm = dict.fromkeys(prompts[::2], 50.0 * (1 - shift))
-            out[name].append(cell(tmp_path / f"{name}-{seed}", {"rm2": rm2, "harm": harm}))
+    out: dict[str, list[list[Path]]] = {"SFT": [], "DPO-BT": [], "DPO-HPS": []}
+    for world in range(2):
+        prompts = [f"p{world}{i}" for i in range(40)]
+        base = {p: float(g.normal(3.0)) for p in prompts}
+        out["SFT"].append([run(tmp_path / f"SFT-{world}", {"rm2": dict.fromkeys(prompts, 0.0)})])
+        for name, shift in (("DPO-BT", 0.0), ("DPO-HPS", 1.0)):
+            out[name].append([])
+            for repeat in range(3):
+                rm2 = {p: base[p] + shift + 0.1 * repeat + 2 * world for p in prompts}
+                harm = dict.fromkeys(prompts[world::2], 50.0 * (1 - shift))
+                out[name][-1].append(run(tmp_path / f"{name}-{world}-{repeat}", {"rm2": rm2, "harm": harm}))
     return out
 
 
 def test_rows_and_paired_differences(cells):
-    rows, comparisons = reproduce.summarise(cells, [("DPO-HPS", "DPO-BT")])
+    rows, comparisons = reproduce.summarise(cells, [("DPO-HPS", "DPO-BT"), ("DPO-HPS", "SFT")])
     by_name = {row["method"]: row for row in rows}
     bt, hps = by_name["DPO-BT"], by_name["DPO-HPS"]
-    values = json.loads((cells["DPO-BT"][0] / "per_prompt.json").read_text())["rm2"].values()
-    assert bt["metrics"]["rm2"]["mean"] == pytest.approx(np.mean(list(values)) + 0.05)
+    read = [json.loads((folders[0] / "per_prompt.json").read_text())["rm2"].values() for folders in cells["DPO-BT"]]
+    assert bt["metrics"]["rm2"]["mean"] == pytest.approx(np.mean([list(v) for v in read]) + 0.1)
     assert by_name["SFT"]["metrics"]["rm2"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert bt["metrics"]["harm"]["mean"] == 50.0 and bt["seeds"] == 2
+    assert bt["metrics"]["harm"]["mean"] == 50.0 and bt["seeds"] == 6
     assert bt["metrics"]["train_tokens"]["mean"] == 5.0
     assert "train_seconds" in hps["metrics"] and "train_seconds" not in by_name["SFT"]["metrics"]
-    # Prompts differ by about one, yet the paired difference is sharp: it is one on every prompt.
-    assert bt["metrics"]["rm2"]["high"] - bt["metrics"]["rm2"]["low"] > 0.3
-    (rm2,) = (c for c in comparisons if c["metric"] == "rm2")
+    # The worlds differ by two and prompts by about one, yet the paired difference is sharp: one on every prompt.
+    assert bt["metrics"]["rm2"]["high"] - bt["metrics"]["rm2"]["low"] > 1.5
+    rm2, over_sft = (c for c in comparisons if c["metric"] == "rm2")
     assert (rm2["a"], rm2["b"]) == ("DPO-HPS", "DPO-BT")
-    assert rm2["mean"] == pytest.approx(1.0) and rm2["low"] > 0.8 and rm2["high"] < 1.2
+    assert (rm2["mean"], rm2["low"], rm2["high"]) == pytest.approx((1.0, 1.0, 1.0))
+    assert over_sft["mean"] == pytest.approx(hps["metrics"]["rm2"]["mean"])  # three repeats against one SFT model
     (harm,) = (c for c in comparisons if c["metric"] == "harm")
     assert harm["mean"] == pytest.approx(-50.0)
 
@@ -72,19 +80,40 @@ def test_the_report_accepts_what_the_sweep_makes(cells, tmp_path):
     assert {"results.json", "RESULTS.md"} <= {path.name for path in written}
 
 
-@pytest.mark.parametrize("suite", reproduce.SUITES)
+@pytest.mark.parametrize("suite", SUITES)
 def test_every_row_of_a_suite_is_a_command_that_train_accepts(suite):
-    """Options that a method would ignore are errors, so each row's flags must belong to its method."""
-    import train
-    from hps import config
-
-    spec = reproduce.SUITES[suite]()
-    for name, flags in spec.methods.items():
-        argv = ["--config", "configs/world.toml", "--model", "m", "--data", "d", "--out", "o", *flags]
+    """Options that a method would ignore are errors, so each row's options must belong to its method."""
+    spec = SUITES[suite]()
+    for row in spec.rows.values():
+        argv = ["--config", "configs/world.toml", "--model", "m", "--data", "d", "--out", "o", *reproduce.flags(row)]
         train.check(*config.parse(train.Config, argv, prog="train.py", description=""))
-        assert not [word for word in flags if word == "--lr"], name
-    assert {name for pair in spec.pairs for name in pair} <= spec.methods.keys()
-    assert spec.splits.keys() <= spec.methods.keys()
+    assert {name for pair in spec.pairs for name in pair} <= spec.rows.keys()
+    assert spec.prompts.keys() | spec.noise.keys() <= spec.rows.keys()
+    drawn = [row for figure in spec.series.values() for line in figure["lines"].values() for row in line]
+    assert set(drawn) <= spec.rows.keys()
+
+
+def test_a_plan_has_every_cell_once_and_suites_share_them(tmp_path):
+    """headline: worlds x rows x repeats trainings; another suite's equal rows have equal products and commands."""
+    options = reproduce.Options(seeds=2, repeats=3, first_seed=4)
+    stages, cells = reproduce.plan(options, SUITES["headline"](), tmp_path)
+    products = [stage.product for stage in stages]
+    assert len(set(products)) == len(products)
+    rows = SUITES["headline"]().rows
+    assert sum(product.name == "policy" and "cells" in str(product) for product in products) == 2 * 3 * len(rows)
+    assert list(cells) == ["SFT", *rows]
+    assert [len(repeats) for repeats in cells["DPO-HPS"]] == [3, 3] and [len(r) for r in cells["SFT"]] == [1, 1]
+    assert all(f"world-{4 + w}/" in str(repeats[0]) for w, repeats in enumerate(cells["DPO-BT"]))
+    placed: set[Path] = set()
+    for stage in stages:  # each after what it needs, and naming it
+        assert placed.issuperset(stage.needs)
+        assert all(any(str(n.parent if n.suffix == ".json" else n) in w for w in stage.argv) for n in stage.needs)
+        placed.add(stage.product)
+    schedule, _ = reproduce.plan(options, SUITES["schedule"](), tmp_path)
+    commands = {stage.product: stage.argv for stage in stages}
+    common = [stage for stage in schedule if stage.product in commands]
+    assert len(common) >= 2 * (6 + 2 * 2 * 3)  # the world's stages; DPO-HPS and its mixture, trained and evaluated
+    assert all(stage.argv == commands[stage.product] for stage in common)
 
 
 def test_workers_end_with_a_killed_sweep(tmp_path):
@@ -107,18 +136,26 @@ def test_workers_end_with_a_killed_sweep(tmp_path):
     assert not Path(f"/proc/{worker}").exists()
 
 
-def test_finished_stages_are_kept_and_failures_are_told(tmp_path):
-    """A stage whose product exists does not run again; a script that fails is named with its last words."""
-    script = tmp_path / "script.py"
-    lines = ["import sys", "open(sys.argv[1], 'a').write('x')", "if len(sys.argv) > 2: sys.exit('no ' + sys.argv[2])"]
+def test_finished_stages_are_kept_in_order_and_failures_are_told(tmp_path):
+    """A stage runs after what it needs, longest chain first, and only where it must; a failure has its last words."""
+    script, log = tmp_path / "script.py", tmp_path / "order"
+    lines = ["import sys", "open(sys.argv[1], 'a').write('x')", "open(sys.argv[2], 'a').write(sys.argv[1][-1])"]
+    lines += ["if len(sys.argv) > 3: sys.exit('no ' + sys.argv[3])"]
     script.write_text("\n".join(lines))
-    with ThreadPoolExecutor(1) as pool, tqdm(total=3, disable=True) as bar:
-        run = reproduce.Stages(pool, tmp_path, bar)
-        product = tmp_path / "product"
-        for _ in range(2):
-            run.start(product, [str(script), str(product)], weight=1).result()
-        assert product.read_text() == "x"
-        failing = run.start(tmp_path / "other", [str(script), str(tmp_path / "other"), "luck"], weight=1)
+
+    def stage(name: str, weight: float, *needs: str, more: tuple[str, ...] = ()) -> reproduce.Stage:
+        argv = [str(script), str(tmp_path / name), str(log), *more]
+        return reproduce.Stage(tmp_path / name, argv, weight, tuple(tmp_path / need for need in needs))
+
+    stages = [stage("a", 1), stage("b", 3), stage("c", 5, "a"), stage("d", 1, "b", "c")]
+    with ThreadPoolExecutor(1) as pool, tqdm(total=10, disable=False) as bar:
+        assert reproduce.run_stages(pool, 1, stages, tmp_path, bar) == 0
+        assert log.read_text() == "acbd"  # a before b: c waits for it
+        assert bar.n == 10
+        (tmp_path / "c").unlink()
+        assert reproduce.run_stages(pool, 1, stages, tmp_path, bar) == 3
+        assert log.read_text() == "acbdc" and (tmp_path / "d").read_text() == "x"
         with pytest.raises(RuntimeError, match="script.py.*ended with status no luck"):
-            failing.result()
-    assert (tmp_path / "commands.log").read_text().count("python ") == 2
+            reproduce.run_stages(pool, 1, [stage("e", 1, more=("luck",)), stage("f", 1, "e")], tmp_path, bar)
+    assert not (tmp_path / "f").exists()
+    assert (tmp_path / "commands.log").read_text().count("python ") == 6
