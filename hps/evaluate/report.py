@@ -2,7 +2,8 @@
 
     {"suite": str, "commit": str, "machine": str, "seconds": float,
      "rows": [{"method": str, "seeds": int, "metrics": {name: {"mean", "low", "high"}}}],
-     optional "comparisons": [{"a": method, "b": method, "metric": name, "mean", "low", "high"}],   of a - b
+     optional "comparisons": [{"a": method, "b": method, "metric": name, "mean", "low", "high",    of a - b
+                               optional "p": of a paired test}],
      optional "settings": {name: anything JSON},
      optional "curves": {method: {"step": [...], "loss": [...], "margin": [...]}},
      optional "schedule": {"step": [...], "gamma": [...], "effective_negatives": [...]},
@@ -185,7 +186,8 @@ def validate(results: dict[str, Any]) -> None:
             _check_interval(interval, f"{path}.metrics.{name}")
     for i, item in enumerate(results.get("comparisons", [])):
         path = f"comparisons[{i}]"
-        _check_keys(item, path, {"a", "b", "metric", "mean", "low", "high"})
+        _check_keys(item, path, {"a", "b", "metric", "mean", "low", "high"}, frozenset({"p"}))
+        _need(0 <= item.get("p", 0) <= 1, f"{path}.p", "need a probability")
         for side in ("a", "b"):
             _need(item[side] in methods, f"{path}.{side}", f"no row for method {item[side]!r}")
         _check_metric(item["metric"], f"{path}.metric")
@@ -268,7 +270,7 @@ def _methods(results: dict[str, Any], names: list[str]) -> tuple[list[str], list
 def comparisons_table(results: dict[str, Any]) -> str:
     """GitHub Markdown of the paired differences a - b with a verdict; "" when the results hold none.
 
-    Verdict: "a larger" or "b larger" when the interval lies on one side of 0, else "unresolved".
+    Verdict: "a larger" or "b larger" when the interval lies on one side of 0, else "unresolved". p: of the paired test.
     """
     validate(results)
     return _markdown(*_comparisons(results)) + "\n" if results.get("comparisons") else ""
@@ -278,9 +280,10 @@ def _comparisons(results: dict[str, Any]) -> tuple[list[str], list[list[page.Cel
     rows = []
     for item in results["comparisons"]:
         verdict = "a larger" if item["low"] > 0 else "b larger" if item["high"] < 0 else "unresolved"
+        p = f"{item['p']:.1g}" if "p" in item else "-"
         rows.append([page.Cell(METRICS[item["metric"]].title), page.Cell(item["a"]), page.Cell(item["b"]),
-                     _number(item, METRICS[item["metric"]].digits, "+"), page.Cell(verdict)])
-    return ["metric", "a", "b", "a - b", "verdict"], rows
+                     _number(item, METRICS[item["metric"]].digits, "+"), page.Cell(verdict), page.Cell(p)])
+    return ["metric", "a", "b", "a - b", "verdict", "p"], rows
 
 
 CLAIMS_NOTE = (

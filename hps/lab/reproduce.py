@@ -7,6 +7,7 @@ the same command again goes on where it was, and suites in one OUT share what th
 """
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -39,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Options:
     suite: str = "headline"  # one of hps/lab/suites.py (headline, methods, transfer, ...), theory, or all of them
     seeds: int = 3  # worlds, each with facts, prompts, SFT model and candidates of its own
-    repeats: int = 1  # preference runs of each row in each world
-    first_seed: int = 0  # the worlds are this one and those that follow: take others to confirm what was chosen here
+    repeats: int = 0  # preference runs of each row in each world; 0: what the suite says, 1 but for `confirm`
+    first_seed: int = 0  # the worlds are this one and those that follow; `confirm` takes later ones
     out: str = "runs/reproduce"  # results.json, RESULTS.md, report.html, figures/ and every stage's files
     small: bool = False  # a tenth of the size: checks the path, not the claim
     jobs: int = 0  # processes at once; 0 means one a core
@@ -256,6 +257,7 @@ def summarise(
                 a, b = values[name][metric], values[other][metric]
                 valid = ~(np.isnan(a).any(1, keepdims=True) | np.isnan(b).any(1, keepdims=True))
                 difference = interval(metrics.bootstrap_difference(a, b, valid=valid))
+                difference["p"] = metrics.wilcoxon_p(a, b, valid=valid)
                 comparisons.append({"a": name, "b": other, "metric": metric, **difference})
     return rows, comparisons
 
@@ -314,8 +316,8 @@ def main() -> None:
     names = [*SUITES, "theory"]
     if c.suite not in (*names, "all"):
         raise ValueError(f"unknown suite {c.suite!r}; choose one of {', '.join(names)}, all")
-    if min(c.seeds, c.repeats) < 1 or min(c.first_seed, c.jobs) < 0:
-        raise ValueError("seeds and repeats must be at least 1, first_seed and jobs not negative")
+    if c.seeds < 1 or min(c.repeats, c.first_seed, c.jobs) < 0:
+        raise ValueError("seeds must be at least 1, repeats, first_seed and jobs not negative")
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers: two threads on two busy cores run slower than one
     out = Path(c.out)
@@ -340,6 +342,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     began = time.time()
     folder.mkdir(parents=True, exist_ok=True)
     suite, jobs = SUITES[name](), c.jobs or os.cpu_count() or 1
+    c = dataclasses.replace(c, repeats=c.repeats or suite.repeats, first_seed=c.first_seed + suite.later)
     stages, cells = plan(c, suite, out)
     total = round(sum(stage.weight for stage in stages))
     with workers(jobs) as pool, tqdm(total=total, desc=f"{name}, {c.seeds} seeds", bar_format=BAR) as bar:

@@ -27,6 +27,7 @@ class Suite:
     domains "train-help" and the like are the prompts of one.
     `noise`: row -> standard deviation of the training reward's noise where it is not the world's own.
     `series`: figures of lines through rows, as `report` draws them.
+    `repeats`: preference runs of a row in each world. `later`: how far its worlds lie behind those of other suites.
     """
 
     rows: dict[str, Row]
@@ -36,6 +37,8 @@ class Suite:
     prompts: dict[str, tuple[str, str]] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
     series: dict[str, Any] = field(default_factory=dict)
+    repeats: int = 1
+    later: int = 0
 
 
 def against(row: str, rows: dict[str, Row]) -> list[tuple[str, str]]:

@@ -264,3 +264,17 @@ def test_bleu_refuses(bleu, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ValueError, match=r"pip install hps\[eval\]"):
         bleu(["a"], ["a"])
+
+
+def test_wilcoxon_is_scipys_on_the_prompts_means():
+    """Two worlds of three prompts, two runs of a against one of b; a prompt that one side never scored is left out."""
+    a = np.array([[[1.0, 2.0, 9.0], [3.0, 5.0, 9.0]], [[4.0, 4.0, 1.0], [4.0, 6.0, 2.0]]])
+    b = np.array([[[0.0, 5.0, 1.0]], [[2.5, 1.0, 8.0]]])
+    valid = np.array([True, True, False])
+    differences = [2 - 0, 3.5 - 5, 4 - 2.5, 5 - 1]
+    assert M.wilcoxon_p(a, b, valid=valid) == pytest.approx(scipy.stats.wilcoxon(differences).pvalue)
+    assert M.wilcoxon_p(a, a) == 1.0
+    g = np.random.default_rng(0)
+    x = g.normal(size=300)
+    assert M.wilcoxon_p(x + 0.2 + 0.1 * g.normal(size=300), x) < 1e-6
+    assert 0.01 < M.wilcoxon_p(x + g.normal(size=300), x)

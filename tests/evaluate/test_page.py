@@ -84,7 +84,7 @@ def test_the_tables_are_those_of_the_markdown(written):
     # Two by hand: a best, an overlap and an interval; and a missing number.
     assert ours[0][2:] == [["DPO-BT", "3", "0.51 [0.30, 0.70] ~"], ["HPS|x", "3", "**0.60** [0.45, 0.77]"]]
     assert ours[3][1] == ["SFT", "1", "-"]
-    assert ours[4][1] == ["reward", "HPS|x", "DPO-BT", "+0.64 [+0.50, +0.80]", "a larger"]
+    assert ours[4][1] == ["reward", "HPS|x", "DPO-BT", "+0.64 [+0.50, +0.80]", "a larger", "0.003"]
     assert ours[5][2] == ["c|d", "Table 3", "harm % 3.6", "[3.0, 4.0]", "does not hold"]
 
 
@@ -114,7 +114,7 @@ def test_heading_legend_headers_and_captions(written):
     assert html.texts("h2") == ["Margins (nats)", "Distance to the reference (nats)", "Samples", "Samples against SFT",
                                 "Paired comparisons", "The paper's claims", "Figures"]
     heads = [attrs for attrs, _ in html.all("th") if attrs["scope"] == "col"]
-    assert len(heads) == len(html.all("button")) == 3 + 3 + 5 + 3 + 5 + 5  # each can be reached and pressed by keyboard
+    assert len(heads) == len(html.all("button")) == 3 + 3 + 5 + 3 + 6 + 5  # each can be reached and pressed by keyboard
     assert {head["aria-sort"] for head in heads} == {"none"}
     ids = [attrs["id"] for attrs, _ in html.all("h2") if "id" in attrs]
     assert [attrs["aria-labelledby"] for attrs, _ in html.all("table")] == ids and len(set(ids)) == 6

@@ -35,7 +35,7 @@ def results():
                 "win": interval(70.25, 68, 73)}},
         ],
         "comparisons": [
-            {"a": "HPS|x", "b": "DPO-BT", "metric": "true_reward", **interval(0.64, 0.5, 0.8)},
+            {"a": "HPS|x", "b": "DPO-BT", "metric": "true_reward", **interval(0.64, 0.5, 0.8), "p": 0.00321},
             {"a": "HPS|x", "b": "DPO-BT", "metric": "rm2", **interval(-0.001, -0.2, 0.2)},
             {"a": "HPS|x", "b": "SFT", "metric": "harm", **interval(-29.1, -32, -26)},
         ],
@@ -102,6 +102,7 @@ def put(*path_and_value):
     (put("rows", 1, "metrics", "rm3", interval(1, 1, 1)), r"^rows\[1\]\.metrics: unknown metric 'rm3'"),
     (put("comparisons", 1, "b", "PL"), r"^comparisons\[1\]\.b: no row for method 'PL'"),
     (put("comparisons", 1, "metric", "rm3"), r"^comparisons\[1\]\.metric: unknown metric 'rm3'"),
+    (put("comparisons", 0, "p", 1.5), r"^comparisons\[0\]\.p: need a probability"),
     (put("comparisons", 0, "high", 0.0), r"^comparisons\[0\]: need low <= mean <= high"),
     (put("curves", "PL", {}), r"^curves: no row for method 'PL'"),
     (put("curves", "DPO-BT", "loss", [1.0]), r"^curves\.DPO-BT\.loss: has 1 values for 40 steps"),
@@ -186,12 +187,12 @@ def test_table_bolds_ties_together_and_nothing_when_all_are_equal():
 
 def test_comparisons_have_a_plain_verdict():
     lines = report.comparisons_table(results()).splitlines()[2:]
-    assert lines == [r"| reward | HPS\|x | DPO-BT | +0.64 [+0.50, +0.80] | a larger |",
-                     r"| RM2 | HPS\|x | DPO-BT | +0.00 [-0.20, +0.20] | unresolved |",
-                     r"| harm % | HPS\|x | SFT | -29.1 [-32.0, -26.0] | b larger |"]
+    assert lines == [r"| reward | HPS\|x | DPO-BT | +0.64 [+0.50, +0.80] | a larger | 0.003 |",
+                     r"| RM2 | HPS\|x | DPO-BT | +0.00 [-0.20, +0.20] | unresolved | - |",
+                     r"| harm % | HPS\|x | SFT | -29.1 [-32.0, -26.0] | b larger | - |"]
     touching = results()
     touching["comparisons"] = [{"a": "SFT", "b": "SFT", "metric": "rm2", **interval(0.1, 0.0, 0.2)}]
-    assert report.comparisons_table(touching).splitlines()[2].endswith("| unresolved |")
+    assert report.comparisons_table(touching).splitlines()[2].endswith("| unresolved | - |")
 
 
 def test_claims_stand_beside_the_papers_figures():

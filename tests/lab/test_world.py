@@ -397,7 +397,8 @@ def test_written_data(tmp_path, domain):
     assert about == json.loads((tmp_path / "world.json").read_text())
     assert about == {"seed": 5, "domain": domain, **sizes, "sft": 400}
     names = {"model", "sft.jsonl", "train.jsonl", "valid.jsonl", "test.jsonl", "world.json"}
-    assert {p.name for p in tmp_path.iterdir()} == names  # and no temporary file is left
+    by_domain = {f"{split}-{d}.jsonl" for split in sizes for d in ("help", "safe")} if domain == "both" else set()
+    assert {p.name for p in tmp_path.iterdir()} == names | by_domain  # and no temporary file is left
 
     world, asked, ids = World(5), {}, []
     for split, size in {**sizes, "sft": 400}.items():
@@ -412,6 +413,9 @@ def test_written_data(tmp_path, domain):
         share = {"safe": 0.0, "help": 1.0, "both": 0.5}[domain]
         assert kinds.count("help") == share * size
         if split != "sft":
+            for name in (n for n in by_domain if n.startswith(split)):
+                kept = [row for row in rows if row["source"] == f"world-{name.split('-')[1].removesuffix('.jsonl')}"]
+                assert read(tmp_path, name.removesuffix(".jsonl")) == kept and len(kept) == size / 2
             assert all(row["responses"] == [] for row in rows)
             assert len(asked[split]) == size
             assert kinds.count("risky") == kinds.count("how-to") == (1 - share) / 2 * size
