@@ -22,7 +22,9 @@ import torch
 from tqdm import tqdm
 
 from hps import checkpoint, config, dist, losses, model, reference, sampling
+from hps import plan as planning
 from hps.data import listwise, tokens
+from hps.losses_listwise import LISTWISE, OFFICIAL, Listwise, listwise_at_reference, listwise_loss
 from hps.packing import Block, micro_batches, pack
 
 
@@ -33,7 +35,7 @@ class Config:
     data: str  # list-wise JSON Lines with rewards (.gz accepted)
     out: str  # folder of the run: metrics.jsonl, checkpoints, the final policy; an unfinished run there goes on
     loss: str = "preference"  # preference (see method) or sft (likelihood of the best response)
-    method: str = "dpo-hps"  # a loss of losses.py and whom it contrasts (sampling.plan): dpo-bt, nca-pl, ...
+    method: str = "dpo-hps"  # a loss of losses.py and whom it contrasts (plan.plan): dpo-bt, nca-pl, ...
     reference: str = ""  # reference model; empty means the policy itself before its first update
     # -- the loss --
     beta: float = 0.1  # KL strength
@@ -100,12 +102,12 @@ SAMPLER = {*BY_VIEW["pl"], *HPS, *WINDOW}
 BY_LOSS = {"beta", "length_norm", *losses.OPTIONS}
 
 
-def parts(c: Config) -> tuple[str, str, losses.Loss | losses.Listwise]:
+def parts(c: Config) -> tuple[str, str, losses.Loss | Listwise]:
     """Name of the loss, view, and the loss's facts, of the method; the official form of a PL method is list-wise."""
     name, view = c.method.split("-")
-    if view == "pl" and c.pl_form == "official" and losses.OFFICIAL.get(name):
-        name = str(losses.OFFICIAL[name])
-    return name, view, losses.LISTWISE[name] if name in losses.LISTWISE else losses.LOSSES[name]
+    if view == "pl" and c.pl_form == "official" and OFFICIAL.get(name):
+        name = str(OFFICIAL[name])
+    return name, view, LISTWISE[name] if name in LISTWISE else losses.LOSSES[name]
 
 
 def needs_reference(c: Config) -> bool:
@@ -130,7 +132,7 @@ def used_options(c: Config) -> set[str]:
         used |= {"length_norm"} if getattr(facts, "length_norm", False) else set()
         used -= set() if needs_reference(c) else {"reference", "reference_cache"}
         used |= BY_VIEW.get(view, set())
-        used -= {"pl_form"} if c.method.split("-")[0] in losses.LISTWISE else set()
+        used -= {"pl_form"} if c.method.split("-")[0] in LISTWISE else set()
         used -= {"hps_samples"} if c.hps_form == "full" else set()
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
     return used if c.lora_rank else used - {"lora_alpha", "lora_targets"}
@@ -138,15 +140,15 @@ def used_options(c: Config) -> set[str]:
 
 def check(c: Config, set_keys: frozenset[str]) -> None:
     """ValueError for a choice that does not exist or that the run would ignore."""
-    methods = [f"{name}-{view}" for name in losses.LOSSES for view in sampling.VIEWS]
-    methods += [f"{name}-pl" for name in losses.LISTWISE]
+    methods = [f"{name}-{view}" for name in losses.LOSSES for view in planning.VIEWS]
+    methods += [f"{name}-pl" for name in LISTWISE]
     choices = {
         "loss": ["preference", "sft"],
         "method": methods,
         "dtype": list(model.DTYPES),
         "overlong": ["drop", "error"],
         "gamma_schedule": list(sampling.SCHEDULES),
-        "hps_form": list(sampling.FORMS),
+        "hps_form": list(planning.FORMS),
         "pl_form": ["stagewise", "official"],
         "reward_norm": list(sampling.REWARD_NORMS),
         "n_factor": ["one", "n_minus_one"],
@@ -175,17 +177,17 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
 
 
-def make_plan(c: Config, examples: list[tokens.Example]) -> sampling.Plan:
+def make_plan(c: Config, examples: list[tokens.Example]) -> planning.Plan:
     """All visits of the run, before its first step."""
     keys = np.array([e.key for e in examples], dtype=np.uint64)
     order = dict(epochs=c.epochs, prompts_per_step=c.prompts_per_step, seed=c.seed, shuffle=c.shuffle)
     if c.loss == "sft":
-        return sampling.plan_demonstrations([preferred(e) for e in examples], keys, **order)
+        return planning.plan_demonstrations([preferred(e) for e in examples], keys, **order)
     sampler = {key: getattr(c, key) for key in SAMPLER - {"pl_form"}}
     rewards, identity = [e.rewards for e in examples], [e.identity for e in examples]
     human = [None if e.chosen is None or e.rejected is None else (e.chosen, e.rejected) for e in examples]
     view = c.method.split("-")[1]
-    return sampling.plan(rewards, identity, keys, view=view, human=human, **order, **sampler)
+    return planning.plan(rewards, identity, keys, view=view, human=human, **order, **sampler)
 
 
 def preferred(example: tokens.Example) -> int:
@@ -199,7 +201,7 @@ def preferred(example: tokens.Example) -> int:
     raise ValueError(f"{example.where}: several responses, and neither chosen nor rewards say which one to learn")
 
 
-def visit_block(plan: sampling.Plan, examples: list[tokens.Example], v: int) -> Block:
+def visit_block(plan: planning.Plan, examples: list[tokens.Example], v: int) -> Block:
     """The prompt and the responses of visit `v`, preferred first."""
     example = examples[plan.row[v]]
     return Block(example.prompt_ids, tuple(example.response_ids[k] for k in plan.responses[v] if k >= 0))
@@ -210,8 +212,8 @@ def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_toke
     name, view, facts = parts(c)
     options = dict(beta=c.beta, valid=valid, num_tokens=num_tokens)
     options |= {key: getattr(c, key) for key in facts.options}
-    if name in losses.LISTWISE:
-        return losses.listwise_loss(name, logratios, rewards, **options)
+    if name in LISTWISE:
+        return listwise_loss(name, logratios, rewards, **options)
     options |= {"length_norm": c.length_norm} if facts.length_norm else {}
     options |= {"rewards": rewards} if facts.needs_rewards else {}
     if view == "pl":
@@ -219,16 +221,16 @@ def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_toke
     return losses.stage_loss(name, logratios, log_q, kappa=kappa, **options)
 
 
-def expected_first_loss(c: Config, plan: sampling.Plan, rewards: np.ndarray) -> float | None:
+def expected_first_loss(c: Config, plan: planning.Plan, rewards: np.ndarray) -> float | None:
     """What the first step's loss must be while policy = reference, in closed form (log 2 for DPO-BT), or None."""
     name, view, facts = parts(c)
     if facts.at_reference is None:
         return None
     options = {"beta": c.beta} | {key: getattr(c, key) for key in facts.options}
     first = list(plan.step(0))
-    if name in losses.LISTWISE:
+    if name in LISTWISE:
         scores, valid = torch.from_numpy(rewards[first]), torch.from_numpy(plan.responses[first] >= 0)
-        return float(losses.listwise_at_reference(name, scores, valid=valid, **options).mean())
+        return float(listwise_at_reference(name, scores, valid=valid, **options).mean())
     if view == "pl":
         ranks = (plan.responses[first] >= 0).sum(1)
         return float(np.mean([losses.plackett_luce_at_reference(name, int(n), **options) for n in ranks]))
@@ -459,7 +461,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def touched_blocks(plan: sampling.Plan, examples: list[tokens.Example]) -> list[Block]:
+def touched_blocks(plan: planning.Plan, examples: list[tokens.Example]) -> list[Block]:
     """Every response that the plan visits, once, gathered by prompt."""
     wanted: dict[int, set[int]] = {}
     for row, responses in zip(plan.row.tolist(), plan.responses.tolist(), strict=True):

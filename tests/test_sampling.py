@@ -1,4 +1,4 @@
-"""The sampler: the distribution of draws, what is excluded, and what a draw may not depend on."""
+"""The sampler: q, the schedule of its hardness, and the numbers it is drawn with."""
 
 import math
 
@@ -7,25 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from hps.sampling import (
-    counter_uniform,
-    dispreferred,
-    gamma_at,
-    log_q,
-    normalise_rewards,
-    plan,
-    ranked_subset,
-    window_log_q,
-)
-
-RUN = dict(epochs=2, prompts_per_step=4, seed=0)
-
-
-def world(rows: int = 40, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """Ragged rewards, all texts distinct, and keys."""
-    g = np.random.default_rng(seed)
-    rewards = [g.normal(size=g.integers(3, 12)) for _ in range(rows)]
-    return rewards, [np.arange(len(r)) for r in rewards], g.integers(0, 2**63, size=rows, dtype=np.uint64)
+from hps.sampling import counter_uniform, gamma_at, log_q, normalise_rewards, window_log_q
 
 
 def test_log_q_is_eq_9():
@@ -65,44 +47,6 @@ def test_gamma_schedules():
         gamma_at(0.5, schedule="ramp")
 
 
-def test_draws_follow_q():
-    """One prompt visited 20,000 times at a constant gamma: the counts of the draws against Eq. 9."""
-    rewards = np.array([0.3, 2.0, 1.2, -0.5, 0.9])
-    p = plan(
-        [rewards] * 20_000,
-        [np.arange(5)] * 20_000,
-        np.arange(20_000, dtype=np.uint64),
-        view="hps",
-        gamma_schedule="constant",
-        gamma_start=1.5,
-        epochs=1,
-        prompts_per_step=64,
-        seed=3,
-    )
-    assert (p.responses[:, 0] == 1).all()
-    weights = np.exp(1.5 * np.delete(rewards, 1))
-    counts = np.bincount(p.responses[:, 1], minlength=5)
-    assert counts[1] == 0
-    assert stats.chisquare(np.delete(counts, 1), 20_000 * weights / weights.sum()).pvalue > 1e-3
-
-
-def test_uniform_view_draws_evenly_and_redraws_each_epoch():
-    n = 6
-    p = plan(
-        [np.arange(n, dtype=float)] * 5000,
-        [np.arange(n)] * 5000,
-        np.arange(5000, dtype=np.uint64),
-        view="uniform",
-        **RUN,
-    )
-    assert stats.chisquare(np.bincount(p.responses[:, 1], minlength=n)[:-1]).pvalue > 1e-3
-    first, second = (
-        dict(zip(p.row[p.epoch == e], p.responses[p.epoch == e, 1], strict=True)) for e in (0, 1)
-    )
-    same = np.mean([first[row] == second[row] for row in first])
-    assert abs(same - 1 / (n - 1)) < 0.03  # independent draws agree by chance only
-
-
 def test_counter_uniform_is_uniform_and_independent_across_counters():
     u = counter_uniform(7, np.arange(20_000))
     v = counter_uniform(7, np.arange(20_000), 1)
@@ -114,93 +58,6 @@ def test_counter_uniform_is_uniform_and_independent_across_counters():
     assert counter_uniform(7, 5, 9).item() == counter_uniform(7, 5, np.array([8, 9]))[1]
 
 
-def test_draws_depend_on_the_prompt_and_not_on_its_place():
-    """Another file order, other prompts left out, wider neighbours (padding): the same draw for the same prompt."""
-    rewards, identity, keys = world()
-    whole = plan(rewards, identity, keys, view="hps", gamma_schedule="constant", gamma_start=1.0, **RUN)
-    at = {(keys[r], e): y[1] for r, e, y in zip(whole.row, whole.epoch, whole.responses, strict=True)}
-    some = np.random.default_rng(1).permutation(40)[:15]
-    part = plan(
-        [rewards[i] for i in some],
-        [identity[i] for i in some],
-        keys[some],
-        view="hps",
-        gamma_schedule="constant",
-        gamma_start=1.0,
-        **RUN,
-    )
-    for r, e, y in zip(part.row, part.epoch, part.responses, strict=True):
-        assert y[1] == at[keys[some][r], e]
-
-
-def test_every_prompt_once_an_epoch_in_a_new_order():
-    rewards, identity, keys = world()
-    p = plan(rewards, identity, keys, view="bt", **RUN)
-    one, two = p.row[:40], p.row[40:]
-    assert sorted(one) == sorted(two) == list(range(40))
-    assert list(one) != list(two)
-    assert p.steps == 20
-    assert [v for s in range(p.steps) for v in p.step(s)] == list(range(80))
-    unshuffled = plan(rewards, identity, keys, view="bt", shuffle=False, **RUN)
-    assert list(unshuffled.row) == list(range(40)) * 2
-
-
-def test_curriculum_follows_optimizer_steps():
-    rewards, identity, keys = world()
-    p = plan(rewards, identity, keys, view="hps", **RUN)  # 20 steps, four of each gamma
-    assert [p.gamma[p.step(s)[0]] for s in range(20)] == [g for g in (-5, -3, -1, 1, 3) for _ in range(4)]
-    # gamma = -5 draws low-reward responses, gamma = 3 high ones.
-    mean = {g: np.mean([stats.rankdata(rewards[r])[y] / len(rewards[r])
-                        for r, y in zip(p.row[p.gamma == g], p.responses[p.gamma == g, 1], strict=True)])
-            for g in (-5, 3)}
-    assert mean[-5] < 0.35 < 0.55 < mean[3]
-
-
-def test_ties_and_copies_of_the_best_are_excluded_and_counted():
-    """Candidates: best, tie with it, copy of its text with a lower score, two true opponents."""
-    rewards = np.array([3.0, 3.0, 1.0, 2.0, 0.0])
-    identity = np.array([0, 1, 0, 2, 3])
-    best, mask, counts = dispreferred(rewards, identity)
-    assert best == 0
-    assert mask.tolist() == [False, False, False, True, True]
-    assert counts == {"ties_with_best": 1, "copies_of_best": 1}
-    p = plan([rewards] * 50, [identity] * 50, np.arange(50), view="uniform", n_factor="n_minus_one", **RUN)
-    assert set(p.responses[:, 1]) == {3, 4}
-    assert p.excluded == {"ties_with_best": 50, "copies_of_best": 50}
-    assert set(p.kappa) == {2.0}  # N counts what q runs over
-
-
-def test_rows_without_contrast_are_dropped_and_counted():
-    rewards = [np.array([1.0]), np.array([2.0, 2.0]), np.array([1.0, 0.0])]
-    identity = [np.array([0]), np.array([0, 1]), np.array([0, 1])]
-    p = plan(rewards, identity, np.arange(3), view="bt", **RUN)
-    assert p.dropped == {"rows_one_response": 1, "rows_no_dispreferred": 1}
-    assert set(p.row) == {2}
-    with pytest.raises(ValueError, match="no prompt has a response below its best one"):
-        plan(rewards[:2], identity[:2], np.arange(2), view="bt", **RUN)
-
-
-def test_bt_takes_best_and_worst_and_pl_ranks_evenly():
-    rewards = np.array([5.0, 0.0, 9.0, 3.0, 1.0, 7.0, 2.0, 4.0, 6.0, 8.0])
-    same = np.arange(10)
-    bt = plan([rewards], [same], np.arange(1), view="bt", **RUN)
-    assert bt.responses[0].tolist() == [2, 1]
-    pl = plan([rewards], [same], np.arange(1), view="pl", pl_responses=4, **RUN)
-    # Ranks of the nine dispreferred: 0 (reward 8), 4 (reward 4), 8 (reward 0).
-    assert rewards[pl.responses[0]].tolist() == [9.0, 8.0, 4.0, 0.0]
-    two = plan([rewards[:3], rewards], [same[:3], same], np.arange(2), view="pl", pl_responses=4, **RUN)
-    assert two.responses[two.row == 0][0].tolist() == [2, 0, 1, -1]
-    whole = plan([rewards], [same], np.arange(1), view="pl", pl_responses=0, **RUN)
-    assert rewards[whole.responses[0]].tolist() == sorted(rewards, reverse=True)
-    top2 = plan([rewards], [same], np.arange(1), view="top2", **RUN)
-    assert rewards[top2.responses[0]].tolist() == [9.0, 8.0]
-    # A text that stands twice is ranked once.
-    _, mask, _ = dispreferred(rewards, same)
-    copies = same.copy()
-    copies[7] = copies[0]
-    assert set(ranked_subset(rewards, mask, copies, 20)) == set(range(10)) - {2, 7}
-
-
 def test_reward_normalisation():
     r = np.array([1.0, 2.0, 6.0])
     z = normalise_rewards(r, norm="zscore", scale=0.5)
@@ -208,80 +65,6 @@ def test_reward_normalisation():
     assert normalise_rewards(np.array([2.0, 2.0]), norm="zscore").tolist() == [0.0, 0.0]
     with pytest.raises(ValueError, match="unknown reward_norm 'rank'"):
         normalise_rewards(r, norm="rank")
-
-
-def test_effective_negatives():
-    """exp(entropy): n - 1 at gamma = 0, 1 where q is an argmax."""
-    rewards = np.array([9.0, 3.0, 2.0, 1.0, 0.0])
-    for gamma, expected in ((0.0, 4.0), (100.0, 1.0)):
-        p = plan(
-            [rewards], [np.arange(5)], np.arange(1), view="hps", gamma_schedule="constant", gamma_start=gamma, **RUN
-        )
-        assert p.effective[0] == pytest.approx(expected, rel=1e-5)
-
-
-def test_several_draws_are_merged_with_their_counts_as_weights():
-    """K draws with replacement: a response drawn c times stands once with weight c / K; the first draw is K = 1's."""
-    rewards, identity, keys = world()
-    how = dict(view="hps", gamma_schedule="constant", gamma_start=1.0, **RUN)
-    one = plan(rewards, identity, keys, **how)
-    many = plan(rewards, identity, keys, hps_samples=4, **how)
-    assert many.responses.shape[1] <= 5
-    for v in range(len(many.row)):
-        others = many.responses[v, 1:][many.responses[v, 1:] >= 0]
-        assert len(set(others)) == len(others) and one.responses[v, 1] in others
-        weights = np.exp(many.log_q[v, : len(others)])
-        assert weights.sum() == pytest.approx(1.0, abs=1e-6)
-        assert np.allclose(weights * 4, np.round(weights * 4), atol=1e-5)
-    # Over many draws the weights follow q.
-    r = np.array([0.3, 2.0, 1.2, -0.5, 0.9])
-    p = plan([r], [np.arange(5)], np.arange(1), hps_samples=20_000, **how)
-    q = np.exp(1.0 * r[p.responses[0, 1:]])
-    np.testing.assert_allclose(np.exp(p.log_q[0]), q / q.sum(), atol=0.015)
-
-
-def test_the_full_form_carries_eq_9():
-    r = np.array([0.3, 2.0, 1.2, -0.5, 0.9])
-    p = plan(
-        [r, r[:3]], [np.arange(5), np.arange(3)], np.arange(2), view="hps", hps_form="full",
-        gamma_schedule="constant", gamma_start=2.0, **RUN,
-    )  # fmt: skip
-    for n in (5, 3):
-        v = int(np.flatnonzero(p.row == (0 if n == 5 else 1))[0])
-        others = [i for i in range(n) if i != 1]
-        assert p.responses[v, : 1 + len(others)].tolist() == [1, *others]
-        assert (p.responses[v, 1 + len(others) :] == -1).all()
-        q = np.exp(2.0 * r[others])
-        np.testing.assert_allclose(np.exp(p.log_q[v, : len(others)]), q / q.sum(), rtol=1e-5)
-
-
-def test_mixture_shuffles_the_knots_over_all_of_training():
-    """The authors' accident: each visit has one of the five gammas, whatever the step."""
-    rewards, identity, keys = world(rows=2000)
-    p = plan(rewards, identity, keys, view="hps", gamma_schedule="mixture", **RUN)
-    for half in (p.gamma[:2000], p.gamma[2000:]):
-        values, counts = np.unique(half, return_counts=True)
-        assert values.tolist() == [-5, -3, -1, 1, 3]
-        assert stats.chisquare(counts).pvalue > 1e-3
-
-
-def test_random_pairs_are_ordered_by_reward_and_even():
-    r = np.array([1.0, 3.0, 3.0, 2.0])
-    p = plan([r] * 6000, [np.arange(4)] * 6000, np.arange(6000), view="random", epochs=1, prompts_per_step=8, seed=0)
-    pairs, counts = np.unique(p.responses, axis=0, return_counts=True)
-    assert {tuple(pair) for pair in pairs} == {(1, 0), (2, 0), (3, 0), (1, 3), (2, 3)}
-    assert (r[p.responses[:, 0]] > r[p.responses[:, 1]]).all()
-    assert counts.min() > 800
-
-
-def test_human_pairs_need_no_rewards():
-    pairs = [(1, 0), None, (0, 2), (0, 1)]
-    identity = [np.arange(2), np.arange(2), np.arange(3), np.array([5, 5])]
-    p = plan([None] * 4, identity, np.arange(4), view="human", human=pairs, **RUN)
-    assert {tuple(y) for y in p.responses} == {(1, 0), (0, 2)}
-    assert p.dropped == {"rows_no_human_pair": 1, "pairs_of_equal_texts": 1}
-    with pytest.raises(ValueError, match="no prompt has a human pair"):
-        plan([None], [np.arange(2)], np.arange(1), view="human", human=[None], **RUN)
 
 
 def test_percentile_is_the_average_rank_over_n():
@@ -321,25 +104,6 @@ def test_window_is_a_uniform_point_of_the_window(n, progress):
     weights = np.exp(window_log_q(rewards, rewards < n - 1, progress, **options))
     assert weights.sum() == pytest.approx(1.0)
     np.testing.assert_allclose(weights[np.argsort(rewards)], by_draw, atol=0.01)
-
-
-def test_window_of_a_plan_slides_with_training():
-    """Only the dispreferred are drawn, the worst first and the hard in the end; by ranks: units do not matter."""
-    rewards, identity, keys = world(rows=200)
-    options = dict(view="window", epochs=5, prompts_per_step=50, seed=1)
-    p = plan(rewards, identity, keys, **options)
-    stretched = plan([np.exp(3 * r) for r in rewards], identity, keys, **options)
-    np.testing.assert_array_equal(p.responses, stretched.responses)
-    for v in range(len(p.row)):
-        winner, drawn = p.responses[v]
-        r = rewards[p.row[v]]
-        assert winner == np.argmax(r) != drawn
-        weights = window_log_q(r, np.arange(len(r)) != winner, v // 50 / 20)
-        assert weights[drawn] > -np.inf
-        assert p.effective[v] == pytest.approx(np.exp(stats.entropy(np.exp(weights))), rel=1e-5)
-    full = plan(rewards, identity, keys, hps_form="full", n_factor="n_minus_one", **options)
-    np.testing.assert_allclose(np.exp(full.log_q).sum(1), 1 + (full.responses[:, 1:] < 0).sum(1), rtol=1e-5)
-    assert full.kappa.tolist() == [len(rewards[i]) - 1 for i in full.row]
 
 
 def test_minmax():

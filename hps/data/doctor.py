@@ -6,7 +6,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from hps import sampling
+from hps import plan, sampling
 from hps.data.listwise import Row
 from hps.data.tokens import Example
 
@@ -103,7 +103,7 @@ def _weights(
 
 def _rewards(scored: list[Example], gammas: Sequence[float]) -> dict[str, Any]:
     rewards = [cast(np.ndarray, e.rewards) for e in scored]
-    found = [sampling.dispreferred(r, e.identity) for r, e in zip(rewards, scored, strict=True)]
+    found = [plan.dispreferred(r, e.identity) for r, e in zip(rewards, scored, strict=True)]
     some = [(r, mask) for r, (_, mask, _) in zip(rewards, found, strict=True) if mask.any()]
     usable, masks = [r for r, _ in some], [mask for _, mask in some]
     pairs = [r[e.chosen] - r[e.rejected] for r, e in zip(rewards, scored, strict=True) if _is_pair(e)]
