@@ -52,6 +52,9 @@ class Config:
     # -- whom it contrasts --
     hps_form: str = "sample"  # sample: draws from q; full: all dispreferred responses weighted by q
     hps_samples: int = 1  # draws from q at each visit
+    positives: int = 1  # hps_form full: this many best responses count as valid, a stage of the loss each (App. E)
+    positive_lambda: str = ""  # weights of their stages, comma-separated, say 1,0.5; empty: 1 / positives each
+    exclude_positives: bool = False  # contrast them with the responses below them all only, not with each other
     gamma_schedule: str = "left_knots"  # left_knots, inclusive, linear, constant, or mixture (knots in random order)
     gamma_start: float = -5.0  # hardness at the start; negative draws the worst responses
     gamma_end: float = 5.0  # hardness that the ramp runs to; positive draws the hardest
@@ -95,10 +98,12 @@ class Config:
 
 GAMMA = {"gamma_schedule", "gamma_start", "gamma_end", "gamma_phases"}
 DRAWS = {"hps_form", "hps_samples", "n_factor"}
+POSITIVES = {"positives", "positive_lambda", "exclude_positives"}
 WINDOW = {"window_end", "window_power", "window_width"}
-HPS = GAMMA | DRAWS | {"reward_norm", "reward_scale"}
-BY_VIEW = {"pl": {"pl_responses", "pl_form"}, "hps": HPS, "uniform": DRAWS, "window": DRAWS | WINDOW}
+HPS = GAMMA | DRAWS | POSITIVES | {"reward_norm", "reward_scale"}
+BY_VIEW = {"pl": {"pl_responses", "pl_form"}, "hps": HPS, "uniform": DRAWS | POSITIVES, "window": DRAWS | WINDOW}
 SAMPLER = {*BY_VIEW["pl"], *HPS, *WINDOW}
+OF_THE_LOSS = {"pl_form", "positive_lambda", "exclude_positives"}  # those of SAMPLER that the plan does not depend on
 BY_LOSS = {"beta", "length_norm", *losses.OPTIONS}
 
 
@@ -134,8 +139,25 @@ def used_options(c: Config) -> set[str]:
         used |= BY_VIEW.get(view, set())
         used -= {"pl_form"} if c.method.split("-")[0] in LISTWISE else set()
         used -= {"hps_samples"} if c.hps_form == "full" else set()
+        used -= {"positive_lambda", "exclude_positives"} if c.positives == 1 else set()
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
     return used if c.lora_rank else used - {"lora_alpha", "lora_targets"}
+
+
+def positive_weights(c: Config) -> list[float]:
+    """lambda_1..lambda_m of Appendix E; ValueError unless they are m numbers >= 0, not all of them 0."""
+    if not c.positive_lambda:
+        return [1 / c.positives] * c.positives
+    try:
+        weights = [float(word) for word in c.positive_lambda.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != c.positives or not all(0 <= w < math.inf for w in weights) or not any(weights):
+        raise ValueError(
+            f"positive_lambda = {c.positive_lambda!r}: give {c.positives} comma-separated weights >= 0, one for each "
+            "of the positives, not all 0"
+        )
+    return weights
 
 
 def check(c: Config, set_keys: frozenset[str]) -> None:
@@ -156,7 +178,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     for key, allowed in choices.items():
         if getattr(c, key) not in allowed:
             raise ValueError(f"{key} = {getattr(c, key)!r} does not exist; choose one of {', '.join(allowed)}")
-    for key in ("epochs", "prompts_per_step", "tokens_per_micro_batch", "beta", "lr", "reward_scale"):
+    for key in ("epochs", "prompts_per_step", "positives", "tokens_per_micro_batch", "beta", "lr", "reward_scale"):
         if not getattr(c, key) > 0:
             raise ValueError(f"{key} must be positive, got {getattr(c, key)}")
     if c.loss == "preference":
@@ -173,6 +195,9 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         if getattr(c, key) < 0:
             raise ValueError(f"{key} must not be negative, got {getattr(c, key)}")
     config.check_used(set_keys, used_options(c), what="loss sft" if c.loss == "sft" else f"method {c.method}")
+    if c.positives > 1 and c.hps_form != "full":
+        raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
+    positive_weights(c)
     if c.lora_rank and c.lr < 1e-6:
         warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
 
@@ -183,7 +208,7 @@ def make_plan(c: Config, examples: list[tokens.Example]) -> planning.Plan:
     order = dict(epochs=c.epochs, prompts_per_step=c.prompts_per_step, seed=c.seed, shuffle=c.shuffle)
     if c.loss == "sft":
         return planning.plan_demonstrations([preferred(e) for e in examples], keys, **order)
-    sampler = {key: getattr(c, key) for key in SAMPLER - {"pl_form"}}
+    sampler = {key: getattr(c, key) for key in SAMPLER - OF_THE_LOSS}
     rewards, identity = [e.rewards for e in examples], [e.identity for e in examples]
     human = [None if e.chosen is None or e.rejected is None else (e.chosen, e.rejected) for e in examples]
     view = c.method.split("-")[1]
@@ -218,6 +243,9 @@ def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_toke
     options |= {"rewards": rewards} if facts.needs_rewards else {}
     if view == "pl":
         return losses.plackett_luce_loss(name, logratios, **options)
+    if c.positives > 1:
+        options |= dict(n_factor=c.n_factor, exclude_positives=c.exclude_positives)
+        return losses.multi_positive_loss(name, logratios, log_q, weights=positive_weights(c), **options)
     return losses.stage_loss(name, logratios, log_q, kappa=kappa, **options)
 
 
@@ -231,8 +259,14 @@ def expected_first_loss(c: Config, plan: planning.Plan, rewards: np.ndarray) -> 
     if name in LISTWISE:
         scores, valid = torch.from_numpy(rewards[first]), torch.from_numpy(plan.responses[first] >= 0)
         return float(listwise_at_reference(name, scores, valid=valid, **options).mean())
+    ranks = (plan.responses[first] >= 0).sum(1)
+    if c.positives > 1:
+        m, weights = c.positives, positive_weights(c)
+        opponents = ranks[:, None] - (np.full(m, m) if c.exclude_positives else np.arange(1, m + 1))
+        kappas = opponents if c.n_factor == "n_minus_one" else np.ones_like(opponents)
+        stages = [[losses.loss_at_reference(name, kappa=float(k), **options) for k in row] for row in kappas]
+        return float(np.mean(np.array(stages) @ weights))
     if view == "pl":
-        ranks = (plan.responses[first] >= 0).sum(1)
         return float(np.mean([losses.plackett_luce_at_reference(name, int(n), **options) for n in ranks]))
     return float(np.mean([losses.loss_at_reference(name, kappa=float(k), **options) for k in plan.kappa[first]]))
 
@@ -264,19 +298,21 @@ METRICS = (
 )
 
 
-def prompt_metrics(per_prompt, policy_logps, logratios, valid, beta: float) -> torch.Tensor:
-    """(B, len(METRICS)) detached; "rejected" means over a prompt's opponents, accuracy is the share it beats."""
+def prompt_metrics(per_prompt, policy_logps, logratios, valid, beta: float, positives: int = 1) -> torch.Tensor:
+    """(B, len(METRICS)) detached; "chosen" is the best response, "rejected" a mean over those from column `positives`
+    on, accuracy the share of them that the best one beats."""
     rewards = losses.implicit_rewards(logratios, beta=beta)
-    opponents = valid[:, 1:]
+    opponents = valid[:, positives:]
     count = opponents.sum(1).clamp(min=1)
 
     def mean(x):
         return torch.where(opponents, x, 0.0).sum(1) / count
 
-    chosen, rejected = rewards[:, 0], mean(rewards[:, 1:])
-    accuracy = mean((rewards[:, :1] > rewards[:, 1:]).float())
+    chosen, rejected = rewards[:, 0], mean(rewards[:, positives:])
+    accuracy = mean((rewards[:, :1] > rewards[:, positives:]).float())
     logps = policy_logps.detach()
-    columns = [per_prompt.detach(), chosen, rejected, chosen - rejected, accuracy, logps[:, 0], mean(logps[:, 1:])]
+    columns = [per_prompt.detach(), chosen, rejected, chosen - rejected, accuracy, logps[:, 0]]
+    columns.append(mean(logps[:, positives:]))
     return torch.stack(columns, dim=1)
 
 
@@ -408,7 +444,9 @@ def train(c: Config, ranks: dist.Ranks) -> None:
                 scores = torch.from_numpy(rewards[at][:, :K]).to(ranks.device)
                 per_prompt = preference_loss(c, logratios, scores, log_q, kappa, packed.valid, packed.num_tokens)
                 total = per_prompt.sum()
-                columns = prompt_metrics(per_prompt, policy_logps, logratios, packed.valid, c.beta)
+                columns = prompt_metrics(
+                    per_prompt, policy_logps, logratios, packed.valid, c.beta, c.positives
+                )
                 largest = torch.maximum(largest, logratios.detach().abs().max().cpu())
             weight = 1.0 if members else 0.0
             # FSDP averages gradients over ranks; the factor turns that mean into the sum that we want.

@@ -311,32 +311,31 @@ def plackett_luce_loss(
     """
     # Every rank a positive, opponents weighted alike (gamma = 0), kappa their number.
     given = {"label_smoothing": label_smoothing, "exo_eps": exo_eps, "length_norm": length_norm, **options}
-    given |= {"valid": valid, "num_tokens": num_tokens, "n_factor": "n_minus_one"}
-    rewards = torch.zeros_like(logratios) if rewards is None else rewards
-    ones = [1.0] * logratios.shape[1]
-    return multi_positive_loss(name, logratios, rewards, beta=beta, gamma=0.0, weights=ones, **given)
+    given |= {"valid": valid, "num_tokens": num_tokens, "rewards": rewards, "n_factor": "n_minus_one"}
+    alike, ones = torch.zeros_like(logratios[:, 1:]), [1.0] * logratios.shape[1]
+    return multi_positive_loss(name, logratios, alike, beta=beta, weights=ones, **given)
 
 
 def multi_positive_loss(
     name: str,
     logratios: Tensor,
-    rewards: Tensor,
+    log_q: Tensor,
     *,
     beta: float,
-    gamma: float | Tensor,
     weights: Sequence[float],
     n_factor: str = "one",
     exclude_positives: bool = False,
     valid: Tensor | None = None,
     num_tokens: Tensor | None = None,
+    rewards: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Per-prompt loss with m valid responses, L = sum_j lambda_j L_j (App. E); L_j has the winner j.
 
     Args:
         logratios: (B, K) float, columns in ranked order, the m = len(weights) positives first; rows padded right.
-        rewards: (B, K) float, external rewards, which weight the opponents of each stage (Eq. 9).
-        gamma: hardness, a float or (B,).
+        log_q: (B, K-1) float, log-weights of columns 1..K-1 (Eq. 9). Those of a stage are these, normalised over its
+            opponents: q_2 of the appendix is q_1 given that y_2 is not drawn.
         weights: lambda_1..lambda_m, not negative. A stage that a row is too short for adds 0 to it.
         n_factor: `one`, or `n_minus_one` (kappa is the number of the stage's opponents).
         exclude_positives: False contrasts j with j+1..n, as the appendix's formula does, so that y_2 is an
@@ -356,8 +355,7 @@ def multi_positive_loss(
         raise ValueError(f"unknown n_factor {n_factor!r}; choose one of one, n_minus_one")
     B, K = logratios.shape
     valid = torch.ones_like(logratios, dtype=torch.bool) if valid is None else valid
-    gamma = torch.as_tensor(gamma, dtype=logratios.dtype, device=logratios.device).reshape(-1, 1)
-    logits = torch.where(valid, gamma * rewards, LOG_ZERO)
+    logits = F.pad(torch.where(valid[:, 1:], log_q, LOG_ZERO), (1, 0))  # (B, K); the winner's is never looked at
     total = logratios.new_zeros(B)
     for j, weight in enumerate(weights):
         columns = [j, *range(len(weights) if exclude_positives else j + 1, K)]
@@ -373,7 +371,7 @@ def multi_positive_loss(
             kappa=u if n_factor == "n_minus_one" else 1.0,
             valid=valid[:, columns],
             num_tokens=None if num_tokens is None else num_tokens[:, columns],
-            rewards=rewards[:, columns],
+            rewards=None if rewards is None else rewards[:, columns],
             **options,
         )
         total = total + torch.where(opponents > 0, weight * stage, 0.0)

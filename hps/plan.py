@@ -25,7 +25,8 @@ class Plan:
     """Every visit of a run in order; step s takes visits [s * prompts_per_step, (s + 1) * prompts_per_step).
 
     row (V,) int64: index of the prompt in the examples. epoch (V,) int64.
-    responses (V, K) int64: candidate indices, column 0 preferred, ranked order for PL, -1 where ragged.
+    responses (V, K) int64: candidate indices, column 0 preferred, -1 where ragged; for PL and several positives in
+    ranked order.
     log_q (V, K-1) float32: log-weights of the opponents in the loss (0 for a single opponent).
     kappa (V,) float32: the N factor. gamma (V,), effective (V,) float32: hardness, and exp(entropy of q), the
     number of negatives that q spreads over; both NaN-free, 0 and 1 where there is no draw.
@@ -63,6 +64,25 @@ def dispreferred(rewards: np.ndarray, identity: np.ndarray) -> tuple[int, np.nda
     copy = (identity == identity[best]) & ~tie
     counts = {"ties_with_best": int(tie.sum()) - 1, "copies_of_best": int(copy.sum())}
     return best, ~(tie | copy), counts
+
+
+def preferred_and_below(
+    rewards: np.ndarray, identity: np.ndarray, positives: int
+) -> tuple[list[int], np.ndarray, dict[str, int]]:
+    """The `positives` best responses in ranked order, the indices of those below them all, and what was left out.
+
+    Every positive leaves out what `dispreferred` does: its ties, and copies of its text. If there are too few
+    responses, none is below and some of the positives may be missing.
+    """
+    best: list[int] = []
+    below = np.arange(len(rewards))
+    left_out = {"ties_with_best": 0, "copies_of_best": 0}
+    while len(below) and len(best) < positives:
+        first, mask, counts = dispreferred(rewards[below], identity[below])
+        best.append(int(below[first]))
+        below = below[mask]
+        left_out = {reason: left_out[reason] + counts[reason] for reason in left_out}
+    return best, below, left_out
 
 
 def ranked_subset(rewards: np.ndarray, eligible: np.ndarray, identity: np.ndarray, size: int) -> np.ndarray:
@@ -168,6 +188,7 @@ def plan(
     n_factor: str = "one",
     hps_form: str = "sample",
     hps_samples: int = 1,
+    positives: int = 1,
     reward_norm: str = "none",
     reward_scale: float = 1.0,
     window_end: float = 0.15,
@@ -192,10 +213,13 @@ def plan(
             `human` the pair in `human`, (chosen, rejected) a prompt or None.
         n_factor: `one` (kappa = 1) or `n_minus_one` (kappa = number of dispreferred responses, Eq. 8).
         hps_samples: draws a visit, with replacement (more than one is OURS).
+        positives: how many responses count as valid (App. E). With m > 1, for `hps` and `uniform` in the form `full`,
+            columns are in ranked order, the m best in front, and log_q is that of the first one's stage.
         shuffle: order prompts anew in each epoch, else file order.
 
     Raises:
-        ValueError: an unknown name, or no prompt has a response that may be contrasted with the preferred one.
+        ValueError: an unknown name, a number out of range, several positives in another view or form, or no prompt
+            has a response that may be contrasted with the preferred ones.
     """
     if view not in VIEWS:
         raise ValueError(f"unknown preference view {view!r}; choose one of {', '.join(VIEWS)}")
@@ -203,8 +227,15 @@ def plan(
         raise ValueError(f"unknown n_factor {n_factor!r}; choose one or n_minus_one")
     if hps_form not in FORMS:
         raise ValueError(f"unknown hps_form {hps_form!r}; choose one of {', '.join(FORMS)}")
-    if min(epochs, prompts_per_step, hps_samples) < 1 or pl_responses == 1 or pl_responses < 0:
-        raise ValueError("epochs, prompts_per_step and hps_samples must be at least 1, pl_responses 0 or at least 2")
+    if min(epochs, prompts_per_step, hps_samples, positives) < 1 or pl_responses == 1 or pl_responses < 0:
+        raise ValueError(
+            "epochs, prompts_per_step, hps_samples and positives must be at least 1, pl_responses 0 or at least 2"
+        )
+    if positives > 1 and (view not in ("hps", "uniform") or hps_form != "full"):
+        raise ValueError(
+            f"positives = {positives} contrasts several winners with all that are below them: use view hps or uniform "
+            "and hps_form full, or positives = 1"
+        )
 
     dropped = {"rows_one_response": 0, "rows_no_dispreferred": 0}
     excluded = {"ties_with_best": 0, "copies_of_best": 0}
@@ -220,14 +251,16 @@ def plan(
                 rejected.append(pair[1])
     else:
         for i, (r, same) in enumerate(zip(rewards, identity, strict=True)):
-            b, mask, counts = dispreferred(r, same)
-            if not mask.any():
+            first, below, counts = preferred_and_below(r, same, positives)
+            if not len(below):
                 dropped["rows_one_response" if len(r) == 1 else "rows_no_dispreferred"] += 1
                 continue
             for reason in excluded:
                 excluded[reason] += counts[reason]
             kept.append(i)
-            best.append(b)
+            best.append(first[0])
+            mask = np.zeros(len(r), dtype=bool)
+            mask[[*first[1:], *below]] = True
             eligible.append(mask)
     if not kept:
         raise ValueError(
@@ -280,6 +313,9 @@ def plan(
                 weights = _hps_log_q([scaled[p] for p in at], masks, gamma[chunk])
             counters = [kept_keys[at], epoch[chunk]]
             drawn, of_drawn, effective[chunk] = _draw(weights, counters, seed, form=hps_form, samples=hps_samples)
+            if positives > 1:
+                ranks = [np.argsort(-rewards[kept[p]][d], kind="stable") for p, d in zip(at, drawn, strict=True)]
+                drawn, of_drawn = ([x[r] for x, r in zip(xs, ranks, strict=True)] for xs in (drawn, of_drawn))
             opponents += drawn
             logs += of_drawn
     K = 1 + max(map(len, opponents))

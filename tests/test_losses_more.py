@@ -264,8 +264,8 @@ def test_positives_without_hardness_are_the_first_stages(name):
     for m in (1, 2, 4):
         rest = plackett_luce_loss(name, h[:, m:], num_tokens=L[:, m:], **given)
         first = plackett_luce_loss(name, h, num_tokens=L, **given) - rest
-        many = dict(gamma=0.0, weights=[1.0] * m, n_factor="n_minus_one", num_tokens=L)
-        close(multi_positive_loss(name, h, s, **many, **given), first, 1e-9)
+        many = dict(weights=[1.0] * m, n_factor="n_minus_one", num_tokens=L)
+        close(multi_positive_loss(name, h, log_q(s, 0.0), **many, **given), first, 1e-9)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -283,8 +283,8 @@ def test_positives_are_weighted_stages(name, exclude, n_factor):
         kappa = len(columns) - 1 if n_factor == "n_minus_one" else 1.0
         stage = stage_loss(name, h[:, columns], q, kappa=kappa, num_tokens=L[:, columns], **given)
         by_hand = by_hand + weight * stage
-    many = dict(gamma=gamma, weights=weights, exclude_positives=exclude, n_factor=n_factor, num_tokens=L)
-    close(multi_positive_loss(name, h, s, **many, **given), by_hand, 1e-10)
+    many = dict(weights=weights, exclude_positives=exclude, n_factor=n_factor, num_tokens=L)
+    close(multi_positive_loss(name, h, log_q(s, gamma), **many, **given), by_hand, 1e-10)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -295,12 +295,13 @@ def test_positives_ragged_rows_equal_rows_alone(name, exclude):
     sizes = [2, 6, 3, 1]
     valid = torch.arange(K)[None] < torch.tensor(sizes)[:, None]
     padded = torch.where(valid, h, torch.nan).requires_grad_()
-    given = dict(beta=BETA, gamma=2.0, weights=[1.0, 0.5], exclude_positives=exclude, **ALL[name])
-    loss = multi_positive_loss(name, padded, torch.where(valid, s, torch.nan), valid=valid, num_tokens=L, **given)
+    given = dict(beta=BETA, weights=[1.0, 0.5], exclude_positives=exclude, **ALL[name])
+    q = torch.where(valid[:, 1:], 2 * s[:, 1:], torch.nan)  # not normalised, which changes nothing
+    loss = multi_positive_loss(name, padded, q, valid=valid, num_tokens=L, **given)
     loss.sum().backward()
     for b, n in enumerate(sizes):
         alone = h[b : b + 1, :n].clone().requires_grad_()
-        one = multi_positive_loss(name, alone, s[b : b + 1, :n], num_tokens=L[b : b + 1, :n], **given)
+        one = multi_positive_loss(name, alone, log_q(s[b : b + 1, :n], 2.0), num_tokens=L[b : b + 1, :n], **given)
         close(loss[b], one[0], 1e-10)
         expected = torch.zeros_like(h[b])
         if one.requires_grad:
@@ -356,9 +357,10 @@ def test_a_user_mistake_is_named():
 
 def test_a_user_mistake_with_positives_is_named():
     h, s, _ = draw()
+    q = log_q(s, 0.0)
     with pytest.raises(ValueError, match="one number >= 0 for each positive"):
-        multi_positive_loss("dpo", h, s, beta=BETA, gamma=0.0, weights=[])
+        multi_positive_loss("dpo", h, q, beta=BETA, weights=[])
     with pytest.raises(ValueError, match="one number >= 0 for each positive"):
-        multi_positive_loss("dpo", h, s, beta=BETA, gamma=0.0, weights=[1.0, -1.0])
+        multi_positive_loss("dpo", h, q, beta=BETA, weights=[1.0, -1.0])
     with pytest.raises(ValueError, match="unknown n_factor 'n'"):
-        multi_positive_loss("dpo", h, s, beta=BETA, gamma=0.0, weights=[1.0], n_factor="n")
+        multi_positive_loss("dpo", h, q, beta=BETA, weights=[1.0], n_factor="n")

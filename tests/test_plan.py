@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hps.plan import dispreferred, plan, ranked_subset
+from hps.plan import dispreferred, plan, preferred_and_below, ranked_subset
 from hps.sampling import window_log_q
 
 RUN = dict(epochs=2, prompts_per_step=4, seed=0)
@@ -233,3 +233,22 @@ def test_window_of_a_plan_slides_with_training():
     full = plan(rewards, identity, keys, hps_form="full", n_factor="n_minus_one", **options)
     np.testing.assert_allclose(np.exp(full.log_q).sum(1), 1 + (full.responses[:, 1:] < 0).sum(1), rtol=1e-5)
     assert full.kappa.tolist() == [len(rewards[i]) - 1 for i in full.row]
+
+
+def test_several_positives_stand_in_front_and_leave_their_ties_and_copies_out():
+    """Rewards 7 7' 6 5 5' 3 2 2, the 3 a copy of 6's text: positives 7, 6, 5; 7', 5' (ties) and 3 (copy) are out."""
+    rewards = np.array([2.0, 5.0, 7.0, 6.0, 3.0, 7.0, 5.0, 2.0])
+    identity = np.array([0, 1, 2, 3, 3, 5, 6, 7])
+    best, below, left_out = preferred_and_below(rewards, identity, 3)
+    assert (best, below.tolist()) == ([2, 3, 1], [0, 7])
+    assert left_out == {"ties_with_best": 2, "copies_of_best": 1}
+    how = dict(view="hps", hps_form="full", gamma_schedule="constant", gamma_start=0.5, n_factor="n_minus_one", **RUN)
+    short = np.array([1.0, 3.0, 2.0])  # nothing is below three positives
+    p = plan([rewards, short], [identity, np.arange(3)], np.arange(2), positives=3, **how)
+    assert p.dropped == {"rows_one_response": 0, "rows_no_dispreferred": 1}
+    assert p.responses.tolist() == [[2, 3, 1, 0, 7]] * 2
+    q = np.exp(0.5 * np.array([6.0, 5.0, 2.0, 2.0]))
+    np.testing.assert_allclose(np.exp(p.log_q), [q / q.sum()] * 2, rtol=1e-6)
+    assert p.kappa.tolist() == [4.0, 4.0]
+    with pytest.raises(ValueError, match="use view hps or uniform and hps_form full, or positives = 1"):
+        plan([rewards], [identity], np.arange(1), view="bt", positives=2, **RUN)

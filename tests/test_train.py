@@ -268,6 +268,48 @@ def test_n_factor_raises_the_first_loss_to_log_n(tiny_world, tmp_path):
     assert math.log(3) < values[0] < math.log(9)
 
 
+def distinct(rows: list[dict], without: int | None = None) -> None:
+    """Rows of three and more different responses whose rewards all differ; the one of rank `without` taken out."""
+    for row in rows:
+        pairs = dict(zip(row["responses"], row["rewards"], strict=True))
+        values = [reward + 1e-3 * i for i, reward in enumerate(pairs.values())]
+        pairs = list(zip(pairs, values, strict=True))
+        if len(pairs) >= 3 and without is not None:
+            pairs.remove(sorted(pairs, key=lambda pair: -pair[1])[without])
+        row["responses"], row["rewards"] = (list(column) for column in zip(*pairs, strict=True))
+    rows[:] = [row for row in rows if len(row["responses"]) >= 3 - (without is not None)]
+
+
+@pytest.mark.parametrize("exclude", ["true", "false"])
+def test_first_loss_with_two_positives(tiny_world, tmp_path, exclude):
+    """App. E, kappa = N_j: L = log(1 + N_1) + .5 log(1 + N_2), N_2 the rest below the second, N_1 = N_2 + 1 with y_2
+    among the opponents of y_1, else N_2."""
+    data = rewrite(tiny_world, tmp_path, distinct)
+    options = dict(hps_form="full", positives=2, positive_lambda="1,0.5", exclude_positives=exclude)
+    options |= dict(n_factor="n_minus_one", prompts_per_step=24, stop_after=1)
+    values = run(tiny_world, tmp_path / "out", data=data, **options)
+    rest = np.array([len(json.loads(line)["rewards"]) - 2 for line in data.read_text().splitlines()])
+    by_hand = np.log(1 + rest + (exclude == "false")) + 0.5 * np.log(1 + rest)
+    assert values[0] == pytest.approx(by_hand.mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "exclude", "without"), [("1,0", "false", None), ("0,1", "false", 0), ("1,0", "true", 1)]
+)
+def test_each_positive_is_a_run_of_the_full_form(tiny_world, tmp_path, weights, exclude, without):
+    """L_1 is HPS in the full form, L_2 the same on data without the best response, and L_1 against what is below both
+    the same on data without the second best: whole trajectories, gamma moving."""
+    two = dict(positives=2, positive_lambda=weights, exclude_positives=exclude)
+    full = dict(hps_form="full", n_factor="n_minus_one", tokens_per_micro_batch=100_000)
+    ours = run(tiny_world, tmp_path / "two", data=rewrite(tiny_world, tmp_path, distinct), **two, **full)
+    data = rewrite(tiny_world, tmp_path, lambda rows: distinct(rows, without))
+    plain = run(tiny_world, tmp_path / "one", data=data, **full)
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5)
+    assert np.std(plain[1:]) > 1e-2
+    if without is None:
+        assert run(tiny_world, tmp_path / "same", data=data, positives=1, **full) == plain
+
+
 def test_the_self_check_fails_on_a_wrong_reference(tiny_world, tmp_path, monkeypatch):
     real = reference.lookup
     monkeypatch.setattr(reference, "lookup", lambda cache, block: real(cache, block) - np.arange(len(block.responses)))
@@ -372,6 +414,13 @@ def test_a_broken_line_is_named(tiny_world, tmp_path):
         (dict(loss="sft", beta=None, reference_cache=None), "loss sft does not use.*method"),
         (dict(gamma_schedule="constant", gamma_end=3), "does not use.*gamma_end"),
         (dict(hps_form="full", hps_samples=2), "does not use.*hps_samples"),
+        (dict(method="dpo-bt", positives=2), "method dpo-bt does not use.*positives"),
+        (dict(positives=2), "positives = 2 are set against all.*add --hps_form full"),
+        (dict(positives=0), "positives must be positive"),
+        (dict(hps_form="full", exclude_positives="true"), "does not use.*exclude_positives"),
+        (dict(hps_form="full", positives=2, positive_lambda="1"), "give 2 comma-separated weights"),
+        (dict(hps_form="full", positives=2, positive_lambda="1,x"), "give 2 comma-separated weights"),
+        (dict(hps_form="full", positives=2, positive_lambda="0,0"), "not all 0"),
         (dict(method="slic-bt", reference_cache=None), "method slic-bt does not use.*beta"),
         (dict(method="simpo-bt"), "method simpo-bt does not use.*reference_cache"),
         (dict(method="infonca-hps"), "method = 'infonca-hps' does not exist"),
