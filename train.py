@@ -16,6 +16,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from hps import checkpoint, config, dist, losses, model, reference, sampling
 from hps import plan as planning
 from hps.data import listwise, tokens
-from hps.losses_listwise import LISTWISE, OFFICIAL, Listwise, listwise_at_reference, listwise_loss
+from hps.losses_listwise import KTO, LISTWISE, OFFICIAL, Listwise, kto_loss, listwise_at_reference, listwise_loss
 from hps.packing import Block, micro_batches, pack
 
 
@@ -48,6 +49,8 @@ class Config:
     rdpo_alpha: float = 0.01  # rdpo: reward units that a token of length is worth
     gap_delta: float = 10.0  # gap: nats from the rewards' gap at which the square turns into a line
     label_temperature: float = 1.0  # exo_rw, infonca, nca_soft: labels are softmax(rewards / it)
+    desirable_weight: float = 1.0  # kto: weight of the preferred response
+    undesirable_weight: float = 1.0  # kto: weight of each response that it is contrasted with
     n_factor: str = "one"  # N of Eq. 8: one, or n_minus_one (number of dispreferred responses)
     # -- whom it contrasts --
     hps_form: str = "sample"  # sample: draws from q; full: all dispreferred responses weighted by q
@@ -112,6 +115,8 @@ def parts(c: Config) -> tuple[str, str, losses.Loss | Listwise]:
     name, view = c.method.split("-")
     if view == "pl" and c.pl_form == "official" and OFFICIAL.get(name):
         name = str(OFFICIAL[name])
+    if name == "kto":
+        return name, view, KTO
     return name, view, LISTWISE[name] if name in LISTWISE else losses.LOSSES[name]
 
 
@@ -137,7 +142,8 @@ def used_options(c: Config) -> set[str]:
         used |= {"length_norm"} if getattr(facts, "length_norm", False) else set()
         used -= set() if needs_reference(c) else {"reference", "reference_cache"}
         used |= BY_VIEW.get(view, set())
-        used -= {"pl_form"} if c.method.split("-")[0] in LISTWISE else set()
+        used -= {"pl_form"} if c.method.split("-")[0] in {*LISTWISE, "kto"} else set()
+        used -= DRAWS | POSITIVES if facts is KTO else set()  # it has no weights: one draw, or all ranks of pl
         used -= {"hps_samples"} if c.hps_form == "full" else set()
         used -= {"positive_lambda", "exclude_positives"} if c.positives == 1 else set()
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
@@ -163,7 +169,7 @@ def positive_weights(c: Config) -> list[float]:
 def check(c: Config, set_keys: frozenset[str]) -> None:
     """ValueError for a choice that does not exist or that the run would ignore."""
     methods = [f"{name}-{view}" for name in losses.LOSSES for view in planning.VIEWS]
-    methods += [f"{name}-pl" for name in LISTWISE]
+    methods += [f"{name}-pl" for name in LISTWISE] + [f"kto-{view}" for view in planning.VIEWS]
     choices = {
         "loss": ["preference", "sft"],
         "method": methods,
@@ -198,6 +204,8 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     if c.positives > 1 and c.hps_form != "full":
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
     positive_weights(c)
+    if c.loss == "preference" and parts(c)[2] is KTO and c.prompts_per_step < 2:
+        raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
     if c.lora_rank and c.lr < 1e-6:
         warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
 
@@ -232,11 +240,14 @@ def visit_block(plan: planning.Plan, examples: list[tokens.Example], v: int) -> 
     return Block(example.prompt_ids, tuple(example.response_ids[k] for k in plan.responses[v] if k >= 0))
 
 
-def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_tokens) -> torch.Tensor:
-    """Per-prompt loss (B,) of the chosen method from log-ratios (B, K); rewards (B, K) for those that need them."""
+def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_tokens, kl: float) -> torch.Tensor:
+    """Per-prompt loss (B,) of the chosen method from log-ratios (B, K); rewards (B, K) and KTO's z0 `kl` (nats) for
+    those that need them."""
     name, view, facts = parts(c)
-    options = dict(beta=c.beta, valid=valid, num_tokens=num_tokens)
-    options |= {key: getattr(c, key) for key in facts.options}
+    taken = {key: getattr(c, key) for key in facts.options}
+    if facts is KTO:
+        return kto_loss(logratios, beta=c.beta, kl=kl, valid=valid, **taken)
+    options = dict(beta=c.beta, valid=valid, num_tokens=num_tokens) | taken
     if name in LISTWISE:
         return listwise_loss(name, logratios, rewards, **options)
     options |= {"length_norm": c.length_norm} if facts.length_norm else {}
@@ -266,6 +277,8 @@ def expected_first_loss(c: Config, plan: planning.Plan, rewards: np.ndarray) -> 
         kappas = opponents if c.n_factor == "n_minus_one" else np.ones_like(opponents)
         stages = [[losses.loss_at_reference(name, kappa=float(k), **options) for k in row] for row in kappas]
         return float(np.mean(np.array(stages) @ weights))
+    if facts is KTO:
+        return float(np.mean([facts.at_reference(float(n) - 1, **options) for n in ranks]))
     if view == "pl":
         return float(np.mean([losses.plackett_luce_at_reference(name, int(n), **options) for n in ranks]))
     return float(np.mean([losses.loss_at_reference(name, kappa=float(k), **options) for k in plan.kappa[first]]))
@@ -369,8 +382,11 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     # reference is named. Never from trained weights: a resumed run must find them all.
     packing = dict(pad_id=tokenizer.pad_token_id, share_prompt=c.share_prompt)
     ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
+    kto = c.loss == "preference" and parts(c)[2] is KTO
+    mismatched = mismatched_blocks(c, plan, examples) if kto else []
+    ref_mismatched = np.zeros(len(mismatched), dtype=np.float32)
     if needs_reference(c):
-        touched = touched_blocks(plan, examples)
+        touched = touched_blocks(plan, examples) + mismatched
         scorer = policy
         if c.reference:
             theirs = tokens.fingerprint(tokens.load_tokenizer(c.reference))
@@ -394,6 +410,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         for v in range(len(plan.row)):
             found = reference.lookup(cache, visit_block(plan, examples, v))
             ref_logps[v, : len(found)] = found
+        for v, block in enumerate(mismatched):
+            ref_mismatched[v] = reference.lookup(cache, block)[0]
     else:
         claim(out, c, inputs, started is not None, ranks)
 
@@ -422,6 +440,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             group["lr"] = lr
         # The step's loss is a mean over its prompts (SFT: its tokens), whichever rank and micro-batch they are in.
         denominator = len(blocks) if c.loss == "preference" else sum(len(b.responses[0]) for b in blocks)
+        kl = mismatched_kl(policy, mismatched, ref_mismatched, visits, c, ranks, packing) if kto else 0.0
         metrics = torch.zeros(len(METRICS), dtype=torch.float64)
         largest = torch.zeros(1)
         budget = c.tokens_per_micro_batch
@@ -442,7 +461,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
                 kappa = torch.from_numpy(plan.kappa[at]).to(ranks.device)
                 logratios = torch.where(packed.valid, policy_logps - ref, 0.0)
                 scores = torch.from_numpy(rewards[at][:, :K]).to(ranks.device)
-                per_prompt = preference_loss(c, logratios, scores, log_q, kappa, packed.valid, packed.num_tokens)
+                per_prompt = preference_loss(c, logratios, scores, log_q, kappa, packed.valid, packed.num_tokens, kl)
                 total = per_prompt.sum()
                 columns = prompt_metrics(
                     per_prompt, policy_logps, logratios, packed.valid, c.beta, c.positives
@@ -470,6 +489,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             record |= dict(zip(METRICS, metrics.tolist(), strict=True))
             record |= {"gamma": float(plan.gamma[visits].mean())}
             record |= {"effective_negatives": float(plan.effective[visits].mean())}
+            record |= {"kl": kl} if kto else {}
         record |= {"grad_norm": grad_norm, "lr": lr}
         record |= {"perf/tokens_per_s": rate, "perf/peak_gib": peak_gib(ranks.device)}
         if log is not None:
@@ -508,6 +528,41 @@ def touched_blocks(plan: planning.Plan, examples: list[tokens.Example]) -> list[
         Block(examples[row].prompt_ids, tuple(examples[row].response_ids[k] for k in sorted(ks)))
         for row, ks in wanted.items()
     ]
+
+
+def mismatched_blocks(c: Config, plan: planning.Plan, examples: list[tokens.Example]) -> list[Block]:
+    """Of every visit its prompt with the preferred response of another (KTO's z0), cut at max_length."""
+    blocks = []
+    for v, w in enumerate(planning.mismatched(plan)):
+        prompt = examples[plan.row[v]].prompt_ids
+        response = examples[plan.row[w]].response_ids[plan.responses[w, 0]]
+        blocks.append(Block(prompt, (response[: c.max_length - len(prompt)],)))
+    return blocks
+
+
+def mismatched_kl(
+    policy: model.PolicyModel,
+    blocks: list[Block],
+    ref_logps: np.ndarray,
+    visits: range,
+    c: Config,
+    ranks: dist.Ranks,
+    packing: dict[str, Any],
+) -> float:
+    """KTO's z0 of a step, nats: the mean log-ratio of its mismatched pairs over all ranks; a negative one counts as 0.
+
+    It has no gradient. A few pairs estimate a KL divergence, which is never negative.
+    """
+    total = torch.zeros(1, dtype=torch.float64)
+    lengths = [len(blocks[v]) for v in visits]
+    for members in micro_batches(lengths, budget=c.tokens_per_micro_batch, world_size=ranks.world_size)[ranks.rank]:
+        at = [visits[i] for i in members or [0]]  # an idle rank keeps in step with the others, as in the loop
+        with torch.no_grad():
+            logps = policy(pack([blocks[v] for v in at], **packing).to(ranks.device))[:, 0].double().cpu()
+        if members:
+            total += (logps - torch.from_numpy(ref_logps[at])).sum()
+    dist.reshard(policy)
+    return max(0.0, float(dist.all_sum(total.to(ranks.device))) / len(visits))
 
 
 def self_check(c: Config, expected: float | None, loss: float, largest: float, ranks: dist.Ranks) -> None:

@@ -46,6 +46,8 @@ OPTIONS: dict[str, Option] = {
     "rdpo_alpha": Option(0.01, lambda x: 0 <= x < math.inf, "[0, inf)"),
     "label_temperature": Option(1.0, lambda x: 0 < x < math.inf, "(0, inf)"),
     "gap_delta": Option(10.0, lambda x: 0 < x < math.inf, "(0, inf)"),
+    "desirable_weight": Option(1.0, lambda x: 0 <= x < math.inf, "[0, inf)"),
+    "undesirable_weight": Option(1.0, lambda x: 0 <= x < math.inf, "[0, inf)"),
 }
 
 # ------------------------------------------------------------------------------------------- losses of a stage

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hps.losses import LOG_ZERO, clean, look_up
+from hps.losses import LOG_ZERO, Loss, clean, look_up
 
 # Each gives (B, K) terms that are summed over the valid responses; s are the rewards, t = softmax(s / alpha).
 
@@ -200,3 +200,12 @@ def kto_loss(
     desirable = desirable_weight * torch.sigmoid(beta * (z0[:, 0] - h[:, 0]))
     undesirable = undesirable_weight * torch.sigmoid(beta * (h[:, 1:] - z0))
     return desirable + torch.where(valid[:, 1:], undesirable, 0.0).sum(1)
+
+
+def _kto_at_reference(opponents: float, *, beta: float, desirable_weight: float, undesirable_weight: float) -> float:
+    return (desirable_weight + undesirable_weight * opponents) / 2
+
+
+# KTO's facts in the form of a stage loss's. It has no q and no kappa: `stage` is called with z0 in their place, and
+# `at_reference` with the number of undesirable responses.
+KTO = Loss(kto_loss, _kto_at_reference, options=("desirable_weight", "undesirable_weight"))

@@ -5,6 +5,7 @@ step 0. From the plan follow which reference log-probs are needed, how long the 
 next. The distributions that it draws from are in `sampling.py`.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,27 @@ class Plan:
     def step(self, s: int) -> range:
         """Indices of the visits of optimizer step `s`."""
         return range(s * self.prompts_per_step, min((s + 1) * self.prompts_per_step, len(self.row)))
+
+
+def mismatched(plan: Plan) -> np.ndarray:
+    """For every visit the visit (V,) int64 whose preferred response its prompt is put to, for KTO's z0.
+
+    It is the next one in the step, cyclically, as in KTO's own code; one of the same prompt is passed over. A step
+    without another prompt (a last step of one visit) takes the nearest visit of the steps before it, so that its z0
+    rests on few pairs, but on real ones.
+
+    Raises:
+        ValueError: the first step has one prompt only.
+    """
+    partners = np.empty(len(plan.row), dtype=np.int64)
+    for step in map(plan.step, range(plan.steps)):
+        for i, v in enumerate(step):
+            others = itertools.chain(step[i + 1 :], step[:i], reversed(range(step.start)))
+            partner = next((w for w in others if plan.row[w] != plan.row[v]), None)
+            if partner is None:
+                raise ValueError("KTO puts prompts to each other's responses, and the first step has only one prompt")
+            partners[v] = partner
+    return partners
 
 
 def dispreferred(rewards: np.ndarray, identity: np.ndarray) -> tuple[int, np.ndarray, dict[str, int]]:

@@ -19,7 +19,7 @@ from hps.losses import (
     plackett_luce_loss,
     stage_loss,
 )
-from hps.losses_listwise import LISTWISE
+from hps.losses_listwise import KTO, LISTWISE
 from hps.sampling import log_q
 
 B, K = 4, 6
@@ -319,7 +319,7 @@ def test_options_are_declared_once():
     for function in (stage_loss, plackett_luce_loss, loss_at_reference, plackett_luce_at_reference):
         for option in ("label_smoothing", "exo_eps"):
             assert inspect.signature(function).parameters[option].default == OPTIONS[option].default
-    taken = {option for loss in [*LOSSES.values(), *LISTWISE.values()] for option in loss.options}
+    taken = {option for loss in [*LOSSES.values(), *LISTWISE.values(), KTO] for option in loss.options}
     assert taken == set(OPTIONS)
     assert all(option.allowed(option.default) for option in OPTIONS.values())
     assert not any(option.allowed(x) for option in OPTIONS.values() for x in (math.nan, math.inf, -1e-9))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hps.plan import dispreferred, plan, preferred_and_below, ranked_subset
+from hps.plan import dispreferred, mismatched, plan, preferred_and_below, ranked_subset
 from hps.sampling import window_log_q
 
 RUN = dict(epochs=2, prompts_per_step=4, seed=0)
@@ -252,3 +252,16 @@ def test_several_positives_stand_in_front_and_leave_their_ties_and_copies_out():
     assert p.kappa.tolist() == [4.0, 4.0]
     with pytest.raises(ValueError, match="use view hps or uniform and hps_form full, or positives = 1"):
         plan([rewards], [identity], np.arange(1), view="bt", positives=2, **RUN)
+
+
+def test_mismatched_pairs_by_hand():
+    """The next visit of the step, cyclically; never the same prompt; a lone visit looks back."""
+    rewards, identity, keys = world(rows=5)
+    how = dict(view="bt", shuffle=False, seed=0)
+    p = plan(rewards, identity, keys, epochs=1, prompts_per_step=2, **how)
+    assert mismatched(p).tolist() == [1, 0, 3, 2, 3]
+    # Prompts 0 1 2 0 | 1 2: the fourth visit's next one is the first, which is of its own prompt.
+    p = plan(rewards[:3], identity[:3], keys[:3], epochs=2, prompts_per_step=4, **how)
+    assert mismatched(p).tolist() == [1, 2, 3, 1, 5, 4]
+    with pytest.raises(ValueError, match="the first step has only one prompt"):
+        mismatched(plan(rewards, identity, keys, epochs=1, prompts_per_step=1, **how))
