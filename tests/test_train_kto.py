@@ -75,11 +75,10 @@ def test_micro_batches_do_not_change_the_trajectory(tiny_world, tmp_path, base, 
     np.testing.assert_allclose(losses(tmp_path, "kl"), base[1], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("budget", [100_000, 120])
+@pytest.mark.parametrize("budget", [100_000, 20])
 def test_two_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base, budget):
-    """With the small budget some ranks get dummy micro-batches."""
-    cache = tmp_path / "cache"
-    values = run_ranks(tiny_world, tmp_path, 2, tokens_per_micro_batch=budget, reference_cache=cache, **KTO)
+    """The cache is full, so that the first pass is that of z0; with the small budget some micro-batches are dummies."""
+    values = run_ranks(tiny_world, tmp_path, 2, tokens_per_micro_batch=budget, **KTO)
     np.testing.assert_allclose(values, base[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses(tmp_path, "kl"), base[1], rtol=0, atol=1e-3)
 
