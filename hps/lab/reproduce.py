@@ -342,7 +342,12 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     began = time.time()
     folder.mkdir(parents=True, exist_ok=True)
     suite, jobs = SUITES[name](), c.jobs or os.cpu_count() or 1
-    c = dataclasses.replace(c, repeats=c.repeats or suite.repeats, first_seed=c.first_seed + suite.later)
+    c = dataclasses.replace(
+        c,
+        seeds=min(c.seeds, suite.worlds or c.seeds),
+        repeats=c.repeats or suite.repeats,
+        first_seed=c.first_seed + suite.later,
+    )
     stages, cells = plan(c, suite, out)
     total = round(sum(stage.weight for stage in stages))
     with workers(jobs) as pool, tqdm(total=total, desc=f"{name}, {c.seeds} seeds", bar_format=BAR) as bar:

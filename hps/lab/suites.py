@@ -14,9 +14,21 @@ Row = dict[str, Any]  # options of train.py, `method` among them
 LR = 2e-4  # of every row that names no other
 # Standardised rewards times .5: on raw ones gamma = -5 .. 5 is nearly an argmax (docs/RESULTS.md). Our choice.
 SCALED = {"reward_norm": "zscore", "reward_scale": 0.5}
-PERCENTILE = {"reward_norm": "percentile"}  # OURS
-PL = {"pl_responses": 8}
 LOSSES = ("dpo", "exo", "ipo", "sppo", "nca")
+VIEWS: dict[str, tuple[str, Row]] = {  # as rows are named: view of train.py and its options
+    "BT": ("bt", {}),
+    "PL-8": ("pl", {"pl_responses": 8}),
+    "uniform": ("uniform", {}),
+    "HPS": ("hps", SCALED),
+    "window": ("window", {}),
+}
+N = {"n_factor": "n_minus_one"}
+
+
+def row(loss: str, view: str, **more: Any) -> Row:
+    """Options of the method with this loss and a view of `VIEWS`."""
+    name, options = VIEWS[view]
+    return {"method": f"{loss}-{name}", **options, **more}
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class Suite:
     `noise`: row -> standard deviation of the training reward's noise where it is not the world's own.
     `series`: figures of lines through rows, as `report` draws them.
     `repeats`: preference runs of a row in each world. `later`: how far its worlds lie behind those of other suites.
+    `worlds`: at most so many.
     """
 
     rows: dict[str, Row]
@@ -39,35 +52,27 @@ class Suite:
     series: dict[str, Any] = field(default_factory=dict)
     repeats: int = 1
     later: int = 0
+    worlds: int | None = None
 
 
-def against(row: str, rows: dict[str, Row]) -> list[tuple[str, str]]:
-    """`row` compared with every other."""
-    return [(row, other) for other in rows if other != row]
-
-
-# The samplers of ours that stand beside the paper's, at BT's cost.
+# The samplers of ours that stand beside the paper's, at BT's cost, and the best row that the search of `tune` found.
+BEST: Row = row("nca", "uniform", lr=1.6e-3, **N)
 OURS: dict[str, Row] = {
-    "DPO-HPS percentile": {"method": "dpo-hps", **PERCENTILE},
-    "DPO-HPS mixture": {"method": "dpo-hps", **SCALED, "gamma_schedule": "mixture"},
-    "DPO-window": {"method": "dpo-window"},
-    "GAP-window": {"method": "gap-window", "beta": 1 / 3},
+    "DPO-HPS percentile": {"method": "dpo-hps", "reward_norm": "percentile"},
+    "DPO-HPS mixture": row("dpo", "HPS", gamma_schedule="mixture"),
+    "DPO-window": row("dpo", "window"),
+    "GAP-window": row("gap", "window", beta=1 / 3),
+    "NCA-uniform N tuned": BEST,
 }
 
 
 def headline() -> Suite:
     """The question of the paper, with the control that it lacks: a uniformly drawn dispreferred response."""
-    rows = {
-        "DPO-BT": {"method": "dpo-bt"},
-        "DPO-PL-8": {"method": "dpo-pl", **PL},
-        "DPO-uniform": {"method": "dpo-uniform"},
-        "DPO-HPS": {"method": "dpo-hps", **SCALED},
-        "DPO-HPS raw": {"method": "dpo-hps"},
-        **OURS,
-    }
-    paper = ("DPO-BT", "DPO-PL-8", "DPO-uniform", "DPO-HPS raw")
-    window = [("DPO-window", other) for other in ("DPO-BT", "DPO-PL-8", "DPO-uniform", "DPO-HPS")]
-    return Suite(rows, [("DPO-HPS", other) for other in paper] + window)
+    rows = {f"DPO-{view}": row("dpo", view) for view in ("BT", "PL-8", "uniform", "HPS")}
+    rows |= {"DPO-HPS raw": {"method": "dpo-hps"}, **OURS}
+    paper = [("DPO-HPS", other) for other in ("DPO-BT", "DPO-PL-8", "DPO-uniform", "DPO-HPS raw")]
+    others = ("DPO-BT", "DPO-PL-8", "DPO-uniform", "DPO-HPS")
+    return Suite(rows, paper + [(ours, other) for ours in ("DPO-window", "NCA-uniform N tuned") for other in others])
 
 
 def methods() -> Suite:
@@ -75,10 +80,7 @@ def methods() -> Suite:
     rows, pairs = {}, []
     for loss in LOSSES:
         name = loss.upper()
-        rows[f"{name}-BT"] = {"method": f"{loss}-bt"}
-        rows[f"{name}-PL-8"] = {"method": f"{loss}-pl", **PL}
-        rows[f"{name}-HPS"] = {"method": f"{loss}-hps", **SCALED}
-        rows[f"{name}-window"] = {"method": f"{loss}-window"}
+        rows |= {f"{name}-{view}": row(loss, view) for view in ("BT", "PL-8", "HPS", "window")}
         pairs += [(f"{name}-HPS", f"{name}-BT"), (f"{name}-HPS", f"{name}-PL-8"), (f"{name}-window", f"{name}-HPS")]
     return Suite(rows | OURS, pairs)
 
@@ -86,38 +88,34 @@ def methods() -> Suite:
 def transfer() -> Suite:
     """The paper's Table 5: trained on one domain, tested on the other; the SFT model knows both."""
     rows, pairs, prompts = {}, [], {}
-    views = {"BT": ("bt", {}), "PL-8": ("pl", PL), "uniform": ("uniform", {}), "HPS": ("hps", SCALED)}
-    views["window"] = ("window", {})
     for source, target in (("help", "safe"), ("safe", "help")):
-        for title, (view, extra) in views.items():
-            name = f"DPO-{title} {source} to {target}"
-            rows[name] = {"method": f"dpo-{view}", **extra}
+        for view in VIEWS:
+            name = f"DPO-{view} {source} to {target}"
+            rows[name] = row("dpo", view)
             prompts[name] = f"train-{source}", f"test-{target}"
-            if view != "hps":
+            if view != "HPS":
                 pairs.append((f"DPO-HPS {source} to {target}", name))
     return Suite(rows, pairs, domain="both", prompts=prompts)
 
 
+PANELS = ["rm_dpo", "rm10", "true_reward", "harm"]
 NUMBERS = (5, 20, 50, 100)
 
 
 def responses() -> Suite:
     """The paper's Tables 6 and 7: how many candidates a prompt has in training."""
+    views = ("BT", "PL-8", "HPS", "window")
     rows: dict[str, Row] = {}
-    lines: dict[str, list[str]] = {}
-    views = {"BT": ("bt", {}), "PL-8": ("pl", PL), "HPS": ("hps", SCALED), "window": ("window", {})}
-    for title, (view, extra) in views.items():
+    for view in views:
         for n in NUMBERS:
-            name = f"DPO-{title} n {n}"
-            extra = {"pl_responses": min(n, 8)} if view == "pl" else extra
-            rows[name] = {"method": f"dpo-{view}", **extra} | ({"candidates": n} if n != NUMBERS[-1] else {})
-            lines.setdefault(f"DPO-{title}", []).append(name)
+            options = row("dpo", view) | ({"pl_responses": min(n, 8)} if view == "PL-8" else {})
+            rows[f"DPO-{view} n {n}"] = options | ({"candidates": n} if n != NUMBERS[-1] else {})
+    lines = {f"DPO-{view}": [f"DPO-{view} n {n}" for n in NUMBERS] for view in views}
     pairs = [(f"DPO-{a} n {n}", f"DPO-{b} n {n}") for n in NUMBERS for a, b in
              (("HPS", "BT"), ("HPS", "PL-8"), ("window", "HPS"))]
-    pairs += [(f"DPO-{title} n 100", f"DPO-{title} n 5") for title in views]
-    x = {"label": "candidates of a prompt", "values": {f"DPO-{title} n {n}": n for title in views for n in NUMBERS}}
-    figure = {"x": x, "panels": ["rm_dpo", "rm10", "true_reward", "harm"], "lines": lines}
-    return Suite(rows, pairs, series={"responses": figure})
+    pairs += [(f"DPO-{view} n 100", f"DPO-{view} n 5") for view in views]
+    x = {"label": "candidates of a prompt", "values": {f"DPO-{view} n {n}": n for view in views for n in NUMBERS}}
+    return Suite(rows, pairs, series={"responses": {"x": x, "panels": PANELS, "lines": lines}})
 
 
 BETAS = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -126,21 +124,17 @@ BETAS = (0.1, 0.25, 0.5, 0.75, 1.0)
 def beta() -> Suite:
     """The paper's Table 8: reward margin against KL over beta."""
     rows: dict[str, Row] = {}
-    lines: dict[str, list[str]] = {}
-    views = {"BT": ("bt", {}), "PL-8": ("pl", PL), "HPS": ("hps", SCALED)}
-    for title, (view, extra) in views.items():
-        for strength in BETAS:
-            name = f"DPO-{title} beta {strength:g}"
-            rows[name] = {"method": f"dpo-{view}", **extra} | ({"beta": strength} if strength != BETAS[0] else {})
-            lines.setdefault(f"DPO-{title}", []).append(name)
+    for view in ("BT", "PL-8", "HPS"):
+        for b in BETAS:
+            rows[f"DPO-{view} beta {b:g}"] = row("dpo", view) | ({"beta": b} if b != BETAS[0] else {})
+    lines = {f"DPO-{view}": [f"DPO-{view} beta {b:g}" for b in BETAS] for view in ("BT", "PL-8", "HPS")}
     pairs = [(f"DPO-HPS beta {b:g}", f"DPO-{other} beta {b:g}") for b in BETAS for other in ("BT", "PL-8")]
-    figure = {"x": {"metric": "kl_exact"}, "panels": ["rm_dpo", "rm10", "true_reward", "harm"], "lines": lines}
-    return Suite(rows, pairs, series={"beta": figure})
+    return Suite(rows, pairs, series={"beta": {"x": {"metric": "kl_exact"}, "panels": PANELS, "lines": lines}})
 
 
 def schedule() -> Suite:
     """What gamma's course over training does, and the forms of HPS."""
-    hps = {"method": "dpo-hps", **SCALED}
+    hps = row("dpo", "HPS")
     rows: dict[str, Row] = {"DPO-HPS": hps}
     for gamma in (-5, 0, 5):
         rows[f"gamma {gamma}"] = {**hps, "gamma_schedule": "constant", "gamma_start": gamma}
@@ -158,63 +152,76 @@ def schedule() -> Suite:
     return Suite(rows, [(other, "DPO-HPS") for other in rows if other != "DPO-HPS"])
 
 
+LEVELS = (0.0, 0.4, 1.0, 2.0)
+
+
 def noise() -> Suite:
     """How much noise in the training reward the samplers bear (the world's own is .4, and a liking for length)."""
-    rows: dict[str, Row] = {}
-    lines: dict[str, list[str]] = {}
-    levels = {}
-    views = {"BT": ("bt", {}), "uniform": ("uniform", {}), "HPS": ("hps", SCALED), "window": ("window", {})}
-    for title, (view, extra) in views.items():
-        for level in (0.0, 0.4, 1.0, 2.0):
-            name = f"DPO-{title} noise {level:g}"
-            rows[name] = {"method": f"dpo-{view}", **extra}
-            levels[name] = level
-            lines.setdefault(f"DPO-{title}", []).append(name)
-    pairs = [(f"DPO-HPS noise {x:g}", f"DPO-{other} noise {x:g}") for x in (0.0, 0.4, 1.0, 2.0) for other in
+    views = ("BT", "uniform", "HPS", "window")
+    rows = {f"DPO-{view} noise {level:g}": row("dpo", view) for view in views for level in LEVELS}
+    levels = {f"DPO-{view} noise {level:g}": level for view in views for level in LEVELS}
+    lines = {f"DPO-{view}": [f"DPO-{view} noise {level:g}" for level in LEVELS] for view in views}
+    pairs = [(f"DPO-HPS noise {x:g}", f"DPO-{other} noise {x:g}") for x in LEVELS for other in
              ("BT", "uniform", "window")]
     x = {"label": "standard deviation of the training reward's noise", "values": levels}
-    figure = {"x": x, "panels": ["rm_dpo", "rm10", "true_reward", "harm"], "lines": lines}
     own = {name: level for name, level in levels.items() if level != 0.4}
-    return Suite(rows, pairs, noise=own, series={"noise": figure})
+    return Suite(rows, pairs, noise=own, series={"noise": {"x": x, "panels": PANELS, "lines": lines}})
 
 
 def cost() -> Suite:
     """The paper's 62.8 : 64.4 : 168.4 hours: seconds and packed tokens of training by preference model."""
-    rows: dict[str, Row] = {
-        "DPO-BT": {"method": "dpo-bt"},
-        "DPO-HPS": {"method": "dpo-hps", **SCALED},
-        "DPO-HPS 8 draws": {"method": "dpo-hps", **SCALED, "hps_samples": 8},
-        "DPO-PL-5": {"method": "dpo-pl", "pl_responses": 5},
-        "DPO-PL-8": {"method": "dpo-pl", **PL},
-        "DPO-window": {"method": "dpo-window"},
-    }
+    rows: dict[str, Row] = {f"DPO-{view}": row("dpo", view) for view in ("BT", "HPS", "PL-8", "window")}
+    rows["DPO-HPS 8 draws"] = row("dpo", "HPS", hps_samples=8)
+    rows["DPO-PL-5"] = {"method": "dpo-pl", "pl_responses": 5}
     return Suite(rows, [(other, "DPO-BT") for other in rows if other != "DPO-BT"])
 
 
-# What `tune` sweeps: each row at every beta and lr, on validation prompts.
-TUNED_BETAS, TUNED_LRS = (0.1, 0.2, 0.5), (2e-4, 4e-4, 8e-4)
-TUNED: dict[str, Row] = {
-    "DPO-BT": {"method": "dpo-bt"},
-    "DPO-PL-8": {"method": "dpo-pl", **PL},
-    "DPO-uniform": {"method": "dpo-uniform"},
-    "DPO-HPS": {"method": "dpo-hps", **SCALED},
-    "DPO-HPS percentile": {"method": "dpo-hps", **PERCENTILE},
-    **{f"{loss.upper()}-window": {"method": f"{loss}-window"} for loss in (*LOSSES, "gap")},
+# What `tune` sweeps: betas and learning rates around the best of each loss in wider searches on the same prompts.
+GRIDS = {
+    "dpo": ((0.5, 1.0), (4e-4, 8e-4, 1.6e-3)),
+    "exo": ((0.2, 0.5), (4e-4, 8e-4)),
+    "ipo": ((0.5, 2.0), (4e-4, 8e-4)),
+    "sppo": ((0.02, 0.1), (8e-4, 1.6e-3)),
+    "nca": ((0.1, 0.2), (8e-4, 1.6e-3)),
+    "gap": ((0.2, 0.5), (4e-4, 8e-4)),
 }
 
 
 def tune() -> Suite:
     """Every method at every beta and lr of a grid, on validation prompts: where the settings of `confirm` are from."""
+    swept = {f"{loss.upper()}-{view}": row(loss, view) for loss in LOSSES for view in ("BT", "PL-8", "HPS", "window")}
+    swept |= {f"{loss.upper()}-uniform": row(loss, "uniform") for loss in ("dpo", "sppo", "nca")}
+    swept |= {f"NCA-{view} N": row("nca", view, **N) for view in ("uniform", "HPS", "window")}
+    swept |= {"DPO-HPS percentile": OURS["DPO-HPS percentile"], "GAP-window": row("gap", "window")}
     rows: dict[str, Row] = {}
     lines: dict[str, list[str]] = {}
-    for name, row in TUNED.items():
-        for strength, lr in product(TUNED_BETAS, TUNED_LRS):
-            title = f"{name} beta {strength:g} lr {lr:g}"
-            rows[title] = {**row, "beta": strength, "lr": lr}
+    for name, options in swept.items():
+        for b, lr in product(*GRIDS[str(options["method"]).split("-")[0]]):
+            title = f"{name} beta {b:g} lr {lr:g}"
+            rows[title] = {**options, "beta": b, "lr": lr}
             lines.setdefault(name, []).append(title)
     panels = ["rm10", "true_reward", "harm", "junk"]
     figure = {"x": {"metric": "kl_exact"}, "panels": panels, "lines": lines}
-    return Suite(rows, [], split="valid", series={"frontier": figure})
+    return Suite(rows, [], split="valid", series={"frontier": figure}, worlds=2)
+
+
+def confirm() -> Suite:
+    """Methods at the beta and lr with their highest true reward on validation prompts, on worlds not used before."""
+    baselines = {
+        "DPO-BT": row("dpo", "BT", beta=0.5, lr=4e-4),
+        "DPO-PL-8": row("dpo", "PL-8", beta=0.5, lr=8e-4),
+        "DPO-uniform": row("dpo", "uniform", beta=1.0, lr=1.6e-3),
+        "DPO-HPS": row("dpo", "HPS", beta=0.5, lr=4e-4),
+    }
+    candidates = {
+        "DPO-window": row("dpo", "window", beta=0.5, lr=4e-4),
+        **{f"NCA-{view} N": row("nca", view, lr=1.6e-3, **N) for view in ("uniform", "HPS", "window")},
+        **{f"SPPO-{view}": row("sppo", view, beta=0.02, lr=1.6e-3) for view in ("BT", "uniform", "HPS", "window")},
+    }
+    pairs = [(ours, other) for ours in candidates for other in baselines]
+    pairs += [(f"{loss}-{view}{n}", f"{loss}-uniform{n}") for loss, n in (("NCA", " N"), ("SPPO", "")) for view in
+              ("HPS", "window")]
+    return Suite(baselines | candidates, [*pairs, ("SPPO-uniform", "SPPO-BT")], repeats=3, later=100)
 
 
 SUITES: dict[str, Callable[[], Suite]] = {
@@ -227,4 +234,5 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "noise": noise,
     "cost": cost,
     "tune": tune,
+    "confirm": confirm,
 }

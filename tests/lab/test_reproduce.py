@@ -93,6 +93,15 @@ def test_every_row_of_a_suite_is_a_command_that_train_accepts(suite):
     assert set(drawn) <= spec.rows.keys()
 
 
+def test_what_is_confirmed_was_tuned_and_stands_on_worlds_of_its_own():
+    """Every row of `confirm` is a row of `tune`; their worlds are different ones, also for other first seeds."""
+    swept = list(SUITES["tune"]().rows.values())
+    suite = SUITES["confirm"]()
+    assert all({"beta": 0.1} | options in swept for options in suite.rows.values())
+    assert SUITES["tune"]().split == "valid" and suite.split == "test"
+    assert suite.repeats == 3 and suite.later >= 10 and SUITES["tune"]().later == 0
+
+
 def test_a_plan_has_every_cell_once_and_suites_share_them(tmp_path):
     """headline: worlds x rows x repeats trainings; another suite's equal rows have equal products and commands."""
     options = reproduce.Options(seeds=2, repeats=3, first_seed=4)
