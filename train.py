@@ -53,6 +53,7 @@ class Config:
     undesirable_weight: float = 1.0  # kto: weight of each response that it is contrasted with
     n_factor: str = "one"  # N of Eq. 8: one, or n_minus_one (number of dispreferred responses)
     # -- whom it contrasts --
+    length_penalty: float = 0.0  # reward units taken off for every scored token before anything looks at the rewards
     hps_form: str = "sample"  # sample: draws from q; full: all dispreferred responses weighted by q
     hps_samples: int = 1  # draws from q at each visit
     positives: int = 1  # hps_form full: this many best responses count as valid, a stage of the loss each (App. E)
@@ -134,7 +135,7 @@ def used_options(c: Config) -> set[str]:
     """Names of the options that the run will use; whatever else the user set is an error."""
     used = {field.name for field in dataclasses.fields(Config)} - SAMPLER - BY_LOSS
     if c.loss == "sft":
-        used -= {"method", "reference", "reference_cache", "share_prompt"}
+        used -= {"method", "reference", "reference_cache", "share_prompt", "length_penalty"}
     else:
         _, view, facts = parts(c)
         used |= set(facts.options)
@@ -142,6 +143,7 @@ def used_options(c: Config) -> set[str]:
         used |= {"length_norm"} if getattr(facts, "length_norm", False) else set()
         used -= set() if needs_reference(c) else {"reference", "reference_cache"}
         used |= BY_VIEW.get(view, set())
+        used -= {"length_penalty"} if view == "human" else set()
         used -= {"pl_form"} if c.method.split("-")[0] in {*LISTWISE, "kto"} else set()
         used -= DRAWS | POSITIVES if facts is KTO else set()  # it has no weights: one draw, or all ranks of pl
         used -= {"hps_samples"} if c.hps_form == "full" else set()
@@ -197,7 +199,8 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
                 raise ValueError(f"{key} must lie in (0, {most}], got {getattr(c, key)}")
         if c.method.startswith("robust-") and c.label_smoothing == 0:
             raise ValueError("robust DPO without wrong labels is DPO: set --label_smoothing, or use method dpo-*")
-    for key in ("candidates", "warmup_steps", "lora_rank", "max_grad_norm", "save_every", "stop_after", "weight_decay"):
+    not_negative = ("length_penalty", "candidates", "warmup_steps", "lora_rank", "max_grad_norm", "weight_decay")
+    for key in (*not_negative, "save_every", "stop_after"):
         if getattr(c, key) < 0:
             raise ValueError(f"{key} must not be negative, got {getattr(c, key)}")
     config.check_used(set_keys, used_options(c), what="loss sft" if c.loss == "sft" else f"method {c.method}")
@@ -208,6 +211,15 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
     if c.lora_rank and c.lr < 1e-6:
         warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
+
+
+def penalised(example: tokens.Example, penalty: float) -> tokens.Example:
+    """The example with rewards r_k - penalty L_k, L_k the scored tokens of response k, its end token counted. OURS:
+    the data's side of R-DPO, which takes alpha L off the reward that the policy is to follow."""
+    if not penalty or example.rewards is None:
+        return example
+    lengths = np.array([len(y) for y in example.response_ids])
+    return dataclasses.replace(example, rewards=example.rewards - penalty * lengths)
 
 
 def make_plan(c: Config, examples: list[tokens.Example]) -> planning.Plan:
@@ -357,6 +369,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     examples, counts = tokens.tokenize_rows(
         tokenizer, rows, max_length=c.max_length, overlong=c.overlong, progress=ranks.first
     )
+    examples = [penalised(e, c.length_penalty) for e in examples]
     plan = make_plan(c, examples)
     counts |= plan.dropped | plan.excluded
     say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))

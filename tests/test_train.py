@@ -16,7 +16,7 @@ from conftest import ROOT
 
 import train
 from hps import reference
-from hps.data import listwise
+from hps.data import listwise, tokens
 from hps.model import load_causal_lm
 from hps.packing import Block
 
@@ -242,6 +242,34 @@ def test_gap_regression_sees_the_rewards_of_its_pairs(tiny_world, tmp_path):
     assert values[0] == pytest.approx(np.mean([g**2 / 8 for g in gaps]), rel=1e-4)
 
 
+def penalised_rewards(world: Path, penalty: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each prompt r_k - penalty L_k and L_k, the scored tokens with the end token."""
+    tokenizer = tokens.load_tokenizer(str(world / "model"))
+    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(world / "train.jsonl"), max_length=128)
+    lengths = [np.array([len(ids) for ids in e.response_ids]) for e in examples]
+    return [(e.rewards - penalty * L, L) for e, L in zip(examples, lengths, strict=True)]
+
+
+def test_a_length_penalty_reaches_the_pairs_and_the_loss(tiny_world, tmp_path):
+    """The gap regression at the start, as above, on r - .2 L: (best - worst)^2 / 8 with the best and worst by it."""
+    options = dict(beta=2.0, gap_delta=1e4, prompts_per_step=24, length_penalty=0.2)
+    values = run(tiny_world, tmp_path, method="gap-bt", stop_after=1, **options)
+    gaps = [np.ptp(rewards) for rewards, _ in penalised_rewards(tiny_world, 0.2)]
+    assert values[0] == pytest.approx(np.mean([g**2 / 8 for g in gaps]), rel=1e-4)
+
+
+def test_under_a_large_length_penalty_the_longest_loses_to_the_shortest(tiny_world, tmp_path, monkeypatch):
+    """At 1,000 a token: best and worst of every prompt are one of its shortest and one of its longest responses."""
+    plans = []
+    real = train.make_plan
+    monkeypatch.setattr(train, "make_plan", lambda c, examples: plans.append(real(c, examples)) or plans[-1])
+    run(tiny_world, tmp_path, method="dpo-bt", stop_after=1, length_penalty=1e3)
+    lengths = [L for _, L in penalised_rewards(tiny_world, 0.0)]
+    assert len(plans[0].row) == 2 * 24
+    for row, (best, worst) in zip(plans[0].row, plans[0].responses, strict=True):
+        assert (lengths[row][best], lengths[row][worst]) == (min(lengths[row]), max(lengths[row]))
+
+
 def test_human_pairs_train_without_rewards(tiny_world, tmp_path):
     rows = listwise.read(tiny_world / "train.jsonl")
     pairs = [listwise.Row(r.id, r.prompt, r.responses, None, 2, 1, None, "") for r in rows]
@@ -291,6 +319,15 @@ def test_first_loss_with_two_positives(tiny_world, tmp_path, exclude):
     rest = np.array([len(json.loads(line)["rewards"]) - 2 for line in data.read_text().splitlines()])
     by_hand = np.log(1 + rest + (exclude == "false")) + 0.5 * np.log(1 + rest)
     assert values[0] == pytest.approx(by_hand.mean(), abs=1e-4)
+
+
+def test_metrics_of_two_positives_leave_the_second_out_of_the_rejected():
+    """h = 1 3 2 -4 with beta .5: chosen .5, rejected (1 - 2) / 2 = -.5, which leaves 3 out; 1 beats one of two."""
+    h, valid = torch.tensor([[1.0, 3.0, 2.0, -4.0, 0.0]]), torch.tensor([[True, True, True, True, False]])
+    row = train.prompt_metrics(torch.tensor([7.0]), h - 10, h, valid, 0.5, positives=2)
+    by_hand = {"loss": 7.0, "rewards/chosen": 0.5, "rewards/rejected": -0.5, "rewards/margins": 1.0}
+    by_hand |= {"rewards/accuracies": 0.5, "logps/chosen": -9.0, "logps/rejected": -11.0}
+    assert dict(zip(train.METRICS, row[0].tolist(), strict=True)) == by_hand
 
 
 @pytest.mark.parametrize(
@@ -429,6 +466,12 @@ def test_a_broken_line_is_named(tiny_world, tmp_path):
         (dict(method="dpo-hps", window_end=0.3), "method dpo-hps does not use.*window_end"),
         (dict(method="dpo-window", gamma_end=3), "method dpo-window does not use.*gamma_end"),
         (dict(method="dpo-window", window_width=0.0), r"window_width must lie in \(0, 1\], got 0"),
+        (dict(method="dpo-human", length_penalty=0.1), "method dpo-human does not use.*length_penalty"),
+        (
+            dict(loss="sft", method=None, beta=None, reference_cache=None, length_penalty=0.1),
+            "loss sft does not use.*length_penalty",
+        ),
+        (dict(length_penalty=-0.1), "length_penalty must not be negative"),
         (dict(method="dpo-top2", gamma_end=2), "method dpo-top2 does not use.*gamma_end"),
         (dict(lora_alpha=4), "does not use.*lora_alpha"),
         (dict(dtype="fp16"), "dtype = 'fp16' does not exist; choose one of fp32, bf16"),
