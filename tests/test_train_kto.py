@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_train import distinct, losses, rewrite, run, run_ranks
 
+import train
 from hps.data import listwise, tokens
 from hps.model import load_causal_lm
 
@@ -57,6 +58,25 @@ def test_z0_and_loss_of_a_step_by_plain_forwards(tiny_world, tmp_path, taught, s
     assert values[0] == pytest.approx(np.mean(terms), abs=1e-4)
 
 
+def test_mismatched_pairs_are_cut_at_max_length(tiny_world):
+    """Each is the visit's prompt and the start of the next one's best response, as much of it as max_length leaves."""
+    examples, _ = tokens.tokenize_rows(
+        tokens.load_tokenizer(str(tiny_world / "model")), listwise.read(tiny_world / "train.jsonl"), max_length=128
+    )
+    longest = max(map(len, (e.prompt_ids for e in examples)))
+    c = train.Config("m", "d", "o", method="kto-bt", prompts_per_step=24, epochs=1, max_length=longest + 5)
+    plan = train.make_plan(c, examples)
+    blocks, cut = train.mismatched_blocks(c, plan, examples), 0
+    for v, block in enumerate(blocks):
+        w = (v + 1) % 24
+        whole = examples[plan.row[w]].response_ids[plan.responses[w, 0]]
+        prompt = examples[plan.row[v]].prompt_ids
+        assert block.prompt.tolist() == prompt.tolist()
+        assert block.responses[0].tolist() == whole.tolist()[: c.max_length - len(prompt)]
+        cut += len(block.responses[0]) < len(whole)
+    assert 0 < cut and len(blocks) == 24
+
+
 KTO = dict(method="kto-hps", epochs=3)
 
 
@@ -77,7 +97,7 @@ def test_micro_batches_do_not_change_the_trajectory(tiny_world, tmp_path, base, 
 
 @pytest.mark.parametrize("budget", [100_000, 20])
 def test_two_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base, budget):
-    """The cache is full, so that the first pass is that of z0; with the small budget some micro-batches are dummies."""
+    """The cache is full, so that the first pass is z0's; with the small budget some micro-batches are dummies."""
     values = run_ranks(tiny_world, tmp_path, 2, tokens_per_micro_batch=budget, **KTO)
     np.testing.assert_allclose(values, base[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses(tmp_path, "kl"), base[1], rtol=0, atol=1e-3)
