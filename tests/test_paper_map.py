@@ -13,7 +13,8 @@ import train
 from hps.evaluate.report import METRICS
 from hps.lab.suites import SUITES
 from hps.losses import LOSSES
-from hps.sampling import SCHEDULES, VIEWS
+from hps.plan import VIEWS
+from hps.sampling import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs/PAPER_MAP.md").read_text()
