@@ -80,7 +80,7 @@ class Config:
     adam_beta1: float = 0.9  # AdamW's first moment
     adam_beta2: float = 0.999  # AdamW's second moment
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 means never
-    shuffle: bool = True  # order prompts anew in each epoch; false keeps the file's order
+    shuffle: str = "epochs"  # epochs: a new order in each; together: all epochs as one list; no: the file's order
     seed: int = 0  # of the order, the draws and the adapter's start
     # -- model --
     lora_rank: int = 8  # 0 trains all weights
@@ -182,6 +182,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         "pl_form": ["stagewise", "official"],
         "reward_norm": list(sampling.REWARD_NORMS),
         "n_factor": ["one", "n_minus_one"],
+        "shuffle": list(planning.SHUFFLES),
     }
     for key, allowed in choices.items():
         if getattr(c, key) not in allowed:

@@ -14,6 +14,7 @@ import torch
 
 from hps.sampling import counter_uniform, gamma_at, log_q, normalise_rewards, window_log_q
 
+SHUFFLES = ("epochs", "together", "no")
 VIEWS = ("bt", "pl", "hps", "uniform", "window", "top2", "random", "human")
 FORMS = ("sample", "full")
 
@@ -121,17 +122,20 @@ def ranked_subset(rewards: np.ndarray, eligible: np.ndarray, identity: np.ndarra
     return order
 
 
-def _visits(keys: np.ndarray, *, epochs: int, seed: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Every prompt once an epoch: (positions, epochs), both (epochs * prompts,) int64."""
-    order = []
-    for epoch in range(epochs):
-        rank = counter_uniform(seed, _ORDER, epoch, keys) if shuffle else np.arange(len(keys))
-        order.append(np.argsort(rank, kind="stable"))
-    return np.concatenate(order), np.repeat(np.arange(epochs), len(keys))
+def _visits(keys: np.ndarray, *, epochs: int, seed: int, shuffle: str) -> tuple[np.ndarray, np.ndarray]:
+    """Every prompt once an epoch: (positions, epochs), both (epochs * prompts,) int64. `shuffle` as in `plan`."""
+    if shuffle not in SHUFFLES:
+        raise ValueError(f"unknown shuffle {shuffle!r}; choose one of {', '.join(SHUFFLES)}")
+    row, epoch = np.tile(np.arange(len(keys)), epochs), np.repeat(np.arange(epochs), len(keys))
+    if shuffle == "no":
+        return row, epoch
+    rank = counter_uniform(seed, _ORDER, epoch, keys[row])
+    order = np.lexsort((rank, epoch)) if shuffle == "epochs" else np.argsort(rank, kind="stable")
+    return row[order], epoch[order]
 
 
 def plan_demonstrations(
-    preferred: Sequence[int], keys: np.ndarray, *, epochs: int, prompts_per_step: int, seed: int, shuffle: bool
+    preferred: Sequence[int], keys: np.ndarray, *, epochs: int, prompts_per_step: int, seed: int, shuffle: str
 ) -> Plan:
     """The plan of supervised fine-tuning: one response a prompt, `preferred[i]`, nothing to contrast it with."""
     row, epoch = _visits(np.asarray(keys, dtype=np.uint64), epochs=epochs, seed=seed, shuffle=shuffle)
@@ -217,7 +221,7 @@ def plan(
     window_power: float = 1.5,
     window_width: float = 0.15,
     pl_responses: int = 8,
-    shuffle: bool = True,
+    shuffle: str = "epochs",
     human: Sequence[tuple[int, int] | None] = (),
 ) -> Plan:
     """Draw a whole run: for every visit its prompt, its responses and their weights.
@@ -237,7 +241,8 @@ def plan(
         hps_samples: draws a visit, with replacement (more than one is OURS).
         positives: how many responses count as valid (App. E). With m > 1, for `hps` and `uniform` in the form `full`,
             columns are in ranked order, the m best in front, and log_q is that of the first one's stage.
-        shuffle: order prompts anew in each epoch, else file order.
+        shuffle: `epochs` orders prompts anew in each epoch; `together` orders the visits of all epochs as one, as the
+            authors' code does with copies of its data; `no` keeps the file's order.
 
     Raises:
         ValueError: an unknown name, a number out of range, several positives in another view or form, or no prompt

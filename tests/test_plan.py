@@ -82,8 +82,15 @@ def test_every_prompt_once_an_epoch_in_a_new_order():
     assert list(one) != list(two)
     assert p.steps == 20
     assert [v for s in range(p.steps) for v in p.step(s)] == list(range(80))
-    unshuffled = plan(rewards, identity, keys, view="bt", shuffle=False, **RUN)
+    unshuffled = plan(rewards, identity, keys, view="bt", shuffle="no", **RUN)
     assert list(unshuffled.row) == list(range(40)) * 2
+    together = plan(rewards, identity, keys, view="uniform", shuffle="together", **RUN)
+    apart = plan(rewards, identity, keys, view="uniform", **RUN)
+    assert sorted(apart.row[:40]) == list(range(40)) != sorted(together.row[:40])  # a prompt may come twice at once
+    visits = [sorted(zip(p.row, p.epoch, p.responses[:, 1], strict=True)) for p in (apart, together)]
+    assert visits[0] == visits[1]  # the same draws: each copy has its own
+    with pytest.raises(ValueError, match="unknown shuffle 'yes'; choose one of epochs, together, no"):
+        plan(rewards, identity, keys, view="bt", shuffle="yes", **RUN)
 
 
 def test_curriculum_follows_optimizer_steps():
@@ -257,7 +264,7 @@ def test_several_positives_stand_in_front_and_leave_their_ties_and_copies_out():
 def test_mismatched_pairs_by_hand():
     """The next visit of the step, cyclically; never the same prompt; a lone visit looks back."""
     rewards, identity, keys = world(rows=5)
-    how = dict(view="bt", shuffle=False, seed=0)
+    how = dict(view="bt", shuffle="no", seed=0)
     p = plan(rewards, identity, keys, epochs=1, prompts_per_step=2, **how)
     assert mismatched(p).tolist() == [1, 0, 3, 2, 3]
     # Prompts 0 1 2 0 | 1 2: the fourth visit's next one is the first, which is of its own prompt.

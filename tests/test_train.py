@@ -375,7 +375,7 @@ def test_bf16_follows_fp32(tiny_world, tmp_path, base):
 def test_sft_learns_the_preferred_response(tiny_world, tmp_path):
     """Loss per token from log V at random weights; the file's order kept."""
     options = dict(loss="sft", method=None, beta=None, reference_cache=None, data=tiny_world / "sft.jsonl")
-    values = run(tiny_world, tmp_path, epochs=6, shuffle="false", lr=1e-2, **options)
+    values = run(tiny_world, tmp_path, epochs=6, shuffle="no", lr=1e-2, **options)
     size = json.loads((tiny_world / "model/config.json").read_text())["vocab_size"]
     assert values[0] == pytest.approx(math.log(size), rel=0.05)
     assert values[-1] < values[0] - 1

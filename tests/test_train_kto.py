@@ -51,7 +51,7 @@ def test_z0_and_loss_of_a_step_by_plain_forwards(tiny_world, tmp_path, taught, s
         return 1 / (1 + np.exp(-x))
 
     terms = [1.3 * s(0.05 * (z0 - h(x, w))) + 0.6 * s(0.05 * (h(x, y) - z0)) for x, w, y in pairs]
-    options = dict(beta=0.05, desirable_weight=1.3, undesirable_weight=0.6, shuffle="false", stop_after=1)
+    options = dict(beta=0.05, desirable_weight=1.3, undesirable_weight=0.6, shuffle="no", stop_after=1)
     options |= dict(data=data, model=models[swapped], reference=models[1 - swapped], tokens_per_micro_batch=budget)
     values = run(tiny_world, tmp_path / "out", method="kto-bt", **options)
     assert losses(tmp_path / "out", "kl")[0] == pytest.approx(z0, abs=1e-3)
