@@ -235,6 +235,27 @@ def table_of(worlds: list[list[Path]]) -> dict[str, np.ndarray]:
     return found
 
 
+def check_length_terms(cells: dict[str, list[list[Path]]]) -> None:
+    """ValueError unless every method of a world has the same RM_DPO - RM_R-DPO on a prompt.
+
+    That difference is .01 (chosen - rejected length): it depends on the data alone. The paper's Tables 2 and 5 break
+    this, so no table of ours is made without the check.
+    """
+    for folders in zip(*cells.values(), strict=True):  # one world's runs, by method
+        known: dict[tuple[str, str], tuple[float, Path]] = {}
+        for folder in (folder for runs in folders for folder in runs):
+            table = json.loads((folder / "per_prompt.json").read_text())
+            margin = table.get("rm_dpo", table["rm2"])
+            for metric in ("rm_rdpo_chars", "rm_rdpo_tokens"):
+                for id, value in table.get(metric, {}).items():
+                    term, other = known.setdefault((metric, id), (margin[id] - value, folder))
+                    if abs(margin[id] - value - term) > 1e-6:
+                        raise ValueError(
+                            f"{folder} and {other} differ in RM_DPO - {metric} on prompt {id}, which depends on the "
+                            "data alone: they were not evaluated on the same pairs; delete the older and start again"
+                        )
+
+
 def summarise(
     cells: dict[str, list[list[Path]]], pairs: list[tuple[str, str]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -356,6 +377,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
         except RuntimeError as e:
             pool.shutdown(wait=False, cancel_futures=True)
             raise ValueError(f"a stage failed; its output is in {out / 'logs'}: {e}") from e
+    check_length_terms(cells)
     rows, comparisons = summarise(cells, suite.pairs)
     curves, schedule = curves_of(cells)
     results = {

@@ -69,6 +69,21 @@ def test_rows_and_paired_differences(cells):
     assert harm["mean"] == pytest.approx(-50.0)
 
 
+def test_the_length_term_depends_on_the_data_alone(tmp_path):
+    """RM_DPO - RM_R-DPO: equal for all methods of a world, prompt by prompt; another world has another."""
+    cells: dict[str, list[list[Path]]] = {"SFT": [], "DPO-BT": []}
+    for world, term in enumerate((0.3, -0.2)):
+        for name, rm in (("SFT", 0.0), ("DPO-BT", 2.5)):
+            columns = {"rm2": {"p": 9.0, "q": 9.0}, "rm_dpo": {"p": rm, "q": rm + 1}}
+            columns["rm_rdpo_chars"] = {"p": rm - term, "q": rm + 1 - 2 * term}
+            cells[name].append([run(tmp_path / f"{name}-{world}", columns)])
+    reproduce.check_length_terms(cells)
+    path = cells["DPO-BT"][1][0] / "per_prompt.json"
+    path.write_text(path.read_text().replace("3.9", "3.91"))
+    with pytest.raises(ValueError, match="differ in RM_DPO - rm_rdpo_chars on prompt q, which depends on"):
+        reproduce.check_length_terms(cells)
+
+
 def test_the_report_accepts_what_the_sweep_makes(cells, tmp_path):
     rows, comparisons = reproduce.summarise(cells, [("DPO-HPS", "DPO-BT")])
     curves, schedule = reproduce.curves_of(cells)
