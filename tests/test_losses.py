@@ -113,9 +113,9 @@ def trl_pair_loss(name: str, h: Tensor, L: Tensor, beta: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scale", [3.0, 170.0])
+@pytest.mark.parametrize("scale", [3.0, 170.0, 3e4])
 def test_one_opponent_equals_trl(name, scale):
-    """Values and gradients, small margins and margins of |D| around 50."""
+    """Values and gradients: small margins, |D| around 50, and around 1e4."""
     h, _, L = draw(seed=1, K=2, scale=scale)
     ours_in, theirs_in = h.clone().requires_grad_(), h.clone().requires_grad_()
     ours = stage_loss(name, ours_in, torch.zeros(B, 1, dtype=h.dtype), beta=BETA, num_tokens=L)

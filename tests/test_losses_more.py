@@ -106,7 +106,7 @@ def test_plackett_luce_is_the_sum_of_stages(name):
 
 
 @pytest.mark.parametrize(("name", "trl_name"), [("hinge", "hinge"), ("robust", "robust"), ("dpo", "sigmoid")])
-@pytest.mark.parametrize("scale", [3.0, 170.0])
+@pytest.mark.parametrize("scale", [3.0, 170.0, 3e4])
 def test_pairs_equal_trl(name, trl_name, scale, monkeypatch):
     """Values and gradients of DPOTrainer._compute_loss, at small margins and at |D| around 50."""
     trainer_class = pytest.importorskip("trl", reason="TRL is a development extra").DPOTrainer
