@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from hps.sampling import counter_uniform, gamma_at, log_q, normalise_rewards, window_log_q
+from hps.sampling import counter_uniform, gamma_at, hps_log_q, normalise_rewards, window_log_q
 
 SHUFFLES = ("epochs", "together", "no")
 VIEWS = ("bt", "pl", "hps", "uniform", "window", "top2", "random", "human")
@@ -76,35 +75,44 @@ def mismatched(plan: Plan) -> np.ndarray:
     return partners
 
 
-def dispreferred(rewards: np.ndarray, identity: np.ndarray) -> tuple[int, np.ndarray, dict[str, int]]:
-    """The preferred response of one prompt and the mask (n,) of those that may be contrasted with it.
+def padded(rows: Sequence[np.ndarray], fill: float, dtype: type) -> np.ndarray:
+    """Ragged rows as one (C, n) array, `fill` behind the short ones."""
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    out = np.full((len(rows), lengths.max()), fill, dtype=dtype)
+    out[np.arange(out.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+    return out
+
+
+def dispreferred(
+    rewards: np.ndarray, identity: np.ndarray, positives: int = 1
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """The preferred responses of prompts, and the mask of those below them, which they may be contrasted with.
 
     Ties with the maximum are not dispreferred (the authors' code leaves them out too), nor is an exact copy of
-    the preferred text with a lower score. Raw rewards are compared, not their exponentials, which overflow.
+    the preferred text with a lower score. Raw rewards are compared, not their exponentials, which overflow. Of
+    several positives each one leaves out its ties and copies.
+
+    Args:
+        rewards: (C, n) float, -inf where a ragged row has no response.
+        identity: (C, n) int; equal numbers mark equal texts.
+        positives: m, how many responses count as preferred (App. E).
+
+    Returns:
+        (C, m) indices of the preferred, best first, -1 where there are too few responses; (C, n) bool, none of a row
+        that gives no contrast; and how many were left out by reason, (C,) each.
     """
-    best = int(np.argmax(rewards))
-    tie = rewards == rewards[best]
-    copy = (identity == identity[best]) & ~tie
-    counts = {"ties_with_best": int(tie.sum()) - 1, "copies_of_best": int(copy.sum())}
-    return best, ~(tie | copy), counts
-
-
-def preferred_and_below(
-    rewards: np.ndarray, identity: np.ndarray, positives: int
-) -> tuple[list[int], np.ndarray, dict[str, int]]:
-    """The `positives` best responses in ranked order, the indices of those below them all, and what was left out.
-
-    Every positive leaves out what `dispreferred` does: its ties, and copies of its text. If there are too few
-    responses, none is below and some of the positives may be missing.
-    """
-    best: list[int] = []
-    below = np.arange(len(rewards))
-    left_out = {"ties_with_best": 0, "copies_of_best": 0}
-    while len(below) and len(best) < positives:
-        first, mask, counts = dispreferred(rewards[below], identity[below])
-        best.append(int(below[first]))
-        below = below[mask]
-        left_out = {reason: left_out[reason] + counts[reason] for reason in left_out}
+    below, rows = rewards > -np.inf, np.arange(len(rewards))
+    best = np.full((len(rewards), positives), -1)
+    left_out = {reason: np.zeros(len(rewards), dtype=np.int64) for reason in ("ties_with_best", "copies_of_best")}
+    for j in range(positives):
+        some = below.any(1)
+        first = np.where(below, rewards, -np.inf).argmax(1)
+        tie = below & (rewards == rewards[rows, first][:, None])
+        copy = below & ~tie & (identity == identity[rows, first][:, None])
+        best[some, j] = first[some]
+        left_out["ties_with_best"] += tie.sum(1) - some
+        left_out["copies_of_best"] += copy.sum(1)
+        below &= ~(tie | copy)
     return best, below, left_out
 
 
@@ -112,14 +120,34 @@ def ranked_subset(rewards: np.ndarray, eligible: np.ndarray, identity: np.ndarra
     """At most `size` - 1 distinct dispreferred candidates, ranked: hardest, worst, and evenly spaced between.
 
     Differs: the paper ranks all n = 100; its reported time (2.68 x BT) fits five or six responses per prompt.
+
+    Args:
+        rewards, identity: (C, n) as in `dispreferred`. eligible: (C, n) bool, its mask. size: 0 means all.
+
+    Returns:
+        (C, k) candidate indices, -1 behind those of a row that has fewer.
     """
-    order = np.flatnonzero(eligible)
-    order = order[np.argsort(-rewards[order], kind="stable")]
-    _, first = np.unique(identity[order], return_index=True)  # a text ranked against itself teaches nothing
-    order = order[np.sort(first)]
-    if len(order) > size - 1:
-        order = order[np.linspace(0, len(order) - 1, size - 1).round().astype(int)] if size > 2 else order[-1:]
-    return order
+    order = np.argsort(np.where(eligible, -rewards, np.inf), axis=1, kind="stable")
+    texts = np.take_along_axis(identity, order, axis=1)
+    by_text = np.argsort(texts, axis=1, kind="stable")
+    again = np.zeros(texts.shape, dtype=bool)  # a text ranked against itself teaches nothing
+    sorted_texts = np.take_along_axis(texts, by_text, axis=1)
+    np.put_along_axis(again, by_text[:, 1:], sorted_texts[:, 1:] == sorted_texts[:, :-1], axis=1)
+    ranked = _left(order, np.take_along_axis(eligible, order, axis=1) & ~again)
+    count = (ranked >= 0).sum(1, keepdims=True)
+    if not size:
+        return ranked[:, : count.max()]
+    places = np.arange(size - 1)[None, :]
+    spaced = (places * ((count - 1) / (size - 2))).round().astype(np.int64) if size > 2 else count - 1
+    places = np.where(count > size - 1, spaced, np.where(places < count, places, -1))
+    chosen = np.take_along_axis(ranked, places.clip(min=0), axis=1)
+    return np.where(places >= 0, chosen, -1)
+
+
+def _left(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """(C, n) with the kept values of each row moved to its left, in order, and -1 behind them."""
+    place = np.argsort(~kept, axis=1, kind="stable")
+    return np.where(np.take_along_axis(kept, place, axis=1), np.take_along_axis(values, place, axis=1), -1)
 
 
 def _visits(keys: np.ndarray, *, epochs: int, seed: int, shuffle: str) -> tuple[np.ndarray, np.ndarray]:
@@ -154,48 +182,40 @@ def plan_demonstrations(
     )
 
 
-def _static_opponents(
-    view: str, rewards: np.ndarray, eligible: np.ndarray, identity: np.ndarray, pl_responses: int
-) -> np.ndarray:
-    """The opponents that a prompt has at every visit, hardest first: all that BT, PL and top2 need."""
-    if view == "top2":
-        return ranked_subset(rewards, eligible, identity, len(rewards) + 1)[:1]
-    return ranked_subset(rewards, eligible, identity, 2 if view == "bt" else pl_responses or len(rewards) + 1)
-
-
-def _hps_log_q(scaled: Sequence[np.ndarray], eligible: Sequence[np.ndarray], gamma: np.ndarray) -> np.ndarray:
-    """log q (Eq. 9) of some visits, (C, n), -inf for what is not dispreferred; one (n,) array a visit, gamma (C,)."""
-    C, n = len(scaled), max(map(len, scaled))
-    r, ok = np.zeros((C, n + 1)), np.zeros((C, n + 1), dtype=bool)
-    for i in range(C):  # log_q reads column 0 as the winner, so candidates start at column 1
-        r[i, 1 : 1 + len(scaled[i])] = scaled[i]
-        ok[i, 1 : 1 + len(scaled[i])] = eligible[i]
-    return log_q(torch.from_numpy(r), torch.from_numpy(gamma), valid=torch.from_numpy(ok)).numpy()
-
-
 def _draw(
     weights: np.ndarray, counters: list[np.ndarray], seed: int, *, form: str, samples: int
-) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """Opponents of some visits drawn from q, their log-weights in the loss, and q's effective number (C,).
+) -> tuple[np.ndarray, np.ndarray]:
+    """Opponents of some visits drawn from q, (C, k), -1 behind those of a visit that has fewer, and their log-weights
+    in the loss, (C, k).
 
     weights: (C, n) log q. counters: (C,) arrays that name the visit. `sample` draws `samples` times with replacement
     and weighs a response by how often it came; `full` takes all with weights q.
     """
     C, n = weights.shape
-    entropy = -(np.exp(weights) * np.where(weights > -np.inf, weights, 0.0)).sum(1)
     if form == "full":
-        drawn = [np.flatnonzero(w > -np.inf) for w in weights]
-        return drawn, [w[d] for w, d in zip(weights, drawn, strict=True)], np.exp(entropy)
+        drawn = _left(np.broadcast_to(np.arange(n), weights.shape), weights > -np.inf)
+        drawn = drawn[:, : (drawn >= 0).sum(1).max()]
+        return drawn, np.where(drawn >= 0, np.take_along_axis(weights, drawn.clip(min=0), axis=1), 0.0)
     picks = np.empty((C, samples), dtype=np.int64)
     for d in range(samples):
         u = counter_uniform(seed, _DRAW + 16 * d, *(c[:, None] for c in counters), np.arange(n)[None, :])
         picks[:, d] = np.argmax(weights - np.log(-np.log(u)), axis=1)  # Gumbel-max: a draw from q
-    drawn, logs = [], []
-    for row in picks:
-        distinct, count = np.unique(row, return_counts=True)
-        drawn.append(distinct)
-        logs.append(np.log(count / samples))
-    return drawn, logs, np.exp(entropy)
+    picks.sort(axis=1)
+    new = np.hstack([np.ones((C, 1), dtype=bool), picks[:, 1:] != picks[:, :-1]])
+    drawn = _left(picks, new)
+    counts = (drawn[:, :, None] == picks[:, None, :]).sum(2)
+    return drawn, np.log(np.maximum(counts, 1) / samples) * (drawn >= 0)
+
+
+def _random_pair(rewards: np.ndarray, counters: list[np.ndarray], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two responses of different reward of each prompt (C, n), better first: the first pair of a random order that is
+    not a tie. (C,) each."""
+    valid, rows = rewards > -np.inf, np.arange(len(rewards))
+    u = counter_uniform(seed, _PAIR, *(c[:, None] for c in counters), np.arange(rewards.shape[1])[None, :])
+    first = np.where(valid, u, np.inf).argmin(1)
+    other = np.where(valid & (rewards != rewards[rows, first][:, None]), u, np.inf).argmin(1)
+    ahead = rewards[rows, first] > rewards[rows, other]
+    return np.where(ahead, first, other), np.where(ahead, other, first)
 
 
 def plan(
@@ -264,103 +284,85 @@ def plan(
             "and hps_form full, or positives = 1"
         )
 
-    dropped = {"rows_one_response": 0, "rows_no_dispreferred": 0}
     excluded = {"ties_with_best": 0, "copies_of_best": 0}
-    kept, best, eligible, rejected = [], [], [], []
+    chosen, rejected = np.empty((0, 2), dtype=np.int64).T
     if view == "human":
-        dropped = {"rows_no_human_pair": sum(pair is None for pair in human), "pairs_of_equal_texts": 0}
-        for i, pair in enumerate(human):
-            if pair is not None and identity[i][pair[0]] == identity[i][pair[1]]:
-                dropped["pairs_of_equal_texts"] += 1
-            elif pair is not None:
-                kept.append(i)
-                best.append(pair[0])
-                rejected.append(pair[1])
+        pairs = [pair or (0, 0) for pair in human]
+        equal = [identity[i][w] == identity[i][o] for i, (w, o) in enumerate(pairs)]
+        missing = np.array([pair is None for pair in human])
+        dropped = {"rows_no_human_pair": int(missing.sum()), "pairs_of_equal_texts": int((equal & ~missing).sum())}
+        kept = np.flatnonzero(~np.array(equal))
+        chosen, rejected = np.array(pairs)[kept].T
     else:
-        for i, (r, same) in enumerate(zip(rewards, identity, strict=True)):
-            first, below, counts = preferred_and_below(r, same, positives)
-            if not len(below):
-                dropped["rows_one_response" if len(r) == 1 else "rows_no_dispreferred"] += 1
-                continue
+        dropped = {"rows_one_response": 0, "rows_no_dispreferred": 0}
+        kept_of: list[np.ndarray] = []
+        for rows in chunks(len(rewards)):
+            r = padded([rewards[i] for i in rows], -np.inf, np.float64)
+            _, below, left_out = dispreferred(r, padded([identity[i] for i in rows], -1, np.int64), positives)
+            some, single = below.any(1), (r > -np.inf).sum(1) == 1
+            dropped["rows_one_response"] += int((~some & single).sum())
+            dropped["rows_no_dispreferred"] += int((~some & ~single).sum())
             for reason in excluded:
-                excluded[reason] += counts[reason]
-            kept.append(i)
-            best.append(first[0])
-            mask = np.zeros(len(r), dtype=bool)
-            mask[[*first[1:], *below]] = True
-            eligible.append(mask)
-    if not kept:
+                excluded[reason] += int(left_out[reason][some].sum())
+            kept_of.append(rows[some])
+        kept = np.concatenate(kept_of)
+    if not len(kept):
         raise ValueError(
             f"no prompt has a response below its best one ({dropped}): check the rewards with data_prep.py doctor"
             if view != "human"
             else f"no prompt has a human pair of different texts ({dropped}): give `chosen` and `rejected` in the data"
         )
-    kept_rows, kept_keys = np.array(kept), np.asarray(keys, dtype=np.uint64)[kept]
 
-    visits, epoch = _visits(kept_keys, epochs=epochs, seed=seed, shuffle=shuffle)  # positions in `kept`
+    visits, epoch = _visits(np.asarray(keys, dtype=np.uint64)[kept], epochs=epochs, seed=seed, shuffle=shuffle)
+    row = kept[visits]
+    key = np.asarray(keys, dtype=np.uint64)[row]
     steps = -(-len(visits) // prompts_per_step)
     progress = np.arange(len(visits)) // prompts_per_step / steps
-    preferred = np.array(best)[visits]
-    gamma = np.zeros(len(visits))
-    effective = np.ones(len(visits))
-    opponents: list[np.ndarray] = []  # of each visit
-    logs: list[np.ndarray] = []
-    if view == "human":
-        opponents = [np.array([rejected[p]]) for p in visits]
-    elif view == "random":
-        for v, (p, e) in enumerate(zip(visits, epoch, strict=True)):
-            first, other = _random_pair(np.asarray(rewards[kept[p]]), seed, kept_keys[p], e)
-            preferred[v] = first
-            opponents.append(np.array([other]))
-    elif view in ("bt", "top2", "pl"):
-        fixed = [
-            _static_opponents(view, np.asarray(rewards[i]), mask, np.asarray(identity[i]), pl_responses)
-            for i, mask in zip(kept, eligible, strict=True)
-        ]
-        opponents = [fixed[p] for p in visits]
-    else:
-        if view == "hps":
-            if gamma_schedule == "mixture":
-                progress = counter_uniform(seed, _GAMMA, kept_keys[visits], epoch)
-            gamma = gamma_at(progress, schedule=gamma_schedule, start=gamma_start, end=gamma_end, phases=gamma_phases)
-        scaled = [normalise_rewards(rewards[i], norm=reward_norm, scale=reward_scale) for i in kept]
-        window = dict(end=window_end, power=window_power, width=window_width)
-        for chunk in np.array_split(np.arange(len(visits)), -(-len(visits) // 4096)):
-            at = visits[chunk]
-            masks = [eligible[p] for p in at]
+    gamma, effective, kappa = np.zeros(len(visits)), np.ones(len(visits)), np.ones(len(visits))
+    if view == "hps":
+        share = counter_uniform(seed, _GAMMA, key, epoch) if gamma_schedule == "mixture" else progress
+        gamma = gamma_at(share, schedule=gamma_schedule, start=gamma_start, end=gamma_end, phases=gamma_phases)
+    blocks: list[tuple[np.ndarray, np.ndarray]] = []  # of each chunk the responses (C, k), and log_q (C, k - 1)
+    for chunk in chunks(len(visits)):
+        if view == "human":
+            pair = np.stack([chosen[visits[chunk]], rejected[visits[chunk]]], axis=1)
+            blocks.append((pair, np.zeros((len(chunk), 1))))
+            continue
+        r = padded([rewards[i] for i in row[chunk]], -np.inf, np.float64)
+        same = padded([identity[i] for i in row[chunk]], -1, np.int64)
+        best, eligible, _ = dispreferred(r, same, positives)
+        np.put_along_axis(eligible, best[:, 1:], True, axis=1)  # y_2 is an opponent of y_1
+        counters, first = [key[chunk], epoch[chunk]], best[:, 0]
+        if view == "random":
+            first, other = _random_pair(r, counters, seed)
+            others = other[:, None]
+        elif view in ("bt", "top2", "pl"):
+            others = ranked_subset(r, eligible, same, {"bt": 2, "top2": 0, "pl": pl_responses}[view])
+            others = others[:, :1] if view == "top2" else others
+        if view in ("random", "bt", "top2", "pl"):
+            log_weights = np.zeros(others.shape)
+        else:
             if view == "window":
-                each = [
-                    window_log_q(rewards[kept[p]], mask, t, **window)
-                    for p, mask, t in zip(at, masks, progress[chunk], strict=True)
-                ]
-                weights = np.full((len(at), max(map(len, each))), -np.inf)
-                for i, row in enumerate(each):
-                    weights[i, : len(row)] = row
+                window = dict(end=window_end, power=window_power, width=window_width)
+                weights = window_log_q(r, eligible, progress[chunk], **window)
             else:
-                weights = _hps_log_q([scaled[p] for p in at], masks, gamma[chunk])
-            counters = [kept_keys[at], epoch[chunk]]
-            drawn, of_drawn, effective[chunk] = _draw(weights, counters, seed, form=hps_form, samples=hps_samples)
+                scaled = normalise_rewards(r, norm=reward_norm, scale=reward_scale, valid=r > -np.inf)
+                weights = hps_log_q(scaled, eligible, gamma[chunk])
+            effective[chunk] = np.exp(-(np.exp(weights) * np.where(weights > -np.inf, weights, 0.0)).sum(1))
+            others, log_weights = _draw(weights, counters, seed, form=hps_form, samples=hps_samples)
+            if n_factor == "n_minus_one":
+                kappa[chunk] = eligible.sum(1)
             if positives > 1:
-                ranks = [np.argsort(-rewards[kept[p]][d], kind="stable") for p, d in zip(at, drawn, strict=True)]
-                drawn, of_drawn = ([x[r] for x, r in zip(xs, ranks, strict=True)] for xs in (drawn, of_drawn))
-            opponents += drawn
-            logs += of_drawn
-    K = 1 + max(map(len, opponents))
-    responses = np.full((len(visits), K), -1, dtype=np.int64)
-    responses[:, 0] = preferred
-    weights_of = np.zeros((len(visits), K - 1), dtype=np.float32)
-    for v, others in enumerate(opponents):
-        responses[v, 1 : 1 + len(others)] = others
-        if logs:
-            weights_of[v, : len(others)] = logs[v]
-    kappa = np.ones(len(visits))
-    if n_factor == "n_minus_one" and view in ("hps", "uniform", "window"):
-        kappa = np.array([mask.sum() for mask in eligible], dtype=np.float64)[visits]
+                at = np.where(others >= 0, np.take_along_axis(r, others.clip(min=0), axis=1), -np.inf)
+                rank = np.argsort(-at, axis=1, kind="stable")
+                others, log_weights = (np.take_along_axis(x, rank, axis=1) for x in (others, log_weights))
+        blocks.append((np.hstack([first[:, None], others]), log_weights))
+    K = max(int((responses >= 0).sum(1).max()) for responses, _ in blocks)
     return Plan(
-        row=kept_rows[visits],
+        row=row,
         epoch=epoch,
-        responses=responses,
-        log_q=weights_of,
+        responses=np.concatenate([_width(responses, K, -1) for responses, _ in blocks]),
+        log_q=np.concatenate([_width(weights, K - 1, 0).astype(np.float32) for _, weights in blocks]),
         kappa=kappa.astype(np.float32),
         gamma=gamma.astype(np.float32),
         effective=effective.astype(np.float32),
@@ -370,9 +372,11 @@ def plan(
     )
 
 
-def _random_pair(rewards: np.ndarray, seed: int, key: np.uint64, epoch: int) -> tuple[int, int]:
-    """Two responses of different reward, better first: the first pair of a random order that is not a tie."""
-    order = np.argsort(counter_uniform(seed, _PAIR, key, epoch, np.arange(len(rewards))))
-    other = next(i for i in order if rewards[i] != rewards[order[0]])
-    pair = sorted((order[0], other), key=lambda i: -rewards[i])
-    return int(pair[0]), int(pair[1])
+def chunks(count: int) -> list[np.ndarray]:
+    """0 .. count - 1 in pieces of at most 4,096: what is as wide as the candidates is held of one piece at a time."""
+    return np.array_split(np.arange(count), max(1, -(-count // 4096)))
+
+
+def _width(values: np.ndarray, width: int, fill: int) -> np.ndarray:
+    """(C, k) cut or filled on the right to (C, width)."""
+    return np.pad(values[:, :width], ((0, 0), (0, max(0, width - values.shape[1]))), constant_values=fill)

@@ -69,32 +69,59 @@ def gamma_at(
     return start + (end - start) * share
 
 
-def normalise_rewards(rewards: np.ndarray, *, norm: str = "none", scale: float = 1.0) -> np.ndarray:
-    """Rewards of one prompt, (n,) float64, as q sees them: as they are or put on a common scale, times `scale`.
+def normalise_rewards(
+    rewards: np.ndarray, *, norm: str = "none", scale: float = 1.0, valid: np.ndarray | None = None
+) -> np.ndarray:
+    """Rewards of prompts as q sees them: as they are or put on a common scale, times `scale`.
 
     `zscore` and `minmax` are over the prompt; `percentile` is 1 - rank / n, rank 0 the best, equal rewards sharing
     their mean rank: no outlier and no unit of the reward model then decides how hard gamma = 5 is.
     OURS: the paper uses raw rewards; gamma = 5 on raw rewards of a wide scale is nearly an argmax.
+
+    Args:
+        rewards: (..., n) float, a prompt each row. valid: the same shape, False where a ragged row has no response.
+
+    Returns:
+        (..., n) float64, 0 where invalid.
     """
     if norm not in REWARD_NORMS:
         raise ValueError(f"unknown reward_norm {norm!r}; choose one of {', '.join(REWARD_NORMS)}")
-    rewards = np.asarray(rewards, dtype=np.float64)
+    valid = np.ones(rewards.shape, dtype=bool) if valid is None else valid
+    n = valid.sum(-1, keepdims=True)
+    found = np.where(valid, rewards, 0.0)
     if norm == "zscore":
-        spread = rewards.std()
-        rewards = (rewards - rewards.mean()) / (spread if spread > 0 else 1.0)
+        centred = np.where(valid, found - found.sum(-1, keepdims=True) / n, 0.0)
+        spread = np.sqrt((centred**2).sum(-1, keepdims=True) / n)
+        found = centred / np.where(spread > 0, spread, 1.0)
     elif norm == "minmax":
-        spread = np.ptp(rewards)
-        rewards = (rewards - rewards.min()) / (spread if spread > 0 else 1.0)
+        low = np.where(valid, rewards, np.inf).min(-1, keepdims=True)
+        spread = np.where(valid, rewards, -np.inf).max(-1, keepdims=True) - low
+        found = np.where(valid, found - low, 0.0) / np.where(spread > 0, spread, 1.0)
     elif norm == "percentile":
-        above, equal = (rewards > rewards[:, None]).sum(1), (rewards == rewards[:, None]).sum(1)
-        rewards = 1 - (above + (equal - 1) / 2) / len(rewards)
-    return scale * rewards
+        one, other = np.where(valid, rewards, -np.inf)[..., :, None], np.where(valid, rewards, -np.inf)[..., None, :]
+        rank = (other > one).sum(-1) + ((other == one).sum(-1) - 1) / 2
+        found = np.where(valid, 1 - rank / n, 0.0)
+    return scale * found
+
+
+def hps_log_q(rewards: np.ndarray, eligible: np.ndarray, gamma: np.ndarray) -> np.ndarray:
+    """log q (Eq. 9) of prompts over their candidates as they stand in the data, the preferred one not in front.
+
+    Args:
+        rewards: (C, n) float64, normalised. eligible: (C, n) bool, the dispreferred. gamma: (C,).
+
+    Returns:
+        (C, n) float64, -inf for what is not dispreferred.
+    """
+    none = np.zeros((len(rewards), 1))  # what `log_q` takes for the preferred column
+    r, valid = np.hstack([none, rewards]), np.hstack([none > 0, eligible])
+    return log_q(torch.from_numpy(r), torch.from_numpy(gamma), valid=torch.from_numpy(valid)).numpy()
 
 
 def window_log_q(
     rewards: np.ndarray,
     eligible: np.ndarray,
-    progress: float,
+    progress: np.ndarray,
     *,
     end: float = 0.15,
     power: float = 1.5,
@@ -107,23 +134,22 @@ def window_log_q(
     Eq. 9 with gamma rising it goes from easy to hard, but by ranks alone, and it stops short of the near-ties.
 
     Args:
-        rewards: (n,) float, one prompt's. Equal ones rank in the order of the file.
-        eligible: (n,) bool, the dispreferred; at least one.
-        progress: share of the optimizer steps already taken, in [0, 1).
+        rewards: (C, n) float. Equal ones rank in the order of the data.
+        eligible: (C, n) bool, the dispreferred; at least one of each prompt.
+        progress: (C,) share of the optimizer steps already taken, in [0, 1).
         end, power, width: the centre's last place, the bend of its way there, half of the window's width.
 
     Returns:
-        (n,) float64, -inf outside the window; logsumexp 0.
+        (C, n) float64, -inf outside the window; logsumexp 0.
     """
-    order = np.flatnonzero(eligible)
-    order = order[np.argsort(-rewards[order], kind="stable")]
-    centre = 1 - (1 - end) * progress**power
-    low, high = max(0.0, centre - width), min(1.0, centre + width)
-    shares = np.diff(np.clip(np.arange(len(order) + 1) / len(order), low, high)) / (high - low)
-    inside = shares > 1e-9  # not what rounding leaves of a share that only touches the window
-    log_weights = np.full(len(rewards), -np.inf)
-    log_weights[order[inside]] = np.log(shares[inside])
-    return log_weights
+    order = np.argsort(np.where(eligible, -rewards, np.inf), axis=1, kind="stable")
+    rank = np.argsort(order, axis=1)
+    count = eligible.sum(1, keepdims=True)
+    centre = 1 - (1 - end) * progress[:, None] ** power
+    low, high = np.maximum(0.0, centre - width), np.minimum(1.0, centre + width)
+    shares = (np.clip((rank + 1) / count, low, high) - np.clip(rank / count, low, high)) / (high - low)
+    inside = eligible & (shares > 1e-9)  # not what rounding leaves of a share that only touches the window
+    return np.log(np.where(inside, shares, 1.0), where=inside, out=np.full(rewards.shape, -np.inf))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hps.plan import dispreferred, mismatched, plan, preferred_and_below, ranked_subset
-from hps.sampling import window_log_q
+from hps.plan import dispreferred, mismatched, padded, plan, ranked_subset
+from hps.sampling import normalise_rewards, window_log_q
 
 RUN = dict(epochs=2, prompts_per_step=4, seed=0)
 
@@ -108,10 +108,10 @@ def test_ties_and_copies_of_the_best_are_excluded_and_counted():
     """Candidates: best, tie with it, copy of its text with a lower score, two true opponents."""
     rewards = np.array([3.0, 3.0, 1.0, 2.0, 0.0])
     identity = np.array([0, 1, 0, 2, 3])
-    best, mask, counts = dispreferred(rewards, identity)
-    assert best == 0
-    assert mask.tolist() == [False, False, False, True, True]
-    assert counts == {"ties_with_best": 1, "copies_of_best": 1}
+    best, mask, counts = dispreferred(rewards[None], identity[None])
+    assert best.tolist() == [[0]]
+    assert mask.tolist() == [[False, False, False, True, True]]
+    assert counts == {"ties_with_best": [1], "copies_of_best": [1]}
     p = plan([rewards] * 50, [identity] * 50, np.arange(50), view="uniform", n_factor="n_minus_one", **RUN)
     assert set(p.responses[:, 1]) == {3, 4}
     assert p.excluded == {"ties_with_best": 50, "copies_of_best": 50}
@@ -143,10 +143,10 @@ def test_bt_takes_best_and_worst_and_pl_ranks_evenly():
     top2 = plan([rewards], [same], np.arange(1), view="top2", **RUN)
     assert rewards[top2.responses[0]].tolist() == [9.0, 8.0]
     # A text that stands twice is ranked once.
-    _, mask, _ = dispreferred(rewards, same)
+    _, mask, _ = dispreferred(rewards[None], same[None])
     copies = same.copy()
     copies[7] = copies[0]
-    assert set(ranked_subset(rewards, mask, copies, 20)) == set(range(10)) - {2, 7}
+    assert set(ranked_subset(rewards[None], mask, copies[None], 0)[0]) == set(range(10)) - {2, 7}
 
 
 def test_effective_negatives():
@@ -234,7 +234,7 @@ def test_window_of_a_plan_slides_with_training():
         winner, drawn = p.responses[v]
         r = rewards[p.row[v]]
         assert winner == np.argmax(r) != drawn
-        weights = window_log_q(r, np.arange(len(r)) != winner, v // 50 / 20)
+        (weights,) = window_log_q(r[None], np.arange(len(r))[None] != winner, np.array([v // 50 / 20]))
         assert weights[drawn] > -np.inf
         assert p.effective[v] == pytest.approx(np.exp(stats.entropy(np.exp(weights))), rel=1e-5)
     full = plan(rewards, identity, keys, hps_form="full", n_factor="n_minus_one", **options)
@@ -246,9 +246,9 @@ def test_several_positives_stand_in_front_and_leave_their_ties_and_copies_out():
     """Rewards 7 7' 6 5 5' 3 2 2, the 3 a copy of 6's text: positives 7, 6, 5; 7', 5' (ties) and 3 (copy) are out."""
     rewards = np.array([2.0, 5.0, 7.0, 6.0, 3.0, 7.0, 5.0, 2.0])
     identity = np.array([0, 1, 2, 3, 3, 5, 6, 7])
-    best, below, left_out = preferred_and_below(rewards, identity, 3)
-    assert (best, below.tolist()) == ([2, 3, 1], [0, 7])
-    assert left_out == {"ties_with_best": 2, "copies_of_best": 1}
+    best, below, left_out = dispreferred(rewards[None], identity[None], 3)
+    assert best.tolist() == [[2, 3, 1]] and np.flatnonzero(below).tolist() == [0, 7]
+    assert left_out == {"ties_with_best": [2], "copies_of_best": [1]}
     how = dict(view="hps", hps_form="full", gamma_schedule="constant", gamma_start=0.5, n_factor="n_minus_one", **RUN)
     short = np.array([1.0, 3.0, 2.0])  # nothing is below three positives
     p = plan([rewards, short], [identity, np.arange(3)], np.arange(2), positives=3, **how)
@@ -272,3 +272,31 @@ def test_mismatched_pairs_by_hand():
     assert mismatched(p).tolist() == [1, 2, 3, 1, 5, 4]
     with pytest.raises(ValueError, match="the first step has only one prompt"):
         mismatched(plan(rewards, identity, keys, epochs=1, prompts_per_step=1, **how))
+
+
+def test_rows_of_any_length_give_what_each_gives_alone():
+    """The plan works on many prompts at once, padded: best, opponents, ranks and q of each must be those of its row."""
+    g = np.random.default_rng(1)
+    rewards = [g.normal(size=n).round(1) for n in g.integers(1, 12, size=300)]  # rounded: ties
+    identity = [g.integers(0, len(r) + 1, size=len(r)) for r in rewards]  # copies
+    r, same = padded(rewards, -np.inf, np.float64), padded(identity, -1, np.int64)
+    _, below, _ = dispreferred(r, same)
+    t = g.uniform(size=300)
+    ranked, windows = ranked_subset(r, below, same, 5), np.full(r.shape, -np.inf)
+    windows[below.any(1)] = window_log_q(r[below.any(1)], below[below.any(1)], t[below.any(1)])
+    percentiles = normalise_rewards(r, norm="percentile", valid=r > -np.inf)
+    for i, (row, texts) in enumerate(zip(rewards, identity, strict=True)):
+        best = int(np.argmax(row))
+        mask = (row < row[best]) & (texts != texts[best])
+        assert below[i, : len(row)].tolist() == mask.tolist() and not below[i, len(row) :].any()
+        distinct: list[int] = []
+        for k in np.argsort(-row, kind="stable"):
+            if mask[k] and texts[k] not in texts[distinct]:
+                distinct.append(int(k))
+        if len(distinct) > 4:
+            distinct = [distinct[j] for j in np.linspace(0, len(distinct) - 1, 4).round().astype(int)]
+        assert [k for k in ranked[i] if k >= 0] == distinct
+        if mask.any():
+            alone = window_log_q(row[None], mask[None], t[i : i + 1])[0]
+            np.testing.assert_allclose(windows[i, : len(row)], alone)
+        np.testing.assert_allclose(percentiles[i, : len(row)], stats.rankdata(row) / len(row))

@@ -80,7 +80,8 @@ def test_window_by_hand():
     eligible = ~np.isin(rewards, (12.0, 11.0))  # 11.0: a copy of it
 
     def window(t):
-        return dict(zip(rewards.tolist(), np.exp(window_log_q(rewards, eligible, t)).tolist(), strict=True))
+        (weights,) = np.exp(window_log_q(rewards[None], eligible[None], np.array([t])))
+        return dict(zip(rewards.tolist(), weights.tolist(), strict=True))
 
     first, middle, last = window(0.0), window(0.5), window(1.0)
     assert {r: w for r, w in first.items() if w} == pytest.approx({1.0: 2 / 3, 2.0: 1 / 3})
@@ -101,7 +102,7 @@ def test_window_is_a_uniform_point_of_the_window(n, progress):
     u = g.uniform(max(0, c - 0.2), min(1, c + 0.2), size=40_000)
     ranks = np.minimum(np.floor(u * (n - 1)).astype(int), n - 2)  # 0 is the hardest, whose reward is n - 2
     by_draw = np.bincount(n - 2 - ranks, minlength=n) / len(u)  # by reward
-    weights = np.exp(window_log_q(rewards, rewards < n - 1, progress, **options))
+    (weights,) = np.exp(window_log_q(rewards[None], rewards[None] < n - 1, np.array([progress]), **options))
     assert weights.sum() == pytest.approx(1.0)
     np.testing.assert_allclose(weights[np.argsort(rewards)], by_draw, atol=0.01)
 

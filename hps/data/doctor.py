@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
-import torch
 
 from hps import plan, sampling
 from hps.data.listwise import Row
@@ -87,40 +86,41 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _weights(
-    rewards: list[np.ndarray], masks: list[np.ndarray], gamma: float, norm: str
-) -> dict[str, float]:
+def _weights(rewards: np.ndarray, below: np.ndarray, gamma: float, norm: str) -> dict[str, float]:
+    """Means over prompts of what q comes to; rewards (R, n) float64 and below (R, n) bool as in `plan.dispreferred`."""
     effective, top = [], []
-    for r, mask in zip(rewards, masks, strict=True):
-        # log_q reads column 0 as the winner; any value does.
-        scaled = np.concatenate([[0.0], sampling.normalise_rewards(r, norm=norm)[mask]])
-        log_q = sampling.log_q(torch.from_numpy(scaled)[None], gamma).numpy()
+    for rows in plan.chunks(len(rewards)):
+        scaled = sampling.normalise_rewards(rewards[rows], norm=norm, valid=rewards[rows] > -np.inf)
+        log_q = sampling.hps_log_q(scaled, below[rows], np.full(len(rows), gamma))
         q = np.exp(log_q)
-        effective.append(np.exp(-(q * log_q).sum()))
-        top.append(q.max())
-    return {"effective_negatives": float(np.mean(effective)), "top_mass": float(np.mean(top))}
+        effective.append(np.exp(-(q * np.where(q > 0, log_q, 0.0)).sum(1)))
+        top.append(q.max(1))
+    return {
+        "effective_negatives": float(np.concatenate(effective).mean()),
+        "top_mass": float(np.concatenate(top).mean()),
+    }
 
 
 def _rewards(scored: list[Example], gammas: Sequence[float]) -> dict[str, Any]:
     rewards = [cast(np.ndarray, e.rewards) for e in scored]
-    found = [plan.dispreferred(r, e.identity) for r, e in zip(rewards, scored, strict=True)]
-    some = [(r, mask) for r, (_, mask, _) in zip(rewards, found, strict=True) if mask.any()]
-    usable, masks = [r for r, _ in some], [mask for _, mask in some]
+    r = plan.padded(rewards, -np.inf, np.float64)
+    _, below, left_out = plan.dispreferred(r, plan.padded([e.identity for e in scored], -1, np.int64))
+    negatives, some = below.sum(1), below.any(1)
     pairs = [r[e.chosen] - r[e.rejected] for r, e in zip(rewards, scored, strict=True) if _is_pair(e)]
     return {
         "rows": len(scored),
         "spread": _range([float(np.ptp(r)) for r in rewards]),
-        "negatives": _range([int(mask.sum()) for _, mask, _ in found]),
-        "mean_negatives": float(np.mean([mask.sum() for mask in masks])) if masks else 0.0,
-        "rows_with_top_tie": sum(counts["ties_with_best"] > 0 for *_, counts in found),
-        "copies_of_best": sum(counts["copies_of_best"] for *_, counts in found),
-        "rows_no_dispreferred": len(scored) - len(some),
+        "negatives": _range(negatives.tolist()),
+        "mean_negatives": float(negatives[some].mean()) if some.any() else 0.0,
+        "rows_with_top_tie": int((left_out["ties_with_best"] > 0).sum()),
+        "copies_of_best": int(left_out["copies_of_best"].sum()),
+        "rows_no_dispreferred": int((~some).sum()),
         "human_pairs": len(pairs),
         "human_pairs_reversed": sum(bool(d < 0) for d in pairs),
         "gammas": [
-            {"gamma": float(gamma), "reward_norm": norm, **_weights(usable, masks, gamma, norm)}
+            {"gamma": float(gamma), "reward_norm": norm, **_weights(r[some], below[some], gamma, norm)}
             for norm in sampling.REWARD_NORMS
-            for gamma in (gammas if some else ())
+            for gamma in (gammas if some.any() else ())
         ],
     }
 
