@@ -320,7 +320,8 @@ def _tables(results: dict[str, Any]) -> list[page.Table]:
         meanings = [(f"{METRICS[name].title} ({name})", METRICS[name].meaning) for name in names]
         tables.append(page.Table(group, *_methods(results, names), meanings=meanings))
     if results.get("comparisons"):
-        note = "Same prompts and seeds on both sides; unresolved: the interval contains 0."
+        note = "Same prompts and seeds on both sides; unresolved: the interval contains 0. "
+        note += "p: Wilcoxon's test over the prompts of these models; the interval also draws worlds and runs."
         tables.append(page.Table("Paired comparisons", *_comparisons(results), note=note))
     if results.get("claims"):
         count = Counter(item["verdict"] for item in results["claims"])
