@@ -2,21 +2,19 @@
 
 Two ways to the gradient, chosen by whether the head trains and by its width:
 
-* One pass (`_OnePass`: frozen head, D <= WIDEST). d logp_t / d h_t = W[y_t] - sum_v p_v W_v is known up to the incoming
-  scalar, so the forward carries sum_v exp(z_v - max) W_v beside the running maximum and sum, like attention with the
-  states as queries and W as both keys and values. Two products, nothing recomputed.
+* One pass (`_OnePass`: frozen head, D <= WIDEST). d logp_t / d h_t = W[y_t] - sum_v p_v W_v is known up to the
+  incoming scalar, so the forward carries sum_v exp(z_v - max) W_v beside the running maximum and sum, like attention
+  with the states as queries and W as both keys and values. Two products, nothing recomputed.
 * Recompute (`_Recompute`: the head trains, or D is larger). The forward keeps the logsumexp alone; the backward makes
-  the logits again, `chunk` tokens at a time, writes g (onehot - softmax) in the weight's dtype, and leaves the products
-  with W and h to cuBLAS. At D = 4096 the sums of the one pass would be 256 KiB, a multiprocessor's whole register
-  file, for 16 tokens. Sums in memory by atomics would hold at any D, but no two runs would agree in the last bit.
+  the logits again, `chunk` tokens at a time, writes g (onehot - softmax) in the weight's dtype, and leaves the
+  products with W and h to cuBLAS. At D = 4096 the sums of the one pass would be 256 KiB, a multiprocessor's whole
+  register file, for 16 tokens. Sums in memory by atomics would do at any D, but no two runs would agree in the last
+  bit.
 
 The vocabulary is cut into splits, so that few tokens still fill the chip; their partial results are joined in fp32.
-`python -m hps.kernels` prints tiles, registers, bytes and FLOPs; it needs no GPU.
+`python benchmarks/kernels.py` prints tiles, registers, bytes and FLOPs; it needs no GPU.
 """
 
-import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WIDEST = 640  # of the one pass: (64, 640) fp32 sums are 160 of the 255 registers that each of 256 threads may have
+WIDEST = 576  # of the one pass: (64, 576) fp32 sums take 144 of the 255 registers of each of 256 threads; 640 spills
 CHUNK = 1024  # tokens whose (CHUNK, V) gradient of the logits is alive at once: 96 MiB for V = 49,152
 WAVES = 2  # programs for each multiprocessor: more waste less of the last wave, and keep more partial sums
 
@@ -45,7 +43,7 @@ def _logits(h, w, rows, cols, T, V, D: tl.constexpr, BT: tl.constexpr, BV: tl.co
     return tl.where(cols[None, :] < V, tile, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # else a T divisible by 16, another T and T = 1 are compiled apart, in mid-run
 def _logsumexp(
     h, w, y, lse, picked, T, V, per_split,
     D: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
@@ -69,15 +67,15 @@ def _logsumexp(
     tl.store(picked + at, found, rows < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _logsumexp_and_mean(
     h, w, y, lse, picked, mean, T, V, per_split,
     D: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
 ):  # fmt: skip
     """As `_logsumexp`, and mean (splits, T, D) fp32: sum_{v != y} p_v W_v over one split, p normalised within it.
 
-    The width is cut into DA + DB, powers of two that Triton's tiles must be (576 = 512 + 64); DB may be 0. The target is
-    left out of the sum and added by the caller as (1 - p_y) W_y: where p_y is near 1 the difference of two rounded
+    The width is cut into DA + DB, powers of two that Triton's tiles must be (576 = 512 + 64); DB may be 0. The target
+    is left out of the sum and added by the caller as (1 - p_y) W_y: where p_y is near 1 the difference of two rounded
     products would be all error.
     """
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
@@ -119,7 +117,7 @@ def _logsumexp_and_mean(
         tl.store(mean + at[:, None] * D + b[None, :], sum_b / total[:, None], (rows[:, None] < T) & (b[None, :] < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _logit_gradient(
     h, w, y, lse, upstream, out, T, V,
     D: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
@@ -151,10 +149,10 @@ class Tile:
 
 
 def tile(kernel: str, dtype: torch.dtype, major: int) -> Tile:
-    """The tile of "one_pass" or "logits" for compute capability `major`; `resources` shows that none spills.
+    """The tile of kernel "one_pass" or "logits" for compute capability `major`; none spills (benchmarks/kernels.py).
 
     Products of 64 tokens are the smallest that Hopper and data-centre Blackwell (9, 10) run at full rate; the others
-    hold operands in registers too and have less shared memory.
+    hold operands in registers too and may have 99 KiB of shared memory only (the one pass takes 74).
     """
     if dtype == torch.float32:  # no tensor cores at full precision: correct, not fast
         return Tile(16, 16, 0, 2) if kernel == "one_pass" else Tile(64, 64, 32, 3)
@@ -167,17 +165,18 @@ def tile(kernel: str, dtype: torch.dtype, major: int) -> Tile:
 def _parts(D: int) -> tuple[int, int]:
     """Two powers of two >= 16 (or the second 0) that cover D: 576 is 512 + 64."""
     first = max(16, 1 << (D.bit_length() - 1))
-    return first, 0 if D <= first else max(16, triton.next_power_of_2(D - first))
+    return first, 0 if D <= first else max(16, 1 << (D - first - 1).bit_length())
 
 
-def _constants(kernel: str, D: int, t: Tile) -> dict[str, int]:
+def constants(kernel: str, D: int, t: Tile) -> dict[str, int]:
+    """The compile-time arguments of a kernel of this kind of tile."""
     if kernel == "one_pass":
         first, second = _parts(D)
         return dict(D=D, BT=t.tokens, BV=t.vocabulary, DA=first, DB=second)
     return dict(D=D, BT=t.tokens, BV=t.vocabulary, BD=t.width)
 
 
-def _split(T: int, V: int, t: Tile, multiprocessors: int) -> tuple[int, int]:
+def split(T: int, V: int, t: Tile, multiprocessors: int) -> tuple[int, int]:
     """(splits, vocabulary entries of each): enough programs for WAVES, none without an entry."""
     tiles = triton.cdiv(V, t.vocabulary)
     wanted = triton.cdiv(WAVES * multiprocessors, max(1, triton.cdiv(T, t.tokens)))
@@ -198,11 +197,11 @@ def _log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor,
     (T, D), V = hidden.shape, len(weight)
     major, multiprocessors = _chip(hidden.device)
     t = tile("logits", weight.dtype, major)
-    splits, per_split = _split(T, V, t, multiprocessors)
+    splits, per_split = split(T, V, t, multiprocessors)
     lse, picked = torch.empty((2, splits, T), dtype=torch.float32, device=hidden.device)
     _logsumexp[(triton.cdiv(T, t.tokens), splits)](
         hidden, weight, targets, lse, picked, T, V, per_split,
-        **_constants("logits", D, t), num_warps=t.warps, num_stages=t.stages,
+        **constants("logits", D, t), num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     total = lse.logsumexp(0)
     return picked.amax(0) - total, total
@@ -214,12 +213,12 @@ class _OnePass(torch.autograd.Function):
         (T, D), V = hidden.shape, len(weight)
         major, multiprocessors = _chip(hidden.device)
         t = tile("one_pass", weight.dtype, major)
-        splits, per_split = _split(T, V, t, multiprocessors)
+        splits, per_split = split(T, V, t, multiprocessors)
         lse, picked = torch.empty((2, splits, T), dtype=torch.float32, device=hidden.device)
         mean = torch.empty((splits, T, D), dtype=torch.float32, device=hidden.device)
         _logsumexp_and_mean[(triton.cdiv(T, t.tokens), splits)](
             hidden, weight, targets, lse, picked, mean, T, V, per_split,
-            **_constants("one_pass", D, t), num_warps=t.warps, num_stages=t.stages,
+            **constants("one_pass", D, t), num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         total = lse.logsumexp(0)
         logps = picked.amax(0) - total
@@ -251,7 +250,7 @@ class _Recompute(torch.autograd.Function):
         t = tile("logits", weight.dtype, _chip(hidden.device)[0])
         grad_output = grad_output.contiguous()  # that of a plain sum has stride 0
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros((V, D), dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         buffer = weight.new_empty((min(T, ctx.chunk), V))
         for i in range(0, T, ctx.chunk):
             part = slice(i, min(i + ctx.chunk, T))
@@ -259,7 +258,7 @@ class _Recompute(torch.autograd.Function):
             gradient = buffer[:rows]
             _logit_gradient[(triton.cdiv(rows, t.tokens), triton.cdiv(V, t.vocabulary))](
                 hidden[part], weight, targets[part], lse[part], grad_output[part], gradient, rows, V,
-                **_constants("logits", D, t), num_warps=t.warps, num_stages=t.stages,
+                **constants("logits", D, t), num_warps=t.warps, num_stages=t.stages,
             )  # fmt: skip
             if grad_hidden is not None:
                 grad_hidden[part] = gradient @ weight
@@ -269,7 +268,7 @@ class _Recompute(torch.autograd.Function):
 
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """Log-probability of each target token, log softmax(hidden @ weight.T)[targets]; `hps.logps.token_logps` in Triton.
+    """Log-probability of each target token, log softmax(hidden @ weight.T)[targets], for `hps.logps`.
 
     Args:
         hidden: (T, D), the states that predict the targets; cast to the weight's dtype.
@@ -292,13 +291,10 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int =
         return _Recompute.apply(hidden, weight, targets, chunk)
 
 
-def why_not(hidden: Tensor, weight: Tensor) -> str:
-    """Why the chunked path of `hps.logps` serves these CUDA tensors better than a kernel here, or the empty string."""
+def why_not(weight: Tensor) -> str:
+    """Why a head on a CUDA device is better served by the chunked path of `hps.logps`, or the empty string."""
     if weight.dtype != torch.bfloat16:
-        return f"{weight.dtype} products are cuBLAS's"
-    if torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        return f"{weight.dtype} has no tensor cores at full precision"
+    if torch.cuda.get_device_capability(weight.device) < (8, 0):
         return "bf16 products need compute capability 8.0"
-    frozen = hidden.requires_grad and not weight.requires_grad and torch.is_grad_enabled()
-    if frozen and sum(_parts(hidden.shape[1])) > WIDEST:  # chunks do two products here, the recompute three
-        return f"a frozen head wider than {WIDEST} is bound by its products"
     return ""
