@@ -1,8 +1,13 @@
 """Sequence log-probs from hidden states, without ever holding a (T, V) tensor.
 
-Only positions that predict a response token reach the head, so prompts are free. The chunked path is the one that
-trains; the dense path beside it is the oracle that tests compare with.
+Only positions that predict a response token reach the head, so prompts are free. On CUDA the Triton kernels of
+`hps.kernels` serve bf16 heads; the chunked path here serves everything else, and the dense path is the oracle that
+tests compare with.
 """
+
+import functools
+import logging
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -84,20 +89,47 @@ class _TrainableHead(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
-def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """Log-probability of each target token, log softmax(hidden @ weight.T)[targets], in chunks.
+@functools.cache
+def _log_once(line: str) -> None:
+    logging.getLogger(__name__).info(line)
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """hps.kernels where Triton, which comes with torch for CUDA on Linux only, can be imported."""
+    try:
+        from hps import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+def _kernels_for(weight: Tensor) -> ModuleType | None:
+    """hps.kernels if it serves this head, else None; which one and why goes to the log once."""
+    if not weight.is_cuda:
+        return None
+    kernels = _kernels()
+    reason = kernels.why_not(weight) if kernels else "Triton is not installed"
+    _log_once(f"output head: chunked, {reason}" if reason else "output head: Triton kernels")
+    return None if reason else kernels
+
+
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Log-probability of each target token, log softmax(hidden @ weight.T)[targets], without a (T, V) tensor.
 
     Args:
         hidden: (T, D), the states that predict the targets.
         weight: (V, D), the output head; it gets a gradient only if it requires one.
         targets: (T,) int64.
-        chunk: tokens whose (chunk, V) logits are alive at once.
+        chunk: tokens whose (chunk, V) logits are alive at once; None is the path's own choice.
 
     Returns:
         (T,) fp32 nats; log-softmax in fp32 whatever the dtype of the product.
     """
+    if kernels := _kernels_for(weight):
+        return kernels.token_logps(hidden, weight, targets, chunk=chunk or kernels.CHUNK)
     head = _TrainableHead if weight.requires_grad and torch.is_grad_enabled() else _FrozenHead
-    return head.apply(hidden, weight, targets, chunk)
+    return head.apply(hidden, weight, targets, chunk or CHUNK)
 
 
 def sequence_logps(token_logps: Tensor, sequence: Tensor, shape: torch.Size) -> Tensor:
