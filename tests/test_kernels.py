@@ -1,0 +1,289 @@
+"""The Triton head against float64 within an explicit error budget, and what its kernels take of each chip.
+
+Without a GPU the kernels run in Triton's interpreter. It replaces kernels while they are being defined, and Triton's
+own library of them with the import of triton, so TRITON_INTERPRET has to be set before: all cases run in one process
+of their own, this file as a script, which writes inputs and results for the tests to compare.
+"""
+
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+from hps import kernels, logps
+
+ROOT = Path(__file__).resolve().parent.parent
+# T, D, V, factor of the states: odd ones, widths of one part and of two (40 = 32 + 16), logits up to 10^4.
+SHAPES = [(1, 5, 7, 1), (13, 8, 101, 1), (33, 40, 200, 1), (40, 64, 161, 1), (17, 24, 130, 100)]
+WAYS = ("one_pass", "wide", "trained")  # frozen head; one too wide for the one pass; a head with a gradient
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def draw(T: int, D: int, V: int, factor: float, dtype: torch.dtype, device: str = "cpu"):
+    g = torch.Generator().manual_seed(T)
+    hidden, weight = torch.randn(T, D, generator=g), torch.randn(V, D, generator=g)
+    targets = torch.randint(0, V, (T,), generator=g)
+    hidden[::3] = 4 * weight[targets[::3]]  # some softmaxes are saturated, at their target
+    hidden, upstream = hidden * factor, torch.randn(T, generator=g)
+    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device), upstream.to(device)
+
+
+# -- the child: everything that the interpreter runs --
+
+
+def exact_bf16_in_the_interpreter() -> None:
+    """As a GPU does: fp32 products, nearest even; the interpreter multiplies bit patterns of bf16 and truncates."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def wide(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def to_bf16(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy()
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
+    interpreter._convert_float = to_bf16
+
+
+def run(way: str, hidden, weight, targets, upstream) -> dict[str, torch.Tensor]:
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_(way == "trained")
+    widest, kernels.WIDEST = kernels.WIDEST, 0 if way == "wide" else kernels.WIDEST
+    value = kernels.token_logps(hidden, weight, targets, chunk=16)
+    kernels.WIDEST = widest
+    (value.sum() if upstream is None else (value * upstream).sum()).backward()
+    assert hidden.grad is not None and (weight.grad is not None) == (way == "trained")
+    found = dict(value=value.detach(), hidden=hidden.grad)
+    return found | ({"weight": weight.grad} if weight.grad is not None else {})
+
+
+def child(out: str) -> None:
+    exact_bf16_in_the_interpreter()
+    results = {}
+    for shape in SHAPES:
+        for name, dtype in DTYPES.items():
+            inputs = draw(*shape, dtype)
+            for way in WAYS:
+                found = run(way, *inputs)
+                results |= {f"{shape}/{name}/{way}/{key}": value for key, value in found.items()}
+            with torch.no_grad():
+                results[f"{shape}/{name}/scored"] = kernels.token_logps(inputs[0].requires_grad_(), *inputs[1:3])
+    hidden, weight, targets, upstream = draw(*SHAPES[1], torch.float32)
+    for way in WAYS:  # column-major states; a gradient of stride 0, as .sum() hands down; fp32 states
+        results[f"strides/{way}"] = run(way, hidden.T.contiguous().T, weight, targets, None)["hidden"]
+        results[f"ones/{way}"] = run(way, hidden, weight, targets, torch.ones(len(targets)))["hidden"]
+        results[f"mixed/{way}"] = run(way, hidden, weight.bfloat16(), targets, upstream)["hidden"]
+        results[f"bf16/{way}"] = run(way, hidden.bfloat16(), weight.bfloat16(), targets, upstream)["hidden"]
+        results[f"empty/{way}"] = run(way, hidden[:0], weight, targets[:0], upstream[:0])["hidden"]
+    targets[0], targets[-1] = len(weight), -1
+    results["outside"] = kernels.token_logps(hidden, weight, targets)
+    save_file({key: value.contiguous() for key, value in results.items()}, out)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory) -> dict[str, torch.Tensor]:
+    out = tmp_path_factory.mktemp("kernels") / "results.safetensors"
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, __file__, str(out)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(out)
+
+
+# -- the budget --
+
+
+def budgets(hidden, weight, targets, upstream) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(float64 truth, largest admissible error) of the value and both gradients, inputs taken as exact.
+
+    e = 2^-24 and u are the unit roundoffs of fp32 and of the inputs' dtype (bf16: 2^-8). n roundings in a row count as
+    4 sqrt(n), a random walk to four standard deviations, not the n of the worst case; a tensor core that truncates has
+    room in it, as these widths use a tenth.
+
+    * Logits: |dz_v| <= e 4 sqrt(D) Z, Z = max_v sum_d |h_d W_vd|. The logsumexp moves by no more, and its sum of V
+      terms adds e (4 sqrt(V) + 4 Z + 8): exp's argument is rounded by e |z|, so are the maximum plus log and the
+      difference to the target's logit. b = e (8 sqrt(D) Z + 4 Z + 4 sqrt(V) + 8) for the value.
+    * d/dh = (1 - p_y) W_y - sum_{v != y} p_v W_v. As |dp_v| <= 2 b p_v and |d(1 - p_y)| <= b, with M = sum_{v != y}
+      p_v |W_v| the fp32 part errs by (2 b + 4 e sqrt(V)) (M + |W_y|). Rounding the weights p to the inputs' dtype adds
+      u (M + (1 - p_y) |W_y|), storing the gradient u times the entry, and scaling it again. A target in the rounded
+      sum would add u |W_y| where p_y = 1 and all of this is 0.
+    * d/dW = G^T h, G = g (onehot - p): rounding G adds u N, N = |G|^T |h|, rounding the products of the chunks u N
+      storing u times the entry; fp32 (2 b |g| (p + onehot))^T |h| + 4 e sqrt(T) N.
+    * Below 2^-126 a p may be flushed to 0, which is no relative error: `tiny` in each of the sums.
+    """
+    e, tiny, u = 2**-24, 2**-126, 2**-8 if hidden.dtype == torch.bfloat16 else 2**-24
+    T, D, V = *hidden.shape, len(weight)
+    h, w, g = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), upstream.double()
+    value = torch.log_softmax(h @ w.T, -1)[torch.arange(T), targets]
+    grad_h, grad_w = torch.autograd.grad((value * g).sum(), (h, w))
+    h, w, value = h.detach(), w.detach(), value.detach()
+    z = (h.abs() @ w.abs().T).amax(-1)
+    b = e * (8 * math.sqrt(D) * z + 4 * z + 4 * math.sqrt(V) + 8)
+    p, onehot = torch.softmax(h @ w.T, -1), torch.nn.functional.one_hot(targets, V)
+    apart = p * (1 - onehot)  # the target's share is 1 - p_y, from the others: exact where p_y is 1
+    miss = apart.sum(-1, keepdim=True)
+    m, w_y = apart @ w.abs(), w[targets].abs()
+    of_h = (2 * b[:, None] + 4 * e * math.sqrt(V)) * (m + w_y) + u * (m + miss * w_y) + tiny * w.abs().sum(0)
+    n = ((apart + miss * onehot) * g.abs()[:, None]).T @ h.abs()
+    of_w = (2 * (b * g.abs())[:, None] * (p + onehot)).T @ h.abs() + 4 * e * math.sqrt(T) * n + 2 * u * n
+    of_w = of_w + tiny * (g.abs() @ h.abs())
+    return {
+        "value": (value, b),
+        "hidden": (grad_h, of_h * g.abs()[:, None] + 2 * u * grad_h.abs()),
+        "weight": (grad_w, of_w + u * grad_w.abs()),
+    }
+
+
+def worst(found: torch.Tensor, truth: torch.Tensor, budget: torch.Tensor) -> float:
+    """The largest error as a share of its budget."""
+    assert torch.isfinite(found).all()
+    return float(((found.double() - truth).abs() / budget).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_values_and_gradients_are_within_the_budget(interpreted, shape, dtype, way):
+    inputs = draw(*shape, DTYPES[dtype])
+    found = {key: interpreted[f"{shape}/{dtype}/{way}/{key}"] for key in ("value", "hidden")}
+    if way == "trained":
+        found["weight"] = interpreted[f"{shape}/{dtype}/{way}/weight"]
+    assert found["value"].dtype == torch.float32 and found["hidden"].dtype == DTYPES[dtype]
+    expected = budgets(*inputs)
+    shares = {key: worst(tensor, *expected[key]) for key, tensor in found.items()}
+    assert all(share <= 1 for share in shares.values()), shares
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scoring_without_gradients_is_within_the_budget(interpreted, shape, dtype):
+    """`run` has gradients; the reference pass has none, and takes the kernel of the logsumexp alone."""
+    expected = budgets(*draw(*shape, DTYPES[dtype]))["value"]
+    assert worst(interpreted[f"{shape}/{dtype}/scored"], *expected) <= 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_strides_and_dtypes_that_callers_may_bring(interpreted, way):
+    """Column-major states and a gradient of stride 0 change nothing; fp32 states are cast, their gradient is not."""
+    assert torch.equal(interpreted[f"strides/{way}"], interpreted[f"ones/{way}"])
+    mixed, cast = interpreted[f"mixed/{way}"], interpreted[f"bf16/{way}"]
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, cast.float())
+    assert interpreted[f"empty/{way}"].shape == (0, SHAPES[1][1])
+
+
+def test_a_target_outside_the_vocabulary_is_loud(interpreted):
+    outside = interpreted["outside"]
+    assert outside[0] == outside[-1] == -torch.inf and torch.isfinite(outside[1:-1]).all()
+
+
+# -- compiled for chips that are not here --
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's kernels cannot be compiled")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_fit_the_chip(arch, dtype):
+    """ptxas spills no register, a program's shared memory is below the chip's, bf16 products are the tensor cores'."""
+    from benchmarks import kernels as bench
+
+    for kind, group in bench.KERNELS.items():
+        for kernel in group:
+            for D in (kernels.WIDEST,) if kind == "one_pass" else bench.WIDTHS:
+                found = bench.resources(kind, kernel, DTYPES[dtype], D, arch)
+                assert found["spills"] == 0 and found["shared"] <= bench.SHARED[arch], (kernel.__name__, D, found)
+                assert found["tensor_cores"] == (dtype == "bf16"), (kernel.__name__, D, found)
+
+
+def test_predicted_traffic_by_hand():
+    """D = 576, V = 49,152, frozen, 4,096 tokens. One pass: 64 programs of 64 tokens at once share one reading of W,
+    2 D V / 4096 = 13,824 bytes a token; 2 * 132 programs wanted make 5 splits (ceil(264 / 64)), whose sums are written
+    and read in fp32: 5 * 576 * 8 = 23,040. Two products: 4 D V = 113,246,208. Dense: 40 bytes a logit (2 + 36 + 2) and
+    W twice."""
+    from benchmarks import kernels as bench
+
+    ((w, flops), (sums, none)) = bench.steps("one_pass", 576, 49_152, False)
+    assert (w, sums, flops, none) == (13_824, 23_040, 113_246_208, 0)
+    dense = bench.steps("dense", 576, 49_152, False)
+    assert sum(b for b, _ in dense) == 40 * 49_152 + 2 * 13_824 and sum(f for _, f in dense) == flops
+
+
+@pytest.mark.parametrize("T", [1, 64, 65, 5000])
+@pytest.mark.parametrize("V", [7, 32, 4099, 49_152])
+def test_splits_cover_the_vocabulary_and_none_is_empty(T, V):
+    tile = kernels.tile("one_pass", torch.bfloat16, 9)
+    splits, per_split = kernels.split(T, V, tile, 132)
+    assert (splits - 1) * per_split < V <= splits * per_split and per_split % tile.vocabulary == 0
+    tiles = math.ceil(V / tile.vocabulary)  # each its own split, or the waves full but for a rounding of at most 2
+    assert splits == tiles or 2 * math.ceil(T / 64) * splits >= kernels.WAVES * 132
+
+
+# -- who gets the kernels --
+
+
+def test_dispatch(monkeypatch, caplog):
+    """Heads on the CPU never reach the kernels; on CUDA bf16 ones do from capability 8.0; the log says it once."""
+    caplog.set_level(logging.INFO, "hps.logps")
+    capability = [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    logps._log_once.cache_clear()
+    bf16 = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda")
+    assert logps._kernels_for(torch.zeros(1, dtype=torch.bfloat16)) is None and not caplog.records
+    assert logps._kernels_for(bf16) is logps._kernels_for(bf16) is kernels
+    assert logps._kernels_for(SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda")) is None
+    capability[0] = 7
+    assert logps._kernels_for(bf16) is None
+    monkeypatch.setattr(logps, "_kernels", lambda: None)
+    assert logps._kernels_for(bf16) is None
+    said = [record.message.removeprefix("output head: ").split(" ")[0] for record in caplog.records]
+    assert said == ["Triton", "chunked,", "chunked,", "chunked,"]
+
+
+def test_without_triton_the_chunked_path_is_there():
+    code = """
+import sys, torch
+sys.modules["triton"] = None  # what an absent package looks like
+from hps import logps
+assert logps._kernels() is None
+print(logps.token_logps(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([3])).exp().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout) == pytest.approx(1 / 8), done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the compiled kernels run on a GPU only")
+@pytest.mark.parametrize("way", ["one_pass", "trained"])
+def test_on_the_gpu_it_equals_the_chunked_path(way):
+    """SmolLM2-135M's head: within the budget, as near to float64 as the chunked path, and the same bits twice."""
+    inputs = draw(512, 576, 49_152, 1 / math.sqrt(576), torch.bfloat16, "cuda")
+    ours, again = run(way, *inputs), run(way, *inputs)
+    assert all(torch.equal(ours[key], again[key]) for key in ours)
+    hidden, weight = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_(way == "trained")
+    head = logps._TrainableHead if way == "trained" else logps._FrozenHead
+    value = head.apply(hidden, weight, inputs[2], logps.CHUNK)
+    (value * inputs[3]).sum().backward()
+    chunked = dict(value=value.detach(), hidden=hidden.grad, weight=weight.grad)
+    for key, (truth, budget) in budgets(*inputs).items():
+        if key in ours:
+            assert worst(ours[key], truth, budget) <= 1, key
+            errors = [(found[key].double() - truth).abs().max() for found in (ours, chunked)]
+            assert errors[0] <= 1.5 * errors[1] + 1e-6, (key, errors)
+    public = logps.token_logps(inputs[0], inputs[1].requires_grad_(way == "trained"), inputs[2])
+    assert torch.equal(public.detach(), kernels.token_logps(*inputs[:3]).detach())
+
+
+if __name__ == "__main__":
+    child(sys.argv[1])
