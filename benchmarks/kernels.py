@@ -26,7 +26,7 @@ from hps import kernels
 TOKENS = 4096  # scored tokens of a micro-batch
 WIDTHS, VOCABULARIES = (576, 4096), (49_152, 128_256)  # SmolLM2-135M, Llama-3.1-8B
 # Shared memory one program may have, bytes (CUDA programming guide, compute capabilities).
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 H100 = dict(multiprocessors=132, bytes_per_s=3.35e12, flops=989e12)  # SXM data sheet, dense bf16
 KERNELS = {
     "one_pass": (kernels._logsumexp_and_mean,),

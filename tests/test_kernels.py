@@ -194,7 +194,7 @@ def test_a_target_outside_the_vocabulary_is_loud(interpreted):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's kernels cannot be compiled")
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_fit_the_chip(arch, dtype):
     """ptxas spills no register, a program's shared memory is below the chip's, bf16 products are the tensor cores'."""
