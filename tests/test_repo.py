@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import itertools
 import re
 import subprocess
@@ -126,6 +127,8 @@ def test_third_party_imports_of_the_lowest_level_and_of_losses():
 
 
 def test_importing_everything_has_no_side_effects():
+    no_triton = importlib.util.find_spec("triton") is None  # it is for Linux only; hps.logps does without
+    names = [name for name in MODULES if not (no_triton and name == "hps.kernels")]
     code = f"""
 import contextlib, importlib, io, logging, os, random
 import numpy, torch, transformers, peft  # what these do themselves is not ours
@@ -138,7 +141,7 @@ def state():
 before = state()
 printed = io.StringIO()
 with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-    for name in {list(MODULES)!r}:
+    for name in {names!r}:
         importlib.import_module(name)
         for what, old, new in zip(("flags", "seeds", "environment", "logging", "folder"), before, state()):
             assert old == new, f"importing {{name}} changes {{what}}"
