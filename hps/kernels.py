@@ -273,7 +273,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int =
     Args:
         hidden: (T, D), the states that predict the targets; cast to the weight's dtype.
         weight: (V, D) bf16 or fp32, the output head; it gets a gradient only if it requires one.
-        targets: (T,) int64 in [0, V); one outside gives -inf, since a kernel cannot raise.
+        targets: (T,) int64 in [0, V); a kernel cannot raise: the log-prob of one outside is -inf.
         chunk: tokens whose (chunk, V) gradient of the logits is alive at once; used by the recompute only.
 
     Returns:
