@@ -218,10 +218,12 @@ def confirm() -> Suite:
         **{f"NCA-{view} N": row("nca", view, lr=1.6e-3, **N) for view in ("uniform", "HPS", "window")},
         **{f"SPPO-{view}": row("sppo", view, beta=0.02, lr=1.6e-3) for view in ("BT", "uniform", "HPS", "window")},
     }
-    pairs = [(ours, other) for ours in candidates for other in baselines]
+    pairs = [("DPO-HPS", other) for other in baselines if other != "DPO-HPS"]
+    pairs += [(ours, other) for ours in candidates for other in baselines]
     pairs += [(f"{loss}-{view}{n}", f"{loss}-uniform{n}") for loss, n in (("NCA", " N"), ("SPPO", "")) for view in
               ("HPS", "window")]
-    return Suite(baselines | candidates, [*pairs, ("SPPO-uniform", "SPPO-BT")], repeats=3, later=100)
+    pairs.append(("SPPO-uniform", "SPPO-BT"))
+    return Suite(baselines | candidates, pairs, repeats=3, later=100)
 
 
 SUITES: dict[str, Callable[[], Suite]] = {
