@@ -43,7 +43,7 @@ class _Option:
 
 
 def parse(
-    cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str
+    cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str, foreign: bool = False
 ) -> tuple[T, frozenset[str]]:
     """Build `cls` from `--config FILE.toml` and flags, of which the flags win.
 
@@ -52,6 +52,7 @@ def parse(
         argv: words of the command line, `sys.argv[1:]` when None. `--key value`, `--key=value`, and for a
             bool a bare `--key`; `-` in a flag's name means `_`. The word `none` gives None where allowed.
         prog, description: what `--help` shows first; `--help` prints and exits with status 0.
+        foreign: the file is another script's, which checks it; keys that are no options here are passed over.
 
     Returns:
         The instance, and the names that the user set, in either place.
@@ -65,7 +66,7 @@ def parse(
         print(_help(options.values(), prog, description))
         raise SystemExit(0)
     flags = _read_flags(argv, options)
-    values = _read_toml(Path(flags.pop("config")), options) if "config" in flags else {}
+    values = _read_toml(Path(flags.pop("config")), options, foreign) if "config" in flags else {}
     values |= {name: _from_text(text, options[name]) for name, text in flags.items()}
     missing = [name for name, option in options.items() if option.default is MISSING and name not in values]
     if missing:
@@ -170,7 +171,7 @@ def _read_flags(argv: Sequence[str], options: dict[str, _Option]) -> dict[str, s
     return flags
 
 
-def _read_toml(path: Path, options: dict[str, _Option]) -> dict[str, Any]:
+def _read_toml(path: Path, options: dict[str, _Option], foreign: bool) -> dict[str, Any]:
     """The values of a flat TOML file by option name, each checked against its option's type."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -192,6 +193,8 @@ def _read_toml(path: Path, options: dict[str, _Option]) -> dict[str, Any]:
         if isinstance(value, dict):
             raise ValueError(f"{where}: {key} is a table, and options are flat: write key = value lines only")
         if key not in options:
+            if foreign:
+                continue
             nearest = _nearest(key, options)
             raise ValueError(f"{where}: unknown key {key}: the nearest is {nearest} (see --help)")
         values[key] = _typed(value, options[key], f"{where}: {key} = {value!r}")
