@@ -36,7 +36,7 @@ class Options:
     # -- of the run --
     shape: str = ""  # config.json of a Llama model; empty means Llama-3-8B
     world_size: int = 4  # ranks
-    prompts: int = 40_000  # prompts of the data
+    prompts: int = 40_000  # prompts of the data (the lengths and this are examples: measure your own)
     prompt_tokens: int = 200  # mean length of a prompt with its template
     response_tokens: int = 200  # mean length of a response
     responses: int = 2  # of a visit: 2 for BT and HPS, the ranks for PL
@@ -144,11 +144,11 @@ def layer_bytes(s: Shape, c: Options, *, N: int, n: int) -> int:
     """What one layer keeps for its backward, without checkpointing, bytes.
 
     A token: the two norms keep their input in fp32 (4 D) and 1 / rms (4); attention q, k, v and its output (with a
-    shared prompt k and v repeated for all heads, as transformers does under a mask) and a logsumexp a head; the MLP silu's input and both
-    factors of its product (3 F). A frozen matrix keeps nothing of its input. An adapter keeps its inputs, D (q, k, v
-    share one; gate and up too; o's is attention's output) and r; full training keeps the inputs of all and the
-    norms' outputs before their weight (D). The bool mask of
-    shared prompts becomes one of the compute dtype, N n.
+    shared prompt k and v repeated for all heads, as transformers does under a mask) and a logsumexp a head; the MLP
+    silu's input and both factors of its product (3 F). A frozen matrix keeps nothing of its input. An adapter keeps
+    its inputs, D (q, k, v share one; gate and up too; o's is attention's output) and r; full training keeps the
+    inputs of all and the norms' outputs before their weight (D). The bool mask of shared prompts becomes one of the
+    compute dtype, N n.
     """
     D, F, w = s.hidden_size, s.intermediate_size, width(c)
     trains = set(c.lora_targets.split(",")) if c.lora_rank else set(s.linears)
@@ -169,7 +169,7 @@ def activation_bytes(s: Shape, c: Options) -> dict[str, int]:
     """
     one = visit(c, shared=c.share_prompt)
     # The budget counts a prompt once, also where plain rows repeat it.
-    blocks = max(1, c.tokens_per_micro_batch // visit(c, shared=True)["N"])
+    blocks = max(1, min(c.tokens_per_micro_batch // visit(c, shared=True)["N"], c.prompts_per_step // c.world_size))
     N, n, T = blocks * one["N"], one["n"], blocks * one["T"]
     D, V, L, w = s.hidden_size, s.vocab_size, s.num_hidden_layers, width(c)
     layer = layer_bytes(s, c, N=N, n=n)
@@ -205,8 +205,9 @@ def training_flops(s: Shape, c: Options, *, N: Flops, n: Flops, T: Flops, recomp
     the scores again, which is not counted). Nothing flows into the first layer's input when the base is frozen: of
     its q, k and v the base has no backward, their adapters' A one product less, and attention no gradient of those of
     them without adapter. (At least one of the three has one.) Checkpointing runs each layer's forward again but for
-    down_proj, whose result no backward needs, and asks for the gradient of the first layer's input after all. A frozen head makes its gradient while the logits are there, 2 D V
-    more; the Triton kernels of a wide one make them again (`recompute_head`), and so does a head that trains.
+    down_proj, whose result no backward needs, and asks for the gradient of the first layer's input after all. A
+    frozen head makes its gradient while the logits are there, 2 D V more; the Triton kernels of a wide one make them
+    again (`recompute_head`), and so does a head that trains.
     """
     L, head = s.num_hidden_layers, 2 * T * s.hidden_size * s.vocab_size
     forward = forward_flops(s, c, N=N, n=n, T=T)
@@ -296,7 +297,7 @@ def table(found: dict) -> str:
     for way in found["ways"]:
         lines.append(
             f"{'yes' if way['share_prompt'] else 'no':<14}{'yes' if way['cache'] else 'no':<15}"
-            f"{way['tokens']:>17,}{way['reference_tokens']:>18,}{way['flops']:>10.3g}{way['hours']:>9.1f}"
+            f"{way['tokens']:>17,}{way['reference_tokens']:>18,}{way['flops']:>10.3g}{way['hours']:>9.2f}"
         )
     return "\n".join(lines)
 
