@@ -205,14 +205,15 @@ def training_flops(s: Shape, c: Options, *, N: Flops, n: Flops, T: Flops, recomp
     the scores again, which is not counted). Nothing flows into the first layer's input when the base is frozen: of
     its q, k and v the base has no backward, their adapters' A one product less, and attention no gradient of those of
     them without adapter. (At least one of the three has one.) Checkpointing runs each layer's forward again but for
-    down_proj, whose result no backward needs, and asks for the gradient of the first layer's input after all. A
-    frozen head makes its gradient while the logits are there, 2 D V more; the Triton kernels of a wide one make them
+    its last product (down_proj, or its adapter's B), whose result no backward needs, and asks for the gradient of the
+    first layer's input after all. A frozen head makes its gradient while the logits are there, 2 D V more; the Triton kernels of a wide one make them
     again (`recompute_head`), and so does a head that trains.
     """
     L, head = s.num_hidden_layers, 2 * T * s.hidden_size * s.vocab_size
     forward = forward_flops(s, c, N=N, n=n, T=T)
-    layers, down = forward - head, L * N * 2 * math.prod(s.linears["down_proj"])
-    again = layers - down if c.gradient_checkpointing else 0
+    layers = forward - head
+    last = c.lora_rank if "down_proj" in adapted(c) else s.intermediate_size
+    again = layers - L * N * 2 * last * s.hidden_size if c.gradient_checkpointing else 0
     if not c.lora_rank:
         return forward + 2 * layers + again + 3 * head
     adapters = L * N * sum(2 * c.lora_rank * sum(s.linears[t]) for t in adapted(c))
