@@ -1,4 +1,4 @@
-"""The project's data format: JSON Lines (plain or .gz by suffix), one prompt and its n scored responses each.
+"""The project's data format: JSON Lines (plain, .gz or .xz by suffix), one prompt and its n scored responses each.
 
     {"id": "a1", "prompt": "Hi" or [{"role": "user", "content": "Hi"}], "responses": ["Hello.", "No."],
      "rewards": [1.5, -0.5], "chosen": 0, "rejected": 1, "source": "toy"}
@@ -10,6 +10,7 @@ compared), source. n may differ from row to row. Reading is strict: what is not 
 import difflib
 import gzip
 import json
+import lzma
 import os
 import sys
 import zlib
@@ -85,7 +86,7 @@ def first_responses(row: Row, n: int) -> Row:
 def read(path: str | Path, *, need_rewards: bool = False) -> list[Row]:
     """Read a whole list-wise file.
 
-    path: .jsonl or .jsonl.gz. need_rewards: refuse rows without rewards.
+    path: .jsonl, .jsonl.gz or .jsonl.xz. need_rewards: refuse rows without rewards.
     Raises ValueError, with file and line, on the first thing wrong: an unreadable or empty file, a broken or
     blank line, a row that `parse_row` refuses, an id seen before.
     """
@@ -98,7 +99,7 @@ def read(path: str | Path, *, need_rewards: bool = False) -> list[Row]:
 
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write rows so that `read` gives them back (apart from `where`); atomic, gzip for a .gz suffix.
+    """Write rows so that `read` gives them back (apart from `where`); atomic, compressed for .gz and .xz.
 
     Equal rows give equal bytes. Raises ValueError, and writes nothing, for rows that `read` would refuse.
     """
@@ -112,10 +113,10 @@ def write(path: str | Path, rows: Iterable[Row]) -> None:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Decode a JSON Lines file (plain or .gz), strictly: yields ("file:line", value).
+    """Decode a JSON Lines file (plain, .gz or .xz), strictly: yields ("file:line", value).
 
-    Raises ValueError when the file is missing, empty or a broken .gz, and for a line that is blank, too long
-    (over 64 MiB, which is not loaded), not UTF-8 or not JSON (NaN and repeated keys included).
+    Raises ValueError when the file is missing, empty or broken in its compression, and for a line that is blank,
+    too long (over 64 MiB, which is not loaded), not UTF-8 or not JSON (NaN and repeated keys included).
     """
     number = 0
     with opened(path) as file:
@@ -132,14 +133,23 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
 
 
 def write_lines(path: str | Path, records: Iterable[object]) -> None:
-    """Write JSON Lines under a temporary name in the same folder, then rename; gzip for a .gz suffix."""
+    """Write JSON Lines under a temporary name in the same folder, then rename; compressed for .gz and .xz.
+
+    Raises ValueError for a name that ends in .parquet, which would not be what it says.
+    """
     path = Path(path)
+    if path.suffix == ".parquet":
+        raise ValueError(f"{path}: JSON Lines is what is written; name it .jsonl, .jsonl.gz or .jsonl.xz")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as raw:
             # No name and no time in the gzip header: equal rows give equal bytes.
-            packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else None
+            packed = None
+            if path.suffix == ".gz":
+                packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
+            elif path.suffix == ".xz":
+                packed = lzma.LZMAFile(raw, "wb")
             for record in records:
                 line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
                 (packed or raw).write(line.encode())
@@ -152,12 +162,13 @@ def write_lines(path: str | Path, records: Iterable[object]) -> None:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a plain or .gz file (by suffix) for reading bytes; raises ValueError where that fails."""
+    """Open a plain, .gz or .xz file (by suffix) for reading bytes; raises ValueError where that fails."""
+    suffix = Path(path).suffix
     try:
-        with gzip.open(path, "rb") if Path(path).suffix == ".gz" else open(path, "rb") as file:
+        with {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)(path, "rb") as file:
             yield cast(BinaryIO, file)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: broken gzip file: {error}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: broken {'xz' if suffix == '.xz' else 'gzip'} file: {error}") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
 
