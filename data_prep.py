@@ -2,6 +2,7 @@
 
     python data_prep.py world    --out data/world                                   a self-made world, offline
     python data_prep.py import   --source hh-rlhf --input FILE --output FILE.jsonl  a foreign format
+    python data_prep.py export   --format trl --input FILE --output FILE.jsonl      pairs for other trainers
     python data_prep.py generate --model M --input IN --output OUT --n 8            candidate responses
     python data_prep.py fit      --input PAIRS --output R.safetensors               a linear reward model
     python data_prep.py annotate --scorer R.safetensors --input IN --output OUT     rewards
@@ -38,11 +39,20 @@ class World:
 
 @dataclass
 class Import:
-    source: str  # hh-rlhf or authors
-    input: str  # file in that format, .jsonl or .jsonl.gz
-    output: str  # list-wise JSON Lines to write
+    source: str  # hh-rlhf, pku-saferlhf, ultrafeedback, nectar, trl or authors
+    input: str  # file in that format: .jsonl or .json (.gz, .xz), or .parquet
+    output: str  # list-wise JSON Lines to write, and OUTPUT.manifest.json beside it
+    order: str = ""  # pku-saferlhf: helpful or safe; ultrafeedback: overall or fine-grained
     limit: int = 0  # rows to keep at most; 0 means all
     skip: int = 0  # usable rows to leave out first, so that splits are disjoint
+
+
+@dataclass
+class Export:
+    format: str  # trl (conversational; standard for string prompts) or hh-rlhf
+    input: str  # list-wise JSON Lines
+    output: str  # JSON Lines in that format, and OUTPUT.manifest.json beside it
+    pair: str = "human"  # human (chosen, rejected) or rewards (highest against lowest)
 
 
 @dataclass
@@ -91,10 +101,28 @@ def make_world(c: World) -> None:
 
 
 def import_rows(c: Import) -> None:
-    rows, counts, reasons = importers.import_file(c.source, c.input, limit=c.limit or None, skip=c.skip)
+    rows, counts, reasons, left_out = importers.import_file(
+        c.source, c.input, order=c.order, limit=c.limit or None, skip=c.skip
+    )
     listwise.write(c.output, rows)
+    if left_out:
+        print(f"{c.input}: columns left out: {', '.join(left_out)}", file=sys.stderr)
+    tell(c, "import", counts, reasons, columns_left_out=left_out)
+
+
+def export_rows(c: Export) -> None:
+    records, counts, reasons = importers.export_rows(c.format, listwise.read(c.input), pair=c.pair)
+    listwise.write_lines(c.output, records)
+    tell(c, "export", counts, reasons)
+
+
+def tell(c: Import | Export, command: str, counts: dict[str, int], reasons: list[str], **more: list[str]) -> None:
+    """Print what was left out and why, and write it to the manifest."""
     for reason in reasons:
         print(reason, file=sys.stderr)
+    options = {key: value for key, value in config.as_dict(c).items() if key not in ("input", "output")}
+    facts = {"command": command, "options": options, "counts": counts, **more, "first_reasons": reasons}
+    importers.write_manifest(c.input, c.output, facts)
     report(counts, c.output)
 
 
@@ -192,6 +220,7 @@ def diagnose(c: Doctor) -> None:
 COMMANDS = {
     "world": (World, make_world),
     "import": (Import, import_rows),
+    "export": (Export, export_rows),
     "generate": (Generate, generate_candidates),
     "fit": (Fit, fit_scorer),
     "annotate": (Annotate, annotate_rows),

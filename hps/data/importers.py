@@ -1,71 +1,68 @@
-"""Known foreign formats to list-wise rows, and HH-RLHF back.
+"""Files of foreign preference data to list-wise rows and back, with a count of everything that is left out.
 
-One function per format turns a decoded record into a Row, or into Dropped where a record of the right format
-cannot be used; a file of another format is a ValueError.
+The formats themselves are in hps/data/formats.py.
 """
 
 import difflib
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+import os
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from hps.data.listwise import Row, check_keys, decode_json, opened, parse_row, read_lines
+from hps.data.formats import DROPS, EXPORTS, FORMATS, Dropped, Format
+from hps.data.listwise import Row, decode_json, opened, read_lines
 
-HH_MARK = re.compile(r"\n\n(Human|Assistant): ?")
-HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-DROPS = (
-    "rows_malformed",
-    "rows_prompts_differ",
-    "rows_empty_response",
-    "rows_equal_responses",
-    "rows_duplicate",
-)
 MAX_REASONS = 5
+EXPORT_DROPS = ("rows_no_pair", "rows_unsupported", "rows_empty_response", "rows_equal_responses")
 
-Turns = list[tuple[str, str]]
+
+class Imported(NamedTuple):
+    """rows; counts: rows_read = rows_kept + rows_skipped + all DROPS; the first 5 reasons, each with file:line;
+    the columns of the file that no row holds, by name."""
+
+    rows: list[Row]
+    counts: dict[str, int]
+    reasons: list[str]
+    columns_left_out: list[str]
 
 
-@dataclass(frozen=True)
-class Dropped:
-    """A record that is left out: the counter (one of DROPS) that it adds to, and what is wrong with it."""
+class Exported(NamedTuple):
+    """records; counts: rows_read = rows_written + all EXPORT_DROPS, and the responses of written rows that are
+    in no pair; the first 5 reasons, each with file:line."""
 
-    counter: str
-    reason: str
+    records: list[dict[str, object]]
+    counts: dict[str, int]
+    reasons: list[str]
 
 
 def import_file(
-    source: str, path: str | Path, *, limit: int | None = None, skip: int = 0
-) -> tuple[list[Row], dict[str, int], list[str]]:
-    """Read a foreign file (JSON Lines or one JSON list, plain or .gz) as rows.
+    source: str, path: str | Path, *, order: str = "", limit: int | None = None, skip: int = 0
+) -> Imported:
+    """Read a foreign file as rows: JSON Lines or one JSON list, plain, .gz or .xz, or .parquet (with pyarrow).
 
-    source: "hh-rlhf" or "authors". skip, limit: leave out the first `skip` usable rows, then take at most
-    `limit`, so that (limit=a) and (skip=a) are disjoint. Reading stops at the limit.
-    Returns the rows; counts (rows_read = rows_kept + rows_skipped + all DROPS); the first 5 reasons, each
-    with file:line.
-    Raises ValueError for an unknown source, a broken file, one of another format, or no row left.
+    source, order: the keys of FORMATS; a source with several orders needs one named. skip, limit: leave out the
+    first `skip` usable rows, then take at most `limit`, so that (limit=a) and (skip=a) are disjoint. Reading
+    stops at the limit.
+    Raises ValueError for an unknown source or order, a broken file, one of another format, or no row left.
     """
-    if source not in FORMATS:
-        near = difflib.get_close_matches(source, FORMATS, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown source {source!r}; did you mean {near!r}? Known: {', '.join(FORMATS)}")
+    form = _format(source, order)
     if skip < 0 or (limit is not None and limit < 1):
         raise ValueError(f"skip = {skip} must be at least 0 and limit = {limit} at least 1")
-    counts: dict[str, int] = dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0)
+    counts = dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0)
     rows: list[Row] = []
     reasons: list[str] = []
+    columns: set[str] = set()
     first: dict[str, str] = {}
     for where, record in _records(path):
         counts["rows_read"] += 1
-        row = FORMATS[source](record, where)
+        columns |= record.keys()
+        row = form.read(record, where)
         if isinstance(row, Row) and row.id in first:
             row = Dropped("rows_duplicate", f"the same as {first[row.id]}")
         if isinstance(row, Dropped):
-            counts[row.counter] += 1
-            if len(reasons) < MAX_REASONS:
-                reasons.append(f"{where}: {row.reason}")
+            _drop(row, where, counts, reasons)
             continue
         first[row.id] = where
         if len(first) <= skip:
@@ -76,104 +73,138 @@ def import_file(
         if len(rows) == limit:
             break
     if not rows:
-        lost = ", ".join(f"{key} = {value}" for key, value in counts.items() if value)
-        raise ValueError("\n  ".join([f"{path}: no row is left of this {source} file: {lost}", *reasons]))
-    return rows, counts, reasons
+        raise ValueError(_nothing_left(f"{path}: no row is left of this {source} file", counts, reasons))
+    return Imported(rows, counts, reasons, sorted(columns - set(form.columns)))
 
 
-def hh_rlhf(record: dict[str, object], where: str) -> Row | Dropped:
-    """Anthropic's HH-RLHF: whole dialogues "chosen" and "rejected" -> messages and the pair of last answers.
+def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Exported:
+    """Rows as records of pairs: the answers that do not fit a pair, and the rewards, are not in them.
 
-    Dropped: dialogues that do not go Human, Assistant, ..., Assistant; that differ before the last answer;
-    whose last answers are empty or equal. Text is kept as it is, whitespace included.
+    format: "trl" or "hh-rlhf". pair: "human" (chosen, rejected) or "rewards" (the highest against the lowest,
+    the first of equals). A row is left out and counted where it has no such pair (all rewards equal, say), or
+    where the format would not give the same texts back.
+    Raises ValueError for an unknown format or pair, for no record left, and for trl where some prompts are
+    strings and some messages: a TRL data set holds one kind.
     """
-    keys = ("chosen", "rejected")
-    check_keys(record, keys, required=keys, where=where)
-    texts = [record[key] for key in keys]
-    dialogues = []
-    for key, text in zip(keys, texts, strict=True):
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: {key} must be a dialogue as one string")
-        turns = _turns(text)
-        if isinstance(turns, str):
-            return Dropped("rows_malformed", f"{key} {turns}")
-        dialogues.append(turns)
-    (*prompt, (_, chosen)), (*other, (_, rejected)) = dialogues
-    if prompt != other:
-        return Dropped("rows_prompts_differ", "chosen and rejected differ before the last answer")
-    if not chosen.strip() or not rejected.strip():
-        return Dropped("rows_empty_response", "an answer is empty")
-    if chosen.strip() == rejected.strip():
-        return Dropped("rows_equal_responses", "both answers are the same")
-    messages = [{"role": HH_ROLES[speaker], "content": text} for speaker, text in prompt]
-    row = {"prompt": messages, "responses": [chosen, rejected], "chosen": 0, "rejected": 1}
-    try:
-        return _row("hh-rlhf", row, where)
-    except ValueError as error:
-        return Dropped("rows_malformed", str(error).removeprefix(f"{where}: "))
-
-
-def authors(record: dict[str, object], where: str) -> Row:
-    """The format of the released HPS code: a prompt in its template already, responses, rewards if scored."""
-    check_keys(record, ("prompt", "responses", "rewards"), required=("prompt", "responses"), where=where)
-    if not isinstance(record["prompt"], str):
-        raise ValueError(f"{where}: prompt must be a string (the authors' files hold it as one text)")
-    return _row("authors", record, where)
-
-
-def export_hh_rlhf(rows: Iterable[Row]) -> Iterator[dict[str, str]]:
-    """Write rows with a human pair as HH-RLHF records, which `hh_rlhf` reads back to the same texts.
-
-    Raises ValueError for a row without the pair, with a string prompt, or with turns that the format cannot
-    hold (a system turn, a speaker twice in a row, a speaker's mark inside a text).
-    """
-    speakers = {role: speaker for speaker, role in HH_ROLES.items()}
+    if format not in EXPORTS:
+        raise ValueError(_unknown("format", format, EXPORTS))
+    if pair not in ("human", "rewards"):
+        raise ValueError(_unknown("pair", pair, ("human", "rewards")))
+    counts = dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0)
+    records: list[dict[str, object]] = []
+    reasons: list[str] = []
+    kinds: dict[type, str] = {}
     for row in rows:
-        if row.chosen is None or row.rejected is None:
-            raise ValueError(f"{row.where}: row {row.id!r} has no chosen and rejected response to export")
-        if isinstance(row.prompt, str):
-            raise ValueError(f"{row.where}: row {row.id!r} has a string prompt; HH-RLHF needs messages")
-        prompt = [(speakers.get(turn["role"], turn["role"]), turn["content"]) for turn in row.prompt]
-        record = {}
-        for key, index in (("chosen", row.chosen), ("rejected", row.rejected)):
-            turns = [*prompt, ("Assistant", row.responses[index])]
-            record[key] = "".join(f"\n\n{speaker}: {text}" for speaker, text in turns)
-            if _turns(record[key]) != turns:
-                raise ValueError(
-                    f"{row.where}: row {row.id!r} does not fit HH-RLHF: turns must go Human, Assistant, ..., "
-                    f"and no text may hold such a mark; they are {[speaker for speaker, _ in turns]}"
-                )
-        yield record
+        counts["rows_read"] += 1
+        record = _export_row(format, row, pair)
+        if isinstance(record, Dropped):
+            _drop(record, row.where or f"row {row.id!r}", counts, reasons)
+            continue
+        counts["rows_written"] += 1
+        counts["responses_left_out"] += len(row.responses) - 2
+        records.append(record)
+        kinds.setdefault(type(row.prompt), row.where)
+    if len(kinds) == 2:
+        raise ValueError(
+            f"a TRL data set holds prompts of one kind, but that of {kinds[str]} is a string and that of "
+            f"{kinds[tuple]} a list of messages; export the two kinds from two files"
+        )
+    if not records:
+        raise ValueError(_nothing_left(f"no row can be exported to {format} with pair {pair}", counts, reasons))
+    return Exported(records, counts, reasons)
 
 
-Importer = Callable[[dict[str, object], str], Row | Dropped]
-FORMATS: dict[str, Importer] = {"hh-rlhf": hh_rlhf, "authors": authors}
+def write_manifest(input: str | Path, output: str | Path, facts: dict[str, object]) -> Path:
+    """Write OUTPUT.manifest.json: `facts` (options, counts) and what identifies both files; returns its path.
+
+    The hashes are SHA-256 of the files as they lie, so that `sha256sum` checks them. Equal files and facts give
+    equal bytes: there is no time in it.
+    """
+    files = {}
+    for name, path in (("input", input), ("output", output)):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[name] = {"path": str(path), "bytes": os.path.getsize(path), "sha256": digest}
+    manifest = Path(f"{output}.manifest.json")
+    temporary = manifest.with_name(f"{manifest.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(files | facts, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, manifest)
+    return manifest
 
 
-def _turns(dialogue: str) -> Turns | str:
-    head, *rest = HH_MARK.split(dialogue)
-    speakers, texts = rest[::2], rest[1::2]
-    if head or not speakers or speakers[0] != "Human":
-        return r"does not start with '\n\nHuman: '"
-    if speakers[-1] != "Assistant":
-        return "does not end with a turn of Assistant"
-    if any(a == b for a, b in pairwise(speakers)):
-        return "has two turns of one speaker in a row"
-    return list(zip(speakers, texts, strict=True))
+def _format(source: str, order: str) -> Format:
+    if source not in FORMATS:
+        raise ValueError(_unknown("source", source, FORMATS))
+    orders = FORMATS[source]
+    if order not in orders:
+        if "" in orders:
+            raise ValueError(f"order = {order!r} is of no use: source {source} has one order; leave it out")
+        raise ValueError(f"source {source} needs an order, one of {', '.join(orders)}; it is {order!r}")
+    return orders[order]
 
 
-def _row(source: str, fields: dict[str, object], where: str) -> Row:
-    content = json.dumps([fields["prompt"], fields["responses"]]).encode()
-    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    return parse_row({"id": f"{source}-{digest}", **fields, "source": source}, where)
+def _export_row(format: str, row: Row, pair: str) -> dict[str, object] | Dropped:
+    chosen, rejected = row.chosen, row.rejected
+    if pair == "rewards":
+        if not row.rewards or min(row.rewards) == max(row.rewards):
+            return Dropped("rows_no_pair", f"row {row.id!r} has no two different rewards")
+        chosen, rejected = (row.rewards.index(of(row.rewards)) for of in (max, min))
+    if chosen is None or rejected is None:
+        return Dropped("rows_no_pair", f"row {row.id!r} has no chosen and rejected response")
+    record = EXPORTS[format](row, chosen, rejected)
+    if isinstance(record, Dropped):
+        return record
+    back = FORMATS[format][""].read(record, row.where)
+    if isinstance(back, Row):
+        assert (back.prompt, *back.responses) == (row.prompt, row.responses[chosen], row.responses[rejected])
+        return record
+    return back
+
+
+def _drop(dropped: Dropped, where: str, counts: dict[str, int], reasons: list[str]) -> None:
+    counts[dropped.counter] += 1
+    if len(reasons) < MAX_REASONS:
+        reasons.append(f"{where}: {dropped.reason}")
+
+
+def _nothing_left(what: str, counts: dict[str, int], reasons: list[str]) -> str:
+    lost = ", ".join(f"{key} = {value}" for key, value in counts.items() if value)
+    return "\n  ".join([f"{what}: {lost}", *reasons])
+
+
+def _unknown(what: str, name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    return f"unknown {what} {name!r}; did you mean {near!r}? Known: {', '.join(known)}"
 
 
 def _records(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
-    with opened(path) as file:
-        is_list = file.read(1) == b"["
-        values = decode_json(b"[" + file.read(), str(path)) if is_list else None
-    in_list = isinstance(values, list)
-    for where, record in ((f"{path}[{i}]", v) for i, v in enumerate(values)) if in_list else read_lines(path):
+    for where, record in _parquet(path) if Path(path).suffix == ".parquet" else _json(path):
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a record must be a JSON object")
         yield where, record
+
+
+def _json(path: str | Path) -> Iterator[tuple[str, object]]:
+    with opened(path) as file:
+        is_list = file.read(1) == b"["
+        values = decode_json(b"[" + file.read(), str(path)) if is_list else None
+    if isinstance(values, list):
+        return ((f"{path}[{i}]", value) for i, value in enumerate(values))
+    return read_lines(path)
+
+
+def _parquet(path: str | Path) -> Iterator[tuple[str, object]]:
+    try:
+        import pyarrow  # only here: JSON needs none of it
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):  # not the whole file: it holds more than is kept
+                for record in batch.to_pylist():
+                    yield f"{path}[{number}]", record
+                    number += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
