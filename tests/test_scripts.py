@@ -1,5 +1,6 @@
 """eval.py and data_prep.py as a user calls them: what they write against what they must mean."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -235,6 +236,24 @@ def test_import_fit_annotate_and_doctor_on_hh_rlhf(hh_rlhf_path, tiny_world, tmp
     assert np.mean([r.rewards[0] > r.rewards[1] for r in scored]) > 0.8  # it was fitted on these very pairs
     data_prep.main(["annotate", *flags(scorer="human", input=train_file, output=tmp_path / "h.jsonl")])
     assert {r.rewards for r in listwise.read(tmp_path / "h.jsonl")} == {(1.0, 0.0)}
+
+
+def test_import_and_export_leave_a_manifest(tmp_path, capsys):
+    """Two of the three rows are usable in the safe order; the file that TRL would read holds their pairs."""
+    source, rows, pairs = ROOT / "tests/fixtures/pku-saferlhf.jsonl", tmp_path / "r.jsonl", tmp_path / "p.jsonl"
+    data_prep.main(["import", *flags(source="pku-saferlhf", order="safe", input=source, output=rows)])
+    told = capsys.readouterr().err
+    assert f"{source}:3: both answers are the same" in told and "rows_equal_responses 1" in told
+    assert "columns left out: better_response_id, is_response_0_safe" in told
+    data_prep.main(["export", *flags(format="trl", input=rows, output=pairs)])
+    assert [json.loads(line)["rejected"][0]["content"] for line in pairs.read_text().splitlines()] == [
+        "Hide half of what you earn.", "No idea.",
+    ]  # fmt: skip
+    first, second = (json.loads(Path(f"{path}.manifest.json").read_text()) for path in (rows, pairs))
+    assert first["input"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert second["input"] == first["output"] and second["counts"]["rows_written"] == 2
+    assert first["options"] == {"source": "pku-saferlhf", "order": "safe", "limit": 0, "skip": 0}
+    assert first["counts"]["rows_equal_responses"] == 1 and len(first["first_reasons"]) == 1
 
 
 def test_data_prep_names_mistakes(tmp_path, tiny_world):

@@ -50,7 +50,7 @@ def import_file(
     form = _format(source, order)
     if skip < 0 or (limit is not None and limit < 1):
         raise ValueError(f"skip = {skip} must be at least 0 and limit = {limit} at least 1")
-    counts = dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0)
+    counts: dict[str, int] = dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0)
     rows: list[Row] = []
     reasons: list[str] = []
     columns: set[str] = set()
@@ -90,7 +90,7 @@ def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Exp
         raise ValueError(_unknown("format", format, EXPORTS))
     if pair not in ("human", "rewards"):
         raise ValueError(_unknown("pair", pair, ("human", "rewards")))
-    counts = dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0)
+    counts: dict[str, int] = dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0)
     records: list[dict[str, object]] = []
     reasons: list[str] = []
     kinds: dict[type, str] = {}
