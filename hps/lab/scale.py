@@ -206,8 +206,8 @@ def training_flops(s: Shape, c: Options, *, N: Flops, n: Flops, T: Flops, recomp
     its q, k and v the base has no backward, their adapters' A one product less, and attention no gradient of those of
     them without adapter. (At least one of the three has one.) Checkpointing runs each layer's forward again but for
     its last product (down_proj, or its adapter's B), whose result no backward needs, and asks for the gradient of the
-    first layer's input after all. A frozen head makes its gradient while the logits are there, 2 D V more; the Triton kernels of a wide one make them
-    again (`recompute_head`), and so does a head that trains.
+    first layer's input after all. A frozen head makes its gradient while the logits are there, 2 D V more; the Triton
+    kernels of a wide one make them again (`recompute_head`), and so does a head that trains.
     """
     L, head = s.num_hidden_layers, 2 * T * s.hidden_size * s.vocab_size
     forward = forward_flops(s, c, N=N, n=n, T=T)
