@@ -208,7 +208,7 @@ def tune() -> Suite:
 def confirm() -> Suite:
     """Methods at the beta and lr with their highest true reward on validation prompts, on worlds not used before."""
     baselines = {
-        "DPO-BT": row("dpo", "BT", beta=0.5, lr=4e-4),
+        "DPO-BT": row("dpo", "BT", beta=1.0, lr=8e-4),
         "DPO-PL-8": row("dpo", "PL-8", beta=0.5, lr=8e-4),
         "DPO-uniform": row("dpo", "uniform", beta=1.0, lr=1.6e-3),
         "DPO-HPS": row("dpo", "HPS", beta=0.5, lr=4e-4),
