@@ -122,7 +122,7 @@ def test_a_last_step_of_one_prompt_looks_back(tiny_world, tmp_path, taught):
     data = rewrite(tiny_world, tmp_path, distinct)
     tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
     examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
-    options = dict(data=data, model=taught, reference=tiny_world / "model", method="kto-bt", shuffle="false")
+    options = dict(data=data, model=taught, reference=tiny_world / "model", method="kto-bt", shuffle="no")
     run(tiny_world, tmp_path / "out", lr=1e-12, epochs=1, prompts_per_step=len(examples) - 1, **options)
     prompt, response = examples[-1].prompt_ids, examples[-2].response_ids[np.argmax(examples[-2].rewards)]
     lms = (load_causal_lm(str(path), dtype=torch.float32) for path in (taught, tiny_world / "model"))
