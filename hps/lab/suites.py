@@ -55,7 +55,7 @@ class Suite:
     worlds: int | None = None
 
 
-# The samplers of ours that stand beside the paper's, at BT's cost, and the best row that the search of `tune` found.
+# The samplers of ours that stand beside the paper's, at BT's cost, and the row that the search settled on.
 BEST: Row = row("nca", "uniform", lr=1.6e-3, **N)
 OURS: dict[str, Row] = {
     "DPO-HPS percentile": {"method": "dpo-hps", "reward_norm": "percentile"},
@@ -206,7 +206,7 @@ def tune() -> Suite:
 
 
 def confirm() -> Suite:
-    """Methods at the beta and lr with their highest true reward on validation prompts, on worlds not used before."""
+    """Methods at the beta and lr chosen for each on validation prompts (docs/RESULTS.md), on worlds not used before."""
     baselines = {
         "DPO-BT": row("dpo", "BT", beta=1.0, lr=8e-4),
         "DPO-PL-8": row("dpo", "PL-8", beta=0.5, lr=8e-4),

@@ -92,7 +92,7 @@ def test_trl_by_hand():
 
 @pytest.mark.parametrize("name", ["trl.jsonl", "trl-standard.jsonl"])
 def test_trl_fixtures_are_read_as_trl_reads_them(name):
-    oracle = pytest.importorskip("trl.data_utils")
+    oracle = pytest.importorskip("trl.data_utils", reason="TRL is a development extra")
     kept = 0
     for record in load(name):
         row = trl(record, "f:1")
@@ -109,7 +109,7 @@ def test_trl_fixtures_are_read_as_trl_reads_them(name):
 @given(st.text("ab ", max_size=6), st.text("ab ", min_size=1, max_size=4), st.text("ab ", min_size=1, max_size=4))
 def test_an_implicit_prompt_is_split_where_trl_splits_it(start, chosen, rejected):
     """TRL's own function, where the first characters agree (it wraps around to the last one where not)."""
-    oracle = pytest.importorskip("trl.data_utils")
+    oracle = pytest.importorskip("trl.data_utils", reason="TRL is a development extra")
     record = {"chosen": start + chosen, "rejected": start + rejected}
     assume(record["chosen"][0] == record["rejected"][0])
     theirs = oracle.extract_prompt(record)
@@ -176,8 +176,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     (tmp_path / "x.jsonl.xz").write_bytes(lzma.compress(path.read_bytes()))
     (tmp_path / "x.json.xz").write_bytes(lzma.compress(json.dumps(load("ultrafeedback.jsonl")).encode()))
-    parquet = pytest.importorskip("pyarrow.parquet")
-    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs pyarrow, which is optional")
+    arrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow, which is optional")
     parquet.write_table(arrow.Table.from_pylist(load("ultrafeedback.jsonl")), tmp_path / "x.parquet")
     for name in ("x.jsonl.gz", "x.jsonl.xz", "x.json.xz", "x.parquet"):
         found = import_file("ultrafeedback", tmp_path / name, order="overall")
@@ -187,8 +187,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
 
 
 def test_parquet_fills_absent_message_keys_with_null_which_is_no_extra_key(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs pyarrow, which is optional")
+    arrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow, which is optional")
     parquet.write_table(arrow.Table.from_pylist(load("trl.jsonl")[:2] + load("trl.jsonl")[3:4]), tmp_path / "x.parquet")
     found = import_file("trl", tmp_path / "x.parquet")
     assert len(found.rows) == 2 and lost(found.counts) == {"rows_unsupported": 1}
