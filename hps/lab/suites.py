@@ -194,15 +194,16 @@ def tune() -> Suite:
     swept |= {f"NCA-{view} N": row("nca", view, **N) for view in ("uniform", "HPS", "window")}
     swept |= {"DPO-HPS percentile": OURS["DPO-HPS percentile"], "GAP-window": row("gap", "window")}
     rows: dict[str, Row] = {}
-    lines: dict[str, list[str]] = {}
+    figures: dict[str, Any] = {}  # one a loss: all lines in one are past reading
+    panels = ["rm10", "true_reward", "harm", "junk"]
     for name, options in swept.items():
-        for b, lr in product(*GRIDS[str(options["method"]).split("-")[0]]):
+        loss = str(options["method"]).split("-")[0]
+        figure = figures.setdefault(f"frontier-{loss}", {"x": {"metric": "kl_exact"}, "panels": panels, "lines": {}})
+        for b, lr in product(*GRIDS[loss]):
             title = f"{name} beta {b:g} lr {lr:g}"
             rows[title] = {**options, "beta": b, "lr": lr}
-            lines.setdefault(name, []).append(title)
-    panels = ["rm10", "true_reward", "harm", "junk"]
-    figure = {"x": {"metric": "kl_exact"}, "panels": panels, "lines": lines}
-    return Suite(rows, [], split="valid", series={"frontier": figure}, worlds=2)
+            figure["lines"].setdefault(name, []).append(title)
+    return Suite(rows, [], split="valid", series=figures, worlds=2)
 
 
 def confirm() -> Suite:
