@@ -102,10 +102,11 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         policy, [blocks[i] for i in mine], device=ranks.device, progress="policy log-probs" * ranks.first, **packing
     )
     values: dict[str, dict[str, float]] = {}
+    human = any(map(has_pair, examples))
     for i, policy_logps in zip(mine, scored, strict=True):
         h = policy_logps - reference.lookup(cache, blocks[i])
         texts = [by_id[examples[i].id].responses[k] for k in examples[i].kept]
-        values[examples[i].id] = candidate_metrics(examples[i], h, texts)
+        values[examples[i].id] = candidate_metrics(examples[i], h, texts, human_pairs=human)
         winner = Block(blocks[i].prompt, (blocks[i].responses[pair(examples[i])[0]],))
         values[examples[i].id]["kl_exact"] = exact_kl(policy, ref, winner, ranks.device)
     sampled: list[listwise.Row] = []
@@ -127,32 +128,43 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         merge(c, out, [e.id for e in examples], ranks.world_size)
 
 
+def has_pair(example: tokens.Example) -> bool:
+    """Whether there is a human pair, both of whose responses fit."""
+    return example.chosen is not None and example.rejected is not None
+
+
 def comparable(example: tokens.Example) -> bool:
     """Whether there is a pair to look at: a human one that fits, or rewards that differ."""
-    human = example.chosen is not None and example.rejected is not None
-    return human or (example.rewards is not None and example.rewards.min() < example.rewards.max())
+    return has_pair(example) or (example.rewards is not None and example.rewards.min() < example.rewards.max())
 
 
 def pair(example: tokens.Example) -> tuple[int, int]:
     """The pair that single-pair metrics look at: the human one, else the best candidate and the runner-up."""
-    if example.chosen is not None and example.rejected is not None:
+    if has_pair(example):
         return example.chosen, example.rejected
     ranked = metrics.order(example.rewards)
     return int(ranked[0]), int(ranked[1])
 
 
-def candidate_metrics(example: tokens.Example, h: np.ndarray, texts: list[str]) -> dict[str, float]:
-    """Margins of one prompt from log-ratios h (k,) in nats, without beta; the length-corrected one of its pair."""
+def candidate_metrics(
+    example: tokens.Example, h: np.ndarray, texts: list[str], *, human_pairs: bool
+) -> dict[str, float]:
+    """Margins of one prompt from log-ratios h (k,) in nats, without beta; the length-corrected one of its pair.
+
+    Of data with `human_pairs`, a prompt that lost its own (an empty response, say) has no single-pair margin: the
+    runner-up in its place would be another measure under the same name.
+    """
     found: dict[str, float] = {}
     if example.rewards is not None and example.rewards.min() < example.rewards.max():
         found |= metrics.margins(h, example.rewards)
     w, o = pair(example)
     rm = float(h[w] - h[o])
-    if example.chosen is not None and example.rejected is not None:
+    if has_pair(example):
         found["rm_dpo"] = rm
-    found["rm_rdpo_chars"] = float(metrics.rm_rdpo(rm, len(texts[w]), len(texts[o])))
-    lengths = [len(y) for y in example.response_ids]
-    found["rm_rdpo_tokens"] = float(metrics.rm_rdpo(rm, lengths[w], lengths[o]))
+    if has_pair(example) or not human_pairs:
+        found["rm_rdpo_chars"] = float(metrics.rm_rdpo(rm, len(texts[w]), len(texts[o])))
+        lengths = [len(y) for y in example.response_ids]
+        found["rm_rdpo_tokens"] = float(metrics.rm_rdpo(rm, lengths[w], lengths[o]))
     return found | {"kl_seq": float(h[w])}
 
 

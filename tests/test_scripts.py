@@ -106,6 +106,18 @@ def test_a_human_pair_is_the_pair_that_counts(tiny_world, tmp_path, policy):
             assert found["rm_dpo"][r.id] == pytest.approx(whole["rm2"][r.id], abs=1e-4)
 
 
+def test_a_prompt_that_lost_its_human_pair_has_no_single_pair_margin(tiny_world, tmp_path, policy):
+    """An empty rejected response breaks the pair; the runner-up in its place would be another measure in the mean."""
+    first, *rest = listwise.read(tiny_world / "test.jsonl")
+    first = replace(first, responses=("", *first.responses[1:]), chosen=1, rejected=0)
+    rest = [replace(row, chosen=1, rejected=0) for row in rest]
+    listwise.write(tmp_path / "pairs.jsonl", [first, *rest])
+    found = evaluate(tiny_world, policy, tmp_path / "out", data=tmp_path / "pairs.jsonl")
+    assert first.id in found["rm2"]  # its candidates still count
+    for metric in ("rm_dpo", "rm_rdpo_chars", "rm_rdpo_tokens"):
+        assert set(found[metric]) == {row.id for row in rest}
+
+
 def test_rows_with_nothing_to_compare_are_counted(tiny_world, tmp_path):
     """Equal rewards, and a human pair of which one response is too long: left out of the evaluation, not fatal."""
     rows = listwise.read(tiny_world / "test.jsonl")
