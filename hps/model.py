@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hps.attention import block_mask
+from hps import attention
 from hps.logps import sequence_logps, token_logps
 from hps.packing import Block, Packed, pack
 
@@ -22,6 +24,8 @@ class PolicyModel(nn.Module):
     def __init__(self, lm: nn.Module, *, autocast: torch.dtype | None = None):
         super().__init__()
         self.lm = lm
+        attention.install(self.causal_lm)
+        self.dense_attention = False  # set by check_paths_agree for a model that needs it
         self.autocast = autocast  # compute dtype where nothing else (frozen bf16 weights, FSDP) lowers it
 
     @property
@@ -37,6 +41,11 @@ class PolicyModel(nn.Module):
         return list(max(stacks, key=len))
 
     @property
+    def heads(self) -> int:
+        """Attention heads of a layer."""
+        return self.causal_lm.config.get_text_config().num_attention_heads
+
+    @property
     def head(self) -> Tensor:
         """The output head's weight, (V, D)."""
         return self.causal_lm.get_output_embeddings().weight
@@ -46,9 +55,9 @@ class PolicyModel(nn.Module):
         with torch.autocast(packed.input_ids.device.type, self.autocast, enabled=self.autocast is not None):
             states = self.causal_lm.get_decoder()(
                 input_ids=packed.input_ids,
-                attention_mask=block_mask(packed),
                 position_ids=packed.position_ids,
                 use_cache=False,
+                **attention.inputs(packed, heads=self.heads, dense=self.dense_attention),
             ).last_hidden_state
         return states.flatten(0, 1)[packed.predictor]
 
@@ -140,17 +149,41 @@ def check_paths_agree(model: PolicyModel, *, vocab_size: int, share_prompt: bool
     """Compare the packed path with the model's own logits on a few tokens, and return the largest difference.
 
     Catches what would make every number silently wrong on a user's model: soft-capped or scaled logits, a head
-    bias, attention that ignores the block mask, positions that do not restart.
+    bias, attention that ignores the block mask, positions that do not restart. A model whose attention the packed
+    layout does not reach is switched to dense masks, with a line in the log.
 
     Raises:
         ValueError: the two differ by more than rounding.
     """
+    worst = _difference(model, vocab_size, share_prompt)
+    coarse = model.autocast or model.head.dtype
+    tolerance = 1e-3 if coarse == torch.float32 else 0.5
+    if not worst <= tolerance and share_prompt:
+        model.dense_attention = True
+        if (dense := _difference(model, vocab_size, share_prompt)) <= tolerance:
+            name = type(model.causal_lm).__name__
+            logging.getLogger(__name__).warning("%s cannot take the packed layout: dense masks instead, slower", name)
+        worst = min(worst, dense)
+    if not worst <= tolerance:
+        raise ValueError(
+            f"packed log-probs differ from this model's own logits by {worst:.3g} nats: the architecture "
+            f"{type(model.causal_lm).__name__} changes its logits or ignores block masks, which is not supported "
+            "(soft-capping, logit scale, head bias, ALiBi); try --share_prompt false"
+        )
+    return worst
+
+
+def _difference(model: PolicyModel, vocab_size: int, share_prompt: bool) -> float:
+    """Largest difference (nats) of packed log-probs from the model's own logits; infinite if the layout gets lost."""
     draw = np.random.default_rng(0)
     ids = [draw.integers(0, vocab_size, size=size) for size in (5, 4, 3)]
     block = Block(ids[0], (ids[1], ids[2]))
     device = model.head.device
     with torch.inference_mode():
-        ours = model(pack([block], pad_id=0, share_prompt=share_prompt).to(device))[0].cpu()
+        try:
+            ours = model(pack([block], pad_id=0, share_prompt=share_prompt).to(device))[0].cpu()
+        except attention.LayoutLost:
+            return math.inf
         own = []
         for response in block.responses:
             whole = torch.from_numpy(np.concatenate([block.prompt, response])).long().to(device)
@@ -158,15 +191,7 @@ def check_paths_agree(model: PolicyModel, *, vocab_size: int, share_prompt: bool
                 logits = model.causal_lm(input_ids=whole[None], use_cache=False).logits[0].float()
             logps = torch.log_softmax(logits, -1)
             own.append(sum(logps[t - 1, whole[t]] for t in range(len(block.prompt), len(whole))).cpu())
-    worst = float((ours - torch.stack(own)).abs().max())
-    coarse = model.autocast or model.head.dtype
-    if not worst <= (1e-3 if coarse == torch.float32 else 0.5):
-        raise ValueError(
-            f"packed log-probs differ from this model's own logits by {worst:.3g} nats: the architecture "
-            f"{type(model.causal_lm).__name__} changes its logits or ignores block masks, which is not supported "
-            "(soft-capping, logit scale, head bias, ALiBi); try --share_prompt false"
-        )
-    return worst
+    return float((ours - torch.stack(own)).abs().max())
 
 
 def fingerprint(lm: nn.Module) -> str:

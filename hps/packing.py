@@ -1,4 +1,4 @@
-"""One prompt and its K responses in one packed row, several prompts side by side.
+"""One prompt and its K responses side by side, all prompts of a micro-batch in one packed row without pads.
 
     row      [ p p p p | a a a | b b ]        prompt tokens are computed once for all K responses
     position   0 1 2 3   4 5 6   4 5          positions restart at each response
@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class Packed:
     predictor: (T,) int64, index into the flattened R * N positions of the hidden state that predicts the token.
     targets: (T,) int64 token ids. sequence: (T,) int64, b * K + k of each scored token.
     num_tokens: (B, K) int64 scored tokens. valid: (B, K) bool.
+    spans: B pairs (prompt's length, its responses' lengths), in the order in which they lie in the row.
     causal: True where each row holds one prompt with one response, so that the plain causal mask is enough.
     """
 
@@ -60,42 +61,23 @@ class Packed:
     sequence: Tensor
     num_tokens: Tensor
     valid: Tensor
+    spans: tuple[tuple[int, tuple[int, ...]], ...]
     causal: bool
 
     def to(self, device: torch.device) -> "Packed":
         """The same micro-batch on another device."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Packed(**moved, causal=self.causal)
-
-
-def _rows(lengths: Sequence[int]) -> list[list[int]]:
-    """First-fit decreasing into rows as long as the longest block.
-
-    A dense mask costs a row's length squared, so short rows beat one long one; pads are few after first-fit.
-    """
-    capacity = max(lengths)
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for r, room in enumerate(free):
-            if lengths[i] <= room:
-                rows[r].append(i)
-                free[r] -= lengths[i]
-                break
-        else:
-            rows.append([i])
-            free.append(capacity - lengths[i])
-    return rows
+        return replace(self, **moved)
 
 
 def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> Packed:
-    """Lay blocks out in rows.
+    """Lay blocks out, in order.
 
     Args:
         blocks: B prompts with up to K responses each.
-        pad_id: fills the ends of rows; never attended to by real tokens, never scored.
+        pad_id: fills the ends of rows where there are several; never attended to by real tokens, never scored.
         share_prompt: False repeats the prompt before each response, one response a row: plain causal padded
-            batches, for models that cannot take a block mask, and the path that the packed one is tested against.
+            batches, and the path that the packed one is tested against.
 
     Example: one block with prompt [7, 8] and responses [5, 2] and [6, 9, 2] gives input_ids
         [[7, 8, 5, 2, 6, 9, 2]], position_ids [[0, 1, 2, 3, 2, 3, 4]], predictor [1, 2, 1, 4, 5],
@@ -108,14 +90,11 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
         num_tokens[b, : len(block.responses)] = torch.tensor([len(y) for y in block.responses])
 
     # A layout unit is (b, ks): the prompt b followed by its responses ks.
-    units = [
-        (b, ks)
-        for b, block in enumerate(blocks)
-        for ks in ([range(len(block.responses))] if share_prompt else [[k] for k in range(len(block.responses))])
-    ]
+    each = [(b, [k]) for b, block in enumerate(blocks) for k in range(len(block.responses))]
+    units = [(b, list(range(len(block.responses)))) for b, block in enumerate(blocks)] if share_prompt else each
+    rows = [list(range(len(units)))] if share_prompt else [[u] for u in range(len(units))]
     lengths = [len(blocks[b].prompt) + sum(len(blocks[b].responses[k]) for k in ks) for b, ks in units]
-    rows = _rows(lengths) if share_prompt else [[u] for u in range(len(units))]
-    R, N = len(rows), max(lengths)
+    R, N = len(rows), max(sum(lengths[u] for u in row) for row in rows)
     input_ids = np.full((R, N), pad_id, dtype=np.int64)
     position_ids = np.zeros((R, N), dtype=np.int64)
     owner = np.full((R, N), -1, dtype=np.int64)
@@ -151,6 +130,7 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
         sequence=torch.from_numpy(np.concatenate(sequence)).long(),
         num_tokens=num_tokens,
         valid=num_tokens > 0,
+        spans=tuple((len(block.prompt), tuple(map(len, block.responses))) for block in blocks),
         causal=not share_prompt,
     )
 

@@ -121,7 +121,10 @@ class SoftCapped(nn.Module):
 
     def __init__(self, lm: nn.Module):
         super().__init__()
-        self.lm = lm
+        self.lm, self.config = lm, lm.config
+
+    def set_attn_implementation(self, name):
+        self.lm.set_attn_implementation(name)
 
     def get_decoder(self):
         return self.lm.get_decoder()

@@ -1,0 +1,135 @@
+"""Attention over packed rows: each way of serving them against the dense mask in float64, values and gradients."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hps import attention
+from hps.model import PolicyModel, check_paths_agree
+from hps.packing import Block, pack
+
+SCALE = 0.3  # not Dh ** -.5, so that a forgotten scaling shows
+H, G, Dh = 6, 2, 8
+
+
+def row(spans) -> attention.Packed:
+    g = np.random.default_rng(0)
+    return pack([Block(g.integers(0, 9, P), tuple(g.integers(0, 9, y) for y in ys)) for P, ys in spans], pad_id=0)
+
+
+def qkv(N: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(1, heads, N, Dh, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+            for heads in (H, G, G)]
+
+
+def dense(query, key, value, mask) -> torch.Tensor:
+    """softmax(scale q k^T) v by the book, keys and values repeated for their group of heads."""
+    key, value = (x.repeat_interleave(H // G, dim=1) for x in (key, value))
+    scores = (query @ key.mT * SCALE).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+SPANS = {
+    "a pair of real text": [(125, (45, 50)), (98, (40, 7))],
+    "one token each": [(1, (1, 1)), (1, (1,))],
+    "one response": [(5, (7,)), (1, (3,))],
+    "many responses": [(9, (3, 17, 1, 8, 8, 12, 5, 30)), (20, (2, 2, 2))],
+    "ragged": [(3, (4,)), (30, (1, 2, 3, 4, 5)), (2, (9, 1))],
+}
+
+
+@pytest.mark.parametrize("way", [attention._blockwise, attention._Padded])
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+def test_packed_attention_is_dense_attention(way, spans):
+    """fp32 values and gradients to 1e-5 of the largest, against float64 and the (N, N) mask."""
+    packed = row(spans)
+    N = packed.input_ids.shape[1]
+    exact, ours = qkv(N, torch.float64), qkv(N, torch.float32)
+    upstream = torch.randn(1, H, N, Dh, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = dense(*exact, attention.block_mask(packed))
+    found = way(packed)(*ours, SCALE)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max()))
+    expected.backward(upstream)
+    found.backward(upstream.float())
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=0, atol=1e-5 * float(b.grad.abs().max()))
+
+
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+def test_the_flex_mask_is_the_dense_mask(spans):
+    """Uncompiled FlexAttention on a CPU, forward only (it has no backward there); its CUDA kernel is not run here."""
+    packed = row(spans)
+    query, key, value = (x.detach() for x in qkv(packed.input_ids.shape[1], torch.float32))
+    found = attention._flex(packed, flex_attention)(query, key, value, SCALE)
+    torch.testing.assert_close(found, dense(query, key, value, attention.block_mask(packed)), rtol=0, atol=1e-5)
+
+
+def test_bf16_is_as_close_as_dense_bf16():
+    """Against float64 the blockwise path in bf16 may err at most 1.5 times as much as dense attention in bf16."""
+    packed = row(SPANS["a pair of real text"])
+    rounded = qkv(packed.input_ids.shape[1], torch.bfloat16)
+    mask = attention.block_mask(packed)
+    exact = dense(*[x.detach().double() for x in rounded], mask)
+    plain = dense(*rounded, mask)
+    ours = attention._blockwise(packed)(*rounded, SCALE)
+    assert (ours.double() - exact).abs().max() <= 1.5 * (plain.double() - exact).abs().max()
+
+
+def test_many_short_responses_share_a_call_and_long_ones_do_not():
+    """Nine heads, as SmolLM2 has; the world's model has four. Which way wins was measured (benchmarks/attention.py)."""
+    world = row([(8, (12, 20))] * 16)
+    candidates = row([(8, (15,) * 100)] * 2)
+    pairs = row(SPANS["a pair of real text"])
+    for packed, heads, kind in ((world, 4, "_Padded"), (candidates, 4, "_Padded"), (pairs, 9, "function")):
+        assert type(attention._layout(packed, heads)).__name__ == kind
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=31, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+
+
+class DropsArguments(nn.Module):
+    """An attention layer whose model does not hand unknown arguments on."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, packed_layout=None, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_a_model_that_loses_the_layout_gets_dense_masks_and_says_so(caplog):
+    lm = tiny()
+    blocks = [Block(np.array([3, 4, 5]), (np.array([6, 7]), np.array([8, 9, 1])))] * 2
+    expected = PolicyModel(lm)(pack(blocks, pad_id=0)).detach()
+    for layer in lm.model.layers:
+        layer.self_attn = DropsArguments(layer.self_attn)
+    policy = PolicyModel(lm)
+    with pytest.raises(attention.LayoutLost, match="LlamaAttention got no packed layout"):
+        policy(pack(blocks, pad_id=0))
+    with caplog.at_level(logging.WARNING):
+        check_paths_agree(policy, vocab_size=31)
+    assert "LlamaForCausalLM cannot take the packed layout: dense masks instead" in caplog.text
+    torch.testing.assert_close(policy(pack(blocks, pad_id=0)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_generation_and_saved_folders_do_not_notice(tmp_path):
+    """The same tokens from the model's own sdpa attention, left-padded prompts too; no trace in a saved config."""
+    lm = tiny()
+    prompts = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 3]])
+    options = dict(attention_mask=(prompts > 0).long(), do_sample=False, max_new_tokens=6, pad_token_id=0)
+    expected = lm.generate(prompts, **options)
+    PolicyModel(lm)
+    assert lm.config._attn_implementation == attention.NAME
+    assert torch.equal(lm.generate(prompts, **options), expected)
+    lm.save_pretrained(tmp_path)
+    assert attention.NAME not in (tmp_path / "config.json").read_text()
