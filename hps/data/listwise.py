@@ -5,10 +5,13 @@
 
 Optional: rewards (one external scalar a response), chosen and rejected (indices of the pair that a person
 compared), source. n may differ from row to row. Reading is strict: what is not understood is an error.
+Training streams a file once, into a store of tokens (`store.py`); what needs the texts reads it whole.
 """
 
 import difflib
 import gzip
+import hashlib
+import itertools
 import json
 import lzma
 import os
@@ -19,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
+
+import numpy as np
 
 KEYS = ("id", "prompt", "responses", "rewards", "chosen", "rejected", "source")
 ROLES = ("system", "user", "assistant")
@@ -84,18 +89,38 @@ def first_responses(row: Row, n: int) -> Row:
 
 
 def read(path: str | Path, *, need_rewards: bool = False) -> list[Row]:
-    """Read a whole list-wise file.
+    """Read a whole list-wise file; arguments and errors as `stream`."""
+    return list(stream(path, need_rewards=need_rewards))
+
+
+def stream(path: str | Path, *, need_rewards: bool = False) -> Iterator[Row]:
+    """Read a list-wise file row by row; all that stays in memory is a hash of each id, 16 bytes a row.
 
     path: .jsonl, .jsonl.gz or .jsonl.xz. need_rewards: refuse rows without rewards.
     Raises ValueError, with file and line, on the first thing wrong: an unreadable or empty file, a broken or
-    blank line, a row that `parse_row` refuses, an id seen before.
+    blank line, a row that `parse_row` refuses; at the end of the file, an id that is there twice.
     """
-    rows = [parse_row(obj, where) for where, obj in read_lines(path)]
-    check_unique(rows)
-    for row in rows:
+    hashes = bytearray()
+    for where, obj in read_lines(path):
+        row = parse_row(obj, where)
         if need_rewards and row.rewards is None:
-            _fail(row.where, f"row {row.id!r} has no rewards; score the file first: data_prep.py annotate")
-    return rows
+            fail_without_rewards(row.id, where)
+        hashes += hashlib.blake2b(row.id.encode(), digest_size=16).digest()
+        yield row
+    ids = np.frombuffer(hashes, dtype="S16")
+    order = np.argsort(ids, kind="stable")  # equal ids stay in the order of the file
+    again = order[1:][ids[order][1:] == ids[order][:-1]]
+    if len(again):
+        second = int(again.min())
+        first = int(np.flatnonzero(ids == ids[second])[0])
+        where, obj = next(itertools.islice(read_lines(path), second, None))  # a row a line, so row 0 is line 1
+        id = parse_row(obj, where).id
+        _fail(where, f"id {id!r} is already used at {path}:{first + 1}; ids must be unique")
+
+
+def fail_without_rewards(id: str, where: str) -> NoReturn:
+    """Raise the ValueError of a row that lacks the rewards which it needs."""
+    _fail(where, f"row {id!r} has no rewards; score the file first: data_prep.py annotate")
 
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:

@@ -5,8 +5,9 @@ first token depends on the prompt. A prompt has at most one BOS, a response exac
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -94,19 +95,34 @@ def encode_response(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 def tokenize_rows(
     tokenizer: PreTrainedTokenizerFast,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     *,
     max_length: int,
     overlong: str = "drop",
     progress: bool = True,
 ) -> tuple[list[Example], dict[str, int]]:
-    """Tokenise rows under one budget: every prompt + response has at most max_length tokens, EOS included.
+    """Tokenise rows into a list: the examples in order, and the counts. Arguments and errors as `tokenize`."""
+    counts: dict[str, int] = {}
+    how = dict(max_length=max_length, overlong=overlong, progress=progress)
+    return list(tokenize(tokenizer, rows, counts, **how)), counts
 
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Iterable[Row],
+    counts: dict[str, int],
+    *,
+    max_length: int,
+    overlong: str = "drop",
+    progress: bool = True,
+) -> Iterator[Example]:
+    """Tokenise rows as they come, under one budget: prompt + response have at most max_length tokens, EOS included.
+
+    counts: filled as the examples are taken, under the names of COUNTS: responses_read = kept + overlong + empty;
+    rows_read = kept + overlong_prompt (the prompt alone leaves no room for one token and EOS) + no_responses (none
+    is left); pairs_broken = kept rows that lost a response of their human pair.
     overlong: "drop" leaves out a response that does not fit, "error" raises. Empty and whitespace-only
-    responses are always left out. progress: show a bar over more than 2,000 rows.
-    Returns the examples in order, and counts under the names of COUNTS: responses_read = kept + overlong +
-    empty; rows_read = kept + overlong_prompt (the prompt alone leaves no room for one token and EOS) +
-    no_responses (none is left); pairs_broken = kept rows that lost a response of their human pair.
+    responses are always left out. progress: show a bar if it takes more than two seconds.
     Raises ValueError, with file and line, for what encode_prompt and encode_response refuse; and if no row
     is left.
     """
@@ -114,15 +130,15 @@ def tokenize_rows(
         raise ValueError(f"overlong = {overlong!r}; use 'drop' or 'error'")
     if max_length < 3:
         raise ValueError(f"max_length = {max_length}; it must hold a prompt token, a response token and EOS")
-    counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
+    counts.update(dict.fromkeys(COUNTS, 0))
     special = _special(tokenizer)
     prompts: dict[str, np.ndarray] = {}
-    examples = []
-    bar = tqdm(total=len(rows), desc="tokenise", unit="row", disable=not progress or len(rows) <= 2000)
-    for start in range(0, len(rows), 256):
-        chunk = rows[start : start + 256]
+    rows = iter(tqdm(rows, desc="tokenise", unit="row", delay=2, disable=not progress))
+    while chunk := list(itertools.islice(rows, 256)):
         texts = [_without_eos(text, special) for row in chunk for text in row.responses]
         encoded = iter(_batch_ids(tokenizer, texts, plain=True))
+        if len(prompts) > 2**16:  # equal prompts stand near each other; memory must not grow with the file
+            prompts.clear()
         for row in chunk:
             cached = json.dumps(row.prompt)
             try:
@@ -132,13 +148,11 @@ def tokenize_rows(
             except ValueError as error:
                 raise ValueError(f"{row.where}: {error}") from error
             example = _example(row, prompts[cached], responses, max_length, overlong, counts)
-            examples += [example] if example else []
-        bar.update(len(chunk))
-    bar.close()
-    if not examples:
+            if example:
+                yield example
+    if not counts["rows_kept"]:
         lost = ", ".join(f"{key} = {counts[key]}" for key in COUNTS if counts[key])
         raise ValueError(f"no row is left with max_length = {max_length}: {lost or 'no rows were given'}")
-    return examples, counts
 
 
 def row_key(id: str) -> int:

@@ -141,6 +141,17 @@ def test_long_lines_are_refused_without_loading_them(tmp_path, monkeypatch):
     assert sizes == [101, 101]
 
 
+def test_a_stream_reads_no_further_than_it_is_asked(tmp_path):
+    """Row one comes out before the broken line two is seen; of repeated ids the first repetition is named."""
+    rows = listwise.stream(put(tmp_path / "x.jsonl", GOOD, b"{\n"))
+    assert next(rows).id == "a"
+    with pytest.raises(ValueError, match=r"x.jsonl:2: broken JSON"):
+        next(rows)
+    path = put(tmp_path / "y.jsonl", *({**GOOD, "id": id} for id in "zdcadca"))
+    with pytest.raises(ValueError, match=r"y.jsonl:5: id 'd' is already used at .*y.jsonl:2;"):
+        list(listwise.stream(path))
+
+
 def test_need_rewards(tmp_path):
     path = put(tmp_path / "x.jsonl", GOOD, {"id": "b", "prompt": "p", "responses": ["x"]})
     assert read(path)[1].rewards is None

@@ -16,6 +16,7 @@ from hps.data.tokens import (
     encode_response,
     fingerprint,
     load_tokenizer,
+    tokenize,
     tokenize_rows,
 )
 
@@ -250,6 +251,16 @@ def test_batches_equal_one_at_a_time(bpe):
         assert [ids.tolist() for ids in e.response_ids] == [encode_response(bpe, t) for t in responses]
         groups = {(ids.tobytes(), n) for ids, n in zip(e.response_ids, e.identity.tolist(), strict=True)}
         assert len(groups) == len({g[0] for g in groups}) == len({g[1] for g in groups})
+
+
+def test_rows_are_tokenised_as_they_come(words):
+    """The first example is there when at most a chunk of 256 rows was read, and counts grow with what was taken."""
+    asked = []
+    rows = (asked.append(i) or row(str(i)) for i in range(1000))
+    counts: dict[str, int] = {}
+    examples = tokenize(words, rows, counts, max_length=50)
+    assert next(examples).id == "0" and len(asked) == 256 and counts["rows_read"] == 1
+    assert len(list(examples)) == 999 and counts["rows_kept"] == 1000
 
 
 def test_a_string_and_a_template_with_the_same_text_differ(bpe):
