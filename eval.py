@@ -101,10 +101,12 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     scored = reference.score(
         policy, [blocks[i] for i in mine], device=ranks.device, progress="policy log-probs" * ranks.first, **packing
     )
+    theirs = reference.lookup(cache, [blocks[i] for i in mine])
+    theirs = np.split(theirs, np.cumsum([len(blocks[i].responses) for i in mine])[:-1])
     values: dict[str, dict[str, float]] = {}
     human = any(map(has_pair, examples))
-    for i, policy_logps in zip(mine, scored, strict=True):
-        h = policy_logps - reference.lookup(cache, blocks[i])
+    for i, policy_logps, ref_logps in zip(mine, scored, theirs, strict=True):
+        h = policy_logps - ref_logps
         texts = [by_id[examples[i].id].responses[k] for k in examples[i].kept]
         values[examples[i].id] = candidate_metrics(examples[i], h, texts, human_pairs=human)
         winner = Block(blocks[i].prompt, (blocks[i].responses[pair(examples[i])[0]],))

@@ -7,13 +7,13 @@ The same command again goes on from the last checkpoint. Read from `main` down: 
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import resource
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from hps import checkpoint, config, dist, losses, model, reference, sampling
 from hps import plan as planning
-from hps.data import listwise, tokens
+from hps.data import store, tokens
 from hps.losses_listwise import KTO, LISTWISE, OFFICIAL, Listwise, kto_loss, listwise_at_reference, listwise_loss
 from hps.packing import Block, micro_batches, pack
 
@@ -95,6 +95,7 @@ class Config:
     overlong: str = "drop"  # what happens beyond max_length: drop (and count) or error
     tokens_per_micro_batch: int = 4096  # packed tokens of one forward; the step's gradient does not depend on it
     # -- run --
+    token_cache: str = "runs/token_cache"  # folder of the data as token ids, shared by all runs
     reference_cache: str = "runs/reference_cache"  # folder of reference log-probs, shared by all runs
     save_every: int = 0  # steps between checkpoints; 0 keeps none
     stop_after: int = 0  # stop (with a checkpoint) after this many steps in all; 0 runs to the end
@@ -214,43 +215,33 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
 
 
-def penalised(example: tokens.Example, penalty: float) -> tokens.Example:
-    """The example with rewards r_k - penalty L_k, L_k the scored tokens of response k, its end token counted. OURS:
-    the data's side of R-DPO, which takes alpha L off the reward that the policy is to follow."""
-    if not penalty or example.rewards is None:
-        return example
-    lengths = np.array([len(y) for y in example.response_ids])
-    return dataclasses.replace(example, rewards=example.rewards - penalty * lengths)
-
-
-def make_plan(c: Config, examples: list[tokens.Example]) -> planning.Plan:
+def make_plan(c: Config, examples: store.Store) -> planning.Plan:
     """All visits of the run, before its first step."""
-    keys = np.array([e.key for e in examples], dtype=np.uint64)
     order = dict(epochs=c.epochs, prompts_per_step=c.prompts_per_step, seed=c.seed, shuffle=c.shuffle)
     if c.loss == "sft":
-        return planning.plan_demonstrations([preferred(e) for e in examples], keys, **order)
+        return planning.plan_demonstrations(preferred(examples), examples.keys, **order)
     sampler = {key: getattr(c, key) for key in SAMPLER - OF_THE_LOSS}
-    rewards, identity = [e.rewards for e in examples], [e.identity for e in examples]
-    human = [None if e.chosen is None or e.rejected is None else (e.chosen, e.rejected) for e in examples]
     view = c.method.split("-")[1]
-    return planning.plan(rewards, identity, keys, view=view, human=human, **order, **sampler)
+    columns = (examples.rewards, examples.identity, examples.keys)
+    return planning.plan(*columns, view=view, human=examples.human, **order, **sampler)
 
 
-def preferred(example: tokens.Example) -> int:
-    """The response that SFT learns: the human choice, else the highest reward, else the only one."""
-    if example.chosen is not None:
-        return example.chosen
-    if example.rewards is not None:
-        return int(np.argmax(example.rewards))
-    if len(example.response_ids) == 1:
-        return 0
-    raise ValueError(f"{example.where}: several responses, and neither chosen nor rewards say which one to learn")
+def preferred(examples: store.Store) -> np.ndarray:
+    """The response of each prompt that SFT learns: the human choice, else the highest reward, else the only one."""
+    best = examples.human[:, 0].astype(np.int64)
+    for rows in planning.chunks(len(best)):
+        for i, rewards in zip(rows, examples.rewards[rows[0] : rows[-1] + 1], strict=True):
+            if best[i] < 0 and len(rewards) > 1 and np.isnan(rewards[0]):
+                where = examples.where(i)
+                raise ValueError(f"{where}: several responses, and neither chosen nor rewards say which one to learn")
+            best[i] = best[i] if best[i] >= 0 else np.argmax(rewards)
+    return best
 
 
-def visit_block(plan: planning.Plan, examples: list[tokens.Example], v: int) -> Block:
+def visit_block(plan: planning.Plan, examples: store.Store, v: int) -> Block:
     """The prompt and the responses of visit `v`, preferred first."""
-    example = examples[plan.row[v]]
-    return Block(example.prompt_ids, tuple(example.response_ids[k] for k in plan.responses[v] if k >= 0))
+    ks = plan.responses[v]
+    return examples.block(plan.row[v], ks[ks >= 0])
 
 
 def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_tokens, kl: float) -> torch.Tensor:
@@ -363,24 +354,28 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     torch.manual_seed(c.seed)
 
     # Data -> the plan of the whole run.
-    rows = listwise.read(c.data, need_rewards=c.loss == "preference" and (parts(c)[1] != "human" or needs_rewards(c)))
-    if c.candidates:
-        rows = [listwise.first_responses(row, c.candidates) for row in rows]
     tokenizer = tokens.load_tokenizer(c.model)
-    examples, counts = tokens.tokenize_rows(
-        tokenizer, rows, max_length=c.max_length, overlong=c.overlong, progress=ranks.first
+    examples = store.open_store(
+        c.token_cache,
+        c.data,
+        tokenizer,
+        max_length=c.max_length,
+        overlong=c.overlong,
+        candidates=c.candidates,
+        need_rewards=c.loss == "preference" and (parts(c)[1] != "human" or needs_rewards(c)),
+        length_penalty=c.length_penalty,
+        makes=ranks.first,
     )
-    examples = [penalised(e, c.length_penalty) for e in examples]
     plan = make_plan(c, examples)
-    counts |= plan.dropped | plan.excluded
+    counts = examples.counts | plan.dropped | plan.excluded
     say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
 
     # Model, its adapter, and the reference's name while the weights are still whole and untouched.
     dtype = model.DTYPES[c.dtype]
     lm = model.load_causal_lm(c.model, dtype=dtype if c.lora_rank else torch.float32)
-    model.check_limits(lm, vocab_size=len(tokenizer), longest=max(map(tokens.longest, examples)))
+    model.check_limits(lm, vocab_size=len(tokenizer), longest=examples.longest)
     weights = model.fingerprint(lm)
-    inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": file_hash(Path(c.data))}
+    inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": examples.data_hash}
     if c.lora_rank:
         lm = model.add_lora(
             lm, rank=c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets.split(","), seed=c.seed
@@ -400,7 +395,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     mismatched = mismatched_blocks(c, plan, examples) if kto else []
     ref_mismatched = np.zeros(len(mismatched), dtype=np.float32)
     if needs_reference(c):
-        touched = touched_blocks(plan, examples) + mismatched
+        touched, place = touched_blocks(plan, examples)
         scorer = policy
         if c.reference:
             theirs = tokens.fingerprint(tokens.load_tokenizer(c.reference))
@@ -418,21 +413,19 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             c.reference_cache, weights=weights, tokenizer=inputs["tokenizer"], dtype=c.dtype
         )
         if started is None or c.reference:
-            computed = reference.fill(cache, scorer, touched, ranks=ranks, budget=c.tokens_per_micro_batch, **packing)
-            say(ranks, f"reference log-probs: {computed} computed, {len(cache.known)} in {cache.folder}")
+            how = dict(ranks=ranks, budget=c.tokens_per_micro_batch, **packing)
+            computed = sum(reference.fill(cache, scorer, blocks, **how) for blocks in (touched, mismatched))
+            say(ranks, f"reference log-probs: {computed} computed, the rest was in {cache}")
         del scorer
-        for v in range(len(plan.row)):
-            found = reference.lookup(cache, visit_block(plan, examples, v))
-            ref_logps[v, : len(found)] = found
-        for v, block in enumerate(mismatched):
-            ref_mismatched[v] = reference.lookup(cache, block)[0]
+        ref_logps[plan.responses >= 0] = reference.lookup(cache, touched)[place]
+        ref_mismatched[:] = reference.lookup(cache, mismatched)
     else:
         claim(out, c, inputs, started is not None, ranks)
 
     rewards = np.zeros(plan.responses.shape, dtype=np.float32)
     if needs_rewards(c):
-        for v, (row, ks) in enumerate(zip(plan.row, plan.responses, strict=True)):
-            rewards[v] = np.where(ks >= 0, examples[row].rewards[ks], 0.0)
+        v, k = np.nonzero(plan.responses >= 0)
+        rewards[v, k] = examples.rewards_of(plan.row[v], plan.responses[v, k])
 
     parameters = list(checkpoint.trained(policy).values())
     optimizer = torch.optim.AdamW(
@@ -489,7 +482,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         grad_norm = float(dist.clip_gradients(parameters, c.max_grad_norm))
         loss = float(metrics[0])
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            rows = ", ".join(examples[plan.row[v]].id for v in visits)
+            rows = ", ".join(examples.id(plan.row[v]) for v in visits)
             raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}; no update was made. Rows: {rows}")
         if step == 0 and needs_reference(c) and not c.reference:
             self_check(c, expected_first_loss(c, plan, rewards), loss, float(largest), ranks)
@@ -527,36 +520,33 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     say(ranks, f"{out / 'policy'}: trained in {seconds:.1f} s")
 
 
-def file_hash(path: Path) -> str:
-    """sha256 hex of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def touched_blocks(plan: planning.Plan, examples: store.Store) -> tuple[store.Blocks, np.ndarray]:
+    """Every response that the plan visits, once, gathered by prompt; and which of them each entry of
+    `plan.responses[plan.responses >= 0]` is, (T,) int64."""
+    v, k = np.nonzero(plan.responses >= 0)
+    width = plan.responses.max() + 1
+    responses, at = np.unique(plan.row[v] * width + plan.responses[v, k], return_inverse=True)
+    rows, ks = np.divmod(responses, width)
+    first = np.flatnonzero(np.diff(rows, prepend=-1, append=-1))  # where a prompt's begin, and the end
+    return store.Blocks(len(first) - 1, lambda i: examples.block(rows[first[i]], ks[first[i] : first[i + 1]])), at
 
 
-def touched_blocks(plan: planning.Plan, examples: list[tokens.Example]) -> list[Block]:
-    """Every response that the plan visits, once, gathered by prompt."""
-    wanted: dict[int, set[int]] = {}
-    for row, responses in zip(plan.row.tolist(), plan.responses.tolist(), strict=True):
-        wanted.setdefault(row, set()).update(k for k in responses if k >= 0)
-    return [
-        Block(examples[row].prompt_ids, tuple(examples[row].response_ids[k] for k in sorted(ks)))
-        for row, ks in wanted.items()
-    ]
-
-
-def mismatched_blocks(c: Config, plan: planning.Plan, examples: list[tokens.Example]) -> list[Block]:
+def mismatched_blocks(c: Config, plan: planning.Plan, examples: store.Store) -> store.Blocks:
     """Of every visit its prompt with the preferred response of another (KTO's z0), cut at max_length."""
-    blocks = []
-    for v, w in enumerate(planning.mismatched(plan)):
-        prompt = examples[plan.row[v]].prompt_ids
-        response = examples[plan.row[w]].response_ids[plan.responses[w, 0]]
-        blocks.append(Block(prompt, (response[: c.max_length - len(prompt)],)))
-    return blocks
+    partners = planning.mismatched(plan)
+
+    def make(v: int) -> Block:
+        w = partners[v]
+        (response,) = examples.block(plan.row[w], plan.responses[w, :1]).responses
+        prompt = examples.block(plan.row[v], []).prompt
+        return Block(prompt, (response[: c.max_length - len(prompt)],))
+
+    return store.Blocks(len(partners), make)
 
 
 def mismatched_kl(
     policy: model.PolicyModel,
-    blocks: list[Block],
+    blocks: Sequence[Block],
     ref_logps: np.ndarray,
     visits: range,
     c: Config,
@@ -605,7 +595,7 @@ def check_folder(out: Path, c: Config, started: bool) -> None:
 
 def settings(c: Config) -> dict[str, object]:
     """The options that decide the result; a run may go on with other values of the rest."""
-    free = ("stop_after", "save_every", "tokens_per_micro_batch", "out", "reference_cache")
+    free = ("stop_after", "save_every", "tokens_per_micro_batch", "out", "token_cache", "reference_cache")
     return {key: value for key, value in dataclasses.asdict(c).items() if key not in free}
 
 

@@ -242,13 +242,14 @@ def plan(
     window_width: float = 0.15,
     pl_responses: int = 8,
     shuffle: str = "epochs",
-    human: Sequence[tuple[int, int] | None] = (),
+    human: np.ndarray | None = None,
 ) -> Plan:
     """Draw a whole run: for every visit its prompt, its responses and their weights.
 
     Args:
-        rewards: one (n,) float array a prompt, ragged n; not looked at by `human`.
-        identity: one (n,) int array a prompt; equal numbers mark equal texts.
+        rewards: one (n,) float array a prompt, ragged n; not looked at by `human`. It is read in slices, each twice,
+            in order: data on disk need not fit into memory.
+        identity: one (n,) int array a prompt, read in the same way; equal numbers mark equal texts.
         keys: (R,) uint64, stable identity of each prompt (a hash of its id), which the draws are keyed by.
         view: whom the preferred response is contrasted with.
             `bt` the worst; `top2` the runner-up; `pl` `pl_responses` ranks (0: all of them);
@@ -256,11 +257,12 @@ def plan(
             `uniform` the same with gamma = 0, the control that any claim for q must beat;
             `window` the same from a window of ranks that slides from the worst to the hard (`window_log_q`);
             `random` the better of two random responses against the other, drawn anew at every visit;
-            `human` the pair in `human`, (chosen, rejected) a prompt or None.
+            `human` the pair in `human`.
         n_factor: `one` (kappa = 1) or `n_minus_one` (kappa = number of dispreferred responses, Eq. 8).
         hps_samples: draws a visit, with replacement (more than one is OURS).
         positives: how many responses count as valid (App. E). With m > 1, for `hps` and `uniform` in the form `full`,
             columns are in ranked order, the m best in front, and log_q is that of the first one's stage.
+        human: (R, 2) int, (chosen, rejected) of each prompt, -1 where it has none; looked at by `human` alone.
         shuffle: `epochs` orders prompts anew in each epoch; `together` orders the visits of all epochs as one, as the
             authors' code does with copies of its data; `no` keeps the file's order.
 
@@ -285,27 +287,28 @@ def plan(
         )
 
     excluded = {"ties_with_best": 0, "copies_of_best": 0}
-    chosen, rejected = np.empty((0, 2), dtype=np.int64).T
+    kept_of: list[np.ndarray] = []
     if view == "human":
-        pairs = [pair or (0, 0) for pair in human]
-        equal = [identity[i][w] == identity[i][o] for i, (w, o) in enumerate(pairs)]
-        missing = np.array([pair is None for pair in human])
-        dropped = {"rows_no_human_pair": int(missing.sum()), "pairs_of_equal_texts": int((equal & ~missing).sum())}
-        kept = np.flatnonzero(~np.array(equal))
-        chosen, rejected = np.array(pairs)[kept].T
+        assert human is not None and human.shape == (len(identity), 2)
+        dropped = {"rows_no_human_pair": int((human < 0).any(1).sum()), "pairs_of_equal_texts": 0}
+        for rows in chunks(len(identity)):
+            pair = human[rows]
+            texts = np.take_along_axis(_rows(identity, rows, -1, np.int64), pair.clip(min=0), axis=1)
+            some, equal = (pair >= 0).all(1), texts[:, 0] == texts[:, 1]
+            dropped["pairs_of_equal_texts"] += int((some & equal).sum())
+            kept_of.append(rows[some & ~equal])
     else:
         dropped = {"rows_one_response": 0, "rows_no_dispreferred": 0}
-        kept_of: list[np.ndarray] = []
         for rows in chunks(len(rewards)):
-            r = padded([rewards[i] for i in rows], -np.inf, np.float64)
-            _, below, left_out = dispreferred(r, padded([identity[i] for i in rows], -1, np.int64), positives)
+            r = _rows(rewards, rows, -np.inf, np.float64)
+            _, below, left_out = dispreferred(r, _rows(identity, rows, -1, np.int64), positives)
             some, single = below.any(1), (r > -np.inf).sum(1) == 1
             dropped["rows_one_response"] += int((~some & single).sum())
             dropped["rows_no_dispreferred"] += int((~some & ~single).sum())
             for reason in excluded:
                 excluded[reason] += int(left_out[reason][some].sum())
             kept_of.append(rows[some])
-        kept = np.concatenate(kept_of)
+    kept = np.concatenate(kept_of)
     if not len(kept):
         raise ValueError(
             f"no prompt has a response below its best one ({dropped}): check the rewards with data_prep.py doctor"
@@ -322,47 +325,57 @@ def plan(
     if view == "hps":
         share = counter_uniform(seed, _GAMMA, key, epoch) if gamma_schedule == "mixture" else progress
         gamma = gamma_at(share, schedule=gamma_schedule, start=gamma_start, end=gamma_end, phases=gamma_phases)
-    blocks: list[tuple[np.ndarray, np.ndarray]] = []  # of each chunk the responses (C, k), and log_q (C, k - 1)
-    for chunk in chunks(len(visits)):
-        if view == "human":
-            pair = np.stack([chosen[visits[chunk]], rejected[visits[chunk]]], axis=1)
-            blocks.append((pair, np.zeros((len(chunk), 1))))
+    # Draws depend on the prompt and the epoch, not on the order of the visits: the data is read in its own order. Each
+    # block has the visits of some prompts in one epoch (C,), their responses (C, k), and log_q (C, k - 1).
+    blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    visits_of = np.argsort(visits, kind="stable").reshape(len(kept), epochs)
+    if human is not None and view == "human":
+        blocks.append((np.arange(len(row)), human[row].astype(np.int64), np.zeros((len(row), 1))))
+    for rows in chunks(len(rewards)) if view != "human" else ():
+        here = slice(*np.searchsorted(kept, [rows[0], rows[-1] + 1]))
+        some = kept[here] - rows[0]
+        if not len(some):
             continue
-        r = padded([rewards[i] for i in row[chunk]], -np.inf, np.float64)
-        same = padded([identity[i] for i in row[chunk]], -1, np.int64)
+        r = _rows(rewards, rows, -np.inf, np.float64)[some]
+        same = _rows(identity, rows, -1, np.int64)[some]
         best, eligible, _ = dispreferred(r, same, positives)
         np.put_along_axis(eligible, best[:, 1:], True, axis=1)  # y_2 is an opponent of y_1
-        counters, first = [key[chunk], epoch[chunk]], best[:, 0]
-        if view == "random":
-            first, other = _random_pair(r, counters, seed)
-            others = other[:, None]
-        elif view in ("bt", "top2", "pl"):
-            others = ranked_subset(r, eligible, same, {"bt": 2, "top2": 0, "pl": pl_responses}[view])
-            others = others[:, :1] if view == "top2" else others
-        if view in ("random", "bt", "top2", "pl"):
-            log_weights = np.zeros(others.shape)
-        else:
-            if view == "window":
-                window = dict(end=window_end, power=window_power, width=window_width)
-                weights = window_log_q(r, eligible, progress[chunk], **window)
+        for at in visits_of[here].T:
+            counters, first = [key[at], epoch[at]], best[:, 0]
+            if view == "random":
+                first, other = _random_pair(r, counters, seed)
+                others = other[:, None]
+            elif view in ("bt", "top2", "pl"):
+                others = ranked_subset(r, eligible, same, {"bt": 2, "top2": 0, "pl": pl_responses}[view])
+                others = others[:, :1] if view == "top2" else others
+            if view in ("random", "bt", "top2", "pl"):
+                log_weights = np.zeros(others.shape)
             else:
-                scaled = normalise_rewards(r, norm=reward_norm, scale=reward_scale, valid=r > -np.inf)
-                weights = hps_log_q(scaled, eligible, gamma[chunk])
-            effective[chunk] = np.exp(-(np.exp(weights) * np.where(weights > -np.inf, weights, 0.0)).sum(1))
-            others, log_weights = _draw(weights, counters, seed, form=hps_form, samples=hps_samples)
-            if n_factor == "n_minus_one":
-                kappa[chunk] = eligible.sum(1)
-            if positives > 1:
-                at = np.where(others >= 0, np.take_along_axis(r, others.clip(min=0), axis=1), -np.inf)
-                rank = np.argsort(-at, axis=1, kind="stable")
-                others, log_weights = (np.take_along_axis(x, rank, axis=1) for x in (others, log_weights))
-        blocks.append((np.hstack([first[:, None], others]), log_weights))
-    K = max(int((responses >= 0).sum(1).max()) for responses, _ in blocks)
+                if view == "window":
+                    window = dict(end=window_end, power=window_power, width=window_width)
+                    weights = window_log_q(r, eligible, progress[at], **window)
+                else:
+                    scaled = normalise_rewards(r, norm=reward_norm, scale=reward_scale, valid=r > -np.inf)
+                    weights = hps_log_q(scaled, eligible, gamma[at])
+                effective[at] = np.exp(-(np.exp(weights) * np.where(weights > -np.inf, weights, 0.0)).sum(1))
+                others, log_weights = _draw(weights, counters, seed, form=hps_form, samples=hps_samples)
+                if n_factor == "n_minus_one":
+                    kappa[at] = eligible.sum(1)
+                if positives > 1:
+                    heights = np.where(others >= 0, np.take_along_axis(r, others.clip(min=0), axis=1), -np.inf)
+                    rank = np.argsort(-heights, axis=1, kind="stable")
+                    others, log_weights = (np.take_along_axis(x, rank, axis=1) for x in (others, log_weights))
+            blocks.append((at, np.hstack([first[:, None], others]), log_weights))
+    K = max(int((some >= 0).sum(1).max()) for _, some, _ in blocks)
+    responses, log_q = np.full((len(row), K), -1), np.zeros((len(row), K - 1), dtype=np.float32)
+    for at, some, log_weights in blocks:
+        responses[at, : some.shape[1]] = some[:, :K]
+        log_q[at, : log_weights.shape[1]] = log_weights[:, : K - 1]
     return Plan(
         row=row,
         epoch=epoch,
-        responses=np.concatenate([_width(responses, K, -1) for responses, _ in blocks]),
-        log_q=np.concatenate([_width(weights, K - 1, 0).astype(np.float32) for _, weights in blocks]),
+        responses=responses,
+        log_q=log_q,
         kappa=kappa.astype(np.float32),
         gamma=gamma.astype(np.float32),
         effective=effective.astype(np.float32),
@@ -377,6 +390,6 @@ def chunks(count: int) -> list[np.ndarray]:
     return np.array_split(np.arange(count), max(1, -(-count // 4096)))
 
 
-def _width(values: np.ndarray, width: int, fill: int) -> np.ndarray:
-    """(C, k) cut or filled on the right to (C, width)."""
-    return np.pad(values[:, :width], ((0, 0), (0, max(0, width - values.shape[1]))), constant_values=fill)
+def _rows(column: Sequence[np.ndarray], rows: np.ndarray, fill: float, dtype: type) -> np.ndarray:
+    """A chunk of `chunks` of a ragged column, padded, (C, n)."""
+    return padded(column[rows[0] : rows[-1] + 1], fill, dtype)

@@ -2,14 +2,15 @@
 
 An entry is found by what was scored (token ids of prompt and response) under what scored it (weights, tokenizer
 and template text, dtype), never by file names or row numbers. So all methods, seeds and sizes of a sweep share
-one cache, and nothing stale can be read. Shards are safetensors files that appear whole or not at all.
+one cache, and nothing stale can be read. Shards are safetensors files that appear whole or not at all, with arrays
+`keys` (T, 16) uint8 and `logps` (T,) float32 in nats, in any order.
 """
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,76 +28,73 @@ MICRO_BATCHES_A_SHARD = 64
 PIECE = 256
 
 
-@dataclass
-class Cache:
-    """`folder` holds the shards of one reference; `known` maps a response's key to its summed log-prob (nats)."""
-
-    folder: Path
-    known: dict[bytes, float] = field(default_factory=dict)
-
-
-def open_cache(root: str | Path, *, weights: str, tokenizer: str, dtype: str) -> Cache:
-    """Open (or begin) the cache of one reference and read what it holds.
+def open_cache(root: str | Path, *, weights: str, tokenizer: str, dtype: str) -> Path:
+    """Open (or begin) the cache of one reference: the folder of its shards, which the functions here take.
 
     Args:
         root: folder of all caches. weights, tokenizer: fingerprints. dtype: compute dtype of the scoring pass.
-
-    Raises:
-        ValueError: a shard that cannot be read or holds a number that is not a log-prob.
     """
     identity = {"weights": weights, "tokenizer": tokenizer, "dtype": dtype}
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    cache = Cache(Path(root) / name)
-    cache.folder.mkdir(parents=True, exist_ok=True)
-    description = cache.folder / "reference.json"
+    cache = Path(root) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    cache.mkdir(parents=True, exist_ok=True)
+    description = cache / "reference.json"
     if not description.exists():
         partial = description.with_suffix(f".{os.getpid()}.tmp")
         partial.write_text(json.dumps(identity, indent=1))
         partial.rename(description)
-    reload(cache)
     return cache
 
 
-def reload(cache: Cache) -> None:
-    """Read all shards on disk into `cache.known`."""
-    for path in sorted(cache.folder.glob("shard-*.safetensors")):
+def response_keys(blocks: Iterable[Block]) -> np.ndarray:
+    """What names each scored response, (T,) of 16 bytes: blake2b over where the prompt ends and all token ids."""
+    digests = bytearray()
+    for block in blocks:
+        prompt = hashlib.blake2b(len(block.prompt).to_bytes(8, "little"), digest_size=16)
+        prompt.update(np.ascontiguousarray(block.prompt, dtype="<i4"))
+        for y in block.responses:
+            digest = prompt.copy()
+            digest.update(np.ascontiguousarray(y, dtype="<i4"))
+            digests += digest.digest()
+    return np.frombuffer(digests, dtype="S16")
+
+
+def find(cache: Path, keys: np.ndarray) -> np.ndarray:
+    """Log-probs of responses by their keys (T,), as far as they are there: (T,) float32 nats, NaN where they are not.
+
+    Memory is that of the keys: shards pass by one at a time, and what is wanted is searched for in what is sorted, so
+    a cache may be much larger than what a run touches.
+
+    Raises:
+        ValueError: a shard that cannot be read or holds a number that is not a log-prob.
+    """
+    if not len(keys):
+        return np.zeros(0, dtype=np.float32)
+    wanted, place = np.unique(keys, return_inverse=True)
+    found = np.full(len(wanted), np.nan, dtype=np.float32)
+    for path in sorted(cache.glob("shard-*.safetensors")):
         try:
             tensors = load_file(path)
-            keys, logps = tensors["keys"], tensors["logps"]
+            shard, logps = tensors["keys"], tensors["logps"]
         except Exception as e:  # safetensors raises its own type; whatever it says, the file is not usable
             raise ValueError(f"{path}: not a readable cache shard ({e}); delete it, it will be computed again") from e
-        if keys.shape != (len(logps), 16) or not np.all(np.isfinite(logps)) or np.any(logps > 0):
+        if shard.shape != (len(logps), 16) or not np.all(np.isfinite(logps)) or np.any(logps > 0):
             raise ValueError(f"{path}: holds values that are not log-probs; delete it, it will be computed again")
-        cache.known.update(zip(map(bytes, keys), logps.tolist(), strict=True))
+        shard = shard.view("S16")[:, 0]
+        at = np.searchsorted(wanted, shard).clip(max=len(wanted) - 1)
+        hit = wanted[at] == shard
+        found[at[hit]] = logps[hit]
+    return found[place]
 
 
-def response_key(prompt: np.ndarray, response: np.ndarray) -> bytes:
-    """16 bytes that name a scored response: blake2b over the token ids and where the prompt ends."""
-    digest = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=16)
-    digest.update(np.ascontiguousarray(prompt, dtype="<i4"))
-    digest.update(np.ascontiguousarray(response, dtype="<i4"))
-    return digest.digest()
-
-
-def missing(cache: Cache, blocks: Sequence[Block]) -> list[Block]:
-    """The blocks cut down to the responses that the cache does not hold; complete blocks are left out."""
-    cut = []
-    for block in blocks:
-        absent = tuple(y for y in block.responses if response_key(block.prompt, y) not in cache.known)
-        if absent:
-            cut.append(Block(block.prompt, absent))
-    return cut
-
-
-def lookup(cache: Cache, block: Block) -> np.ndarray:
-    """Reference log-probs of a block's responses, (K,) float32 nats; ValueError if one is missing."""
-    try:
-        return np.array([cache.known[response_key(block.prompt, y)] for y in block.responses], dtype=np.float32)
-    except KeyError:
+def lookup(cache: Path, blocks: Iterable[Block]) -> np.ndarray:
+    """Reference log-probs of all responses of the blocks in order, (T,) float32 nats; ValueError if one is missing."""
+    found = find(cache, response_keys(blocks))
+    if np.isnan(found).any():
         raise ValueError(
-            f"{cache.folder}: a reference log-prob is missing. It cannot be computed now that the policy has moved "
+            f"{cache}: a reference log-prob is missing. It cannot be computed now that the policy has moved "
             "away from the reference: restore the cache folder, or start the run again in a new --out"
-        ) from None
+        )
+    return found
 
 
 def score(
@@ -122,18 +120,38 @@ def score(
     return [np.array(row, dtype=np.float32) for row in whole]
 
 
-def _write_shard(cache: Cache, keys: list[bytes], logps: list[float]) -> None:
-    name = hashlib.blake2b(b"".join(keys), digest_size=12).hexdigest()
-    partial = cache.folder / f"shard-{name}.{os.getpid()}.tmp"
-    array = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16)
-    save_file({"keys": array, "logps": np.array(logps, dtype=np.float32)}, partial)
-    partial.rename(cache.folder / f"shard-{name}.safetensors")
+def _write_shard(cache: Path, keys: np.ndarray, logps: list[float]) -> None:
+    order = np.argsort(keys)  # `find` is several times faster in sorted shards
+    array = keys[order].view(np.uint8).reshape(-1, 16)
+    name = hashlib.blake2b(array, digest_size=12).hexdigest()
+    partial = cache / f"shard-{name}.{os.getpid()}.tmp"
+    save_file({"keys": array, "logps": np.array(logps, dtype=np.float32)[order]}, partial)
+    partial.rename(cache / f"shard-{name}.safetensors")
+
+
+def _parts(blocks: Iterable[Block], absent: np.ndarray, *, tokens: int) -> Iterator[list[Block]]:
+    """The absent (T,) bool ones of the blocks' responses, in pieces, about `tokens` packed tokens at a time."""
+    part: list[Block] = []
+    size = at = 0
+    for block in blocks:
+        lacks = absent[at : at + len(block.responses)]
+        at += len(block.responses)
+        if lacks.any():
+            cut = Block(block.prompt, tuple(itertools.compress(block.responses, lacks)))
+            for piece in pieces(cut, tokens=PIECE):
+                part.append(piece)
+                size += len(piece)
+                if size >= tokens:
+                    yield part
+                    part, size = [], 0
+    if part:
+        yield part
 
 
 def fill(
-    cache: Cache,
+    cache: Path,
     model: PolicyModel,
-    blocks: Sequence[Block],
+    blocks: Iterable[Block],
     *,
     ranks: dist.Ranks,
     budget: int,
@@ -143,40 +161,39 @@ def fill(
     """Score what the cache lacks, with the model as it stands; all ranks share the work through the folder.
 
     Args:
-        blocks: every response that will be looked up.
+        blocks: every response that will be looked up; iterated over twice.
         budget: packed tokens a micro-batch.
 
     Returns:
         How many responses were computed (0 on a second run).
     """
     dist.barrier()  # nobody may still be writing when the ranks agree on what is missing
-    reload(cache)
-    todo = [piece for block in missing(cache, blocks) for piece in pieces(block, tokens=PIECE)]
-    computed = sum(len(block.responses) for block in todo)
-    group = max(1, budget * MICRO_BATCHES_A_SHARD * ranks.world_size // max(1, max(map(len, todo), default=1)))
-    bar = tqdm(total=computed, desc="reference log-probs", unit="response", disable=not ranks.first or not todo)
-    for start in range(0, len(todo), group):
-        part = todo[start : start + group]
+    absent = torch.from_numpy(np.isnan(find(cache, response_keys(blocks)))).int()
+    # Another run may write into the same folder: what one rank still lacks all of them score, or collectives hang.
+    absent = dist.all_sum(absent.to(ranks.device)).cpu().numpy() > 0
+    computed = int(absent.sum())
+    bar = tqdm(total=computed, desc="reference log-probs", unit="response", disable=not ranks.first or not computed)
+    for part in _parts(blocks, absent, tokens=budget * MICRO_BATCHES_A_SHARD * ranks.world_size):
         batches = micro_batches([len(b) for b in part], budget=budget, world_size=ranks.world_size)
-        keys, logps = [], []
+        mine: list[Block] = []
+        logps: list[float] = []
         for members in batches[ranks.rank]:
             # An idle rank scores a block that another one keeps, so that sharded collectives stay in step.
             chosen = [part[i] for i in members] or [part[0]]
             with torch.no_grad():
                 scored = model(pack(chosen, pad_id=pad_id, share_prompt=share_prompt).to(ranks.device)).cpu()
             if members:
+                mine += chosen
                 for block, row in zip(chosen, scored.tolist(), strict=True):
-                    keys += [response_key(block.prompt, y) for y in block.responses]
                     logps += row[: len(block.responses)]
             # Rank 0 stands for all: exact when alone, and never beyond the total.
             done = ranks.world_size * sum(len(block.responses) for block in chosen)
             bar.update(min(done, computed - bar.n))
         if not np.all(np.isfinite(logps)):
             raise ValueError("the reference gives a response a log-prob that is not finite: check its weights, dtype")
-        if keys:
-            _write_shard(cache, keys, logps)
+        if mine:
+            _write_shard(cache, response_keys(mine), logps)
     bar.close()
     dist.reshard(model)
     dist.barrier()
-    reload(cache)
     return computed

@@ -214,13 +214,13 @@ def test_random_pairs_are_ordered_by_reward_and_even():
 
 
 def test_human_pairs_need_no_rewards():
-    pairs = [(1, 0), None, (0, 2), (0, 1)]
-    identity = [np.arange(2), np.arange(2), np.arange(3), np.array([5, 5])]
-    p = plan([None] * 4, identity, np.arange(4), view="human", human=pairs, **RUN)
-    assert {tuple(y) for y in p.responses} == {(1, 0), (0, 2)}
-    assert p.dropped == {"rows_no_human_pair": 1, "pairs_of_equal_texts": 1}
+    pairs = np.array([(1, 0), (-1, -1), (0, 2), (0, 1), (1, -1)])
+    identity = [np.arange(2), np.arange(2), np.arange(3), np.array([5, 5]), np.arange(2)]
+    p = plan([None] * 5, identity, np.arange(5), view="human", human=pairs, **RUN)
+    assert {(row, *y) for row, y in zip(p.row.tolist(), p.responses.tolist(), strict=True)} == {(0, 1, 0), (2, 0, 2)}
+    assert p.dropped == {"rows_no_human_pair": 2, "pairs_of_equal_texts": 1}
     with pytest.raises(ValueError, match="no prompt has a human pair"):
-        plan([None], [np.arange(2)], np.arange(1), view="human", human=[None], **RUN)
+        plan([None], [np.arange(2)], np.arange(1), view="human", human=pairs[1:2], **RUN)
 
 
 def test_window_of_a_plan_slides_with_training():

@@ -1,8 +1,12 @@
 """The reference cache: the same numbers as a live reference, nothing computed twice, nothing stale or torn read."""
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from test_model import blocks_of, separate_logps, tiny
 
 from hps import reference
@@ -14,7 +18,7 @@ ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
 HOW = dict(ranks=ALONE, budget=64, pad_id=0)
 
 
-def open_at(root, **changes) -> reference.Cache:
+def open_at(root, **changes) -> Path:
     return reference.open_cache(root, **({"weights": "w", "tokenizer": "t", "dtype": "fp32"} | changes))
 
 
@@ -23,8 +27,9 @@ def test_filled_entries_are_the_reference_log_probs(tmp_path):
     cache = open_at(tmp_path)
     assert reference.fill(cache, PolicyModel(lm), blocks, **HOW) == 15
     expected = separate_logps(lm, blocks).detach().numpy()
+    np.testing.assert_allclose(reference.lookup(cache, blocks), expected.ravel(), rtol=1e-5, atol=1e-4)
     for block, row in zip(blocks, expected, strict=True):
-        np.testing.assert_allclose(reference.lookup(cache, block), row, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(reference.lookup(cache, [block]), row, rtol=1e-5, atol=1e-4)
 
 
 def test_a_second_run_computes_nothing_and_a_wider_one_only_the_rest(tmp_path):
@@ -44,33 +49,87 @@ def test_entries_are_addressed_by_content(tmp_path):
     block = Block(np.array([1, 2]), (np.array([3, 4]),))
     cache = open_at(tmp_path)
     reference.fill(cache, PolicyModel(tiny("llama")), [block], **HOW)
+
+    def known(cache: Path, block: Block) -> bool:
+        return not np.isnan(reference.find(cache, reference.response_keys([block]))).any()
+
     for change in ({"weights": "x"}, {"tokenizer": "x"}, {"dtype": "bf16"}):
-        assert reference.missing(open_at(tmp_path, **change), [block])
+        assert not known(open_at(tmp_path, **change), block)
     same_text_other_split = Block(np.array([1, 2, 3]), (np.array([4]),))
-    assert reference.missing(cache, [same_text_other_split])
-    assert not reference.missing(cache, [Block(np.array([1, 2], dtype=np.int64), (np.array([3, 4], dtype=np.int32),))])
+    assert known(cache, block) and not known(cache, same_text_other_split)
+    assert known(cache, Block(np.array([1, 2], dtype=np.int64), (np.array([3, 4], dtype=np.int32),)))
+
+
+def test_what_is_found_is_what_a_dict_would_find(tmp_path):
+    """Shards in no order, an entry twice, keys that differ in bytes before, between and behind zeros; asked for twice,
+    in any order, and for what is not there."""
+    g, cache = np.random.default_rng(0), open_at(tmp_path)
+    keys = g.integers(0, 3, size=(4000, 16), dtype=np.uint8) * (g.random((4000, 16)) < 0.3)
+    keys[:2000] = g.integers(0, 256, size=(2000, 16))
+    keys[1000:2000, 12:] = 0
+    known: dict[bytes, float] = {}
+    for i, rows in enumerate(np.array_split(g.permutation(3000), 7)):
+        logps = -g.random(len(rows)).astype(np.float32)
+        save_file({"keys": keys[rows], "logps": logps}, cache / f"shard-{i}.safetensors")
+        known |= zip(map(bytes, keys[rows]), logps.tolist(), strict=True)
+    asked = keys[g.integers(0, 4000, size=6000)]
+    found = reference.find(cache, asked.view("S16")[:, 0])
+    expected = [known.get(bytes(key), np.nan) for key in asked]
+    assert 500 < np.isnan(expected).sum() < 3000
+    np.testing.assert_array_equal(found, np.array(expected, dtype=np.float32))
+    assert found.dtype == np.float32 and len(reference.lookup(cache, [])) == 0
+
+
+def test_a_shard_is_keyed_by_blake2b_of_the_ids_in_any_order(tmp_path):
+    """The key by hand, in a shard as one was written before shards were sorted; and those that are written now."""
+    block = Block(np.array([7, 8, 9], dtype=np.int32), tuple(np.array([i, 2], dtype=np.int32) for i in range(20)))
+    by_hand = [
+        hashlib.blake2b((3).to_bytes(8, "little") + np.array([7, 8, 9, i, 2], "<i4").tobytes(), digest_size=16).digest()
+        for i in range(20)
+    ]
+    cache, logps = open_at(tmp_path), -np.arange(20, dtype=np.float32)
+    array = np.frombuffer(b"".join(by_hand), dtype=np.uint8).reshape(-1, 16)
+    save_file({"keys": array, "logps": logps}, cache / "shard-0.safetensors")
+    assert reference.lookup(cache, [block]).tolist() == logps.tolist()
+    other = open_at(tmp_path, weights="other")
+    reference.fill(other, PolicyModel(tiny("llama")), [block], **HOW)
+    shards = [load_file(path)["keys"] for path in other.glob("shard-*.safetensors")]
+    assert sorted(map(bytes, np.concatenate(shards))) == sorted(by_hand)
+
+
+def test_shards_hold_a_bounded_amount_of_work(tmp_path, monkeypatch):
+    """A micro-batch a shard: a kill loses one at most. Complete blocks in between are passed over."""
+    monkeypatch.setattr(reference, "MICRO_BATCHES_A_SHARD", 1)
+    lm, blocks = tiny("llama"), blocks_of(5, B=6)
+    cache = open_at(tmp_path)
+    reference.fill(cache, PolicyModel(lm), [Block(blocks[2].prompt, blocks[2].responses[1:4]), blocks[4]], **HOW)
+    before = len(list(cache.glob("shard-*")))
+    assert reference.fill(cache, PolicyModel(lm), blocks, **HOW) == 5 * 6 - 8
+    todo = sum(map(len, blocks)) - len(blocks[4]) - sum(len(y) for y in blocks[2].responses[1:4])
+    assert len(list(cache.glob("shard-*"))) - before >= todo // (2 * 64)
+    expected = separate_logps(lm, blocks).detach().numpy()
+    np.testing.assert_allclose(reference.lookup(cache, blocks), expected.ravel(), rtol=1e-5, atol=1e-4)
 
 
 def test_a_missing_entry_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="a reference log-prob is missing.*restore the cache folder"):
-        reference.lookup(open_at(tmp_path), blocks_of(1)[0])
+        reference.lookup(open_at(tmp_path), blocks_of(1))
 
 
 def test_torn_and_poisoned_shards_are_named(tmp_path):
     cache = open_at(tmp_path)
-    reference.fill(cache, PolicyModel(tiny("llama")), blocks_of(2), **HOW)
-    (shard,) = cache.folder.glob("shard-*.safetensors")
+    blocks = blocks_of(2)
+    reference.fill(cache, PolicyModel(tiny("llama")), blocks, **HOW)
+    (shard,) = cache.glob("shard-*.safetensors")
     whole = shard.read_bytes()
-    (cache.folder / "shard-00.9.tmp").write_bytes(whole[:50])  # a killed writer leaves this, nobody reads it
-    open_at(tmp_path)
+    (cache / "shard-00.9.tmp").write_bytes(whole[:50])  # a killed writer leaves this, nobody reads it
+    reference.lookup(cache, blocks)
     shard.write_bytes(whole[:-7])
     with pytest.raises(ValueError, match=f"{shard.name}: not a readable cache shard"):
-        open_at(tmp_path)
-    from safetensors.numpy import save_file
-
+        reference.lookup(cache, blocks)
     save_file({"keys": np.zeros((1, 16), np.uint8), "logps": np.array([np.nan], np.float32)}, shard)
     with pytest.raises(ValueError, match="not log-probs"):
-        open_at(tmp_path)
+        reference.lookup(cache, blocks)
 
 
 def test_score_keeps_order_over_pieces(tmp_path):
@@ -88,4 +147,4 @@ def test_a_reference_that_gives_nan_is_refused(tmp_path):
     cache = open_at(tmp_path)
     with pytest.raises(ValueError, match="not finite"):
         reference.fill(cache, PolicyModel(lm), blocks_of(2), **HOW)
-    assert not list(cache.folder.glob("shard-*"))
+    assert not list(cache.glob("shard-*"))

@@ -33,6 +33,7 @@ def policy(tiny_world, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("policy")
     options = dict(model=tiny_world / "model", data=tiny_world / "train.jsonl", out=out, method="dpo-bt", lora_rank=0)
     options |= dict(lr=3e-3, epochs=2, prompts_per_step=8, max_length=128, reference_cache=tiny_world / "cache")
+    options |= dict(token_cache=tiny_world / "tokens")
     train.main(flags(**options))
     return out / "policy"
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ def arguments(world: Path, out: Path, **changes) -> list[str]:
         prompts_per_step=8,
         max_length=128,
         beta=0.5,
+        token_cache=world / "tokens",
         reference_cache=world / "cache",
     )
     options |= changes
@@ -91,14 +93,13 @@ def test_a_live_reference_gives_the_cached_trajectory(tiny_world, tmp_path, base
     """Instead of the cache: a second copy of the start model, each response alone through its own head."""
     lm = load_causal_lm(str(tiny_world / "model"), dtype=torch.float32)
 
-    def live(cache: reference.Cache, block: Block) -> np.ndarray:
+    def live(cache: Path, blocks: Sequence[Block]) -> np.ndarray:
         rows = []
-        for y in block.responses:
-            ids = torch.from_numpy(np.concatenate([block.prompt, y])).long()
+        for prompt, y in ((block.prompt, y) for block in blocks for y in block.responses):
+            ids = torch.from_numpy(np.concatenate([prompt, y])).long()
             with torch.no_grad():
                 logps = torch.log_softmax(lm(input_ids=ids[None]).logits[0], -1)
-            P = len(block.prompt)
-            rows.append(sum(float(logps[t - 1, ids[t]]) for t in range(P, len(ids))))
+            rows.append(sum(float(logps[t - 1, ids[t]]) for t in range(len(prompt), len(ids))))
         return np.array(rows, dtype=np.float32)
 
     monkeypatch.setattr(reference, "fill", lambda *args, **kwargs: 0)
@@ -158,8 +159,9 @@ def test_a_resumed_run_is_bit_identical(tiny_world, tmp_path, base, stop):
 
 
 def test_resume_on_another_number_of_ranks(tiny_world, tmp_path, base):
-    """Two steps on two ranks, the rest on one: the trajectory of an undisturbed run."""
-    run_ranks(tiny_world, tmp_path, 2, stop_after=2)
+    """Two steps on two ranks, which share a new token store, the rest on one: the trajectory of an undisturbed run."""
+    run_ranks(tiny_world, tmp_path, 2, stop_after=2, token_cache=tmp_path / "tokens")
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
     np.testing.assert_allclose(run(tiny_world, tmp_path), base, rtol=0, atol=1e-5)
 
 
@@ -349,7 +351,7 @@ def test_each_positive_is_a_run_of_the_full_form(tiny_world, tmp_path, weights, 
 
 def test_the_self_check_fails_on_a_wrong_reference(tiny_world, tmp_path, monkeypatch):
     real = reference.lookup
-    monkeypatch.setattr(reference, "lookup", lambda cache, block: real(cache, block) - np.arange(len(block.responses)))
+    monkeypatch.setattr(reference, "lookup", lambda *args: real(*args) - np.arange(len(real(*args))) % 3)
     with pytest.raises(ValueError, match="with policy = reference dpo-bt must give 0.693147"):
         run(tiny_world, tmp_path, method="dpo-bt")
     assert not (tmp_path / "policy").exists()

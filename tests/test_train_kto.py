@@ -6,7 +6,7 @@ import torch
 from test_train import distinct, losses, rewrite, run, run_ranks
 
 import train
-from hps.data import listwise, tokens
+from hps.data import listwise, store, tokens
 from hps.model import load_causal_lm
 
 
@@ -60,13 +60,13 @@ def test_z0_and_loss_of_a_step_by_plain_forwards(tiny_world, tmp_path, taught, s
 
 def test_mismatched_pairs_are_cut_at_max_length(tiny_world):
     """Each is the visit's prompt and the start of the next one's best response, as much of it as max_length leaves."""
-    examples, _ = tokens.tokenize_rows(
-        tokens.load_tokenizer(str(tiny_world / "model")), listwise.read(tiny_world / "train.jsonl"), max_length=128
-    )
+    data, tokenizer = tiny_world / "train.jsonl", tokens.load_tokenizer(str(tiny_world / "model"))
+    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
     longest = max(map(len, (e.prompt_ids for e in examples)))
     c = train.Config("m", "d", "o", method="kto-bt", prompts_per_step=24, epochs=1, max_length=longest + 5)
-    plan = train.make_plan(c, examples)
-    blocks, cut = train.mismatched_blocks(c, plan, examples), 0
+    stored = store.open_store(tiny_world / "tokens", data, tokenizer, max_length=128)
+    plan = train.make_plan(c, stored)
+    blocks, cut = train.mismatched_blocks(c, plan, stored), 0
     for v, block in enumerate(blocks):
         w = (v + 1) % 24
         whole = examples[plan.row[w]].response_ids[plan.responses[w, 0]]

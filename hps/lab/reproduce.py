@@ -153,25 +153,26 @@ def plan(c: Options, suite: Suite, out: Path) -> tuple[list[Stage], dict[str, li
     cells: dict[str, list[list[Path]]] = {}
     for seed in range(c.first_seed, c.first_seed + c.seeds):
         base = out / (f"world-{seed}" if suite.domain == "safe" else f"world-{seed}-{suite.domain}")
-        for stage in plan_world(c, suite, seed, base, cells, out / "reference_cache"):
+        for stage in plan_world(c, suite, seed, base, cells, out):
             stages[stage.product] = stage
     order = [*(name for name in cells if name not in suite.rows), *suite.rows]
     return list(stages.values()), {name: cells[name] for name in order}
 
 
 def plan_world(
-    c: Options, suite: Suite, seed: int, base: Path, cells: dict[str, list[list[Path]]], cache: Path
+    c: Options, suite: Suite, seed: int, base: Path, cells: dict[str, list[list[Path]]], out: Path
 ) -> list[Stage]:
     """The stages of one world; its evaluations' folders go into `cells`."""
     size, scale = SIZES[c.small], 0.1 if c.small else 1.0
     world, policy = base / "world", base / "sft" / "policy"
+    texts, cache = f"--token_cache={out / 'token_cache'}", f"--reference_cache={out / 'reference_cache'}"
     twice = 2 if suite.domain == "both" else 1  # so that each domain has as many prompts as when it is alone
     sizes = {key: twice * size[key] for key in ("train", "valid", "test")} | {"demonstrations": size["demonstrations"]}
     about = world / "world.json"
     argv = ["data_prep.py", "world", *flags({"out": world, "seed": seed, "domain": suite.domain} | sizes)]
     stages = [Stage(about, argv, 6)]
     argv = ["train.py", "--config=configs/world-sft.toml", f"--model={world / 'model'}"]
-    argv += [f"--data={world / 'sft.jsonl'}", f"--out={policy.parent}", f"--seed={seed}"]
+    argv += [f"--data={world / 'sft.jsonl'}", f"--out={policy.parent}", f"--seed={seed}", texts]
     stages.append(Stage(policy, argv, 60 * scale, (about,)))
 
     # Candidates of every split that a row names, with the rewards that its use calls for: the noisy training reward
@@ -192,7 +193,7 @@ def plan_world(
     def evaluation(model: Path, test: str, folder: Path, *more: str, needs: tuple[Path, ...]) -> Path:
         data = scored(test, test, f"world-true:{seed}", "--pairs")
         argv = ["eval.py", f"--model={model}", f"--reference={policy}", f"--data={data}", f"--out={folder}"]
-        argv += [f"--name={folder.parent.parent.name}", f"--scorer=world-true:{seed}", f"--reference_cache={cache}"]
+        argv += [f"--name={folder.parent.parent.name}", f"--scorer=world-true:{seed}", cache]
         argv += [f"--samples={size['samples']}", "--max_new_tokens=48", "--max_length=128", *more]
         product = folder / "eval.json"
         stages.append(Stage(product, argv, 0.04 * size[test.split("-")[0]] * scale, (data, *needs)))
@@ -213,7 +214,7 @@ def plan_world(
         for repeat in range(c.repeats):
             folder = base / "cells" / cell(options, trained_on) / f"run-{repeat}"
             argv = ["train.py", "--config=configs/world.toml", *flags(options), f"--seed={repeat}", f"--model={policy}"]
-            argv += [f"--data={data}", f"--out={folder}", f"--reference_cache={cache}"]
+            argv += [f"--data={data}", f"--out={folder}", texts, cache]
             stages.append(Stage(folder / "policy", argv, (2 + 1.4 * responses) * scale, (data,)))
             more = f"--baseline={baselines[test].parent}"
             needs = (folder / "policy", baselines[test])

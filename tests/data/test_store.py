@@ -1,0 +1,247 @@
+"""The token store: what it holds equals what tokenising in memory gives; only whole and matching stores are read."""
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from hps import config
+from hps.data import listwise, store, tokens
+from hps.data.listwise import Row
+from hps.plan import plan
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_world):
+    return tokens.load_tokenizer(str(tiny_world / "model"))
+
+
+def odd_rows(world: Path) -> list[Row]:
+    """The world's rows, three of them with what the tokeniser drops, one without rewards, some with human pairs."""
+    rows = listwise.read(world / "train.jsonl")
+    texts = {0: ("", *rows[0].responses[1:]), 1: rows[1].responses[:1], 2: ("the " * 200, *rows[2].responses[1:])}
+    found = []
+    for i, row in enumerate(rows):
+        responses = texts.get(i, row.responses)
+        rewards = None if i == 5 else row.rewards[: len(responses)]
+        chosen, rejected = {2: (0, 1), 7: (1, 0), 8: (2, None)}.get(i, (None, None))
+        found.append(Row(f"caf\u00e9-{i}", row.prompt, responses, rewards, chosen, rejected, None, ""))
+    found[3] = Row("long", "the " * 200, ("yes .",), (1.0,), None, None, None, "")
+    found[4] = Row("twice", found[4].prompt, found[4].responses * 2, found[4].rewards * 2, None, None, None, "")
+    return found
+
+
+def opened(root: Path, data: Path, tokenizer, **changes) -> store.Store:
+    return store.open_store(root, data, tokenizer, **dict(max_length=128) | changes)
+
+
+def check_equal(found: store.Store, examples: list[tokens.Example]) -> None:
+    assert len(found) == len(examples)
+    assert found.keys.tolist() == [e.key for e in examples]
+    assert found.longest == max(map(tokens.longest, examples))
+    columns = (found.rewards[0 : len(found)], found.identity[0 : len(found)], found.human.tolist())
+    for i, (e, rewards, identity, human) in enumerate(zip(examples, *columns, strict=True)):
+        assert (found.id(i), found.where(i)) == (e.id, e.where)
+        block = found.block(i, range(len(e.response_ids)))
+        assert block.prompt.tolist() == e.prompt_ids.tolist()
+        assert [y.tolist() for y in block.responses] == [y.tolist() for y in e.response_ids]
+        assert identity.tolist() == e.identity.tolist()
+        np.testing.assert_array_equal(rewards, np.full(len(identity), np.nan) if e.rewards is None else e.rewards)
+        assert human == [-1 if k is None else k for k in (e.chosen, e.rejected)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.xz"])
+@pytest.mark.parametrize("candidates", [0, 3])
+def test_a_store_holds_what_tokenising_in_memory_gives(tiny_world, tmp_path, tokenizer, suffix, candidates):
+    data = tmp_path / f"x.{suffix}"
+    listwise.write(data, odd_rows(tiny_world))
+    rows = listwise.read(data)
+    rows = [listwise.first_responses(row, candidates) for row in rows] if candidates else rows
+    examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=128)
+    assert counts["rows_overlong_prompt"] == counts["responses_empty"] == 1 and counts["pairs_broken"] == 1
+    found = opened(tmp_path / "stores", data, tokenizer, candidates=candidates)
+    assert found.counts == counts
+    check_equal(found, examples)
+    again = opened(tmp_path / "stores", data, tokenizer, candidates=candidates)
+    check_equal(again, examples)
+    assert [path.suffix for path in (tmp_path / "stores").iterdir()] == [""]  # one store, no temporary folder
+
+
+def test_blocks_and_rewards_of_some_responses(tiny_world, tmp_path, tokenizer):
+    """As visits ask for them: the preferred first, not all of them; rewards less the penalty of the tokens."""
+    data = tiny_world / "train.jsonl"
+    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
+    found = opened(tmp_path, data, tokenizer, length_penalty=0.25)
+    block = found.block(np.int64(7), np.array([2, 0]))
+    assert block.prompt.tolist() == examples[7].prompt_ids.tolist()
+    assert [y.tolist() for y in block.responses] == [examples[7].response_ids[k].tolist() for k in (2, 0)]
+    penalised = [e.rewards - 0.25 * np.array([len(y) for y in e.response_ids]) for e in examples]
+    for rewards, expected in zip(found.rewards[3:9], penalised[3:9], strict=True):
+        np.testing.assert_array_equal(rewards, expected)
+    rows, ks = np.array([7, 7, 0]), np.array([2, 0, 3])
+    np.testing.assert_array_equal(found.rewards_of(rows, ks), [penalised[7][2], penalised[7][0], penalised[0][3]])
+    assert found.rewards[4].tolist() == penalised[4].tolist()
+
+
+def test_a_plan_from_disk_is_the_plan_from_memory(tiny_world, tmp_path, tokenizer):
+    """Of more rows than a chunk of the plan has, in every part of the plan."""
+    rows = listwise.read(tiny_world / "train.jsonl")
+    many = [Row(f"{i}", rows[i % 24].prompt, rows[i % 24].responses, rows[i % 24].rewards) for i in range(5000)]
+    listwise.write(tmp_path / "x.jsonl", many)
+    found = opened(tmp_path / "stores", tmp_path / "x.jsonl", tokenizer)
+    examples, _ = tokens.tokenize_rows(tokenizer, many, max_length=128)
+    how = dict(view="hps", epochs=2, prompts_per_step=64, seed=1)
+    ours = plan(found.rewards, found.identity, found.keys, **how)
+    keys = np.array([e.key for e in examples], dtype=np.uint64)
+    theirs = plan([e.rewards for e in examples], [e.identity for e in examples], keys, **how)
+    for name in ("row", "epoch", "responses", "log_q", "kappa", "gamma", "effective"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    assert (ours.dropped, ours.excluded) == (theirs.dropped, theirs.excluded)
+
+
+def test_what_a_run_reads_of_a_plan(tiny_world, tmp_path, tokenizer):
+    """Blocks of visits, every touched response once with its place, and SFT's responses, against rows in memory."""
+    data = tmp_path / "x.jsonl"
+    listwise.write(data, [row for row in odd_rows(tiny_world) if row.rewards])
+    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
+    found = opened(tmp_path / "stores", data, tokenizer)
+    argv = ["--model=m", "--data=d", "--out=o", "--method=dpo-pl", "--pl_responses=4", "--prompts_per_step=8"]
+    c, _ = config.parse(train.Config, argv, prog="train.py", description="")
+    p = train.make_plan(c, found)
+    assert (p.responses < 0).any()  # ragged
+    touched, at = train.touched_blocks(p, found)
+    flat = [(b.prompt.tolist(), y.tolist()) for b in touched for y in b.responses]
+    asked = []
+    for v, (row, ks) in enumerate(zip(p.row, p.responses, strict=True)):
+        some = [examples[row].response_ids[k].tolist() for k in ks if k >= 0]
+        assert [y.tolist() for y in train.visit_block(p, found, v).responses] == some
+        asked += [(examples[row].prompt_ids.tolist(), y) for y in some]
+    assert [flat[i] for i in at] == asked and len(touched) == len(set(p.row))
+    visited = {(row, k) for row, ks in zip(p.row, p.responses.tolist(), strict=True) for k in ks if k >= 0}
+    assert len(flat) == len(visited)
+    by_hand = [int(np.argmax(e.rewards)) if e.chosen is None else e.chosen for e in examples]
+    assert train.preferred(found).tolist() == by_hand
+    unscored = [Row("a", "p", ("yes .",)), Row("b", "p", ("yes .", "no ."), None, 1), Row("c", "p", ("no .", "so ."))]
+    listwise.write(data, unscored[:2])
+    assert train.preferred(opened(tmp_path / "stores", data, tokenizer)).tolist() == [0, 1]
+    listwise.write(data, unscored)
+    with pytest.raises(ValueError, match=r"x\.jsonl:3: several responses, and neither chosen nor rewards"):
+        train.preferred(opened(tmp_path / "stores", data, tokenizer))
+
+
+def test_only_equal_inputs_share_a_store(tiny_world, tmp_path, tokenizer):
+    data, copy = tiny_world / "train.jsonl", tmp_path / "copy.jsonl"
+    shutil.copy(data, copy)
+    other = tmp_path / "model"
+    shutil.copytree(tiny_world / "model", other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<assistant>", "<user>"))
+    stores = tmp_path / "stores"
+    opened(stores, data, tokenizer)
+
+    def count() -> int:
+        return len(list(stores.iterdir()))
+
+    assert opened(stores, copy, tokenizer).where(0) == f"{copy}:1" and count() == 1  # content decides, not the name
+    opened(stores, data, tokenizer, length_penalty=0.5, need_rewards=True)
+    assert count() == 1
+    changes = [dict(max_length=127), dict(overlong="error"), dict(candidates=2)]
+    for n, change in enumerate(changes, 2):
+        opened(stores, data, tokenizer, **change)
+        assert count() == n
+    opened(stores, data, tokens.load_tokenizer(str(other)))
+    assert count() == 5
+    copy.write_text(copy.read_text().replace('"id": "', '"id": "z', 1))
+    assert opened(stores, copy, tokenizer).id(0).startswith("z") and count() == 6
+
+
+def harm(folder: Path, how: str) -> None:
+    if how == "header":
+        text = (folder / "store.json").read_text()
+        (folder / "store.json").write_text(text.replace('"rows_kept": 24', '"rows_kept": 23'))
+    elif how == "no header":
+        (folder / "store.json").unlink()
+    elif how == "cut":
+        os.truncate(folder / "tokens", (folder / "tokens").stat().st_size - 4)
+    else:
+        (folder / "rewards").unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("header", "store.json has another checksum"),
+        ("no header", "No such file or directory: .*store.json"),
+        ("cut", r"tokens has [\d,]+ bytes, not [\d,]+"),
+        ("gone", "No such file or directory: .*rewards"),
+    ],
+)
+def test_a_harmed_store_is_refused_and_made_again_once_deleted(tiny_world, tmp_path, tokenizer, how, why):
+    data = tiny_world / "train.jsonl"
+    opened(tmp_path, data, tokenizer)
+    (folder,) = tmp_path.iterdir()
+    harm(folder, how)
+    with pytest.raises(ValueError, match=rf"{folder}: not a whole token store \(.*{why}.*\); delete this folder"):
+        opened(tmp_path, data, tokenizer)
+    shutil.rmtree(folder)
+    opened(tmp_path, data, tokenizer)
+
+
+def test_a_failed_pass_leaves_nothing(tiny_world, tmp_path, tokenizer, monkeypatch):
+    """A mistake in the last line; and data that is another file's by the time that it has been read."""
+    data, stores = tmp_path / "x.jsonl", tmp_path / "stores"
+    lines = (tiny_world / "train.jsonl").read_text().splitlines(keepends=True)
+    for last, message in (("{}\n", "the key 'id' is missing"), (lines[0], "id .* is already used at .*x.jsonl:1;")):
+        data.write_text("".join([*lines, last]))
+        with pytest.raises(ValueError, match=f"x.jsonl:25: {message}"):
+            opened(stores, data, tokenizer)
+        assert not list(stores.iterdir())
+    data.write_text("".join(lines))
+    real, read = store.file_hash, []
+
+    def hash_of_growing(path):
+        read.append(path)
+        return real(path) + str(len(read))
+
+    monkeypatch.setattr(store, "file_hash", hash_of_growing)
+    with pytest.raises(ValueError, match="x.jsonl: changed while it was read"):
+        opened(stores, data, tokenizer)
+    assert len(read) == 2 and not list(stores.iterdir())
+
+
+def test_whoever_is_second_finds_the_first_ones_store(tiny_world, tmp_path, tokenizer):
+    """Two processes that make the same store at once; and a rank that waits for another one to make it."""
+    data, folder = tiny_world / "train.jsonl", tmp_path / "both" / "s"
+    examples, counts = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
+    about = {"identity": {"data": "h"}, "counts": counts, "without_rewards": None}
+    store.write(folder, examples, about)
+    before = (folder / "store.json").stat().st_mtime_ns
+    store.write(folder, examples[:3], about)
+    assert (folder / "store.json").stat().st_mtime_ns == before
+    assert [path.name for path in folder.parent.iterdir()] == ["s"]
+    check_equal(store.Store(folder, data), examples)
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(opened, tmp_path / "one", data, tokenizer, makes=False)
+        assert not wait([waits], timeout=0.5).done
+        opened(tmp_path / "one", data, tokenizer)
+        check_equal(waits.result(timeout=60), examples)
+
+
+def test_rows_without_rewards_are_named_whether_the_store_is_there_or_not(tiny_world, tmp_path, tokenizer):
+    """Line 4 has none either, and its prompt is too long to be in the store."""
+    data = tmp_path / "x.jsonl"
+    rows = odd_rows(tiny_world)
+    rows[3] = replace(rows[3], rewards=None)
+    listwise.write(data, rows)
+    message = r"x\.jsonl:4: row 'long' has no rewards; .*data_prep\.py annotate"
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path / "stores", data, tokenizer, need_rewards=True)
+    assert not list((tmp_path / "stores").iterdir())
+    opened(tmp_path / "stores", data, tokenizer)
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path / "stores", data, tokenizer, need_rewards=True)
