@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Scored tokens a chunk: (256, 49152) fp32 is 48 MiB, and 2,048 tokens took 1.02 s with it against .97 to 1.32 s with
-# chunks of 64 to 2,048 (one thread, bf16, width 576).
-CHUNK = 256
+from hps import products
+
+# Logits alive at once, (chunk, V): 16 MiB in fp32, three times that with the product's own copy and the softmax. Chunks
+# of 64 to 2,048 tokens are about as fast as each other (V = 49152, one thread), so memory decides.
+CHUNK_LOGITS = 2**22
 
 
 def dense_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -24,9 +26,21 @@ def dense_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
     return torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
+def chunk_for(vocabulary: int) -> int:
+    """Scored tokens a chunk."""
+    return max(1, min(1024, CHUNK_LOGITS // vocabulary))
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(t, V) fp32. The product runs in the weight's dtype, or in fp32 where the CPU would emulate it."""
+    if products.in_fp32(weight):
+        return products.times_transposed(hidden, weight)
+    return (hidden.to(weight.dtype) @ weight.T).float()
+
+
 def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(logps (t,), log-softmax (t, V)), both fp32, of one chunk. The product runs in the weight's dtype."""
-    logps = torch.log_softmax((hidden.to(weight.dtype) @ weight.T).float(), dim=-1)
+    """(logps (t,), log-softmax (t, V)), both fp32, of one chunk."""
+    logps = torch.log_softmax(_logits(hidden, weight), dim=-1)
     return logps.gather(-1, targets[:, None]).squeeze(-1), logps
 
 
@@ -35,6 +49,13 @@ def _logit_gradient(logps: Tensor, targets: Tensor) -> Tensor:
     gradient = logps.exp_().neg_()
     gradient[torch.arange(len(targets), device=targets.device), targets] += 1
     return gradient
+
+
+def _to_hidden(gradient: Tensor, weight: Tensor) -> Tensor:
+    """(t, D): the gradient of the logits (t, V) fp32 carried back through the head."""
+    if products.in_fp32(weight):
+        return products.times(gradient, weight)
+    return gradient.to(weight.dtype) @ weight
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -49,7 +70,7 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(i, i + chunk)
             out[part], logps = _chunk(hidden[part], weight, targets[part])
             if gradient is not None:
-                gradient[part] = _logit_gradient(logps, targets[part]).to(weight.dtype) @ weight
+                gradient[part] = _to_hidden(_logit_gradient(logps, targets[part]), weight)
         ctx.save_for_backward(gradient)
         return out
 
@@ -129,7 +150,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int |
     if kernels := _kernels_for(weight):
         return kernels.token_logps(hidden, weight, targets, chunk=chunk or kernels.CHUNK)
     head = _TrainableHead if weight.requires_grad and torch.is_grad_enabled() else _FrozenHead
-    return head.apply(hidden, weight, targets, chunk or CHUNK)
+    return head.apply(hidden, weight, targets, chunk or chunk_for(len(weight)))
 
 
 def sequence_logps(token_logps: Tensor, sequence: Tensor, shape: torch.Size) -> Tensor:
@@ -138,17 +159,18 @@ def sequence_logps(token_logps: Tensor, sequence: Tensor, shape: torch.Size) -> 
     return total.index_add(0, sequence, token_logps).view(shape)
 
 
-def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
     """Exact next-token KL(policy || reference) at each position, (T,) fp32 nats >= 0; no gradient.
 
     Args:
         hidden, ref_hidden: (T, D) states of the two models at the same positions. weight, ref_weight: (V, D) heads.
     """
     kl = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    chunk = chunk_for(len(weight))
     with torch.no_grad():
         for i in range(0, len(hidden), chunk):
             part = slice(i, i + chunk)
-            logps = torch.log_softmax((hidden[part].to(weight.dtype) @ weight.T).float(), dim=-1)
-            ref = torch.log_softmax((ref_hidden[part].to(ref_weight.dtype) @ ref_weight.T).float(), dim=-1)
+            logps = torch.log_softmax(_logits(hidden[part], weight), dim=-1)
+            ref = torch.log_softmax(_logits(ref_hidden[part], ref_weight), dim=-1)
             kl[part] = (logps.exp() * (logps - ref)).sum(-1)
     return kl.clamp(min=0)  # rounding may leave -1e-8 where the two agree

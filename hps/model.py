@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hps import attention
+from hps import attention, products
 from hps.logps import sequence_logps, token_logps
 from hps.packing import Block, Packed, pack
 
@@ -86,7 +86,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot load the model {path!r}: {e}") from e
-    return lm.eval()  # dropout off, in scoring and in training alike
+    return products.use_fp32_products(lm).eval()  # dropout off, in scoring and in training alike
 
 
 def add_lora(lm: nn.Module, *, rank: int, alpha: int, targets: Sequence[str], seed: int) -> nn.Module:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hps.logps import dense_token_logps, sequence_logps, token_kl, token_logps
+from hps.logps import chunk_for, dense_token_logps, sequence_logps, token_kl, token_logps
 
 SHAPES = [(1, 5, 7), (13, 8, 101), (64, 16, 257), (130, 32, 1000)]
 
@@ -73,13 +73,21 @@ def test_sequence_logps_sums_by_owner():
     assert summed.tolist() == [[-1.0, 0.0], [-8.0, -6.0]]
 
 
-def test_token_kl_against_scipy():
+def test_token_kl_against_scipy(monkeypatch):
     from scipy.stats import entropy
+
+    monkeypatch.setattr("hps.logps.CHUNK_LOGITS", 200)  # three chunks
 
     h, w, _, _ = draw(9, 8, 50)
     g, v, _, _ = draw(9, 8, 50)
     g = g + 0.3
     p, q = torch.softmax(h.double() @ w.T.double(), -1), torch.softmax(g.double() @ v.T.double(), -1)
     by_scipy = np.array([entropy(a, b) for a, b in zip(p.numpy(), q.numpy(), strict=True)])
-    np.testing.assert_allclose(token_kl(h, w, g, v, chunk=4).numpy(), by_scipy, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(token_kl(h, w, g, v).numpy(), by_scipy, rtol=1e-3, atol=1e-5)
     assert token_kl(h, w, h, w).max() == 0
+
+
+def test_a_chunk_holds_sixteen_mib_of_logits():
+    """Whatever the vocabulary: 4 B x chunk x V <= 16 MiB, tokens enough for an efficient product where V is small."""
+    assert [chunk_for(V) for V in (220, 32_000, 49_152, 128_256)] == [1024, 131, 85, 32]
+    assert all(4 * chunk_for(V) * V <= 16 * 2**20 for V in (220, 32_000, 49_152, 128_256))
