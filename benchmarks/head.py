@@ -1,15 +1,19 @@
-"""The output head: chunked against dense, forward and backward. Time, memory beyond the inputs, error against float64.
+"""The output head: chunked against dense, forward and backward. Time, memory beyond inputs and outputs, error.
 
     python benchmarks/head.py
 
 Each contestant runs in processes of its own (peak memory is a process's), alternating, and medians are reported.
-The last line is JSON.
+Errors are of the gradient to the states, against float64, as a share of its largest entry; the Triton kernel runs in
+Triton's interpreter, on a small shape, since this machine's head is the chunked one. The last line is JSON.
 """
 
 import json
 import multiprocessing
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
@@ -17,15 +21,17 @@ import torch
 from hps.logps import dense_token_logps, token_logps
 
 WIDTH = 576  # SmolLM2-135M
-SHAPES = [(256, 32_000), (1024, 49_152), (4096, 49_152)]
+SHAPES = [(T, V) for V in (32_000, 49_152, 128_256) for T in (256, 4096)]
 CONTESTANTS = {"dense": dense_token_logps, "chunked": token_logps}
+DENSE_LIMIT = 2**28  # logits that the dense path may hold (three fp32 copies): 4,096 tokens of 49,152 and no more
+INTERPRETED = (48, 3000)  # T, V
 
 
 def inputs(T: int, V: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States and a frozen head, bf16 as in a LoRA run, and targets."""
+    """States and a frozen head, fp32, and targets."""
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(T, WIDTH, generator=g).bfloat16().requires_grad_()
-    weight = (torch.randn(V, WIDTH, generator=g) / WIDTH**0.5).bfloat16()
+    hidden = torch.randn(T, WIDTH, generator=g).requires_grad_()
+    weight = torch.randn(V, WIDTH, generator=g) / WIDTH**0.5
     return hidden, weight, torch.randint(0, V, (T,), generator=g)
 
 
@@ -34,60 +40,79 @@ def peak_mib() -> float:
 
 
 def run(name: str, T: int, V: int, repeats: int, queue: multiprocessing.Queue) -> None:
-    """Seconds of each forward and backward after one that is not counted, and MiB above the inputs."""
+    """Seconds of each forward and backward after one that is not counted, and MiB above inputs and outputs."""
     hidden, weight, targets = inputs(T, V)
+    hidden.grad = torch.zeros_like(hidden)
     (hidden[:8].detach() @ weight.T).float()  # the libraries' own buffers are not ours to count
     before, seconds = peak_mib(), []
     for _ in range(repeats + 1):
-        hidden.grad = None
         began = time.perf_counter()
         CONTESTANTS[name](hidden, weight, targets).sum().backward()
         seconds.append(time.perf_counter() - began)
     queue.put((seconds[1:], peak_mib() - before))
 
 
-def error(name: str, T: int, V: int) -> float:
-    """Largest error of the gradient to the states against float64, as a share of its largest entry."""
+def exact_gradient(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """d sum(logps) / d hidden in float64."""
+    h = hidden.detach().double().requires_grad_()
+    logps = torch.log_softmax(h @ weight.double().T, dim=-1).gather(-1, targets[:, None])
+    return torch.autograd.grad(logps.sum(), h)[0]
+
+
+def error(function, T: int, V: int, dtype: torch.dtype) -> float:
+    """Largest error of the gradient to the states, as a share of the largest entry."""
     hidden, weight, targets = inputs(T, V)
-    exact = hidden.detach().double().requires_grad_()
-    dense_token_logps_double(exact, weight.double(), targets).sum().backward()
-    CONTESTANTS[name](hidden, weight, targets).sum().backward()
-    assert exact.grad is not None and hidden.grad is not None
-    return float((hidden.grad.double() - exact.grad).abs().max() / exact.grad.abs().max())
+    hidden, weight = hidden.detach().to(dtype).requires_grad_(), weight.to(dtype)
+    exact = exact_gradient(hidden, weight, targets)
+    function(hidden, weight, targets).sum().backward()
+    assert hidden.grad is not None
+    return float((hidden.grad.double() - exact).abs().max() / exact.abs().max())
 
 
-def dense_token_logps_double(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return torch.log_softmax(hidden @ weight.T, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
+def interpreted_error() -> float | None:
+    """The Triton kernel's in bf16, in a process whose Triton interprets; None where Triton cannot be imported."""
+    code = (
+        "import torch, sys; sys.path.insert(0, 'benchmarks'); import head; from hps import kernels;"
+        f"print(head.error(kernels.token_logps, *{INTERPRETED}, torch.bfloat16))"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": "."}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else None
 
 
 def main() -> None:
-    spawn = multiprocessing.get_context("spawn")
-    rows = []
+    results = []
+    print(f"{'tokens':>8}{'vocabulary':>12}  {'path':<10}{'ms':>10}{'MiB beyond inputs and outputs':>32}")
     for T, V in SHAPES:
-        seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-        peak = dict.fromkeys(CONTESTANTS, 0.0)
-        for _ in range(2):
-            for name in CONTESTANTS:
-                queue = spawn.Queue()
-                process = spawn.Process(target=run, args=(name, T, V, 2, queue))
+        names = [name for name in CONTESTANTS if name != "dense" or T * V <= DENSE_LIMIT]
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        peaks: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(3):
+            for name in names:
+                queue = multiprocessing.get_context("spawn").Queue()
+                process = multiprocessing.get_context("spawn").Process(
+                    target=run, args=(name, T, V, 1 if T > 1000 else 3, queue)
+                )
                 process.start()
-                took, mib = queue.get()
+                taken, peak = queue.get()
                 process.join()
-                seconds[name] += took
-                peak[name] = max(peak[name], mib)
-        rows.append({"T": T, "V": V})
-        rows[-1] |= {f"{name}_ms": round(1000 * statistics.median(s), 1) for name, s in seconds.items()}
-        rows[-1] |= {f"{name}_peak_mib": round(mib, 1) for name, mib in peak.items()}
-    errors = {name: error(name, 96, 5000) for name in CONTESTANTS}
-
-    print(f"{'T':>6}{'V':>8}" + "".join(f"{name + ' ms':>14}{name + ' MiB':>14}" for name in CONTESTANTS))
-    for row in rows:
-        cells = "".join(f"{row[f'{name}_ms']:>14}{row[f'{name}_peak_mib']:>14}" for name in CONTESTANTS)
-        print(f"{row['T']:>6}{row['V']:>8}" + cells)
-    print("gradient error against float64, bf16:", ", ".join(f"{name} {e:.1e}" for name, e in errors.items()))
-    ratio = statistics.median(row["chunked_ms"] / row["dense_ms"] for row in rows)
-    peak_of_last = rows[-1]["chunked_peak_mib"]
-    print(json.dumps({"rows": rows, "chunked_over_dense": round(ratio, 3), "peak_mib": peak_of_last, "error": errors}))
+                seconds[name] += taken
+                peaks[name].append(peak)
+        for name in names:
+            row = {"tokens": T, "vocabulary": V, "path": name, "ms": 1000 * statistics.median(seconds[name])}
+            row["peak_mib"] = statistics.median(peaks[name])
+            results.append(row)
+            print(f"{T:>8}{V:>12}  {name:<10}{row['ms']:>10.0f}{row['peak_mib']:>32.0f}")
+    errors = {
+        f"{name}_{short}": error(function, 256, 32_000, dtype)
+        for name, function in CONTESTANTS.items()
+        for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    errors["triton_interpreted_bf16"] = interpreted_error()
+    for name, value in errors.items():
+        print(f"error {name:<26}{'Triton cannot be imported' if value is None else f'{value:.2g}'}")
+    largest = next(row["peak_mib"] for row in results[::-1] if row["path"] == "chunked")
+    print(json.dumps({"peak_mib": largest, "threads": torch.get_num_threads(), "errors": errors, "results": results}))
 
 
 if __name__ == "__main__":
