@@ -21,7 +21,7 @@ from hps.data import generate, listwise, tokens
 from hps.evaluate import metrics, report
 from hps.lab import scorers
 from hps.lab.world import World
-from hps.packing import Block, pack
+from hps.packing import Block, micro_batches, pack
 
 
 @dataclass
@@ -109,8 +109,9 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         h = policy_logps - ref_logps
         texts = [by_id[examples[i].id].responses[k] for k in examples[i].kept]
         values[examples[i].id] = candidate_metrics(examples[i], h, texts, human_pairs=human)
-        winner = Block(blocks[i].prompt, (blocks[i].responses[pair(examples[i])[0]],))
-        values[examples[i].id]["kl_exact"] = exact_kl(policy, ref, winner, ranks.device)
+    winners = [Block(blocks[i].prompt, (blocks[i].responses[pair(examples[i])[0]],)) for i in mine]
+    for i, kl in zip(mine, exact_kl(policy, ref, winners, ranks.device, c.tokens_per_micro_batch), strict=True):
+        values[examples[i].id]["kl_exact"] = kl
     sampled: list[listwise.Row] = []
     if c.samples:
         sampled, texts_counts = draw_samples(c, policy_lm, tokenizer, [examples[i] for i in mine], by_id, score, ranks)
@@ -170,11 +171,17 @@ def candidate_metrics(
     return found | {"kl_seq": float(h[w])}
 
 
-def exact_kl(policy: model.PolicyModel, ref: model.PolicyModel, winner: Block, device: torch.device) -> float:
-    """Sum over the winner's positions of the exact next-token KL(policy || reference), nats."""
-    packed = pack([winner], pad_id=0).to(device)
-    with torch.no_grad():
-        return float(logps.token_kl(policy.hidden(packed), policy.head, ref.hidden(packed), ref.head).sum())
+def exact_kl(
+    policy: model.PolicyModel, ref: model.PolicyModel, winners: list[Block], device: torch.device, budget: int
+) -> list[float]:
+    """For each winner the sum over its positions of the exact next-token KL(policy || reference), nats."""
+    found = np.empty(len(winners))
+    for members in micro_batches([len(w) for w in winners], budget=budget, world_size=1)[0]:
+        packed = pack([winners[i] for i in members], pad_id=0).to(device)
+        with torch.no_grad():
+            kl = logps.token_kl(policy.hidden(packed), policy.head, ref.hidden(packed), ref.head)
+        found[members] = logps.sequence_logps(kl, packed.sequence, packed.valid.shape)[:, 0].cpu()
+    return found.tolist()
 
 
 def draw_samples(c: Config, lm, tokenizer, examples, by_id, score, ranks) -> tuple[list[listwise.Row], dict[str, int]]:
