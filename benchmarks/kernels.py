@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from hps import kernels
+from hps import kernels, logps
 
 TOKENS = 4096  # scored tokens of a micro-batch
 WIDTHS, VOCABULARIES = (576, 4096), (49_152, 128_256)  # SmolLM2-135M, Llama-3.1-8B
@@ -73,7 +73,7 @@ def steps(path: str, D: int, V: int, trains: bool) -> list[tuple[float, float]]:
         every = [(w / TOKENS + 2 * V, product), (36 * V, 0), (w / TOKENS + 2 * V, product)]
         return every + [(w / TOKENS + 2 * V, product)] * trains
     if path == "chunked":
-        chunk = 256
+        chunk = logps.chunk_for(V)
         forward = [(w / chunk + 2 * V, product), (14 * V, 0)]  # product; fp32 copy 6, log-softmax 8
         backward = [((30 if trains else 22) * V, 0), (w / chunk + 2 * V, product)]  # exp 8, neg 8, (scale 8,) copy 6
         head = [(w / chunk + 2 * V, product), (5 * w / chunk, 0)]  # its product; fp32 sum over chunks

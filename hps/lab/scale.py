@@ -4,9 +4,11 @@
 
 Premises. The model is a Llama: RMSNorm, rotary positions, grouped keys, gated MLP, no biases. The run is torchrun's,
 so all is sharded (hps.dist.shard). Every prompt has the mean length and every response too, and nothing is padded or
-idle. One product of (m, k) and (k, n) is 2 m k n FLOPs; nothing else counts as one. Letters: N packed tokens of a
-micro-batch in rows of n; T of them scored; D width, Q = heads x head size, F MLP width, V vocabulary, L layers,
-r LoRA rank, s bytes of the compute dtype.
+idle. One product of (m, k) and (k, n) is 2 m k n FLOPs; nothing else counts as one. Of attention only pairs of a query
+and a key that it may see are counted, of m causal tokens m (m + 1) / 2, whatever computes them: a kernel works in tiles
+and does some more, a dense mask (hps.attention's last resort, not estimated here) all N^2. Letters: N packed tokens, T
+of them scored, A such pairs; P prompt and Y response tokens, K responses; D width, Q = heads x head size, F MLP width,
+V vocabulary, L layers, r LoRA rank, w bytes of a number in the compute dtype.
 """
 
 import json
@@ -15,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hps import checkpoint, config
-from hps.logps import CHUNK
+from hps.logps import chunk_for
 from hps.reference import PIECE
 
-Flops = int | float
+KERNEL_CHUNK = 1024  # hps.kernels.CHUNK, which cannot be imported where there is no Triton
 
 
 @dataclass
@@ -140,41 +142,40 @@ def gathered_bytes(s: Shape, c: Options) -> int:
     return width(c) * (root + min(2, L) * layer)
 
 
-def layer_bytes(s: Shape, c: Options, *, N: int, n: int) -> int:
+def layer_bytes(s: Shape, c: Options, *, N: int) -> int:
     """What one layer keeps for its backward, without checkpointing, bytes.
 
-    A token: the two norms keep their input in fp32 (4 D) and 1 / rms (4); attention q, k, v and its output (with a
-    shared prompt k and v repeated for all heads, as transformers does under a mask) and a logsumexp a head; the MLP
-    silu's input and both factors of its product (3 F). A frozen matrix keeps nothing of its input. An adapter keeps
-    its inputs, D (q, k, v share one; gate and up too; o's is attention's output) and r; full training keeps the
-    inputs of all and the norms' outputs before their weight (D). The bool mask of shared prompts becomes one of the
-    compute dtype, N n.
+    A token: the two norms keep their input in fp32 (4 D) and 1 / rms (4); attention q, k, v and its output, keys not
+    repeated for their group of heads, and a log-sum-exp a head; the MLP silu's input and both factors of its product
+    (3 F). A frozen matrix keeps nothing of its input. An adapter keeps its inputs, D (q, k, v share one; gate and up
+    too; o's is attention's output) and r; full training keeps the inputs of all and the norms' outputs before their
+    weight (D). That many short responses share a padded call on a CPU, which keeps copies of prompts, is left out.
     """
     D, F, w = s.hidden_size, s.intermediate_size, width(c)
     trains = set(c.lora_targets.split(",")) if c.lora_rank else set(s.linears)
     inputs = D * bool(trains & {"q_proj", "k_proj", "v_proj"}) + D * bool(trains & {"gate_proj", "up_proj"})
     inputs += F * ("down_proj" in trains) + (c.lora_rank * len(trains) if c.lora_rank else 2 * D)
-    kv = s.Q if c.share_prompt else s.linears["k_proj"][1]
-    token = 2 * (4 * D + 4) + w * (2 * s.Q + 2 * kv) + 4 * s.num_attention_heads + w * 3 * F + w * inputs
-    return N * token + w * N * n * c.share_prompt
+    attention = w * sum(s.linears[t][1] for t in ("q_proj", "k_proj", "v_proj")) + w * s.Q + 4 * s.num_attention_heads
+    return N * (2 * (4 * D + 4) + attention + w * 3 * F + w * inputs)
 
 
 def activation_bytes(s: Shape, c: Options) -> dict[str, int]:
     """Kept between forward and backward of a micro-batch, bytes; gradients on their way are not counted.
 
     With checkpointing a layer keeps its input alone, N D, and one layer at a time all that `layer_bytes` says. Both
-    ways the last norm keeps its input in fp32, the head T D, and shared prompts a mask of N n bools.
-    head_chunk: fp32 logits and log-softmax of CHUNK tokens; the Triton kernels' buffer, 4 CHUNK tokens in bf16, is
-    as large. A head that trains also has its fp32 gradient and one more product in the compute dtype.
+    ways the last norm keeps its input in fp32 and the head T D.
+    head_chunk: a chunk's fp32 logits and log-softmax; of bf16 heads, which go to the Triton kernels on GPUs, their
+    buffer in bf16. A head that trains also has its fp32 gradient and one more product in the compute dtype.
     """
-    one = visit(c, shared=c.share_prompt)
     # The budget counts a prompt once, also where plain rows repeat it.
     blocks = max(1, min(c.tokens_per_micro_batch // visit(c, shared=True)["N"], c.prompts_per_step // c.world_size))
-    N, n, T = blocks * one["N"], one["n"], blocks * one["T"]
+    one = visit(c, shared=c.share_prompt)
+    N, T = blocks * one["N"], blocks * one["T"]
     D, V, L, w = s.hidden_size, s.vocab_size, s.num_hidden_layers, width(c)
-    layer = layer_bytes(s, c, N=N, n=n)
-    rest = N * (4 * D + 4) + T * D * w + N * n * c.share_prompt
-    chunk = 8 * min(CHUNK, T) * V + (0 if c.lora_rank else (4 + w) * V * D)
+    layer = layer_bytes(s, c, N=N)
+    rest = N * (4 * D + 4) + T * D * w
+    chunk = 2 * min(KERNEL_CHUNK, T) * V if c.dtype == "bf16" else 8 * min(chunk_for(V), T) * V
+    chunk += 0 if c.lora_rank else (4 + w) * V * D
     return {"kept": L * layer + rest, "checkpointed": L * N * D * w + layer + rest, "head_chunk": chunk}
 
 
@@ -186,11 +187,10 @@ def width(c: Options) -> int:
 # -- work --
 
 
-def forward_flops(s: Shape, c: Options, *, N: Flops, n: Flops, T: Flops) -> Flops:
-    """2 in out a token and linear map, 2 r (in + out) an adapter, 4 n Q a token for attention (a dense mask is
-    computed whole), 2 D V a scored token."""
+def forward_flops(s: Shape, c: Options, *, N: int, T: int, A: int) -> int:
+    """2 in out a token and linear map, 2 r (in + out) an adapter, 4 Q a pair of attention, 2 D V a scored token."""
     maps = sum(2 * i * o for i, o in s.linears.values()) + sum(2 * c.lora_rank * sum(s.linears[t]) for t in adapted(c))
-    return s.num_hidden_layers * N * (maps + 4 * n * s.Q) + 2 * T * s.hidden_size * s.vocab_size
+    return s.num_hidden_layers * (N * maps + A * 4 * s.Q) + 2 * T * s.hidden_size * s.vocab_size
 
 
 def adapted(c: Options) -> list[str]:
@@ -198,41 +198,49 @@ def adapted(c: Options) -> list[str]:
     return c.lora_targets.split(",") if c.lora_rank else []
 
 
-def training_flops(s: Shape, c: Options, *, N: Flops, n: Flops, T: Flops, recompute_head: bool = False) -> Flops:
+def training_flops(s: Shape, c: Options, *, N: int, T: int, A: int, recompute_head: bool = False) -> int:
     """Forward and backward.
 
     A trained product costs twice its forward in the backward, a frozen one once; attention twice (its kernels make
     the scores again, which is not counted). Nothing flows into the first layer's input when the base is frozen: of
-    its q, k and v the base has no backward, their adapters' A one product less, and attention no gradient of those of
-    them without adapter. (At least one of the three has one.) Checkpointing runs each layer's forward again but for
+    its q, k and v the base has no backward, and their adapters' A one product less. (At least one of the three has an
+    adapter; attention's kernels then make all three gradients.) Checkpointing runs each layer's forward again but for
     its last product (down_proj, or its adapter's B), whose result no backward needs, and asks for the gradient of the
     first layer's input after all. A frozen head makes its gradient while the logits are there, 2 D V more; the Triton
     kernels of a wide one make them again (`recompute_head`), and so does a head that trains.
     """
     L, head = s.num_hidden_layers, 2 * T * s.hidden_size * s.vocab_size
-    forward = forward_flops(s, c, N=N, n=n, T=T)
+    forward = forward_flops(s, c, N=N, T=T, A=A)
     layers = forward - head
     last = c.lora_rank if "down_proj" in adapted(c) else s.intermediate_size
     again = layers - L * N * 2 * last * s.hidden_size if c.gradient_checkpointing else 0
     if not c.lora_rank:
         return forward + 2 * layers + again + 3 * head
     adapters = L * N * sum(2 * c.lora_rank * sum(s.linears[t]) for t in adapted(c))
-    attention = L * N * 4 * n * s.Q
+    attention = L * A * 4 * s.Q
     qkv = ("q_proj", "k_proj", "v_proj")
-    first = sum(2 * math.prod(s.linears[t]) for t in qkv)
-    first += sum(2 * c.lora_rank * s.linears[t][0] if t in adapted(c) else 2 * n * s.Q for t in qkv)
+    first = sum(2 * math.prod(s.linears[t]) + 2 * c.lora_rank * s.linears[t][0] * (t in adapted(c)) for t in qkv)
     first = 0 if c.gradient_checkpointing else N * first
     return forward + layers + adapters + attention - first + again + head * (2 if recompute_head else 1)
 
 
+def counts(P: int, Y: int, K: int) -> dict[str, int]:
+    """N, T, A of [prompt | y_1 | .. | y_K]: a response's tokens see the prompt and the past of their own."""
+
+    def causal(m: int) -> int:
+        return m * (m + 1) // 2
+
+    return {"N": P + K * Y, "T": K * Y, "A": causal(P) + K * (Y * P + causal(Y))}
+
+
 def visit(c: Options, *, shared: bool) -> dict[str, int]:
-    """N, n, T of one visit: [prompt | y_1 | .. | y_K] in a row, or a row for each response."""
-    P, K, Y = c.prompt_tokens, c.responses, c.response_tokens
-    return {"N": P + K * Y, "n": P + K * Y, "T": K * Y} if shared else {"N": K * (P + Y), "n": P + Y, "T": K * Y}
+    """N, T, A of one visit: its responses behind one prompt, or each behind a prompt of its own."""
+    P, Y, K = c.prompt_tokens, c.response_tokens, c.responses
+    return counts(P, Y, K) if shared else {key: K * n for key, n in counts(P, Y, 1).items()}
 
 
 def scored_once(c: Options, *, shared: bool) -> list[dict[str, int]]:
-    """The rows in which a prompt's responses are scored for the cache, each once.
+    """N, T, A of the blocks in which a prompt's responses are scored for the cache, each once.
 
     A view that draws opponents meets the best response and, at most, other opponents in every epoch; BT and PL meet
     the same ones. hps.reference scores them in pieces of about PIECE tokens, each with the whole prompt.
@@ -240,13 +248,8 @@ def scored_once(c: Options, *, shared: bool) -> list[dict[str, int]]:
     P, Y = c.prompt_tokens, c.response_tokens
     draws = c.method.split("-")[1] in ("hps", "uniform", "window")
     left = 1 + (c.epochs if draws else 1) * (c.responses - 1)
-    most = max(1, (max(PIECE, 2 * P) - P) // Y)
-    rows = []
-    while left:
-        K = min(left, most) if shared else 1
-        rows.append({"N": P + K * Y, "n": P + K * Y, "T": K * Y})
-        left -= K
-    return rows
+    most = max(1, (max(PIECE, 2 * P) - P) // Y) if shared else 1
+    return [counts(P, Y, min(most, left - done)) for done in range(0, left, most)]
 
 
 def run_work(s: Shape, c: Options, *, shared: bool, cached: bool) -> dict[str, float]:
@@ -284,9 +287,9 @@ def estimate(s: Shape, c: Options) -> dict:
         for shared in (True, False)
         for cached in (True, False)
     ]
-    counts = {"all": elements(base + lora), "trained": elements(lora or base)}
+    parameters = {"all": elements(base + lora), "trained": elements(lora or base)}
     steps = c.epochs * -(-c.prompts // c.prompts_per_step)
-    return {"options": asdict(c), "parameters": counts, "bytes_per_rank": fixed, "steps": steps, "ways": ways}
+    return {"options": asdict(c), "parameters": parameters, "bytes_per_rank": fixed, "steps": steps, "ways": ways}
 
 
 def table(found: dict) -> str:

@@ -8,13 +8,12 @@ import pytest
 import torch
 from conftest import ROOT
 from torch import distributed
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
-from hps import config, dist, model
+from hps import attention, config, dist, model
 from hps.lab import scale
 from hps.packing import Block, Packed, pack
 
@@ -35,10 +34,10 @@ def policy(s: scale.Shape, *, rank: int, targets: str, dtype=torch.float32, ckpt
     return model.PolicyModel(lm.to(dtype))
 
 
-def batch(*, share_prompt: bool) -> Packed:
-    """3 prompts of 7 tokens with 2 responses of 5: 3 rows of 17, or 6 of 12; 30 scored tokens."""
+def batch(*spans: tuple[int, tuple[int, ...]], share_prompt: bool) -> Packed:
+    """Prompts and responses of these lengths."""
     draw = np.random.default_rng(0)
-    blocks = [Block(draw.integers(0, 96, 7), tuple(draw.integers(0, 96, (2, 5)))) for _ in range(3)]
+    blocks = [Block(draw.integers(0, 96, P), tuple(draw.integers(0, 96, y) for y in ys)) for P, ys in spans]
     return pack(blocks, pad_id=0, share_prompt=share_prompt)
 
 
@@ -82,23 +81,49 @@ def test_bytes_of_rank_0_are_those_of_meta_shards(world_size, rank):
     assert scale.sharded_bytes(scale.Shape(), c) == found
 
 
+def attended(query, key, value, dropout=0.0, causal=False, **_) -> int:
+    """FLOPs of one call of the CPU's flash kernel by the shapes that it got: two products over the pairs."""
+    batch, heads, length, size = query
+    pairs = sum(range(1, length + 1)) if causal else length * key[2]
+    return batch * heads * pairs * 2 * (size + size)
+
+
+def attended_backward(grad, query, key, value, out, lse, dropout=0.0, causal=False, **_) -> int:
+    return 2 * attended(query, key, value, dropout, causal)
+
+
+FLASH = {attention._forward: attended, attention._backward: attended_backward}
+
+
 @pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("ckpt", [True, False])
-@pytest.mark.parametrize(("rank", "targets"), [(3, LORA), (3, "q_proj,k_proj,down_proj"), (0, LORA)])
-def test_flops_are_the_counted_ones(share_prompt, ckpt, rank, targets):
-    """Exactly, forward and backward of a packed batch; attention as plain products, which the counter sees."""
-    packed = batch(share_prompt=share_prompt)
+@pytest.mark.parametrize(("rank", "targets"), [(3, LORA), (3, "k_proj,down_proj"), (0, LORA)])
+def test_flops_are_the_counted_ones(monkeypatch, share_prompt, ckpt, rank, targets):
+    """Exactly, forward and backward of 2 prompts of 7 tokens with 3 responses of 5; what the kernels are called with
+    is what is counted of attention, so a call between prompts or siblings would show."""
+    monkeypatch.setattr(attention, "_layout", lambda packed, heads: attention._blockwise(packed))
+    packed = batch((7, (5, 5, 5)), (7, (5, 5, 5)), share_prompt=share_prompt)
     c = options(lora_rank=rank, lora_targets=targets, gradient_checkpointing=ckpt)
-    rows, n = packed.input_ids.shape
-    sizes = dict(N=rows * n, n=n, T=len(packed.targets))
+    one = dataclasses.replace(c, prompt_tokens=7, response_tokens=5, responses=3)
+    sizes = {key: 2 * n for key, n in scale.visit(one, shared=share_prompt).items()}
+    assert (sizes["N"], sizes["T"]) == (packed.input_ids.numel(), len(packed.targets))
     lm = policy(SMALL, rank=rank, targets=targets, ckpt=ckpt)
-    with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as both:
-            lm(packed).sum().backward()
-        with FlopCounterMode(display=False) as forward, torch.no_grad():
-            lm(packed)
+    with FlopCounterMode(display=False, custom_mapping=FLASH) as both:
+        lm(packed).sum().backward()
+    with FlopCounterMode(display=False, custom_mapping=FLASH) as forward, torch.no_grad():
+        lm(packed)
     assert scale.training_flops(SMALL, c, **sizes) == both.get_total_flops()
     assert scale.forward_flops(SMALL, c, **sizes) == forward.get_total_flops()
+
+
+def test_pairs_of_attention_are_those_of_the_dense_mask():
+    """P = 7, Y = 5, K = 3 and 1."""
+    for K in (3, 1):
+        packed = batch((7, (5,) * K), share_prompt=True)
+        mask = attention.block_mask(packed)
+        assert mask is not None
+        found = {"N": packed.input_ids.numel(), "T": len(packed.targets), "A": int(mask.sum())}
+        assert scale.counts(7, 5, K) == found
 
 
 def kept(s: scale.Shape, packed: Packed, *, rank: int, targets: str, dtype, ckpt: bool) -> int:
@@ -121,14 +146,39 @@ def kept(s: scale.Shape, packed: Packed, *, rank: int, targets: str, dtype, ckpt
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(("rank", "targets"), [(3, LORA), (3, "gate_proj,q_proj,down_proj,o_proj"), (0, LORA)])
 def test_a_layer_keeps_what_autograd_keeps(share_prompt, dtype, rank, targets):
-    """Exactly: the difference of models with 3 and with 2 layers, which takes the first layer's exceptions out."""
-    packed = batch(share_prompt=share_prompt)
+    """Exactly: the difference of models with 3 and with 2 layers, which takes the first layer's exceptions out. Shared
+    prompts of ragged lengths, which hps.attention serves blockwise; repeated ones of one length, without pads."""
+    spans = ((120, (40, 8)), (8, (6, 30))) if share_prompt else ((12, (9, 9)),)
+    packed = batch(*spans, share_prompt=share_prompt)
+    if share_prompt:
+        assert type(attention._layout(packed, SMALL.num_attention_heads)) is not attention._Padded
     c = options(lora_rank=rank, lora_targets=targets, dtype=dtype, share_prompt=share_prompt)
-    rows, n = packed.input_ids.shape
     how = dict(rank=rank, targets=targets, dtype=model.DTYPES[dtype], ckpt=False)
     less = dataclasses.replace(SMALL, num_hidden_layers=2)
     measured = kept(SMALL, packed, **how) - kept(less, packed, **how)
-    assert scale.layer_bytes(SMALL, c, N=rows * n, n=n) == measured
+    assert scale.layer_bytes(SMALL, c, N=packed.input_ids.numel()) == measured
+
+
+def test_bytes_of_a_micro_batch_by_hand():
+    """P = 100, two responses of 60: 2200 tokens hold 10 blocks of 220, which as plain rows are 10 * 320. Beside its
+    layers a model keeps the last norm's input in fp32 with 1 / rms, and the states of 10 * 120 scored tokens. Of
+    Llama-3's vocabulary the logits of 2^22 // 128256 = 32 tokens are alive, in bf16 those of 1024."""
+    c = options(prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=2200, dtype="bf16")
+    layer = scale.layer_bytes(SMALL, c, N=2200)
+    rest = 2200 * (4 * 64 + 4) + 1200 * 64 * 2
+    found = {"kept": 3 * layer + rest, "checkpointed": 3 * 2200 * 64 * 2 + layer + rest, "head_chunk": 1024 * 96 * 2}
+    assert scale.activation_bytes(SMALL, c) == found
+    apart = scale.activation_bytes(SMALL, dataclasses.replace(c, share_prompt=False))
+    assert apart["kept"] == 3 * scale.layer_bytes(SMALL, c, N=3200) + rest + 1000 * (4 * 64 + 4)
+    whole = scale.activation_bytes(scale.Shape(), dataclasses.replace(c, dtype="fp32"))
+    assert whole["head_chunk"] == 32 * 128_256 * 8
+
+
+def test_the_kernels_chunk_is_theirs():
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    from hps import kernels
+
+    assert scale.KERNEL_CHUNK == kernels.CHUNK
 
 
 def test_tokens_by_hand():
@@ -146,7 +196,7 @@ def test_hours_by_hand():
     """hours * 3600 s * ranks * peak * share = FLOPs; without the cache a forward stands beside every visit."""
     c = options(prompts=10, prompt_tokens=100, response_tokens=60, world_size=5, tflops=2.0, mfu=0.25)
     way = scale.run_work(SMALL, c, shared=True, cached=False)
-    sizes = dict(N=220, n=220, T=120)
+    sizes = dict(N=220, T=120, A=5050 + 2 * (60 * 100 + 1830))
     flops = 20 * (scale.training_flops(SMALL, c, **sizes) + scale.forward_flops(SMALL, c, **sizes))
     assert way["flops"] == flops
     assert way["hours"] * 3600 * 5 * 2e12 * 0.25 == pytest.approx(flops)
