@@ -63,6 +63,7 @@ def candidates(c: Options, n: int) -> list[listwise.Row]:
 
 
 def child(c: Options, name: str, out: Connection) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train.py is a script, no package
     import train
 
     torch.set_num_threads(c.threads)

@@ -76,6 +76,7 @@ class Clock:
 
 def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
     """train.py as a user runs it, with its clocks read and the shapes of its micro-batches written down."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train.py is a script, no package
     import train
     from hps.data import listwise
 
