@@ -112,13 +112,14 @@ for (const table of document.querySelectorAll("table")) {
 """
 
 
-def _allowed(source: str) -> str:
-    return f"'sha256-{b64encode(sha256(source.encode()).digest()).decode()}'"
+def policy(style: str, script: str) -> str:
+    """Content-Security-Policy of a page whose only style and script are these two texts, allowed by their hashes.
 
-
-# Only the two texts above may style and run, by their hashes: nothing loads from outside, nothing injected runs.
-POLICY = (f"default-src 'none'; img-src data:; style-src {_allowed(STYLE)}; script-src {_allowed(SCRIPT)}; "
-          "base-uri 'none'; form-action 'none'")
+    Nothing loads from outside, nothing injected runs.
+    """
+    hashes = (f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in (style, script))
+    return ("default-src 'none'; img-src data:; style-src {}; script-src {}; "
+            "base-uri 'none'; form-action 'none'").format(*hashes)
 
 
 def _cell(cell: Cell, first: bool, ranged: bool) -> str:
@@ -167,7 +168,7 @@ def render(title: str, subtitle: str, *, settings: Sequence[tuple[str, str]], le
     settings: (name, value) under the subtitle. legend: what the marks of all tables mean. Each table has a row.
     """
     parts = ['<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+             f'<meta http-equiv="Content-Security-Policy" content="{policy(STYLE, SCRIPT)}">',
              '<meta name="viewport" content="width=device-width">',
              f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
              f"<h1>{escape(title)}</h1>\n<p>{escape(subtitle)}</p>", _terms(settings, ' class="settings"'),
