@@ -1,0 +1,668 @@
+"""The rating page, clicked through in a browser, and the table of what raters return, against values by hand."""
+
+import collections
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hps.data import listwise
+from hps.evaluate import survey
+
+CRITERIA = ["correctness", "helpfulness", "safety", "clarity"]  # of the paper's Appendix D.2.2, in its order
+NASTY = [
+    "<script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">",
+    "</script><script>document.title = 'ran'</script><!-- <script>",
+    "]]> --> line\u2028separator\u2029 {{data}} {{policy}} \\u003c &lt;b&gt; &amp; caf\u00e9 \u05e9\u05dc\u05d5\u05dd",
+    "<link rel=stylesheet href=http://127.0.0.1:9/a.css><iframe src=http://127.0.0.1:9/></iframe>",
+    "two\n\nlines, and  two spaces",
+    "",
+]
+TEMPLATE = Path(survey.__file__).with_name("survey.html")
+METHODS = ("zeta-sft", "zeta-hps", "zeta-bt")
+
+
+def write_samples(folder, responses=NASTY, prompts=2):
+    """A samples.jsonl of each method, as eval.py writes them: prompt i has two responses of each, none shared."""
+    texts = itertools.cycle(responses)
+    named = []
+    for method in METHODS:
+        rows = []
+        for i in range(prompts):
+            chat = ({"role": "user", "content": f"Question <{i}>"}, {"role": "assistant", "content": "</script>"},
+                    {"role": "user", "content": "And?"})
+            prompt = chat if i else "Human: <b>Hi</b>\n\nAssistant:"
+            rows.append(listwise.Row(f"id-{i}", prompt, (next(texts), next(texts)), (0.5, 1.0), None, None,
+                                     f"runs/{method}/policy", "data/test.jsonl"))
+        listwise.write(folder / f"{method}.jsonl", rows)
+        named.append(f"{method}={folder / method}.jsonl")
+    return ",".join(named)
+
+
+def export(folder, **options):
+    options = {"out": f"{folder}/study", "items": 2} | options
+    if "methods" not in options:
+        options["methods"] = write_samples(folder)
+    survey.main(["export", *(f"--{name}={value}" for name, value in options.items())])
+    out = Path(options["out"])
+    return (out / "survey.html").read_text(encoding="utf-8"), json.loads((out / "key.json").read_text())
+
+
+def embedded(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+# ---- the page without a browser ------------------------------------------------------------------
+
+
+def test_the_key_leads_back_to_every_response_and_the_page_does_not(tmp_path):
+    page, key = export(tmp_path)
+    data = embedded(page)
+    assert list(data["criteria"]) == CRITERIA and data["study"] == key["study"] and key["methods"] == list(METHODS)
+    rows = {m: {row.id: row for row in listwise.read(tmp_path / f"{m}.jsonl")} for m in METHODS}
+    assert len(data["items"]) == len(key["items"]) == 6
+    for item in data["items"]:
+        row = rows[key["items"][item["id"]]["method"]][key["items"][item["id"]]["prompt"]]
+        assert item["text"] == row.responses[key["items"][item["id"]]["response"]]
+        shown = data["prompts"][item["prompt"]]
+        assert shown == ([["Prompt", row.prompt]] if isinstance(row.prompt, str) else
+                         [[turn["role"].title(), turn["content"]] for turn in row.prompt])
+    pairs = {(v["prompt"], v["method"]) for v in key["items"].values()}
+    assert pairs == {(f"id-{i}", m) for i in range(2) for m in METHODS}
+    for name in (*METHODS, "zeta", "id-0", "policy/", "test.jsonl", str(tmp_path)):
+        assert name not in page
+
+
+def test_what_is_drawn_follows_the_seed_and_says_nothing_about_the_method(tmp_path):
+    samples = write_samples(tmp_path, [f"answer {n}" for n in range(80 * 6)], prompts=80)
+    drawn = {}
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        drawn[out] = export(tmp_path, methods=samples, out=str(tmp_path / out), items=70, seed=seed)
+    assert drawn["a"] == drawn["b"] and drawn["a"][1]["study"] != drawn["c"][1]["study"]
+    items = drawn["a"][1]["items"].values()
+    assert len({item["prompt"] for item in items}) == 70
+    assert 70 < sum(item["response"] for item in items) < 140  # of 210, of which each is 0 or 1
+    orders = collections.defaultdict(str)  # of the methods, by the numbers of a prompt's responses
+    for item in items:
+        orders[item["prompt"]] += item["method"][5]
+    assert len(set(orders.values())) == 6 and max(collections.Counter(orders.values()).values()) < 30  # of 70
+
+
+class Scripts(HTMLParser):
+    """Every tag as a browser sees it, but for what stands in scripts and styles."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_no_text_gets_out_of_the_data(tmp_path):
+    """The page's tags are those of the template, whatever the responses hold; nothing names an outside address."""
+    page, _ = export(tmp_path)
+    template = TEMPLATE.read_text(encoding="utf-8")
+    assert [tag for tag, _ in Scripts(page).tags] == [tag for tag, _ in Scripts(template).tags]
+    for _, attrs in Scripts(page).tags:
+        assert attrs.get("href", "data:,") == "data:,"
+        assert not attrs.keys() & {"src", "action", "srcset", "style", "onclick", "onload"}
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
+    assert "<" not in data and data.isascii() and page.count("</script>") == 2
+    assert "default-src 'none'" in page and not re.search(r"url\(|@import|fetch\(|XMLHttp|innerHTML", page)
+
+
+def luminance(colour):
+    digits = colour.lstrip("#")
+    digits = "".join(2 * d for d in digits) if len(digits) == 3 else digits
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    return sum(w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+               for w, c in zip((0.2126, 0.7152, 0.0722), parts))
+
+
+def test_contrast_of_texts_in_light_and_dark():
+    """WCAG 2.2, 1.4.3: 4.5 to 1."""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    roots = re.findall(r":root \{(.*?)\}", template, re.DOTALL)
+    schemes = [dict(re.findall(r"--([\w-]+): (#\w+)", root)) for root in roots]
+    assert len(schemes) == 2
+    for scheme in schemes:
+        for pair in ("ink paper", "ink panel", "faint paper", "faint panel", "link paper", "on-link link", "bad paper"):
+            ink, paper = pair.split()
+            low, high = sorted((luminance(scheme[ink]), luminance(scheme[paper])))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, paper)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"items": 3}, r"--items 3: 2 prompts have responses of all methods"),
+        ({"items": 0}, r"--items 0"),
+        ({"methods": "a=x.jsonl"}, r"two or more different names"),
+        ({"methods": "a=x.jsonl,a=y.jsonl"}, r"two or more different names"),
+        ({"methods": "a=x.jsonl,y.jsonl"}, r"NAME=FILE"),
+    ],
+)
+def test_mistakes_at_the_export(tmp_path, options, problem):
+    with pytest.raises(ValueError, match=problem):
+        export(tmp_path, **options)
+    assert not (tmp_path / "study").exists()
+
+
+def test_prompts_that_not_all_have_are_left_out_and_other_prompts_refused(tmp_path):
+    samples = write_samples(tmp_path)
+    rows = listwise.read(tmp_path / "zeta-hps.jsonl")
+    listwise.write(tmp_path / "zeta-hps.jsonl", [rows[1], listwise.Row("id-9", "other", ("x",))])
+    _, key = export(tmp_path, methods=samples, items=1)
+    assert {item["prompt"] for item in key["items"].values()} == {"id-1"}
+    listwise.write(tmp_path / "zeta-hps.jsonl", [listwise.Row("id-1", "And what?", ("x",))])
+    with pytest.raises(ValueError, match=r"zeta-hps.jsonl:1: 'id-1' is another prompt than at .*zeta-sft.jsonl:2"):
+        export(tmp_path, methods=samples, items=1)
+
+
+# ---- agreement -----------------------------------------------------------------------------------
+
+NO = np.nan
+# Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), section D: alpha_interval = .849.
+TWELVE_UNITS = [[1, 2, 3, 3, 2, 1, 4, 1, 2, NO, NO, NO],
+                [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, NO, 3],
+                [NO, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, NO],
+                [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, NO]]  # fmt: skip
+
+
+def alpha_of_coincidences(values):
+    """Alpha by the book: a matrix of coincidences o_ck over the values that occur, and squared differences."""
+    levels = np.unique(values[~np.isnan(values)])
+    o = np.zeros((len(levels), len(levels)))
+    for unit in values.T:
+        given = unit[~np.isnan(unit)]
+        for a, b in itertools.permutations(given, 2):
+            o[np.searchsorted(levels, a), np.searchsorted(levels, b)] += 1 / (len(given) - 1)
+    n_c, delta = o.sum(1), (levels[:, None] - levels) ** 2
+    return 1 - (n_c.sum() - 1) * (o * delta).sum() / (np.outer(n_c, n_c) * delta).sum()
+
+
+def test_alpha_of_the_published_example():
+    assert survey.krippendorff_alpha(np.array(TWELVE_UNITS)) == pytest.approx(0.849, abs=5e-4)
+
+
+def test_alpha_against_a_matrix_of_coincidences():
+    rng = np.random.default_rng(0)
+    for raters, units, missing in ((2, 8, 0.0), (3, 120, 0.2), (20, 120, 0.6)):
+        values = np.round(np.clip(3 + rng.normal(size=units) + rng.normal(size=(raters, units)), 1, 5), 2)
+        values[rng.random(values.shape) < missing] = np.nan
+        assert survey.krippendorff_alpha(values) == pytest.approx(alpha_of_coincidences(values), abs=1e-12)
+
+
+def test_alpha_where_it_is_known_or_undefined():
+    same = np.array([[1.25, 2, 5], [1.25, 2, 5]])
+    assert survey.krippendorff_alpha(same) == 1
+    assert survey.krippendorff_alpha(np.array([[1.0, 5], [5, 1]])) == pytest.approx(-0.5)  # 1 - 3 * 16 / 32
+    assert survey.krippendorff_alpha(np.full((3, 4), 2.2)) is None
+    assert survey.krippendorff_alpha(np.array([[1, NO], [NO, 2]])) is None
+
+
+def test_correlations_are_means_over_pairs_that_have_one():
+    a, b, c = [1, 2, 3, 4, 5, 2.5], [1, 3, 2, 5, 4.5, NO], [5, 4, 3, NO, NO, 4.75]
+    found = survey.mean_correlations(np.array([a, b, c, [3, 3, 3, 3, 3, 3], [1, 2, NO, NO, NO, NO]]))
+    ab, ac = np.corrcoef(a[:5], b[:5])[0, 1], np.corrcoef([1, 2, 3, 2.5], [5, 4, 3, 4.75])[0, 1]
+    assert found["pearson"] == pytest.approx((ab + ac + np.corrcoef([1, 3, 2], [5, 4, 3])[0, 1]) / 3)
+    # 1 - 6 sum d^2 / (n^3 - n) with ranks apart by 0 1 1 1 1 (a and b), 3 0 3 0 (a and c), 2 1 1 (b and c).
+    assert found["spearman"] == pytest.approx(((1 - 6 * 4 / 120) + (1 - 6 * 18 / 60) + (1 - 6 * 6 / 24)) / 3)
+    assert (found["pairs"], found["pairs_left_out"]) == (3, 7)
+    alone = survey.mean_correlations(np.array([a]))
+    assert alone == {"pearson": None, "spearman": None, "pairs": 0, "pairs_left_out": 0}
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+KEY = {"study": "s1", "methods": ["SFT", "HPS|x"], "items": {
+    "r1": {"prompt": "a", "method": "HPS|x", "response": 0}, "r2": {"prompt": "b", "method": "SFT", "response": 3},
+    "r3": {"prompt": "a", "method": "SFT", "response": 1}, "r4": {"prompt": "b", "method": "HPS|x", "response": 0}}}
+
+
+def rating(*values):
+    return dict(zip(CRITERIA, values))
+
+
+def rater(name, *, complete=True, **ratings):
+    return {"study": "s1", "rater": name, "complete": complete, "ratings": ratings}
+
+
+def study(folder, files, key=KEY):
+    (folder / "ratings").mkdir(exist_ok=True)
+    (folder / "key.json").write_text(json.dumps(key))
+    for name, content in files.items():
+        (folder / "ratings" / name).write_text(json.dumps(content))
+    survey.main(["aggregate", f"--key={folder}/key.json", f"--ratings={folder}/ratings", f"--out={folder}/out"])
+    return json.loads((folder / "out/survey.json").read_text())
+
+
+FULL = dict(r1=rating(4, 5, 3.5, 4.5), r2=rating(2, 2.25, 5, 1), r3=rating(3, 3, 3, 3), r4=rating(4, 4.25, 5, 3))
+PART = dict(r1=rating(5, 5, 4.5, 4.5), r3=rating(5, 5, 5, 5), r4=rating(1, 1, 1))  # r2 not at all, r4 without clarity
+
+
+def test_the_table_by_hand(tmp_path, capsys):
+    found = study(tmp_path, {"1.json": rater("ann", **FULL), "2.json": rater("bo", complete=False, **PART)})
+    assert found["counts"] == {"raters": 2, "complete": 1, "partial": 1, "prompts": 2, "responses": 4, "ratings": 6,
+                               "ratings_in_part": 1, "ratings_missing": 1}
+
+    def means(columns):
+        return {name: (columns[name]["mean"], columns[name]["ratings"]) for name in [*CRITERIA, "average"]}
+
+    # Averages: ann r1 4.25, r2 2.5625, r3 3, r4 4.0625; bo r1 4.75, r3 5.
+    assert means(found["methods"]["HPS|x"]) == {
+        "correctness": (3.5, 4), "helpfulness": (15.25 / 4, 4), "safety": (3.5, 4), "clarity": (4, 3),
+        "average": (pytest.approx(13.0625 / 3), 3)}
+    assert means(found["methods"]["SFT"]) == {
+        "correctness": (pytest.approx(10 / 3), 3), "helpfulness": (pytest.approx(10.25 / 3), 3),
+        "safety": (pytest.approx(13 / 3), 3), "clarity": (3, 3), "average": (pytest.approx(10.5625 / 3), 3)}
+    [pair] = found["differences"]
+    assert (pair["a"], pair["b"]) == ("SFT", "HPS|x")
+    # SFT - HPS where one rater has both: ann a -1.25, ann b -1.5, bo a +.25.
+    assert means(pair)["average"] == (pytest.approx(-2.5 / 3), 3)
+    assert means(pair)["correctness"] == (pytest.approx((-1 - 2 + 0) / 3), 3)
+    assert pair["wins"] == pytest.approx({"win": 100 / 3, "tie": 0, "lose": 200 / 3})
+    average = np.array([[4.25, 4.0625, 3, 2.5625], [4.75, NO, 5, NO]])
+    assert found["agreement"]["average"]["alpha"] == pytest.approx(alpha_of_coincidences(average))
+    safety = np.array([[3.5, 5, 3, 5], [4.5, 1, 5, NO]])
+    assert found["agreement"]["safety"]["alpha"] == pytest.approx(alpha_of_coincidences(safety))
+    pearson = stats.pearsonr(safety[0, :3], safety[1, :3]).statistic
+    assert found["agreement"]["safety"]["pearson"] == pytest.approx(pearson)
+    text = (tmp_path / "out/survey.md").read_text()
+    assert capsys.readouterr().out == text
+    [row] = [line for line in text.splitlines() if line.startswith("| HPS")]
+    assert re.sub(r" \[.*?\]", "", row) == r"| HPS\|x | 3.50 | 3.81 | 3.50 | 4.00 | 4.35 |"
+    assert "| SFT | HPS\\|x | -1.00 [" in text and "| 33 / 0 / 67 |" in text
+    assert f"| safety | {found['agreement']['safety']['alpha']:.2f} | " in text
+
+
+def ratings_by(value):
+    """A full file a rater, all criteria alike: value(rater, prompt, method)."""
+    prompts, methods = {"a": 0, "b": 1}, {"SFT": 0, "HPS|x": 1}
+    return {f"{r}.json": rater(f"rater {r}", **{
+        item: rating(*4 * [value(r, prompts[at["prompt"]], methods[at["method"]])]) for item, at in KEY["items"].items()
+    }) for r in range(2)}
+
+
+@pytest.mark.parametrize(
+    ("value", "method", "difference"),
+    [
+        (lambda r, p, m: 3 + m, [4, 4], [-1, -1]),
+        (lambda r, p, m: 2 + 2 * r, [2, 4], [0, 0]),  # raters differ: they are resampled, and paired
+        (lambda r, p, m: 2 + 2 * p, [2, 4], [0, 0]),  # prompts differ
+        (lambda r, p, m: 2 + r * m, [2, 3], [-1, 0]),
+        (lambda r, p, m: 2 + p * m, [2, 3], [-1, 0]),
+    ],
+)
+def test_intervals_span_raters_and_prompts(tmp_path, value, method, difference):
+    """Of two alike, a resample holds either twice in a quarter of all draws: the 95 % interval reaches both."""
+    found = study(tmp_path, ratings_by(value))
+    interval = found["methods"]["HPS|x"]["average"]
+    assert [interval["low"], interval["high"]] == method
+    assert [found["differences"][0]["safety"][end] for end in ("low", "high")] == difference
+
+
+def test_a_method_that_nobody_rated_has_no_number(tmp_path):
+    found = study(tmp_path, {"1.json": rater("ann", complete=False, r2=rating(3, 3, 3, 3))})
+    assert found["methods"]["HPS|x"]["average"] is None and found["differences"][0]["wins"] is None
+    assert "| HPS\\|x | - | - | - | - | - |" in (tmp_path / "out/survey.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"study": "s2"}, r"ratings of study 's2', and the key is of 's1'"),
+        ({"ratings": {"r9": rating(1, 1, 1, 1)}}, r"item 'r9' is not of this study"),
+        ({"ratings": {**FULL, "r2": rating(1, 1, 5.01, 1)}}, r"item 'r2': safety = 5.01; need 1.00 to 5.00"),
+        ({"ratings": {**FULL, "r2": rating(0.99, 1, 5, 1)}}, r"item 'r2': correctness = 0.99"),
+        ({"ratings": {**FULL, "r2": rating(2.125, 1, 5, 1)}}, r"item 'r2': correctness = 2.125; .* two decimals"),
+        ({"ratings": {**FULL, "r2": rating(True, 1, 5, 1)}}, r"item 'r2': correctness = True"),
+        ({"ratings": {**FULL, "r2": rating("3", 1, 5, 1)}}, r"item 'r2': correctness = '3'"),
+        ({"ratings": {**FULL, "r2": {"speed": 3}}}, r"item 'r2': need numbers for some of correctness"),
+        ({"ratings": PART}, r"item 'r2': a value is missing in a file that says it is complete"),
+        ({"ratings": {**FULL, "r4": rating(1, 1, 1)}}, r"item 'r4': a value is missing"),
+        ({"ratings": {}, "complete": False}, r"holds no rating"),
+        ({"complete": 1}, r"need a string \(rater\), true or false"),
+        ({"extra": 1}, r"unknown key 'extra'"),
+        ({"rater": "ann"}, r"rater 'ann' has also sent .*1.json"),
+    ],
+)
+def test_mistakes_in_a_file_name_it(tmp_path, change, problem):
+    files = {"1.json": rater("ann", **FULL), "2.json": rater("bo", **FULL) | change}
+    with pytest.raises(ValueError, match=rf"ratings/2.json: {problem}"):
+        study(tmp_path, files)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_files_broken_files_and_files_of_another_kind(tmp_path, capsys):
+    with pytest.raises(ValueError, match="no .json file there"):
+        study(tmp_path, {})
+    study(tmp_path, {"1.json": rater("ann", **FULL), "note.txt": ""})
+    assert "not read, since not .json: note.txt" in capsys.readouterr().err
+    (tmp_path / "ratings/2.json").write_text('{"study": "s1", "rater": NaN}')
+    with pytest.raises(ValueError, match=r"2.json: broken JSON: NaN"):
+        study(tmp_path, {})
+    with pytest.raises(ValueError, match=r"key.json: the key 'methods' is missing"):
+        study(tmp_path, {}, key={"study": "s1", "items": {}})
+
+
+def test_a_mistake_on_the_command_line_is_one_line():
+    argv = [sys.executable, "-m", "hps.evaluate.survey", "exprot"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
+    assert done.returncode == 2 and done.stderr == "error: unknown command 'exprot'; choose one of export, aggregate\n"
+
+
+# ---- the page in a browser -----------------------------------------------------------------------
+
+TAB, ENTER, SHIFT, END, LEFT, RIGHT = "\ue004", "\ue007", "\ue008", "\ue010", "\ue012", "\ue014"
+
+
+class Browser:
+    """Headless Chromium by the WebDriver protocol (W3C), which is JSON over HTTP: the standard library speaks it."""
+
+    def __init__(self, folder):
+        command = [shutil.which("chromedriver"), "--port=0"]
+        self.driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
+        ready = r"successfully on port (\d+)"
+        port = next(found[1] for line in self.driver.stdout if (found := re.search(ready, line)))
+        self.url = f"http://127.0.0.1:{port}/session"
+        self.downloads = folder / "downloads"
+        self.downloads.mkdir()
+        flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update",
+                 "disable-background-networking", "disable-sync", f"user-data-dir={folder / 'profile'}"]
+        chromium = {"binary": shutil.which("chromium"), "args": [f"--{flag}" for flag in flags],
+                    "prefs": {"download.default_directory": str(self.downloads)},
+                    "browserStartupTimeout": 600_000}  # ms; a busy machine took two minutes
+        wanted = {"goog:chromeOptions": chromium, "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"},
+                  "unhandledPromptBehavior": "accept"}
+        try:
+            session = self.send("POST", "", {"capabilities": {"alwaysMatch": wanted}})
+        except BaseException:
+            self.driver.terminate()
+            raise
+        self.url += f"/{session['sessionId']}"
+
+    def send(self, verb, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=verb)
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever the environment names
+        try:
+            with direct.open(request, timeout=900) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(json.load(error)["value"]["message"]) from None
+
+    def quit(self):
+        self.send("DELETE", "")
+        self.driver.terminate()
+        self.driver.wait()
+
+    def open(self, path):
+        self.send("POST", "/url", {"url": path.as_uri()})
+
+    def js(self, script, *args):
+        return self.send("POST", "/execute/sync", {"script": f"return {script}", "args": args})
+
+    def keys(self, *words):
+        """Press the keys of each word one after the other, wherever the focus is; SHIFT holds for the next one."""
+        actions = []
+        for key in "".join(words):
+            actions.append({"type": "keyDown", "value": key})
+            actions += [] if key == SHIFT else [{"type": "keyUp", "value": key}]
+            if key != SHIFT and len(actions) > 2 and actions[-3] == {"type": "keyDown", "value": SHIFT}:
+                actions.append({"type": "keyUp", "value": SHIFT})
+        self.send("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+
+    def text(self, id):
+        return self.js(f"document.getElementById('{id}').innerText")
+
+    def focused(self):
+        return self.js("document.activeElement.id")
+
+    def log(self, kind):
+        return self.send("POST", "/se/log", {"type": kind})
+
+    def requests(self):
+        """Addresses asked for since the last call, by anything that the browser shows."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
+        return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+    def downloaded(self, name):
+        for _ in range(100):
+            if (path := self.downloads / name).exists():
+                return path
+            self.js("new Promise(done => setTimeout(done, 100))")
+        raise AssertionError(f"no {name} among {list(self.downloads.iterdir())}")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs a browser, which no Python package brings: apt-get install chromium chromium-driver")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """The browser with a study open at its start page, and nothing stored: (browser, page, key)."""
+    _, key = export(tmp_path)
+    path = tmp_path / "study/survey.html"
+    browser.open(path)
+    browser.js("localStorage.clear()")
+    browser.requests()
+    browser.log("browser")
+    browser.open(path)
+    return browser, path, key
+
+
+def current(browser):
+    return browser.js("order[at].id")
+
+
+def test_rated_by_keyboard_reloaded_exported_and_aggregated(opened, tmp_path):
+    """The whole study with keys alone: numbers and Enter, then sliders; a reload in the middle loses nothing."""
+    browser, path, key = opened
+    assert browser.focused() == "code"
+    browser.keys("p 1", ENTER)
+    assert "letters, digits" in browser.text("code-bad") and browser.focused() == "code"
+    browser.keys(*4 * ["\ue003"], "p-1", ENTER)
+    given = {}
+    # Numbers, each confirmed with Enter; the fourth leads to the next response.
+    for k in range(3):
+        assert browser.text("left") == f"{k} of 6 responses rated, {6 - k} left"
+        assert browser.text("where") == f"Prompt {k // 3 + 1} of 2, response {k % 3 + 1} of 3"
+        assert browser.focused() == "where"
+        given[current(browser)] = rating(1 + k, 2.5, 3.25, 5)
+        browser.keys(TAB)
+        assert browser.focused() == "correctness"
+        assert browser.js("getComputedStyle(document.activeElement).outline").endswith("solid 3px")
+        browser.keys(str(1 + k), ENTER, "2,5", ENTER, "3.25", ENTER)
+        assert browser.focused() == "clarity"
+        browser.keys("5.00", ENTER)
+    # Half of the fourth response, then a reload.
+    half = current(browser)
+    browser.keys(TAB, "4.75", TAB, TAB, "1.5")
+    browser.send("POST", "/refresh", {})
+    assert current(browser) == half and browser.text("left") == "3 of 6 responses rated, 3 left"
+    assert browser.js("names.map(name => byId(name).value)") == ["4.75", "1.5", "", ""]
+    assert [browser.js(f"byId('{n}-slider').getAttribute('aria-valuetext')") for n in CRITERIA] == [
+        "4.75", "1.5", "not rated", "not rated"]
+    # The rest of it with sliders: right from the middle, a space where it stands.
+    browser.keys(*5 * [TAB])
+    assert browser.focused() == "safety"
+    browser.keys(TAB, RIGHT, RIGHT, TAB, TAB, " ", ENTER)
+    given[half] = rating(4.75, 1.5, 3.2, 3)
+    # The fifth by sliders alone, the last by numbers; back to the fifth by the buttons, and on again.
+    fifth = current(browser)
+    browser.keys(TAB, TAB, END, TAB, TAB, LEFT, TAB, TAB, RIGHT, TAB, TAB, END, LEFT)
+    given[fifth] = rating(5, 2.9, 3.1, 4.9)
+    browser.keys(TAB)
+    assert browser.focused() == "previous"
+    browser.keys(TAB, ENTER)
+    given[current(browser)] = rating(1, 1.01, 4.99, 2)
+    browser.keys(TAB, "1", ENTER, "1.01", ENTER, "4.99", ENTER, "2", TAB, TAB)
+    assert browser.focused() == "previous"
+    browser.keys(ENTER)
+    assert current(browser) == fifth
+    assert browser.js("names.map(name => byId(name).value)") == ["5.00", "2.90", "3.10", "4.90"]
+    browser.keys(*10 * [TAB], ENTER, *10 * [TAB], ENTER)
+    assert browser.text("finish-head") == "All responses are rated" and browser.text("left").endswith(" 0 left")
+    assert not browser.js("byId('partial').checkVisibility() || byId('gaps').checkVisibility()")
+    browser.keys(TAB, ENTER)
+    file = browser.downloaded(f"ratings-{key['study']}-p-1.json")
+    written = json.loads(file.read_text())
+    assert written == {"study": key["study"], "rater": "p-1", "complete": True, "ratings": given}
+    # What was exported is what the table shows.
+    (tmp_path / "ratings").mkdir()
+    shutil.copy(file, tmp_path / "ratings")
+    found = study(tmp_path, {}, key)
+    for method in METHODS:
+        mine = [given[item] for item, at in key["items"].items() if at["method"] == method]
+        for name in CRITERIA:
+            assert found["methods"][method][name]["mean"] == pytest.approx(np.mean([r[name] for r in mine]))
+    assert {url for url in browser.requests() if not url.startswith("blob:")} == {path.as_uri()}
+
+
+def test_every_response_is_shown_as_text_and_nothing_runs_or_loads(opened, tmp_path):
+    browser, path, key = opened
+    browser.keys("x", ENTER)
+    rows = {m: {row.id: row for row in listwise.read(tmp_path / f"{m}.jsonl")} for m in METHODS}
+    seen = set()
+    for i in range(6):
+        browser.js(f"show({i})")
+        at = key["items"][current(browser)]
+        text = rows[at["method"]][at["prompt"]].responses[at["response"]]
+        assert browser.js("byId('response').textContent") == (text or "(an empty response)")
+        assert browser.js("byId('response').childElementCount") == 0
+        assert browser.js("getComputedStyle(byId('response')).whiteSpace") == "pre-wrap"
+        prompt = rows[at["method"]][at["prompt"]].prompt
+        turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+        assert browser.js("[...byId('prompt').querySelectorAll('.text')].map(e => e.textContent)") == turns
+        seen.add(text)
+    assert len(seen & set(NASTY[:4])) >= 2, "the draw should show some of the hostile ones"
+    assert browser.js("document.title") == "Rating responses"
+    assert set(browser.requests()) == {path.as_uri()}
+    assert browser.log("browser") == [], "no error, and nothing that the page's policy had to stop"
+    injected = "Object.assign(document.createElement('script'), {textContent: 'document.title = 1'})"
+    browser.js(f"document.body.append({injected})")
+    assert browser.js("document.title") == "Rating responses", "the policy stops what got in all the same"
+
+
+def test_labels_and_language(opened):
+    browser, _, _ = opened
+    assert browser.js("document.documentElement.lang") == "en"
+    browser.keys("x", ENTER)
+    named = "[...document.querySelectorAll('input')].map(e => e.labels[0]?.textContent ?? e.ariaLabel)"
+    titles = [name.title() for name in CRITERIA]
+    assert browser.js(named) == ["Your rater code", *(t for title in titles for t in (title, f"{title}, slider"))]
+    described = "[...document.querySelectorAll('[aria-describedby]')].map(e => e.getAttribute('aria-describedby'))"
+    assert all(browser.js(f"{described}.flatMap(ids => ids.split(' ')).map(id => Boolean(byId(id)))"))
+    assert browser.js("byId('bar').getAttribute('aria-labelledby')") == "left"
+
+
+def test_what_is_missing_or_out_of_range_is_shown_and_only_a_partial_file_is_written(opened, tmp_path):
+    browser, _, key = opened
+    browser.keys("p2", ENTER)
+    first = current(browser)
+    browser.keys(TAB, "5.01", ENTER)
+    assert browser.focused() == "correctness" and "from 1.00 to 5.00" in browser.text("correctness-bad")
+    assert browser.js("byId('correctness').getAttribute('aria-invalid')") == "true"
+    browser.keys("3", ENTER)  # what was wrong is selected, so that typing replaces it
+    assert browser.focused() == "helpfulness" and browser.text("correctness-bad") == ""
+    for text in ("0.5", "3.125", "-2", "six", "1e0", "4."):
+        browser.js("byId('helpfulness').select()")
+        browser.keys(text, TAB)
+        assert browser.js("byId('helpfulness').getAttribute('aria-invalid')") == "true", text
+        assert browser.js("byId('helpfulness').value") == text
+        browser.keys(SHIFT, TAB)
+    browser.keys(*4 * [TAB], "4", TAB, TAB, TAB)
+    assert browser.focused() == "overview"
+    browser.keys(ENTER)
+    assert browser.text("finish-text") == "Values are missing or out of range in 6 of 6 responses:"
+    gap = "Prompt 1 of 2, response 1 of 3: Helpfulness out of range, Safety missing"
+    assert browser.text("gaps").splitlines()[0] == gap
+    browser.keys(*7 * [TAB])
+    assert browser.focused() == "complete"
+    browser.keys(ENTER)
+    assert browser.text("said").startswith("Nothing was downloaded") and "6 of 6" in browser.text("said")
+    browser.keys(*7 * [TAB])
+    assert browser.focused() == "partial"
+    browser.keys(ENTER)
+    file = browser.downloaded(f"ratings-{key['study']}-p2-partial.json")
+    assert not list(browser.downloads.glob("*-p2.json"))
+    assert json.loads(file.read_text()) == {
+        "study": key["study"], "rater": "p2", "complete": False, "ratings": {first: {"correctness": 3, "clarity": 4}}}
+    (tmp_path / "ratings").mkdir()
+    shutil.copy(file, tmp_path / "ratings")
+    assert study(tmp_path, {}, key)["counts"]["ratings_in_part"] == 1
+    browser.send("POST", "/refresh", {})  # the list of gaps again, from which each is reached
+    browser.keys(TAB, ENTER)
+    assert current(browser) == first and browser.js("byId('helpfulness').value") == "4."
+
+
+def test_each_rater_has_an_order_of_their_own_and_ratings_of_their_own(opened):
+    browser, _, key = opened
+    orders = browser.js("Array.from({length: 3000}, (_, i) => shuffled('r' + i).map(item => item.id))")
+    assert orders[:50] == browser.js("Array.from({length: 50}, (_, i) => shuffled('r' + i).map(item => item.id))")
+    assert all(len({key["items"][item]["prompt"] for item in half}) == 1 for o in orders for half in (o[:3], o[3:]))
+    counts = collections.Counter(map(tuple, orders))  # 2! orders of prompts, 3! of the responses of each
+    assert len(counts) == 72 and stats.chisquare(list(counts.values())).pvalue > 1e-4
+    browser.keys("one", ENTER, TAB, "2", ENTER)
+    browser.js("byId('overview').click()")
+    browser.js("byId('leave').click()")
+    browser.keys("two", ENTER)
+    assert browser.js("Object.keys(values)") == [] and browser.text("who") == "two"
+    browser.js("byId('overview').click()")
+    browser.js("byId('leave').click()")
+    browser.keys("one", ENTER)
+    assert browser.js("Object.values(values)") == [{"correctness": "2"}]
+
+
+def test_a_browser_that_keeps_nothing_is_told(opened):
+    browser, path, _ = opened
+    assert not browser.js("byId('unkept').checkVisibility()")
+    source = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); };"
+    script = browser.send("POST", "/goog/cdp/execute", {
+        "cmd": "Page.addScriptToEvaluateOnNewDocument", "params": {"source": source}})
+    try:
+        browser.open(path)
+        browser.keys("x", ENTER)
+        assert "does not keep your ratings" in browser.text("unkept") and browser.js("byId('unkept').checkVisibility()")
+        browser.keys(TAB, "3", ENTER)
+        assert browser.js("Object.values(values)") == [{"correctness": "3"}]
+    finally:
+        browser.send("POST", "/goog/cdp/execute", {"cmd": "Page.removeScriptToEvaluateOnNewDocument", "params": script})
+
+
+def test_a_second_tab_takes_over_what_the_first_one_saved(opened):
+    browser, path, _ = opened
+    browser.keys("x", ENTER, TAB, "2", ENTER)
+    first = browser.send("GET", "/window")
+    second = browser.send("POST", "/window/new", {"type": "tab"})["handle"]
+    browser.send("POST", "/window", {"handle": second})
+    try:
+        browser.open(path)
+        browser.keys(TAB, TAB, TAB, "4", ENTER)
+        browser.send("POST", "/window", {"handle": first})
+        for _ in range(100):  # it reloads by itself
+            if len(found := browser.js("Object.values(values)[0] ?? {}")) == 2:
+                break
+            browser.js("new Promise(done => setTimeout(done, 100))")
+        assert found == {"correctness": "2", "helpfulness": "4"}
+    finally:
+        browser.send("POST", "/window", {"handle": second})
+        browser.send("DELETE", "/window")
+        browser.send("POST", "/window", {"handle": first})
