@@ -1,0 +1,67 @@
+"""What a long run has finished so far, line by line beside its output, so that a killed run goes on where it was.
+
+OUTPUT.journal-RANK holds the run's settings and then a JSON line for every finished piece. It is appended to and
+flushed, and a last line without its end, torn when the run was killed, is as if it had not been written.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from hps.data.listwise import decode_json
+
+
+def files(output: str | Path) -> list[Path]:
+    """The journals beside an output, of all ranks that have ever written one."""
+    begin = f"{Path(output).name}.journal-"
+    folder = Path(output).parent
+    return sorted(path for path in folder.iterdir() if path.name.startswith(begin)) if folder.exists() else []
+
+
+def read(output: str | Path, settings: dict[str, object]) -> dict[str, dict]:
+    """id -> record of all that is in the journals beside an output.
+
+    Raises:
+        ValueError: a journal was written with other settings, or a line in it is broken.
+    """
+    records = {}
+    for path in files(output):
+        for number, line in enumerate(_whole_lines(path), 1):
+            record = decode_json(line, f"{path}:{number}")
+            assert isinstance(record, dict)
+            if number == 1 and record != settings:
+                other = [key for key in {**record, **settings} if record.get(key) != settings.get(key)]
+                raise ValueError(
+                    f"{path} is what another run left unfinished: it differs in {', '.join(other)}. Start that run "
+                    f"again to finish it, or delete {Path(output).name}.journal-* to begin anew"
+                )
+            if number > 1:
+                records[record["id"]] = record
+    return records
+
+
+class Journal:
+    """The journal that one rank appends to. All ranks must have read before one of them begins."""
+
+    def __init__(self, output: str | Path, rank: int, settings: dict[str, object]):
+        path = Path(f"{output}.journal-{rank}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        whole = sum(map(len, _whole_lines(path)))
+        self.file = open(path, "r+b")
+        self.file.truncate(whole)
+        self.file.seek(whole)
+        if not whole:
+            self.write(settings)
+
+    def write(self, record: dict) -> None:
+        """Append one record, which has an `id`."""
+        self.file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        self.file.flush()
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line
