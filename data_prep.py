@@ -8,21 +8,23 @@
     python data_prep.py annotate --scorer R.safetensors --input IN --output OUT     rewards
     python data_prep.py doctor   --model M --input IN                               what to know before training
 
-`python data_prep.py COMMAND --help` lists the options of one.
+`python data_prep.py COMMAND --help` lists the options of one. `torchrun --nproc_per_node 2 -- data_prep.py generate`
+shares the prompts out over processes; a killed `generate` goes on when it is started again, with torchrun or without.
 """
 
 import dataclasses
+import hashlib
 import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from hps import config, model, sampling
-from hps.data import doctor, generate, importers, listwise, rewards, tokens
+from hps import config, dist, model, sampling
+from hps.data import doctor, generate, importers, journal, listwise, rewards, tokens
 from hps.lab import scorers, world
 
 
@@ -66,7 +68,8 @@ class Generate:
     max_prompt_length: int = 1024  # longer prompts are dropped and counted, tokens
     seed: int = 0  # of sampling; a prompt's candidates depend on it and on the prompt's id only
     dtype: str = "fp32"  # fp32 or bf16
-    max_rows: int = 512  # sequences decoded at once
+    max_rows: int = 512  # sequences decoded at once, or handed to vLLM at once
+    engine: str = "hf"  # hf (this code, on any transformers model) or vllm (if it is installed)
 
 
 @dataclass
@@ -127,25 +130,61 @@ def tell(c: Import | Export, command: str, counts: dict[str, int], reasons: list
 
 
 def generate_candidates(c: Generate) -> None:
-    if c.dtype not in model.DTYPES:
-        raise ValueError(f"dtype = {c.dtype!r} does not exist; choose one of {', '.join(model.DTYPES)}")
+    for name, value, known in (("dtype", c.dtype, model.DTYPES), ("engine", c.engine, ("hf", "vllm"))):
+        if value not in known:
+            raise ValueError(f"{name} = {value!r} does not exist; choose one of {', '.join(known)}")
+    ranks = dist.init(timeout=timedelta(days=30))  # a rank may be done days before another
+    try:
+        generate_share(c, ranks)
+    finally:
+        dist.shutdown()
+
+
+def generate_share(c: Generate, ranks: dist.Ranks) -> None:
+    """Generate for every world_size-th of the prompts that no journal has; the first rank then writes the output."""
+    if c.engine == "vllm" and ranks.sharded:
+        raise ValueError("--engine vllm spreads over GPUs by itself: start it without torchrun")
     rows = listwise.read(c.input)
     tokenizer = tokens.load_tokenizer(c.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lm = model.load_causal_lm(c.model, dtype=model.DTYPES[c.dtype]).to(device)
-    counts: Counter[str] = Counter(prompts=len(rows), prompts_overlong=0)
-    prompts = {}
-    for row in rows:
-        ids = tokens.encode_prompt(tokenizer, row.prompt)
-        if len(ids) > c.max_prompt_length:
-            counts["prompts_overlong"] += 1
-        else:
-            prompts[row.id] = ids
-    by_id = {row.id: row for row in rows}
-    written = []
+    prompts = {row.id: tokens.encode_prompt(tokenizer, row.prompt) for row in rows}
+    rows = [row for row in rows if len(prompts[row.id]) <= c.max_prompt_length]
+    if not rows:
+        raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
+    settings = {key: value for key, value in config.as_dict(c).items() if key not in ("output", "max_rows")}
+    settings |= {key: digest(settings[key]) for key in ("model", "input")}
+    done = journal.read(c.output, settings)
+    dist.barrier()  # none may write before all have read
+    mine = [(row.id, prompts[row.id]) for row in rows if row.id not in done][ranks.rank :: ranks.world_size]
+    if mine:
+        draw(c, mine, tokenizer, journal.Journal(c.output, ranks.rank, settings), ranks)
+    dist.barrier()
+    if ranks.first:
+        done = journal.read(c.output, settings)
+        counts = Counter(prompts=len(prompts), prompts_overlong=len(prompts) - len(rows))
+        written = []
+        for row in rows:
+            counts.update(done[row.id]["counts"])
+            texts = done[row.id]["responses"]
+            written.append(dataclasses.replace(row, responses=(*row.responses, *texts), rewards=None))
+        listwise.write(c.output, written)
+        for path in journal.files(c.output):
+            path.unlink()
+        report(counts, c.output)
+
+
+def draw(
+    c: Generate, prompts: list[tuple[str, list[int]]], tokenizer, done: journal.Journal, ranks: dist.Ranks
+) -> None:
+    """Generate for some prompts (id, token ids) and note each in the journal as soon as it has its responses."""
+    if c.engine == "vllm":
+        longest = max(len(ids) for _, ids in prompts)
+        lm = generate.load_vllm(c.model, dtype=c.dtype, max_length=longest + c.max_new_tokens)
+    else:
+        lm = model.load_causal_lm(c.model, dtype=model.DTYPES[c.dtype]).to(ranks.device)
+    counts: Counter[str] = Counter()
     for id, samples in generate.generate(
         lm,
-        list(prompts.items()),
+        prompts,
         n=c.n,
         counts=counts,
         eos_token_id=tokenizer.eos_token_id,
@@ -153,14 +192,23 @@ def generate_candidates(c: Generate) -> None:
         temperature=c.temperature,
         seed=c.seed,
         max_rows=c.max_rows,
+        progress=ranks.first,
     ):
-        row = by_id[id]
         texts = [tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
-        written.append(dataclasses.replace(row, responses=(*row.responses, *texts), rewards=None))
-    if not written:
-        raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
-    listwise.write(c.output, written)
-    report(counts, c.output)
+        done.write({"id": id, "responses": texts, "counts": counts})
+        counts.clear()
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a file, or of what a folder's files hold; what is no path (a hub name) stands for itself."""
+    if not Path(path).exists():
+        return path
+    whole = hashlib.sha256()
+    for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]:
+        if file.is_file():
+            with open(file, "rb") as opened:
+                whole.update(hashlib.file_digest(opened, "sha256").digest())
+    return whole.hexdigest()
 
 
 def fit_scorer(c: Fit) -> None:

@@ -26,8 +26,11 @@ class Ranks:
         return self.rank == 0
 
 
-def init() -> Ranks:
-    """Join the process group that torchrun announces (nccl on GPUs, gloo on CPUs), or run alone without one."""
+def init(*, timeout: timedelta = timedelta(minutes=10)) -> Ranks:
+    """Join the process group that torchrun announces (nccl on GPUs, gloo on CPUs), or run alone without one.
+
+    timeout: how long ranks wait for each other. torchrun ends all of them when one dies, however long it is.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -35,7 +38,7 @@ def init() -> Ranks:
     if "RANK" not in os.environ:
         return Ranks(rank=0, world_size=1, device=device, sharded=False)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cpu" and local_world * torch.get_num_threads() > (os.cpu_count() or 1):
         warnings.warn(

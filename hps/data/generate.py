@@ -1,9 +1,12 @@
-"""Candidate responses: n samples per prompt from one prefill of the prompt.
+"""Candidate responses: n samples per prompt, by our own decoding (hps.data.decode) or by vLLM.
 
 Every prompt owns a stream of random numbers that depends on (seed, prompt id) only, and its j-th sample uses
 the j-th row of that stream. So the samples of a prompt do not depend on the other prompts, their order, the
 batch size or the sharding. The one exception is rounding, which differs between batch shapes: a draw that
 falls within that difference of a boundary (a few in a million in fp32, more in bf16) takes the next token.
+
+The vLLM engine keeps to the same rule with a seed per prompt, and its samples are others than ours. It was written
+against vLLM's documented interface and has run against a stand-in of that interface only, never on a GPU.
 """
 
 import hashlib
@@ -11,170 +14,51 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One sampled response: the end token, if it was emitted, is part of `token_ids` and of `logp`."""
-
-    token_ids: np.ndarray  # (T,) int32
-    finished: bool  # the end token came within max_new_tokens
-    logp: float  # sum of the tokens' log-probs at temperature 1, whatever the sampling temperature
+from hps.data.decode import Request, Sample, decode
 
 
-def prompt_generator(seed: int, prompt_id: str) -> torch.Generator:
-    """Returns the random stream (a CPU generator) that belongs to one prompt of one run."""
+def prompt_seed(seed: int, prompt_id: str) -> int:
+    """The seed, 0 to 2**63 - 1, of the random stream that belongs to one prompt of one run."""
     digest = hashlib.blake2b(f"{seed}/{prompt_id}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def draw_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draws one token per row by inverting the cumulative distribution.
-
-    Args:
-        logits: (R, V), any float dtype; computed with in fp32.
-        uniforms: (R,) fp32 in [0, 1); ignored at temperature 0, which takes the most likely token.
-        temperature: divides the logits for the draw only.
-
-    Returns:
-        tokens (R,) int64 and their log-probs at temperature 1, (R,) fp32.
-    """
-    logits = logits.float()
-    if temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
-    else:
-        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-        # The last entry is not quite 1. right=True never lands on a token of probability 0.
-        tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-        tokens.clamp_(max=logits.shape[-1] - 1)  # reached by NaN only, which the caller reports
-    logps = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
-    return tokens[:, 0], logps[:, 0]
-
-
-@torch.inference_mode()
-def sample(
-    model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    *,
-    n: int | Sequence[int],
-    generators: Sequence[torch.Generator],
-    eos_token_id: int,
-    max_new_tokens: int,
-    temperature: float = 0.9,
-    drop_fraction: float = 0.125,
-) -> list[list[Sample]]:
-    """Draws n responses to each of several equally long prompts in one batch.
-
-    The prompts are prefilled once, the cache is expanded to one row per response, and rows that ended leave
-    the batch as soon as they are `drop_fraction` of it (which changes the speed only).
-
-    Args:
-        model: a causal language model of `transformers` in eval mode, on any device.
-        prompts: P lists of L token ids each; equal lengths, because nothing is ever padded.
-        n: responses per prompt, one number for all or one for each.
-        generators: P CPU generators, each advanced by n * max_new_tokens numbers: drawing 3 and then 5
-            responses gives the same 8 as drawing 8.
-        max_new_tokens: longest response in tokens, end token included.
-        temperature: 0 is greedy, else at least 0.01.
-
-    Returns:
-        P lists of n samples.
-
-    Raises:
-        ValueError: model in training mode, unequal or empty prompts, settings out of range, or log-probs
-            that are not finite.
-    """
-    if model.training:
-        raise ValueError("the model is in training mode (dropout): call model.eval() before sampling")
-    if len({len(ids) for ids in prompts}) != 1 or not len(prompts[0]):
-        raise ValueError("sample() needs at least one prompt, none empty, all equally long: use generate()")
-    if temperature != 0 and not 0.01 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (greedy) or at least 0.01, not {temperature}")
-    counts = [n] * len(prompts) if isinstance(n, int) else list(n)
-    if min(counts) < 1 or max_new_tokens < 1:
-        raise ValueError(f"n and max_new_tokens must be at least 1, not {n} and {max_new_tokens}")
-    if temperature == 0 and max(counts) > 1:
-        raise ValueError("temperature 0 would give n equal responses: set n=1 or a temperature")
-
-    device = next(model.parameters()).device
-    out = model(torch.tensor(prompts, device=device), use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
-    prompt_of_row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)  # (R,)
-    cache.batch_select_indices(prompt_of_row)
-    logits = out.logits[prompt_of_row, -1]
-
-    # Drawn for all rows and steps at once: what a row gets cannot depend on when its siblings end.
-    pairs = zip(counts, generators, strict=True)
-    uniforms = torch.cat([torch.rand(count, max_new_tokens, generator=g) for count, g in pairs])
-    uniforms = uniforms.T.contiguous().to(device)  # (steps, R)
-    tokens = torch.full(uniforms.shape, eos_token_id, device=device)
-    logps = torch.zeros(uniforms.shape, device=device)
-    rows = torch.arange(uniforms.shape[1], device=device)  # the rows still in the batch ...
-    alive = torch.ones_like(rows, dtype=torch.bool)  # ... and which of them have not ended
-    for step in range(max_new_tokens):
-        last, logps[step, rows] = draw_tokens(logits, uniforms[step, rows], temperature=temperature)
-        tokens[step, rows] = last
-        alive &= last != eos_token_id
-        num_alive = int(alive.sum())  # the one device sync of a step
-        if num_alive == 0 or step + 1 == max_new_tokens:
-            break
-        if len(rows) - num_alive >= drop_fraction * len(rows):
-            keep = alive.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, last, alive = rows[keep], last[keep], alive[keep]
-        logits = model(last[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
-
-    # Rows that ended but were not dropped at once went on drawing: cut at the first end token.
-    is_end = tokens == eos_token_id
-    finished = is_end.any(0)
-    lengths = torch.where(finished, is_end.int().argmax(0) + 1, max_new_tokens)
-    scored = torch.arange(max_new_tokens, device=device)[:, None] < lengths
-    sums = logps.where(scored, 0).sum(0)
-    if not sums.isfinite().all():
-        raise ValueError("the model gave log-probs that are not finite: check its weights and dtype")
-    token_rows = tokens.T.to("cpu", torch.int32).numpy()
-    fields = zip(token_rows, lengths.tolist(), finished.tolist(), sums.tolist(), strict=True)
-    samples = iter([Sample(row[:length].copy(), end, logp) for row, length, end, logp in fields])
-    return [[next(samples) for _ in range(count)] for count in counts]
+    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass(slots=True)
-class _Stream:
+class _Stream(Request):
     """One prompt on its way to n samples."""
 
-    prompt_id: str
-    prompt_ids: Sequence[int]
-    generator: torch.Generator | None = None  # 5 kB, so not before the first draw
-    drawn: int = 0
+    prompt_id: str = ""
     kept: list[Sample] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
+    counts: Counter[str] = field(default_factory=Counter)
+    done: bool = False
 
-
-def _absorb(
-    stream: _Stream, samples: list[Sample], *, n: int, unique: bool, keep_unfinished: bool, counts: Counter[str]
-) -> None:
-    stream.drawn += len(samples)
-    for one in samples:
-        key = one.token_ids.tobytes()
-        counts["samples"] += 1
-        if len(stream.kept) == n:
-            counts["surplus"] += 1
-        elif not one.finished and not keep_unfinished:
-            counts["unfinished"] += 1
-        elif unique and key in stream.seen:
-            counts["duplicates"] += 1
-        else:
-            stream.kept.append(one)
-            stream.seen.add(key)
+    def absorb(self, *, n: int, unique: bool, keep_unfinished: bool) -> None:
+        """Keep or count the samples that came since the last call."""
+        for one in self.samples[self.counts["samples"] :]:
+            assert one is not None
+            key = one.token_ids.tobytes()
+            self.counts["samples"] += 1
+            if len(self.kept) == n:
+                self.counts["surplus"] += 1
+            elif not one.finished and not keep_unfinished:
+                self.counts["unfinished"] += 1
+            elif unique and key in self.seen:
+                self.counts["duplicates"] += 1
+            else:
+                self.kept.append(one)
+                self.seen.add(key)
 
 
 def generate(
-    model: torch.nn.Module,
+    model: Any,
     prompts: Sequence[tuple[str, Sequence[int]]],
     *,
     n: int,
@@ -190,28 +74,37 @@ def generate(
     max_rows: int = 512,
     progress: bool = True,
 ) -> Iterator[tuple[str, list[Sample]]]:
-    """Yields (prompt id, its first n finished samples) in input order; equally long prompts share a batch.
+    """Yields (prompt id, its first n finished samples) in input order.
 
     A prompt gets n * oversample draws at first and further ones until it has n finished (and, with
-    `unique`, distinct) samples or n * draw_limit draws. Draws of other prompts fill up the batches.
+    `unique`, distinct) samples or n * draw_limit draws. Draws of all prompts share the batches.
 
     Args:
-        model: as for `sample`.
+        model: a causal language model of `transformers` in eval mode, or what `load_vllm` returns.
         prompts: (id, token ids); ids must be distinct, for they select the random stream.
-        counts: is added to: "samples" drawn = kept + "unfinished" + "duplicates" + "surplus" (drawn beyond
-            the n-th), and "prompts_short", prompts that ended with fewer than n.
+        counts: is added to, prompt by prompt: "samples" drawn = kept + "unfinished" + "duplicates" + "surplus"
+            (drawn beyond the n-th), and "prompts_short", prompts that ended with fewer than n.
+        max_new_tokens: longest response in tokens, end token included.
+        temperature: 0 is greedy, else at least 0.01.
         keep_unfinished: keep samples cut off at max_new_tokens: an evaluation must see a policy that rambles.
-        max_rows: rows of a batch at most; lower it when memory runs out.
+        max_rows: sequences of a batch at most, or handed to vLLM at once; lower it when memory runs out.
 
     Raises:
-        ValueError: a repeated id, an empty or a too long prompt, and what `sample` raises.
+        ValueError: a repeated id, an empty or a too long prompt, settings out of range, a model in training mode or
+            one that cannot be decoded here, log-probs that are not finite.
     """
-    if n < 1 or max_rows < 1 or not 1 <= oversample <= draw_limit < math.inf:
-        raise ValueError("generate() needs n >= 1, max_rows >= 1 and 1 <= oversample <= draw_limit")
+    if n < 1 or max_rows < 1 or max_new_tokens < 1 or not 1 <= oversample <= draw_limit < math.inf:
+        raise ValueError("generate() needs n, max_rows, max_new_tokens >= 1 and 1 <= oversample <= draw_limit")
+    if temperature != 0 and not 0.01 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or at least 0.01, not {temperature}")
     if temperature == 0:
+        if n > 1:
+            raise ValueError("temperature 0 would give n equal responses: set n=1 or a temperature")
         oversample = draw_limit = 1.0  # a further greedy response would be the same one
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    queues: dict[int, deque[_Stream]] = {}  # by prompt length, each in input order
+    ours = isinstance(model, torch.nn.Module)
+    if ours and model.training:
+        raise ValueError("the model is in training mode (dropout): call model.eval() before sampling")
+    limit = _positions(model.config) if ours else math.inf  # vLLM checks its own
     streams: deque[_Stream] = deque()
     for prompt_id, ids in prompts:
         if not 0 < len(ids) <= limit - max_new_tokens:
@@ -219,43 +112,103 @@ def generate(
                 f"prompt {prompt_id!r} has {len(ids)} tokens; the model's {limit} positions and "
                 f"max_new_tokens={max_new_tokens} allow 1 to {limit - max_new_tokens}: shorten or drop it"
             )
-        streams.append(_Stream(prompt_id, ids))
-        queues.setdefault(len(ids), deque()).append(streams[-1])
+        streams.append(_Stream(ids, prompt_seed(seed, prompt_id), prompt_id=prompt_id))
     if len({stream.prompt_id for stream in streams}) < len(streams):
         raise ValueError("two prompts share an id and would get the same samples: make the ids distinct")
 
     def still_due(stream: _Stream) -> int:
-        draws_per_kept = (stream.drawn + 1) / (len(stream.kept) + 1)
-        due = math.ceil((n - len(stream.kept)) * oversample * draws_per_kept)
-        due = due and max(due, stream.drawn // 8)  # growing steps, or the last ones would trickle in
-        return min(due, math.ceil(n * draw_limit) - stream.drawn)
+        drawn = stream.counts["samples"]
+        due = math.ceil((n - len(stream.kept)) * oversample * (drawn + 1) / (len(stream.kept) + 1))
+        due = due and max(due, drawn // 8)  # growing steps, or the last ones would trickle in
+        return min(due, math.ceil(n * draw_limit) - drawn)
 
-    bar = tqdm(total=len(streams), unit="prompt", desc="generate", disable=not progress)
-    while streams:
-        first = streams.popleft()
-        queue = queues[len(first.prompt_ids)]
-        while still_due(first):  # then it heads its queue
-            batch, rows, room = [], [], max_rows
-            while queue and room:
-                stream = queue.popleft()
-                stream.generator = stream.generator or prompt_generator(seed, stream.prompt_id)
-                batch.append(stream)
-                rows.append(min(still_due(stream), room))
-                room -= rows[-1]
-            results = sample(
-                model,
-                [stream.prompt_ids for stream in batch],
-                n=rows,
-                generators=[stream.generator for stream in batch],
-                eos_token_id=eos_token_id,
-                max_new_tokens=max_new_tokens,
+    for stream in streams:
+        stream.due = still_due(stream)
+    waiting: deque[Request] = deque(streams)
+    settings: dict[str, Any] = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
+    results = (decode if ours else ask_vllm)(model, waiting, max_rows=max_rows, **settings)
+    with tqdm(total=len(streams), unit="prompt", desc="generate", disable=not progress) as bar:
+        for stream in results:
+            assert isinstance(stream, _Stream)
+            stream.absorb(n=n, unique=unique, keep_unfinished=keep_unfinished)
+            stream.due = still_due(stream)
+            if stream.due:
+                waiting.appendleft(stream)
+                continue
+            stream.done = True
+            bar.update()
+            while streams and streams[0].done:
+                first = streams.popleft()
+                counts.update(first.counts, prompts_short=int(len(first.kept) < n))
+                yield first.prompt_id, first.kept
+
+
+def _positions(config: Any) -> float:
+    """Tokens that a model can look back on; our attention knows no sliding window."""
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return min(limit, window or math.inf)
+
+
+def load_vllm(path: str, *, dtype: str, max_length: int) -> Any:
+    """A vLLM engine whose log-probs are those of the model itself, before temperature.
+
+    Args:
+        path: local folder or hub name. dtype: fp32 or bf16. max_length: tokens of prompt and response together.
+
+    Raises:
+        ValueError: vLLM is not installed, or `path` is an adapter.
+    """
+    if (Path(path) / "adapter_config.json").exists():
+        raise ValueError(f"{path} is an adapter, which vLLM is not given here: use --engine hf, or merge it first")
+    try:
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"--engine vllm cannot import vllm ({error}): pip install vllm on a machine with a GPU, or --engine hf"
+        ) from error
+    names = {"fp32": "float32", "bf16": "bfloat16"}
+    return LLM(model=path, dtype=names[dtype], max_model_len=max_length, logprobs_mode="raw_logprobs")
+
+
+def ask_vllm(
+    llm: Any,
+    requests: deque[Request],
+    *,
+    eos_token_id: int,
+    max_new_tokens: int,
+    temperature: float,
+    max_rows: int,
+) -> Iterator[Request]:
+    """`hps.data.decode.decode` by a vLLM engine, which batches on its own; about `max_rows` sequences a call."""
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+    while requests:
+        batch = [requests.popleft()]
+        while requests and sum(request.due for request in batch) + requests[0].due <= max_rows:
+            batch.append(requests.popleft())
+        settings = [
+            SamplingParams(
+                n=request.due,
+                seed=request.seed // 2 + len(request.samples),  # vLLM's j-th sample takes seed + j
                 temperature=temperature,
+                max_tokens=max_new_tokens,
+                ignore_eos=True,  # or it would add the end tokens of the model's generation_config.json
+                stop_token_ids=[eos_token_id],
+                logprobs=0,  # of the drawn token alone
+                detokenize=False,
             )
-            for stream, samples in zip(batch, results, strict=True):
-                _absorb(stream, samples, n=n, unique=unique, keep_unfinished=keep_unfinished, counts=counts)
-            undone = [stream for stream in batch if still_due(stream)]
-            queue.extendleft(reversed(undone))
-            bar.update(len(batch) - len(undone))
-        counts["prompts_short"] += len(first.kept) < n
-        yield first.prompt_id, first.kept
-    bar.close()
+            for request in batch
+        ]
+        asked = [{"prompt_token_ids": list(request.prompt_ids)} for request in batch]
+        outputs = llm.generate(asked, settings, use_tqdm=False)
+        for request, output in zip(batch, outputs, strict=True):
+            for one in sorted(output.outputs, key=lambda one: one.index):
+                ids = np.array(one.token_ids, dtype=np.int32)
+                finished = one.finish_reason == "stop"
+                if finished != (ids[-1] == eos_token_id):
+                    raise ValueError(f"vLLM ended a response on token {ids[-1]} with reason {one.finish_reason!r}")
+                logp = sum(step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True))
+                request.samples.append(Sample(ids, finished, logp))
+            request.due = 0
+            yield request

@@ -1,84 +1,88 @@
-"""Samples against full forward passes, exact distributions, transformers' own generate, and each other."""
+"""Which samples are kept, in what order, by which engine; `data_prep.py generate` killed, taken up, and shared out."""
 
+import json
 import math
-from collections import Counter
-from types import SimpleNamespace
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hps.data.generate import draw_tokens, generate, prompt_generator, sample
+import data_prep
+from hps.data import decode, journal, listwise
+from hps.data.generate import generate, load_vllm, prompt_seed
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 EOS = 2
-SMALL = {
-    "vocab_size": 13,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,  # uneven next-token distributions
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL),
-    "qwen2": Qwen2Config(**SMALL),
-    "gpt2": GPT2Config(vocab_size=13, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
-}
-
-
-@pytest.fixture(scope="module", params=list(CONFIGS))
-def model(request):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
+PROMPTS = [("a", [1, 5]), ("b", [1, 9, 3, 3, 4]), ("c", [1, 7]), ("d", [4, 6, 8]), ("e", [1, 5, 6, 7]), ("f", [3])]
 
 
 @pytest.fixture(scope="module")
 def llama():
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    config = LlamaConfig(
+        vocab_size=13, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def scripted(probs_of_prefix, vocab_size):
-    """A model whose next-token distribution is a function of the whole prefix; the cache holds the prefix."""
+    """A model whose next-token distribution is a function of the whole prefix.
 
-    class Cache:
-        def __init__(self, ids):
-            self.ids = ids
-
-        def batch_select_indices(self, rows):
-            self.ids = self.ids[rows]
+    Its keys are one-hot positions, its values one-hot tokens, and head h asks for position h: so attention gives the
+    prefix back.
+    """
+    positions = torch.eye(64)
 
     class Model(torch.nn.Module):
-        config = SimpleNamespace(max_position_embeddings=64)
-
         def __init__(self):
             super().__init__()
             self.anchor = torch.nn.Parameter(torch.zeros(1))  # gives the model a device
+            self.config = SimpleNamespace(max_position_embeddings=64)
             self.row_counts = []
 
-        def forward(self, ids, past_key_values=None, use_cache=True, logits_to_keep=1):
-            cache = past_key_values or Cache(ids)
-            if past_key_values is not None:
-                cache.ids = torch.cat([cache.ids, ids], 1)
-            self.row_counts.append(len(ids))
-            probs = torch.tensor([probs_of_prefix(row) for row in cache.ids.tolist()])
-            assert probs.shape == (len(ids), vocab_size)
-            return SimpleNamespace(logits=probs.log()[:, None], past_key_values=cache)
+        def set_attn_implementation(self, name):
+            self.config._attn_implementation = name
+
+        def forward(self, ids, past_key_values=None, position_ids=None, packed_layout=None, logits_to_keep=None, **_):
+            at = torch.arange(ids.shape[1])[None] if position_ids is None else position_ids
+            keys = (30 * positions[at.expand_as(ids)])[:, None]
+            values = torch.nn.functional.one_hot(ids, vocab_size).float()[:, None]
+            if past_key_values is None:
+                keep = range(ids.shape[1]) if logits_to_keep is None else logits_to_keep.tolist()
+                prefixes = [[row[: k + 1] for k in keep] for row in ids.tolist()]
+                past_key_values = SimpleNamespace(layers=[SimpleNamespace(keys=keys, values=values)])
+            else:
+                self.row_counts.append(len(ids))
+                keys, values = past_key_values.update(keys, values, 0)
+                found = packed_layout(30 * positions.expand(len(ids), 64, 64)[:, :, None], keys, values, 1.0)
+                tokens = found[:, :, 0].argmax(-1).tolist()
+                prefixes = [[row[: int(p) + 1]] for row, p in zip(tokens, at[:, 0], strict=True)]
+            probs = torch.tensor([[probs_of_prefix(prefix) for prefix in row] for row in prefixes])
+            return SimpleNamespace(logits=probs.log(), past_key_values=past_key_values)
 
     return Model().eval()
 
 
 def flat(groups):
-    return [(one.token_ids.tolist(), one.finished) for group in groups for one in group]
+    return [[(one.token_ids.tolist(), one.finished) for one in group] for group in groups]
 
 
-def draw(model, prompts, ids, *, n=5, seed=7, **more):
-    settings = {"eos_token_id": EOS, "max_new_tokens": 12, "temperature": 0.9} | more
-    return sample(model, prompts, n=n, generators=[prompt_generator(seed, i) for i in ids], **settings)
+def draw(model, ids, name, *, n, max_new_tokens=12):
+    """The first n samples of a prompt's stream, kept or not."""
+    request = decode.Request(ids, prompt_seed(0, name), n)
+    settings = dict(eos_token_id=EOS, max_new_tokens=max_new_tokens, temperature=0.9, max_rows=512)
+    list(decode.decode(model, deque([request]), **settings))
+    return request.samples
 
 
 def run(model, prompts, **more):
@@ -94,162 +98,50 @@ def run(model, prompts, **more):
     return dict(generate(model, prompts, **settings)), counts
 
 
-# --- one batch ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [0.9, 2.0])
-def test_logp_is_the_full_forward_pass_sum_at_temperature_1(model, temperature):
-    prompts = [[1, 5, 6, 7, 8], [1, 9, 3, 3, 4]]
-    groups = draw(model, prompts, ["a", "b"], n=20, temperature=temperature)
-    assert {one.finished for group in groups for one in group} == {True, False}  # both kinds are compared
-    for prompt, group in zip(prompts, groups, strict=True):
-        for one in group:
-            ids = torch.tensor([prompt + one.token_ids.tolist()])
-            with torch.no_grad():
-                logps = model(ids).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]
-            expected = logps.gather(1, ids[0, len(prompt) :, None]).sum().item()
-            assert one.logp == pytest.approx(expected, abs=1e-5)
-
-
-def test_token_ids_stop_at_the_first_end_token(model):
-    samples = draw(model, [[1, 5, 6]], ["a"], n=60)[0]
-    for one in samples:
-        tokens = one.token_ids.tolist()
-        assert one.token_ids.dtype == np.int32
-        assert EOS not in tokens[:-1]
-        assert one.finished == (tokens[-1] == EOS)
-        assert one.finished or len(tokens) == 12
-
-
-def test_greedy_equals_transformers_generate(model):
-    prompts = [[1, 5, 6, 7], [1, 9, 3, 4], [1, 12, 11, 3]]
-    ours = draw(model, prompts, ["a", "b", "c"], n=1, temperature=0)
-    for prompt, (one,) in zip(prompts, ours, strict=True):
-        theirs = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=EOS, pad_token_id=0
-        )
-        assert one.token_ids.tolist() == theirs[0, len(prompt) :].tolist()
-
-
-def test_dropping_ended_rows_leaves_the_others_as_they_are(model):
-    prompts, ids = [[1, 5, 6], [1, 7, 8]], ["a", "b"]
-    never = draw(model, prompts, ids, n=40, drop_fraction=2.0)
-    assert sum(one.finished for group in never for one in group) > 20
-    for fraction in (0.0, 0.3):
-        dropped = draw(model, prompts, ids, n=40, drop_fraction=fraction)
-        assert flat(dropped) == flat(never)
-        for group, other in zip(dropped, never, strict=True):
-            assert [one.logp for one in group] == pytest.approx([one.logp for one in other], abs=1e-5)
-
-
-def test_ended_rows_leave_the_batch():
-    fake = scripted(lambda row: [0.5, 0.0, 0.5], 3)  # half of the rows end at each step
-    draw(fake, [[1, 1]], ["a"], n=64, drop_fraction=0.125)
-    decode = fake.row_counts[1:]
-    assert decode[0] < 50 and decode == sorted(decode, reverse=True) and decode[-1] < 8
-
-
-def test_row_j_is_the_same_whatever_n_and_however_the_draws_are_split(llama):
-    whole = flat(draw(llama, [[1, 5, 6]], ["a"], n=8))
-    generator = prompt_generator(7, "a")
-    settings = {"eos_token_id": EOS, "max_new_tokens": 12, "temperature": 0.9}
-    parts = [sample(llama, [[1, 5, 6]], n=k, generators=[generator], **settings) for k in (3, 5)]
-    assert flat(parts[0]) + flat(parts[1]) == whole
-
-
-def test_a_prompt_of_a_batch_draws_as_if_alone(model):
-    prompts, ids = [[1, 5, 6], [1, 7, 8], [1, 9, 3]], ["a", "b", "c"]
-    together = draw(model, prompts, ids, n=[3, 17, 6])
-    assert [len(group) for group in together] == [3, 17, 6]
-    for group, prompt, name in zip(together, prompts, ids, strict=True):
-        assert flat([group]) == flat(draw(model, [prompt], [name], n=len(group)))
-
-
-def test_bfloat16_logps_are_computed_in_float32(llama):
-    half = AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.bfloat16).eval()
-    half.load_state_dict(llama.state_dict())
-    for one in draw(half, [[1, 5, 6]], ["a"], n=5, max_new_tokens=1)[0]:
-        with torch.no_grad():
-            logits = half(torch.tensor([[1, 5, 6]])).logits[0, -1]
-        assert logits.dtype == torch.bfloat16
-        assert one.logp == pytest.approx(logits.double().log_softmax(-1)[one.token_ids[0]].item(), abs=1e-5)
-
-
-# --- the distribution --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_draws_follow_the_softmax(temperature):
-    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, -math.inf, 1.1])
-    rows = 20_000
-    uniforms = torch.rand(rows, generator=torch.Generator().manual_seed(5))
-    tokens, logps = draw_tokens(logits.expand(rows, -1), uniforms, temperature=temperature)
-    exact = torch.softmax(logits.double() / temperature, 0)
-    seen = torch.bincount(tokens, minlength=6)
-    assert seen[4] == 0
-    possible = exact > 0
-    assert stats.chisquare(seen[possible].numpy(), (exact * rows)[possible].numpy()).pvalue > 0.01
-    assert torch.allclose(logps.double(), logits.double().log_softmax(0)[tokens], atol=1e-6)
-
-
-def test_impossible_tokens_are_not_drawn_at_the_ends_of_the_unit_interval():
-    logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.1, -math.inf]).expand(2, -1)
-    tokens, _ = draw_tokens(logits, torch.tensor([0.0, 1 - 2**-24]), temperature=1.0)
-    assert tokens.tolist() == [1, 3]
-
-
 def test_whole_responses_follow_their_exact_probabilities():
     # Tokens: 0, 1, EOS. The second step depends on the first, so a mixed-up cache would show.
     table = {(): [0.5, 0.3, 0.2], (0,): [0.1, 0.2, 0.7], (1,): [0.6, 0.1, 0.3]}
     fake = scripted(lambda row: table.get(tuple(row[1:]), [0.0, 0.0, 1.0]), 3)
-    rows = 4000
-    seen = Counter(tuple(ids) for ids, _ in flat(draw(fake, [[1]], ["x"], n=rows, temperature=1.0, drop_fraction=0.05)))
+    settings = dict(unique=False, oversample=1.0, temperature=1.0, max_rows=700)
+    seen = Counter(tuple(one.token_ids) for one in run(fake, [("x", [1])], n=4000, **settings)[0]["x"])
     exact = {(2,): 0.2}
     for first, p in ((0, 0.5), (1, 0.3)):
         for second in range(3):
             key = (first, 2) if second == 2 else (first, second, 2)
             exact[key] = p * table[(first,)][second]
     assert set(seen) == set(exact)
-    assert stats.chisquare([seen[k] for k in exact], [rows * p for p in exact.values()]).pvalue > 0.01
+    assert stats.chisquare([seen[k] for k in exact], [4000 * p for p in exact.values()]).pvalue > 0.01
 
 
-# --- many prompts ------------------------------------------------------------------------------------------
-
-PROMPTS = [(f"id{i}", [1, *[3 + (i * k) % 10 for k in range(1, 3 + i % 3)]]) for i in range(11)]
-
-
-def listed(samples):
-    return {name: flat([group]) for name, group in samples.items()}
+# --- what is kept ------------------------------------------------------------------------------------------
 
 
 def test_samples_do_not_depend_on_grouping_order_or_sharding(llama):
-    def run_few(prompts, **more):
-        return run(llama, prompts, draw_limit=4.0, **more)
-
-    whole = run_few(PROMPTS)[0]
-    assert list(whole) == [name for name, _ in PROMPTS]
-    assert {4} < {len(group) for group in whole.values()}  # full ones and such as hit the limit
-    for other in (
-        run_few(PROMPTS, max_rows=7)[0],
-        run_few(PROMPTS, max_rows=30)[0],
-        run_few(PROMPTS[::-1])[0],
-        run_few(PROMPTS, oversample=3.0)[0],
-        run_few(PROMPTS[::2])[0] | run_few(PROMPTS[1::2])[0],
-    ):
-        assert listed(other) == listed(whole)
-    assert listed(run_few(PROMPTS, seed=1)[0]) != listed(whole)
+    whole, counts = run(llama, PROMPTS, n=6)
+    assert counts["prompts_short"] == 0 and [len(group) for group in whole.values()] == [6] * len(PROMPTS)
+    for max_rows in (1, 10, 64):
+        other, other_counts = run(llama, PROMPTS, n=6, max_rows=max_rows)
+        assert flat(other.values()) == flat(whole.values()) and other_counts == counts
+    backwards, _ = run(llama, PROMPTS[::-1], n=6)
+    assert list(backwards) == [name for name, _ in PROMPTS[::-1]]
+    shards = run(llama, PROMPTS[::2], n=6)[0] | run(llama, PROMPTS[1::2], n=6)[0]
+    for name in whole:
+        assert flat([whole[name]]) == flat([backwards[name]]) == flat([shards[name]])
+    assert flat(run(llama, PROMPTS, n=6, seed=1)[0].values()) != flat(whole.values())
 
 
-def test_equal_prompts_with_different_ids_have_their_own_draws(llama):
+def test_equal_prompts_with_unequal_ids_have_their_own_draws(llama):
     samples, _ = run(llama, [("a", [1, 5]), ("b", [1, 5])])
     assert flat([samples["a"]]) != flat([samples["b"]])
 
 
 def test_results_come_in_input_order_and_batches_hold_no_more_than_max_rows():
     fake = scripted(lambda row: [0, 0, 1.0] if 0 in row else [1.0, 0, 0], 3)  # every row decodes one step
-    samples, _ = run(fake, PROMPTS, unique=False, max_rows=9)
+    prompts = [(name, [1] * len(ids)) for name, ids in PROMPTS]
+    samples, _ = run(fake, prompts, unique=False, max_rows=10)
     assert list(samples) == [name for name, _ in PROMPTS]
-    assert max(fake.row_counts) == 9
+    assert max(fake.row_counts) == 10
+    assert all(one.token_ids.tolist() == [0, 2] for group in samples.values() for one in group)
 
 
 @pytest.mark.parametrize("unique", [True, False])
@@ -257,7 +149,7 @@ def test_kept_samples_are_the_first_n_of_the_stream(llama, unique):
     samples, counts = run(llama, PROMPTS[:3], n=6, unique=unique)
     for name, ids in PROMPTS[:3]:
         expected, seen = [], set()
-        for one in draw(llama, [ids], [name], n=180, seed=0)[0]:
+        for one in draw(llama, ids, name, n=180):
             if one.finished and not (unique and tuple(one.token_ids) in seen):
                 expected.append(one.token_ids.tolist())
                 seen.add(tuple(one.token_ids))
@@ -273,7 +165,7 @@ def test_a_model_that_can_say_three_things_is_counted_and_given_up():
     for group in samples.values():
         assert {tuple(one.token_ids) for one in group} == {(0, 2), (1, 2), (2,)} and len(group) == 3
         assert all(one.logp == pytest.approx(math.log(0.25), abs=1e-6) for one in group)
-    streams = draw(fake, [[1, 1], [1, 0]], ["a", "b"], n=30, seed=0)
+    streams = [draw(fake, [1, 1], "a", n=30), draw(fake, [1, 0], "b", n=30)]
     unfinished = sum(not one.finished for group in streams for one in group)
     assert counts == Counter(
         samples=60, unfinished=unfinished, duplicates=60 - unfinished - 6, prompts_short=2, surplus=0
@@ -287,18 +179,15 @@ def test_duplicates_stay_when_uniqueness_is_not_asked_for():
 
 
 def test_unfinished_samples_are_kept_when_asked_for(llama):
-    ids = PROMPTS[0][1]
-    samples, counts = run(llama, [("a", ids)], n=30, unique=False, keep_unfinished=True)
-    assert flat([samples["a"]]) == flat(draw(llama, [ids], ["a"], n=30, seed=0))
-    assert {one.finished for one in samples["a"]} == {True, False} and counts["unfinished"] == 0
+    name, ids = PROMPTS[0]
+    samples, counts = run(llama, [(name, ids)], n=30, unique=False, keep_unfinished=True)
+    assert flat([samples[name]]) == flat([draw(llama, ids, name, n=30)])
+    assert {one.finished for one in samples[name]} == {True, False} and counts["unfinished"] == 0
 
 
 def test_greedy_generation_draws_once_per_prompt(llama):
     samples, counts = run(llama, PROMPTS[:4], n=1, temperature=0)
     assert counts["samples"] == 4 == sum(map(len, samples.values())) + counts["unfinished"]
-
-
-# --- mistakes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,7 +196,7 @@ def test_greedy_generation_draws_once_per_prompt(llama):
         ([("a", [1]), ("long", [3] * 53)], {}, "'long' has 53 tokens"),
         ([("empty", [])], {}, "'empty' has 0 tokens"),
         ([("a", [1]), ("a", [3])], {}, "share an id"),
-        ([("a", [1])], {"n": 0}, "n >= 1"),
+        ([("a", [1])], {"n": 0}, "n, max_rows"),
         ([("a", [1])], {"oversample": 0.5}, "oversample"),
         ([("a", [1])], {"temperature": -1.0}, "temperature must be"),
         ([("a", [1])], {"temperature": math.nan}, "temperature must be"),
@@ -319,16 +208,261 @@ def test_mistakes_are_named(llama, prompts, more, message):
         run(llama, prompts, **more)
 
 
-def test_longest_allowed_prompt_runs(llama):
+def test_longest_allowed_prompt_runs_and_training_mode_does_not(llama):
     samples, _ = run(llama, [("a", [3] * 52)], n=1)
     assert set(samples) == {"a"}
-
-
-def test_sample_refuses_unequal_prompts_training_mode_and_broken_weights(llama):
-    with pytest.raises(ValueError, match="equally long"):
-        draw(llama, [[1, 5], [1]], ["a", "b"])
-    broken = scripted(lambda row: [math.nan] * 3, 3)
-    with pytest.raises(ValueError, match="not finite"):
-        draw(broken, [[1]], ["a"])
     with pytest.raises(ValueError, match="training mode"):
-        draw(broken.train(), [[1]], ["a"])
+        run(scripted(lambda row: [1.0], 1).train(), [("a", [0])])
+
+
+def test_a_sliding_window_counts_as_the_limit(llama, monkeypatch):
+    monkeypatch.setattr(llama.config, "sliding_window", 20, raising=False)
+    run(llama, [("a", [3] * 8)], n=1)
+    with pytest.raises(ValueError, match="'a' has 9 tokens; the model's 20 positions"):
+        run(llama, [("a", [3] * 9)], n=1)
+
+
+# --- vLLM --------------------------------------------------------------------------------------------------
+
+
+class SamplingParams:
+    """Those of vLLM's fields that we set, with its defaults and checks (vllm/sampling_params.py)."""
+
+    def __init__(
+        self, *, n=1, temperature=1.0, seed=None, stop_token_ids=None, ignore_eos=False, max_tokens=16, logprobs=None,
+        detokenize=True,
+    ):  # fmt: skip
+        if n < 1 or (temperature == 0 and n > 1) or not 0 <= temperature <= 2 or not -(2**63) <= (seed or 0) < 2**63:
+            raise ValueError("vLLM would refuse these settings")
+        self.__dict__.update({key: value for key, value in locals().items() if key != "self"})
+
+
+class LLM:
+    """A stand-in for vllm.LLM that draws from a small model by full forwards, one response at a time.
+
+    As documented: a prompt is {"prompt_token_ids": [...]}; the j-th of n responses has seed + j; a response ends with
+    the end token of the model's generation_config.json unless ignore_eos, with any of stop_token_ids, both of which
+    are in token_ids, or at max_tokens; `logprobs` has a dict for each token that holds the drawn one, and its
+    log-prob is before or after temperature as logprobs_mode says.
+    """
+
+    model = None  # the test's
+    calls: list = []  # noqa: RUF012
+
+    def __init__(self, model, *, dtype="auto", max_model_len=None, logprobs_mode="processed_logprobs"):
+        self.options = dict(model=model, dtype=dtype, max_model_len=max_model_len)
+        self.raw = {"raw_logprobs": True, "processed_logprobs": False}[logprobs_mode]
+
+    def generate(self, prompts, sampling_params, *, use_tqdm=True):
+        LLM.calls.append(sum(p.n for p in sampling_params))
+        results = []
+        for prompt, params in zip(prompts, sampling_params, strict=True):
+            outputs = [self._one(prompt["prompt_token_ids"], params, j) for j in range(params.n)]
+            results.append(SimpleNamespace(outputs=outputs[::-1]))  # in no order that is documented
+        return results
+
+    def _one(self, prompt, params, index):
+        generator = torch.Generator().manual_seed(params.seed + index)
+        ids, logprobs, reason = [], [], None
+        stops = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else (EOS, 7))}  # 7: the model's own
+        while reason is None:
+            with torch.no_grad():
+                logits = LLM.model(torch.tensor([prompt + ids])).logits[0, -1].double()
+            scaled = logits / (params.temperature or 1.0)
+            greedy = params.temperature == 0
+            token = int(scaled.argmax() if greedy else torch.multinomial(scaled.softmax(-1), 1, generator=generator))
+            logp = (logits if self.raw else scaled).log_softmax(-1)[token].item()
+            ids.append(token)
+            logprobs.append({token: SimpleNamespace(logprob=logp, rank=1, decoded_token=None)})
+            reason = "stop" if token in stops else "length" if len(ids) == params.max_tokens else None
+        return SimpleNamespace(
+            index=index, text="", token_ids=tuple(ids), cumulative_logprob=None, finish_reason=reason,
+            stop_reason=None, logprobs=logprobs if params.logprobs is not None else None,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def vllm(llama, monkeypatch):
+    fake = ModuleType("vllm")
+    fake.LLM, fake.SamplingParams = LLM, SamplingParams
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setattr(LLM, "model", llama)
+    monkeypatch.setattr(LLM, "calls", [])
+    return load_vllm("some/model", dtype="bf16", max_length=40)
+
+
+def test_vllm_gives_the_same_records(vllm, llama):
+    assert vllm.options == {"model": "some/model", "dtype": "bfloat16", "max_model_len": 40}
+    samples, counts = run(vllm, PROMPTS[:3], n=8, temperature=0.7, unique=False, keep_unfinished=True)
+    ends = set()
+    for name, ids in PROMPTS[:3]:
+        for one in samples[name]:
+            tokens = one.token_ids.tolist()
+            ends.add((one.finished, tokens[-1] == EOS, one.finished or len(tokens) == 12))
+            whole = torch.tensor([ids + tokens])
+            with torch.no_grad():
+                logps = llama(whole).logits.double().log_softmax(-1)[0, len(ids) - 1 : -1]
+            assert one.logp == pytest.approx(logps.gather(1, whole[0, len(ids) :, None]).sum().item(), abs=1e-5)
+            assert EOS not in tokens[:-1]
+    assert ends == {(True, True, True), (False, False, True)}
+    assert counts["samples"] == sum(map(len, samples.values())) + counts["surplus"]
+
+
+def test_vllm_samples_depend_on_seed_and_id_alone(vllm):
+    whole, counts = run(vllm, PROMPTS, n=5)
+    for max_rows in (1, 17):
+        assert flat(run(vllm, PROMPTS, n=5, max_rows=max_rows)[0].values()) == flat(whole.values())
+    assert max(LLM.calls[-5:]) <= 17
+    more, _ = run(vllm, PROMPTS, n=9, oversample=1.0)  # other rounds, the same stream
+    assert [group[:5] for group in flat(more.values())] == flat(whole.values())
+    backwards = run(vllm, PROMPTS[::-1], n=5)[0]
+    assert all(flat([backwards[name]]) == flat([whole[name]]) for name in whole)
+    assert len({str(group) for group in flat(whole.values())}) == len(PROMPTS)
+    assert counts["prompts_short"] == 0
+    assert flat(run(vllm, PROMPTS, n=5, seed=1)[0].values()) != flat(whole.values())
+
+
+def test_vllm_greedy_is_ours(vllm, llama):
+    settings = dict(n=1, temperature=0, keep_unfinished=True)
+    assert flat(run(vllm, PROMPTS, **settings)[0].values()) == flat(run(llama, PROMPTS, **settings)[0].values())
+
+
+def test_without_vllm_the_message_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed, whether or not it is
+    with pytest.raises(ValueError, match="pip install vllm"):
+        load_vllm("some/model", dtype="fp32", max_length=8)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter"):
+        load_vllm(str(tmp_path), dtype="fp32", max_length=8)
+
+
+# --- data_prep.py generate ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def task(tiny_world, tmp_path_factory):
+    """Prompts with two human responses each, the flags of a run on them, and what an undisturbed run writes."""
+    folder = tmp_path_factory.mktemp("generate")
+    rows = listwise.read(tiny_world / "test.jsonl")
+    pairs = [listwise.Row(r.id, r.prompt, r.responses[:2], None, 0, 1, None, "") for r in rows]
+    listwise.write(folder / "in.jsonl", pairs)
+    flags = [f"--model={tiny_world / 'model'}", f"--input={folder / 'in.jsonl'}", "--n=4", "--max_new_tokens=60"]
+    data_prep.main(["generate", *flags, f"--output={folder / 'out.jsonl'}"])
+    assert journal.files(folder / "out.jsonl") == []
+    written = listwise.read(folder / "out.jsonl")
+    assert [r.responses[:2] for r in written] == [r.responses for r in pairs] and written[0].chosen == 0
+    assert sum(len(r.responses) - 2 for r in written) > 16
+    return SimpleNamespace(flags=flags, expected=(folder / "out.jsonl").read_bytes(), ids=[r.id for r in rows])
+
+
+def test_a_run_cut_anywhere_goes_on_and_writes_the_same(task, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out.jsonl"
+    argv = ["generate", *task.flags, f"--output={output}"]
+    with monkeypatch.context() as patch:  # killed when all is generated and nothing written
+        patch.setattr(listwise, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data_prep.main(argv)
+    (path,) = journal.files(output)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert [json.loads(line)["id"] for line in lines[1:]] == task.ids
+    for cut in (0, len(lines[0]) - 1, len(lines[0]), len(b"".join(lines[:3])) + 20, len(whole) - 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        capsys.readouterr()
+        data_prep.main([*argv, "--max_rows=7"])
+        assert output.read_bytes() == task.expected and journal.files(output) == []
+        told = capsys.readouterr().err.splitlines()[-1]
+        counts = [sum(json.loads(line)["counts"][key] for line in lines[1:]) for key in ("samples", "prompts_short")]
+        assert f"samples {counts[0]}," in told and f"prompts_short {counts[1]}" in told
+
+
+def test_another_run_than_the_one_left_unfinished_is_refused(task, tmp_path, tiny_world, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    argv = ["generate", *task.flags, f"--output={output}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(listwise, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data_prep.main(argv)
+    monkeypatch.setattr(data_prep.model, "load_causal_lm", lambda *_, **__: pytest.fail("checked too late"))
+    with pytest.raises(ValueError, match=r"journal-0 is what another run left unfinished: it differs in seed\."):
+        data_prep.main([*argv, "--seed=1"])
+    other_input = tmp_path / "in.jsonl"
+    listwise.write(other_input, listwise.read(tiny_world / "test.jsonl"))
+    with pytest.raises(ValueError, match=r"it differs in input\."):
+        data_prep.main(["generate", *task.flags[:1], f"--input={other_input}", *task.flags[2:], f"--output={output}"])
+    other_model = tmp_path / "model"
+    other_model.mkdir()
+    for file in (tiny_world / "model").iterdir():
+        (other_model / file.name).write_bytes(file.read_bytes())
+    with open(other_model / "config.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match=r"it differs in model\."):
+        data_prep.main(["generate", f"--model={other_model}", *task.flags[1:], f"--output={output}"])
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_killed_and_started_again_it_writes_the_same(task, tmp_path):
+    """SIGKILL as soon as two prompts are in the journal; one row at a time, so that the others are not."""
+    output = tmp_path / "out.jsonl"
+    argv = ["generate", *task.flags, f"--output={output}"]
+    process = subprocess.Popen([sys.executable, "data_prep.py", *argv, "--max_rows=1"], cwd=ROOT, env=environment())
+    path, deadline = Path(f"{output}.journal-0"), time.monotonic() + 600
+    while not path.exists() or path.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists() and 2 <= len(path.read_bytes().splitlines()) - 1 < len(task.ids)
+    data_prep.main(argv)
+    assert output.read_bytes() == task.expected
+
+
+def test_two_ranks_write_what_one_does_and_share_out_what_is_left(task, tmp_path):
+    output = tmp_path / "out.jsonl"
+    # Without the -- torchrun would take --n for one of its own options.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    command += ["data_prep.py", "generate", *task.flags, f"--output={output}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert output.read_bytes() == task.expected and journal.files(output) == []
+
+
+def test_journals_of_more_ranks_than_go_on_are_read(task, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    argv = ["generate", *task.flags, f"--output={output}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(listwise, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data_prep.main(argv)
+    first = Path(f"{output}.journal-0")
+    header, *lines = first.read_bytes().splitlines(keepends=True)
+    Path(f"{output}.journal-5").write_bytes(header + b"".join(lines[1::2])[:-9])
+    first.write_bytes(header + lines[0])
+    drawn = []
+    generate_some = data_prep.generate.generate
+    spy = lambda lm, prompts, **more: drawn.extend(id for id, _ in prompts) or generate_some(lm, prompts, **more)  # noqa: E731
+    monkeypatch.setattr(data_prep.generate, "generate", spy)
+    data_prep.main(argv)
+    assert drawn == [id for k, id in enumerate(task.ids) if k and (k % 2 == 0 or k == len(task.ids) - 1)]
+    assert output.read_bytes() == task.expected
+
+
+def test_vllm_through_the_script(task, vllm, tmp_path, monkeypatch, tiny_world):
+    steps = [{token: SimpleNamespace(logprob=0.0)} for token in (10, 11, 12, 13, 14, EOS)]
+
+    def one(self, prompt, params, index):
+        assert params.n == 5 and params.max_tokens == 60 and params.temperature == 0.9
+        return SimpleNamespace(
+            index=index, token_ids=[10 + index, EOS], finish_reason="stop", logprobs=[steps[index], steps[-1]]
+        )
+
+    monkeypatch.setattr(LLM, "_one", one)
+    data_prep.main(["generate", *task.flags, f"--output={tmp_path / 'out.jsonl'}", "--engine=vllm"])
+    written = listwise.read(tmp_path / "out.jsonl")
+    tokenizer = data_prep.tokens.load_tokenizer(str(tiny_world / "model"))
+    assert all(r.responses[2:] == tuple(tokenizer.convert_ids_to_tokens([10, 11, 12, 13])) for r in written)
+    with pytest.raises(ValueError, match="engine = 'trt' does not exist"):
+        data_prep.main(["generate", *task.flags, f"--output={tmp_path / 'o.jsonl'}", "--engine=trt"])
