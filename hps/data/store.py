@@ -1,4 +1,4 @@
-"""The training data as token ids on disk: made in one pass over the list-wise file, then mapped, not held in RAM.
+"""The training data as token ids on disk: made in one pass over the list-wise file, then read prompt by prompt.
 
 A store is a folder of flat arrays, found by what decides them: the content of the data file, the tokenizer, the budget
 of tokens and the number of candidates. Runs with the same inputs share it, so that a sweep tokenises a text once. It
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +25,38 @@ from hps.data.tokens import Example
 from hps.packing import Block
 
 # Decides a store's name: raise it when the files below, or what becomes of a row, change.
-FORMAT = 1
+FORMAT = 2
 FILES = {
-    "tokens": "<i4",  # of each example the prompt, then its responses
-    "ids": "u1",  # UTF-8
-    "cuts": "<i8",  # (R + 1, 3): where an example's tokens, responses and id begin, and the one before it ends
-    # of each response
-    "rewards": "<f8",  # NaN where the row has none
-    "lengths": "<i4",  # tokens
-    "identity": "<i4",  # equal numbers in a row mark equal tokens
-    # of each example
-    "keys": "<u8",  # hash of the id
-    "lines": "<i8",  # of the data file, from 1
-    "prompts": "<i4",  # tokens
-    "human": "<i4",  # (R, 2): chosen, rejected; -1 where there is none
+    "tokens": np.dtype("<i4"),  # of each of the R examples the prompt, then its responses, N in all
+    "offsets": np.dtype("<i8"),  # (R + N + 1,): where each prompt and response begins, and the one before it ends
+    "ids": np.dtype("u1"),  # UTF-8
+    "cuts": np.dtype("<i8"),  # (R + 1, 2): which is an example's first response, and where its id begins in `ids`
+    "rewards": np.dtype("<f8"),  # (N,), NaN where the row has none
+    "identity": np.dtype("<i4"),  # (N,), equal numbers in a row mark equal tokens
+    "keys": np.dtype("<u8"),  # (R,), hash of the id
+    "lines": np.dtype("<i8"),  # (R,), of the data file, from 1
+    "human": np.dtype("<i4"),  # (R, 2): chosen, rejected; -1 where there is none
 }
 
 
 class Column(Sequence[np.ndarray]):
-    """One (k,) array an example, read from disk as slices are asked for."""
+    """One (k,) array an example, read from disk as slices are asked for.
 
-    def __init__(self, read: Callable[[int, int], np.ndarray], cuts: np.ndarray) -> None:
-        self._read, self._cuts = read, cuts
+    read: gives the values of examples a to b - 1, joined. first: (R + 1,), where each example's begin.
+    """
+
+    def __init__(self, read: Callable[[int, int], np.ndarray], first: np.ndarray) -> None:
+        self._read, self._first = read, first
 
     def __len__(self) -> int:
-        return len(self._cuts) - 1
+        return len(self._first) - 1
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
             return self[index : index + 1][0]
-        cuts = self._cuts[index.start : index.stop + 1].tolist()
-        values = self._read(cuts[0], cuts[-1])
-        return [values[a - cuts[0] : b - cuts[0]] for a, b in pairwise(cuts)]
+        values = self._read(index.start, index.stop)
+        cuts = (self._first[index.start : index.stop + 1] - self._first[index.start]).tolist()
+        return [values[a:b] for a, b in pairwise(cuts)]
 
 
 class Store:
@@ -69,51 +69,65 @@ class Store:
     """
 
     def __init__(self, folder: Path, data: Path, *, length_penalty: float = 0.0) -> None:
-        """Map a store of the data file `data`; ValueError if it is not whole. `length_penalty` as in `open_store`."""
+        """Open a store of the data file `data`; ValueError if it is not whole. `length_penalty` as in `open_store`."""
         about = _read_header(folder)
         self.counts: dict[str, int] = about["counts"]
         self.longest: int = about["longest"]
         self.data_hash: str = about["identity"]["data"]
         self.without_rewards: list[Any] | None = about["without_rewards"]
         self._folder, self._data, self._penalty = folder, data, length_penalty
-        # Plain arrays over the maps: slicing a memmap object takes ten times as long.
-        self._maps = {name: np.asarray(np.memmap(folder / name, dtype, "r")) for name, dtype in FILES.items()}
-        self._cuts = self._maps["cuts"].reshape(-1, 3)
-        self.keys, self.human = self._maps["keys"], self._maps["human"].reshape(-1, 2)
-        self.rewards = Column(self._penalised, self._cuts[:, 1])
-        self.identity = Column(lambda a, b: self._read("identity", a, b), self._cuts[:, 1])
+        # What has a number or two a prompt is mapped; the rest is read, since every page of a map that was once touched
+        # counts as this process's memory.
+        self._files = {name: (folder / name).open("rb") for name in ("tokens", "offsets", "rewards", "identity")}
+        self._first, self._id_at = self._map("cuts").reshape(-1, 2).T
+        self.keys, self.human = self._map("keys"), self._map("human").reshape(-1, 2)
+        self.rewards = Column(self._rewards, self._first)
+        self.identity = Column(lambda a, b: self._read("identity", self._first[a], self._first[b]), self._first)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def block(self, i: int, ks: Sequence[int] | np.ndarray) -> Block:
         """The prompt of example i with its responses ks."""
-        (start, first), (_, last) = self._cuts[i : i + 2, :2].tolist()
-        text, begin = self._maps["tokens"], start + int(self._maps["prompts"][i])
-        cuts = list(accumulate(self._maps["lengths"][first:last].tolist(), initial=begin))
-        return Block(text[start:begin], tuple(text[cuts[k] : cuts[k + 1]] for k in ks))
+        first, last = self._first[i : i + 2].tolist()
+        cuts = self._read("offsets", first + i, last + i + 2).tolist()  # i prompts stand before this one
+        prompt = self._read("tokens", cuts[0], cuts[1])
+        return Block(prompt, tuple(self._read("tokens", cuts[k + 1], cuts[k + 2]) for k in ks))
 
     def rewards_of(self, rows: np.ndarray, ks: np.ndarray) -> np.ndarray:
         """Rewards (T,) float64 of the responses `ks` (T,) of the examples `rows` (T,)."""
-        at = self._cuts[rows, 1] + ks
-        return self._maps["rewards"][at] - self._penalty * self._maps["lengths"][at]
+        r = self._first[rows] + ks
+        rewards = self._map("rewards")[r]
+        if self._penalty:
+            offsets, at = self._map("offsets"), r + rows + 1
+            rewards -= self._penalty * (offsets[at + 1] - offsets[at])
+        return rewards
 
     def id(self, i: int) -> str:
         """The id of example i."""
-        return self._maps["ids"][self._cuts[i, 2] : self._cuts[i + 1, 2]].tobytes().decode()
+        return self._map("ids")[self._id_at[i] : self._id_at[i + 1]].tobytes().decode()
 
     def where(self, i: int) -> str:
         """File and line of example i, for messages."""
-        return f"{self._data}:{self._maps['lines'][i]}"
+        return f"{self._data}:{self._map('lines')[i]}"
 
-    def _read(self, name: str, a: int, b: int) -> np.ndarray:
-        # By a read, not through the map: pages that pass by once would count as this process's memory.
-        dtype = np.dtype(FILES[name])
-        return np.fromfile(self._folder / name, dtype, count=b - a, offset=a * dtype.itemsize)
+    def _rewards(self, a: int, b: int) -> np.ndarray:
+        first = self._first[a : b + 1]
+        rewards = self._read("rewards", first[0], first[-1])
+        if self._penalty:
+            lengths = np.diff(self._read("offsets", first[0] + a, first[-1] + b + 1))
+            lengths = np.delete(lengths, first[:-1] - first[0] + np.arange(b - a))  # the prompts'
+            rewards = rewards - self._penalty * lengths
+        return rewards
 
-    def _penalised(self, a: int, b: int) -> np.ndarray:
-        rewards = self._read("rewards", a, b)
-        return rewards - self._penalty * self._read("lengths", a, b) if self._penalty else rewards
+    def _map(self, name: str) -> np.ndarray:
+        return np.asarray(np.memmap(self._folder / name, FILES[name], "r"))
+
+    def _read(self, name: str, begin: int, end: int) -> np.ndarray:
+        dtype = FILES[name]
+        data = os.pread(self._files[name].fileno(), (end - begin) * dtype.itemsize, begin * dtype.itemsize)
+        assert len(data) == (end - begin) * dtype.itemsize, f"{self._folder / name} was cut while it was in use"
+        return np.frombuffer(data, dtype)
 
 
 @dataclass(frozen=True)
@@ -186,7 +200,8 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    examples, longest, cuts = iter(examples), 0, np.zeros((1, 3), dtype=np.int64)
+    examples, longest = iter(examples), 0
+    offsets, cuts = np.zeros(1, dtype=np.int64), np.zeros((1, 2), dtype=np.int64)
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context((partial / name).open("wb")) for name in FILES}
@@ -194,21 +209,21 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
             def put(name: str, values: Any) -> None:
                 files[name].write(np.ascontiguousarray(values, dtype=FILES[name]))
 
+            put("offsets", offsets)
             put("cuts", cuts)
             while some := list(islice(examples, 256)):
-                put("tokens", np.concatenate([ids for e in some for ids in (e.prompt_ids, *e.response_ids)]))
+                texts = [ids for e in some for ids in (e.prompt_ids, *e.response_ids)]
+                put("tokens", np.concatenate(texts))
+                offsets = offsets[-1] + np.cumsum([len(ids) for ids in texts])
+                put("offsets", offsets)
                 put("ids", np.frombuffer("".join(e.id for e in some).encode(), dtype=np.uint8))
                 rewards = [np.full(len(e.identity), np.nan) if e.rewards is None else e.rewards for e in some]
                 put("rewards", np.concatenate(rewards))
-                put("lengths", [len(y) for e in some for y in e.response_ids])
                 put("identity", np.concatenate([e.identity for e in some]))
                 put("keys", [e.key for e in some])
                 put("lines", [int(e.where.rpartition(":")[2]) for e in some])
-                put("prompts", [len(e.prompt_ids) for e in some])
                 put("human", [[-1 if k is None else k for k in (e.chosen, e.rejected)] for e in some])
-                blocks = [Block(e.prompt_ids, e.response_ids) for e in some]
-                sizes = [(len(b), len(b.responses), len(e.id.encode())) for b, e in zip(blocks, some, strict=True)]
-                cuts = cuts[-1] + np.cumsum(sizes, axis=0)
+                cuts = cuts[-1] + np.cumsum([(len(e.response_ids), len(e.id.encode())) for e in some], axis=0)
                 put("cuts", cuts)
                 longest = max(longest, *map(tokens.longest, some))
             for file in files.values():  # a machine that stops must not leave a whole-looking store of zeros

@@ -94,7 +94,7 @@ def test_a_plan_from_disk_is_the_plan_from_memory(tiny_world, tmp_path, tokenize
     many = [Row(f"{i}", rows[i % 24].prompt, rows[i % 24].responses, rows[i % 24].rewards) for i in range(5000)]
     listwise.write(tmp_path / "x.jsonl", many)
     found = opened(tmp_path / "stores", tmp_path / "x.jsonl", tokenizer)
-    examples, _ = tokens.tokenize_rows(tokenizer, many, max_length=128)
+    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(tmp_path / "x.jsonl"), max_length=128)
     how = dict(view="hps", epochs=2, prompts_per_step=64, seed=1)
     ours = plan(found.rewards, found.identity, found.keys, **how)
     keys = np.array([e.key for e in examples], dtype=np.uint64)
@@ -102,6 +102,7 @@ def test_a_plan_from_disk_is_the_plan_from_memory(tiny_world, tmp_path, tokenize
     for name in ("row", "epoch", "responses", "log_q", "kappa", "gamma", "effective"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     assert (ours.dropped, ours.excluded) == (theirs.dropped, theirs.excluded)
+    check_equal(found, examples)  # many more than are written at a time
 
 
 def test_what_a_run_reads_of_a_plan(tiny_world, tmp_path, tokenizer):
