@@ -95,18 +95,17 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     identity = dict(weights=model.fingerprint(ref_lm), tokenizer=tokens.fingerprint(tokenizer), dtype=c.dtype)
     cache = reference.open_cache(c.reference_cache, **identity)
     blocks = [Block(e.prompt_ids, e.response_ids) for e in examples]
-    reference.fill(cache, ref, blocks, ranks=ranks, **packing)
+    ref_logps, _ = reference.fill(cache, ref, blocks, ranks=ranks, **packing)
+    ref_logps = np.split(ref_logps, np.cumsum([len(block.responses) for block in blocks])[:-1])
 
     mine = range(ranks.rank, len(examples), ranks.world_size)
     scored = reference.score(
         policy, [blocks[i] for i in mine], device=ranks.device, progress="policy log-probs" * ranks.first, **packing
     )
-    theirs = reference.lookup(cache, [blocks[i] for i in mine])
-    theirs = np.split(theirs, np.cumsum([len(blocks[i].responses) for i in mine])[:-1])
     values: dict[str, dict[str, float]] = {}
     human = any(map(has_pair, examples))
-    for i, policy_logps, ref_logps in zip(mine, scored, theirs, strict=True):
-        h = policy_logps - ref_logps
+    for i, policy_logps in zip(mine, scored, strict=True):
+        h = policy_logps - ref_logps[i]
         texts = [by_id[examples[i].id].responses[k] for k in examples[i].kept]
         values[examples[i].id] = candidate_metrics(examples[i], h, texts, human_pairs=human)
     winners = [Block(blocks[i].prompt, (blocks[i].responses[pair(examples[i])[0]],)) for i in mine]

@@ -414,11 +414,15 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         )
         if started is None or c.reference:
             how = dict(ranks=ranks, budget=c.tokens_per_micro_batch, **packing)
-            computed = sum(reference.fill(cache, scorer, blocks, **how) for blocks in (touched, mismatched))
-            say(ranks, f"reference log-probs: {computed} computed, the rest was in {cache}")
+            found, computed = reference.fill(cache, scorer, touched, **how)
+            ref_mismatched, more = reference.fill(cache, scorer, mismatched, **how)
+            say(ranks, f"reference log-probs: {computed + more} computed, the rest was in {cache}")
+        else:
+            found, ref_mismatched = (
+                reference.lookup(cache, reference.response_keys(blocks)) for blocks in (touched, mismatched)
+            )
         del scorer
-        ref_logps[plan.responses >= 0] = reference.lookup(cache, touched)[place]
-        ref_mismatched[:] = reference.lookup(cache, mismatched)
+        ref_logps[plan.responses >= 0] = found[place]
     else:
         claim(out, c, inputs, started is not None, ranks)
 

@@ -86,9 +86,9 @@ def find(cache: Path, keys: np.ndarray) -> np.ndarray:
     return found[place]
 
 
-def lookup(cache: Path, blocks: Iterable[Block]) -> np.ndarray:
-    """Reference log-probs of all responses of the blocks in order, (T,) float32 nats; ValueError if one is missing."""
-    found = find(cache, response_keys(blocks))
+def lookup(cache: Path, keys: np.ndarray) -> np.ndarray:
+    """Log-probs of responses by their keys (T,): (T,) float32 nats; ValueError if one is missing."""
+    found = find(cache, keys)
     if np.isnan(found).any():
         raise ValueError(
             f"{cache}: a reference log-prob is missing. It cannot be computed now that the policy has moved "
@@ -157,22 +157,28 @@ def fill(
     budget: int,
     pad_id: int,
     share_prompt: bool = True,
-) -> int:
-    """Score what the cache lacks, with the model as it stands; all ranks share the work through the folder.
+) -> tuple[np.ndarray, int]:
+    """Log-probs of all responses; what the cache lacks is scored with the model as it stands, and kept.
+
+    All ranks share the work through the folder.
 
     Args:
-        blocks: every response that will be looked up; iterated over twice.
+        blocks: iterated over once, and again where something is lacking.
         budget: packed tokens a micro-batch.
 
     Returns:
-        How many responses were computed (0 on a second run).
+        (T,) float32 nats, of the blocks' responses in order; and how many were computed (0 on a second run).
     """
     dist.barrier()  # nobody may still be writing when the ranks agree on what is missing
-    absent = torch.from_numpy(np.isnan(find(cache, response_keys(blocks)))).int()
+    keys = response_keys(blocks)
+    found = find(cache, keys)
+    absent = torch.from_numpy(np.isnan(found)).int()
     # Another run may write into the same folder: what one rank still lacks all of them score, or collectives hang.
     absent = dist.all_sum(absent.to(ranks.device)).cpu().numpy() > 0
     computed = int(absent.sum())
-    bar = tqdm(total=computed, desc="reference log-probs", unit="response", disable=not ranks.first or not computed)
+    if not computed:
+        return found, 0
+    bar = tqdm(total=computed, desc="reference log-probs", unit="response", disable=not ranks.first)
     for part in _parts(blocks, absent, tokens=budget * MICRO_BATCHES_A_SHARD * ranks.world_size):
         batches = micro_batches([len(b) for b in part], budget=budget, world_size=ranks.world_size)
         mine: list[Block] = []
@@ -196,4 +202,4 @@ def fill(
     bar.close()
     dist.reshard(model)
     dist.barrier()
-    return computed
+    return lookup(cache, keys), computed

@@ -18,7 +18,7 @@ from conftest import ROOT
 import train
 from hps import reference
 from hps.data import listwise, tokens
-from hps.model import load_causal_lm
+from hps.model import PolicyModel, load_causal_lm
 from hps.packing import Block
 
 
@@ -93,17 +93,16 @@ def test_a_live_reference_gives_the_cached_trajectory(tiny_world, tmp_path, base
     """Instead of the cache: a second copy of the start model, each response alone through its own head."""
     lm = load_causal_lm(str(tiny_world / "model"), dtype=torch.float32)
 
-    def live(cache: Path, blocks: Sequence[Block]) -> np.ndarray:
+    def live(cache: Path, scorer: PolicyModel, blocks: Sequence[Block], **how) -> tuple[np.ndarray, int]:
         rows = []
         for prompt, y in ((block.prompt, y) for block in blocks for y in block.responses):
             ids = torch.from_numpy(np.concatenate([prompt, y])).long()
             with torch.no_grad():
                 logps = torch.log_softmax(lm(input_ids=ids[None]).logits[0], -1)
             rows.append(sum(float(logps[t - 1, ids[t]]) for t in range(len(prompt), len(ids))))
-        return np.array(rows, dtype=np.float32)
+        return np.array(rows, dtype=np.float32), 0
 
-    monkeypatch.setattr(reference, "fill", lambda *args, **kwargs: 0)
-    monkeypatch.setattr(reference, "lookup", live)
+    monkeypatch.setattr(reference, "fill", live)
     np.testing.assert_allclose(run(tiny_world, tmp_path), base, rtol=0, atol=1e-5)
 
 
@@ -350,8 +349,13 @@ def test_each_positive_is_a_run_of_the_full_form(tiny_world, tmp_path, weights, 
 
 
 def test_the_self_check_fails_on_a_wrong_reference(tiny_world, tmp_path, monkeypatch):
-    real = reference.lookup
-    monkeypatch.setattr(reference, "lookup", lambda *args: real(*args) - np.arange(len(real(*args))) % 3)
+    real = reference.fill
+
+    def wrong(*args, **how) -> tuple[np.ndarray, int]:
+        logps, computed = real(*args, **how)
+        return logps - np.arange(len(logps)) % 3, computed
+
+    monkeypatch.setattr(reference, "fill", wrong)
     with pytest.raises(ValueError, match="with policy = reference dpo-bt must give 0.693147"):
         run(tiny_world, tmp_path, method="dpo-bt")
     assert not (tmp_path / "policy").exists()
