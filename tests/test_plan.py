@@ -56,11 +56,14 @@ def test_uniform_view_draws_evenly_and_redraws_each_epoch():
 
 
 def test_draws_depend_on_the_prompt_and_not_on_its_place():
-    """Another file order, other prompts left out, wider neighbours (padding): the same draw for the same prompt."""
-    rewards, identity, keys = world()
+    """Another file order, other prompts left out, wider neighbours (padding), another chunk: the same draws."""
+    rewards, identity, keys = world(rows=10_000)  # three chunks
+    for i in range(0, 10_000, 7):
+        rewards[i] = np.zeros(3)  # no contrast: not in the plan
+        identity[i] = np.arange(3)
     whole = plan(rewards, identity, keys, view="hps", gamma_schedule="constant", gamma_start=1.0, **RUN)
-    at = {(keys[r], e): y[1] for r, e, y in zip(whole.row, whole.epoch, whole.responses, strict=True)}
-    some = np.random.default_rng(1).permutation(40)[:15]
+    at = {(keys[r], e): y for r, e, y in zip(whole.row, whole.epoch, whole.responses, strict=True)}
+    some = np.random.default_rng(1).permutation(10_000)[:300]
     part = plan(
         [rewards[i] for i in some],
         [identity[i] for i in some],
@@ -71,7 +74,9 @@ def test_draws_depend_on_the_prompt_and_not_on_its_place():
         **RUN,
     )
     for r, e, y in zip(part.row, part.epoch, part.responses, strict=True):
-        assert y[1] == at[keys[some][r], e]
+        assert y.tolist() == at[keys[some][r], e].tolist()
+        assert y[0] == np.argmax(rewards[some[r]])
+    assert len(part.row) == 2 * sum(i % 7 > 0 for i in some)
 
 
 def test_every_prompt_once_an_epoch_in_a_new_order():

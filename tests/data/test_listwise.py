@@ -147,8 +147,8 @@ def test_a_stream_reads_no_further_than_it_is_asked(tmp_path):
     assert next(rows).id == "a"
     with pytest.raises(ValueError, match=r"x.jsonl:2: broken JSON"):
         next(rows)
-    path = put(tmp_path / "y.jsonl", *({**GOOD, "id": id} for id in "zdcadca"))
-    with pytest.raises(ValueError, match=r"y.jsonl:5: id 'd' is already used at .*y.jsonl:2;"):
+    path = put(tmp_path / "y.jsonl", *({**GOOD, "id": str(id)} for id in [*range(30), *range(25, 0, -1), 25]))
+    with pytest.raises(ValueError, match=r"y.jsonl:31: id '25' is already used at .*y.jsonl:26;"):
         list(listwise.stream(path))
 
 
