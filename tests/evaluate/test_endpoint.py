@@ -1,0 +1,270 @@
+"""The chat client against a real server on loopback that fails in every way it is said to survive."""
+
+import email.utils
+import json
+import socket
+import threading
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from chat_server import chat_server, completion
+
+from hps.evaluate import endpoint
+from hps.evaluate.endpoint import Endpoint, Reply, retry_after
+
+KEY = "sk-test-0123456789-secret"
+
+
+class Clock:
+    """Stands in for the stop event and for `time`: waiting moves it, nothing else does."""
+
+    def __init__(self):
+        self.now, self.waits = 100.0, []
+
+    def wait(self, seconds):
+        self.now += seconds
+        self.waits += [seconds] if seconds else []
+        assert len(self.waits) < 100, "waits for ever"
+        return False
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def client(url, **changes) -> Endpoint:
+    options = dict(key=KEY, max_tokens=50, attempts=4, timeout=30.0, per_minute=0.0, stopped=Clock())
+    return Endpoint(url, "judge", **options | changes)
+
+
+def test_what_is_sent_and_what_comes_back():
+    with chat_server(lambda number, text: completion(f"{text} {number}")) as server:
+        assert client(server.url).ask("q?") == Reply("q? 0", "judge-2")
+        assert client(server.url + "/").ask("q?") == Reply("q? 1", "judge-2")
+        assert client(server.url.removesuffix("/v1"), key="").ask("q?").text == "q? 2"
+    first, _, last = server.requests
+    message = {"role": "user", "content": "q?"}
+    assert first["body"] == {"model": "judge", "messages": [message], "temperature": 0, "max_tokens": 50}
+    assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
+    assert first["headers"]["Authorization"] == f"Bearer {KEY}" and last["headers"]["Authorization"] is None
+
+
+def test_no_text_is_an_empty_answer():
+    with chat_server(lambda number, text: completion(None)) as server:
+        assert client(server.url).ask("q").text == ""
+
+
+@pytest.mark.parametrize("dated", [False, True])
+def test_retry_after_holds_back_every_request(dated):
+    """The second request, another thread's, is not sent before the moment that the first answer named."""
+    answered = []
+
+    def behave(number, text):
+        if number:
+            return completion("good")
+        answered.append(time.monotonic())
+        at = email.utils.formatdate(time.time() + 3, usegmt=True)  # whole seconds: at least 2 from now
+        return 429, {"Retry-After": at if dated else "1"}, "slow down"
+
+    with chat_server(behave) as server:
+        chat = client(server.url, attempts=1, stopped=threading.Event())
+        with pytest.raises(ValueError, match="429"):
+            chat.ask("a")
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(chat.ask, "b").result().text == "good"
+    assert server.requests[1]["at"] - answered[0] >= (1.9 if dated else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [(None, 0), ("7", 7), ("0.5", 0.5), ("-3", 0), ("soon", 0), ("nan", 0), ("", 0),
+                            ("Wed, 21 Oct 2015 07:28:00 GMT", 0)]
+)  # fmt: skip
+def test_retry_after_is_read(header, seconds):
+    assert retry_after(header) == seconds
+
+
+def test_a_very_long_hold_ends_the_run_at_once():
+    clock = Clock()
+    with chat_server(lambda number, text: (429, {"Retry-After": "3600"}, "quota")) as server:
+        with pytest.raises(ValueError, match="wait 3600 s .*quota"):
+            client(server.url, stopped=clock).ask("q")
+    assert len(server.requests) == 1 and clock.waits == []
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_errors_of_the_server_are_tried_again_up_to_the_bound(status):
+    clock = Clock()
+    with chat_server(lambda number, text: (status, {}, "broken")) as server:
+        with pytest.raises(ValueError, match=f"4 of 4 attempts.*HTTP {status}: broken"):
+            client(server.url, stopped=clock).ask("q")
+    assert len(server.requests) == 4
+    assert len(clock.waits) == 3
+    for wait, base in zip(clock.waits, (1, 2, 4), strict=True):
+        assert 0.5 * base <= wait <= 1.5 * base
+
+
+def test_waits_grow_to_a_bound_and_jitter():
+    clock = Clock()
+    with chat_server(lambda number, text: (500, {}, "")) as server:
+        with pytest.raises(ValueError, match="12 of 12"):
+            client(server.url, stopped=clock, attempts=12).ask("q")
+    assert all(30 <= wait <= 90 for wait in clock.waits[6:])
+    assert len(set(clock.waits[6:])) == 5
+
+
+def test_success_after_failures():
+    with chat_server(lambda number, text: completion("good") if number == 3 else (503, {}, "")) as server:
+        assert client(server.url).ask("q").text == "good"
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 401, 403, 404])
+def test_what_no_second_try_mends_is_not_tried_again(status):
+    with chat_server(lambda number, text: completion("elsewhere")) as other:
+        moved = {"Location": f"{other.url}/chat/completions"}
+        with chat_server(lambda number, text: (status, moved, "no such thing")) as server:
+            with pytest.raises(ValueError, match=f"1 of 4 attempts.*HTTP {status}: no such thing"):
+                client(server.url).ask("q")
+    assert len(server.requests) == 1
+    assert other.requests == []  # a redirect followed would have brought the key there
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_question_is_no_failure(status):
+    with chat_server(lambda number, text: (status, {}, "content filter")) as server:
+        assert client(server.url).ask("q") == Reply(None, problem=f"HTTP {status}: content filter")
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "body", ["<html>", "[]", "{}", '{"choices": []}', '{"choices": [{"message": {"content": ["x"]}}]}',
+             '{"choices": [{"text": "x"}]}', "[" * 100_000]
+)  # fmt: skip
+def test_what_is_no_completion_is_tried_again(body):
+    with chat_server(lambda number, text: completion("good") if number else (200, {}, body)) as server:
+        assert client(server.url).ask("q").text == "good"
+    with chat_server(lambda number, text: (200, {}, body)) as server:
+        with pytest.raises(ValueError, match="4 of 4 attempts.*not a chat completion"):
+            client(server.url).ask("q")
+
+
+def test_half_an_answer_is_tried_again():
+    def behave(number, text):
+        status, _, body = completion("good")
+        return (status, {}, body) if number else (status, {"Content-Length": "10000", "Connection": "close"}, body)
+
+    with chat_server(behave) as server:
+        assert client(server.url).ask("q").text == "good"
+    assert len(server.requests) == 2
+
+
+def test_a_slow_answer_is_tried_again():
+    let_go = threading.Event()
+
+    def behave(number, text):
+        if number == 0:
+            let_go.wait(60)
+        return completion("good")
+
+    with chat_server(behave) as server:
+        assert client(server.url, timeout=0.5).ask("q").text == "good"
+        let_go.set()
+    assert len(server.requests) == 2
+    with chat_server(lambda number, text: (let_go.wait(60), completion("late"))[1]) as server:
+        let_go.clear()
+        with pytest.raises(ValueError, match="2 of 2 attempts.*(T|t)ime"):
+            client(server.url, timeout=0.2, attempts=2).ask("q")
+        let_go.set()
+
+
+def test_no_server_at_all():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    clock = Clock()
+    with pytest.raises(ValueError, match=r"3 of 3 attempts.*refused.*start the same command again"):
+        client(f"http://127.0.0.1:{port}", attempts=3, stopped=clock).ask("q")
+    assert len(clock.waits) == 2
+
+
+def test_requests_of_all_threads_keep_to_the_rate(monkeypatch):
+    """30 a minute: each starts two seconds after the one before, failed ones counted."""
+    clock = Clock()
+    monkeypatch.setattr(endpoint, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
+    starts = []
+
+    def behave(number, text):
+        starts.append(clock.now)
+        return completion("good") if number != 1 else (500, {}, "")
+
+    with chat_server(behave) as server:
+        chat = client(server.url, per_minute=30.0, stopped=clock)
+        monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.001)
+        for _ in range(4):
+            chat.ask("q")
+    assert starts == pytest.approx([100, 102, 104, 106, 108])
+
+
+def test_several_are_in_flight_at_once():
+    both = threading.Barrier(2, timeout=60)
+
+    def behave(number, text):
+        both.wait()
+        return completion("good")
+
+    with chat_server(behave) as server, ThreadPoolExecutor(2) as pool:
+        chat = client(server.url, stopped=threading.Event())
+        assert [reply.text for reply in pool.map(chat.ask, ["a", "b"])] == ["good", "good"]
+
+
+def test_stopping_ends_a_wait():
+    """Without the stop this would wait for minutes."""
+    stopped, asked = threading.Event(), threading.Event()
+
+    def behave(number, text):
+        asked.set()
+        return 500, {"Retry-After": "200"}, ""
+
+    with chat_server(behave) as server, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client(server.url, stopped=stopped).ask, "q")
+        asked.wait(60)
+        stopped.set()
+        with pytest.raises(CancelledError):
+            waiting.result(60)
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 429])
+@pytest.mark.parametrize("lead", [0, 265, 270])
+def test_a_server_that_repeats_the_key(status, lead):
+    """Not even a part of it, where a message is cut."""
+    text = "x" * lead + f" you sent Bearer {KEY}"
+    body = json.dumps({"model": KEY, "choices": [{"message": {"content": text}}]}) if status == 200 else text
+    with chat_server(lambda number, question: (status, {}, body)) as server:
+        try:
+            said = str(client(server.url).ask("q"))
+        except ValueError as error:
+            said = f"{error!r} {error.__cause__!r} {error.__context__!r}"
+    assert server.requests[0]["headers"]["Authorization"] == f"Bearer {KEY}"
+    assert KEY[:6] not in said and ("[key]" in said or lead)
+
+
+@pytest.mark.parametrize("key", [KEY + "\n", "two words", "sch\u00f6n-0123456789"])
+def test_a_key_that_cannot_be_sent_is_not_shown(key):
+    with pytest.raises(ValueError, match="--key_variable") as caught:
+        client("http://127.0.0.1", key=key)
+    assert key.strip()[:8] not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["host/v1", "ftp://host", "http://", "http://a b", "http://[", "http://host:port"])
+def test_no_url(url):
+    with pytest.raises(ValueError, match="--endpoint: expected"):
+        client(url)
+
+
+@pytest.mark.parametrize("url", [f"https://me:{KEY}@host/v1", f"https://host/v1?key={KEY}", f"https://host/#{KEY}"])
+def test_a_url_with_a_secret_is_refused_and_not_shown(url):
+    with pytest.raises(ValueError, match="--key_variable") as caught:
+        client(url)
+    assert KEY not in str(caught.value)
