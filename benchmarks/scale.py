@@ -1,0 +1,218 @@
+"""How a run grows: RAM and time of data and plan with the prompts, and of a step with length, responses and ranks.
+
+    python benchmarks/scale.py                                    3 GB of disk while it runs
+    python benchmarks/scale.py --prompts 20000 --rows 1000,4000 --model world --lengths 64 --responses 2 --ranks 1
+
+Plan: a process opens a token store of --prompts x --candidates random rewards on disk and plans its visits (DPO-HPS).
+Look-ups: then it asks for the reference log-prob of every visit, all in the cache, as train.py does before step 0.
+Data: one process makes the store of a list-wise file; another one opens it, hashing the file, and reads 1,000 prompts.
+Steps: train.py, LoRA, on texts of equal lengths; of --lengths, --responses and --ranks one varies at a time, the others
+are the first of their lists. Peaks are those of whole processes, libraries included (Linux).
+The share of the sampler is that of plan and look-ups, a visit, in the fastest of the steps. The last line is JSON.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from hps import config, dist, reference  # noqa: E402
+from hps.data import listwise, store, tokens  # noqa: E402
+from hps.lab import world  # noqa: E402
+
+
+@dataclass
+class Options:
+    # -- plan and look-ups --
+    prompts: int = 1_000_000  # of the data that is planned
+    candidates: int = 100  # rewards a prompt
+    epochs: int = 2  # visits of each prompt
+    # -- data --
+    rows: str = "10000,100000"  # prompts of the list-wise files that are made, comma-separated
+    # -- steps --
+    model: str = "runs/models/smollm2-135m-instruct"  # model folder (make smollm2), or world: a new world's
+    lengths: str = "128,256,512"  # tokens of prompt and response together, half of them the prompt's
+    responses: str = "2,4,8"  # responses of each prompt in a step (dpo-pl)
+    ranks: str = "1,2"  # processes of train.py
+    prompts_per_step: int = 4  # prompts of one optimizer step
+    steps: int = 3  # steps that are timed, after one that is not
+    tokens_per_micro_batch: int = 2048  # packed tokens of one forward
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Run a function in a new process, since a peak of memory is a process's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_gib() -> float:
+    """High-water mark of this process's memory; unlike ru_maxrss it knows nothing of the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def planned(c: Options, folder: Path) -> dict[str, Any]:
+    """Seconds and peak memory of opening a store and planning, then seconds of the look-ups."""
+    argv = ["--model=m", "--data=d", "--out=o", f"--epochs={c.epochs}"]
+    settings, _ = config.parse(train.Config, argv, prog="train.py", description="")
+    began = time.perf_counter()
+    examples = store.Store(folder, Path("data"))
+    plan = train.make_plan(settings, examples)
+    found = {"plan_seconds": time.perf_counter() - began, "plan_gib": peak_gib(), "visits": len(plan.row)}
+
+    cache = reference.open_cache(folder.parent / "cache", weights="w", tokenizer="t", dtype="fp32")
+    touched, _ = train.touched_blocks(plan, examples)
+    keys = reference.response_keys(touched)
+    for i, part in enumerate(np.array_split(np.sort(keys), -(-len(keys) // 8192))):
+        content = {"keys": part.view(np.uint8).reshape(-1, 16), "logps": np.zeros(len(part), dtype=np.float32)}
+        save_file(content, cache / f"shard-{i}.safetensors")
+    ranks = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
+    began = time.perf_counter()
+    touched, place = train.touched_blocks(plan, examples)
+    logps, computed = reference.fill(cache, torch.nn.Module(), touched, ranks=ranks, budget=1, pad_id=0)
+    assert not computed and len(logps[place]) == (plan.responses >= 0).sum()
+    return found | {"lookup_seconds": time.perf_counter() - began, "entries": len(keys), "lookup_gib": peak_gib()}
+
+
+def write_store(c: Options, folder: Path) -> None:
+    """Prompts and responses of two tokens each, distinct in a prompt: what the plan reads does not depend on texts."""
+    prompt, responses = np.zeros(2, np.int32), tuple(np.array([k, 2], np.int32) for k in range(c.candidates))
+    places = np.arange(c.candidates)
+    g = np.random.default_rng(0)
+
+    def examples() -> Iterator[tokens.Example]:
+        for i in range(c.prompts):
+            rewards = g.normal(size=c.candidates)
+            yield tokens.Example(
+                str(i), tokens.row_key(str(i)), prompt, responses, rewards, places, places, None, None, f"data:{i + 1}"
+            )
+
+    store.write(folder, examples(), {"identity": {"data": ""}, "counts": {}, "without_rewards": None})
+
+
+def words_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """64 words that are one token each, first or not."""
+    found = (token.lstrip("\u0120\u2581") for token in sorted(tokenizer.get_vocab()))
+    words = (w for w in found if w.isascii() and w.isalpha() and w.islower() and len(w) > 1)
+    return list(itertools.islice((w for w in words if len(tokens.encode_response(tokenizer, f"{w} {w}")) == 3), 64))
+
+
+def write_texts(path: Path, tokenizer: PreTrainedTokenizerFast, *, rows: int, responses: int, length: int) -> None:
+    """A list-wise file; `length` tokens of a prompt and a response together, end token included."""
+    words, g = words_of(tokenizer), np.random.default_rng(0)
+
+    def text(n: int) -> str:
+        return " ".join(words[i] for i in g.integers(0, len(words), n))
+
+    def records() -> Iterator[dict[str, Any]]:
+        for i in range(rows):
+            texts, rewards = [text(length - length // 2 - 1) for _ in range(responses)], g.normal(size=responses)
+            yield {"id": str(i), "prompt": text(length // 2), "responses": texts, "rewards": rewards.tolist()}
+
+    listwise.write_lines(path, records())
+
+
+def opened(folder: Path, data: Path, model: str) -> dict[str, Any]:
+    """Seconds and peak memory of opening (or making) a store and reading 1,000 prompts."""
+    tokenizer = tokens.load_tokenizer(model)
+    began = time.perf_counter()
+    examples = store.open_store(folder, data, tokenizer, max_length=2048)
+    for i in np.random.default_rng(0).integers(0, len(examples), 1000):
+        examples.block(int(i), range(2))
+    return {"seconds": time.perf_counter() - began, "gib": peak_gib()}
+
+
+def stepped(c: Options, folder: Path, model: str, length: int, responses: int, ranks: int) -> dict[str, Any]:
+    """Seconds of a step and peak memory of the first rank, as train.py writes them."""
+    name = f"{length}-{responses}"
+    data, out = folder / f"{name}.jsonl", folder / f"{name}-{ranks}"
+    if not data.exists():
+        rows = c.prompts_per_step * (c.steps + 1)
+        write_texts(data, tokens.load_tokenizer(model), rows=rows, responses=responses, length=length)
+    options = dict(model=model, data=data, out=out, method="dpo-pl", pl_responses=responses, epochs=1, lr=1e-4)
+    options |= dict(prompts_per_step=c.prompts_per_step, tokens_per_micro_batch=c.tokens_per_micro_batch)
+    options |= dict(token_cache=folder / "tokens", reference_cache=folder / "cache")
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launch, str(ROOT / "train.py"), *(f"--{key}={value}" for key, value in options.items())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    packed = json.loads((out / "summary.json").read_text())["tokens"] / len(log)  # of a step: they are all alike
+    assert packed == c.prompts_per_step * (length // 2 + responses * (length - length // 2)), packed
+    ends = [packed * (i + 1) / record["perf/tokens_per_s"] for i, record in enumerate(log)]
+    step = statistics.median(np.diff(ends).tolist())
+    return {"length": length, "K": responses, "ranks": ranks, "step_seconds": step, "gib": log[-1]["perf/peak_gib"]}
+
+
+def main() -> None:
+    c, _ = config.parse(Options, prog="benchmarks/scale.py", description=str(__doc__).split("\n")[0])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_store(c, folder / "store")
+        found = alone(planned, c, folder / "store")
+        print(f"{c.prompts:,} prompts x {c.candidates} rewards, {found['visits']:,} visits")
+        for part in ("plan", "lookup"):
+            seconds, gib = found[f"{part}_seconds"], found[f"{part}_gib"]
+            print(f"{part:10}{seconds:8.1f} s  {gib:6.2f} GiB  {1e6 * seconds / found['visits']:6.1f} us a visit")
+
+        model = c.model
+        if model == "world" or not Path(model).exists():
+            world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=1, demonstrations=2)
+            model = str(folder / "world" / "model")
+        print(f"\n{'prompts':>9}{'file MB':>9}{'make s':>9}{'GiB':>7}{'open s':>9}{'GiB':>7}")
+        table = []
+        for rows in numbers(c.rows):
+            data = folder / f"{rows}.jsonl"
+            write_texts(data, tokens.load_tokenizer(model), rows=rows, responses=4, length=64)
+            makes, opens = (alone(opened, folder / "tokens", data, model) for _ in range(2))
+            table.append({"prompts": rows, "file_mb": data.stat().st_size / 1e6, "make_seconds": makes["seconds"]})
+            table[-1] |= {"make_gib": makes["gib"], "open_seconds": opens["seconds"], "open_gib": opens["gib"]}
+            r = table[-1]
+            print(
+                f"{rows:>9,}{r['file_mb']:>9.1f}{r['make_seconds']:>9.1f}{r['make_gib']:>7.2f}{r['open_seconds']:>9.2f}"
+                f"{r['open_gib']:>7.2f}"
+            )
+
+        threads = os.environ.get("OMP_NUM_THREADS", "all")
+        print(f"\n{model if model == c.model else 'world'}, {threads} threads, {c.prompts_per_step} prompts a step")
+        print(f"{'tokens':>9}{'K':>4}{'ranks':>7}{'s a step':>10}{'GiB':>7}")
+        steps = []
+        lists = [numbers(c.lengths), numbers(c.responses), numbers(c.ranks)]
+        first = [values[0] for values in lists]
+        varied = [(*first[:i], value, *first[i + 1 :]) for i, values in enumerate(lists) for value in values]
+        for case in dict.fromkeys(varied):
+            steps.append(stepped(c, folder, model, *case))
+            s = steps[-1]
+            print(f"{s['length']:>9}{s['K']:>4}{s['ranks']:>7}{s['step_seconds']:>10.3f}{s['gib']:>7.2f}", flush=True)
+        visit = min(s["step_seconds"] for s in steps) / c.prompts_per_step
+        share = (found["plan_seconds"] + found["lookup_seconds"]) / found["visits"] / visit
+        print(f"\nplan and look-ups: {share:.3%} of the fastest step")
+    print(json.dumps(found | {"sampler_share_of_step": share, "rows": table, "steps": steps}))
+
+
+if __name__ == "__main__":
+    main()
