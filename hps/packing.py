@@ -96,7 +96,7 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
     lengths = [len(blocks[b].prompt) + sum(len(blocks[b].responses[k]) for k in ks) for b, ks in units]
     R, N = len(rows), max(sum(lengths[u] for u in row) for row in rows)
     input_ids = np.full((R, N), pad_id, dtype=np.int64)
-    position_ids = np.zeros((R, N), dtype=np.int64)
+    position_ids = np.tile(np.arange(N), (R, 1))  # pads count on: a jump back looks like a new text to transformers
     owner = np.full((R, N), -1, dtype=np.int64)
     segment = np.zeros((R, N), dtype=np.int64)
     predictor, targets, sequence = [], [], []

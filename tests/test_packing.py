@@ -29,6 +29,7 @@ def test_the_layout_of_the_docstring():
 def test_the_padded_layout():
     packed = pack([Block(np.array([7, 8]), (np.array([5, 2]), np.array([6, 9, 2])))], pad_id=0, share_prompt=False)
     assert packed.input_ids.tolist() == [[7, 8, 5, 2, 0], [7, 8, 6, 9, 2]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert packed.predictor.tolist() == [1, 2, 6, 7, 8]
     assert packed.sequence.tolist() == [0, 0, 1, 1, 1]
     assert block_mask(packed) is None
