@@ -8,7 +8,8 @@ from hps.evaluate.verdicts import compare, length_controlled, markdown, summaris
 
 NAN = np.nan
 CRITERIA = ("good", "safe")
-# Four prompts, two responses, two criteria. Means of a: 4 3 | 2 - | 1 5 | - -, of b: 3 3 | 3 1 | 1 0 | 2, and no fourth pair.
+# Four prompts, two responses, two criteria.
+# Means of a: 4 3 | 2 - | 1 5 | - -, of b: 3 3 | 3 1 | 1 0 | 2, and no fourth pair.
 A = np.array([[[5, 3], [3, 3]], [[2, 2], [NAN, NAN]], [[0, 2], [5, 5]], [[NAN, NAN], [NAN, NAN]]])
 B = np.array([[[1, 5], [3, 3]], [[4, 2], [1, 1]], [[1, 1], [0, 0]], [[2, 2], [NAN, NAN]]])
 WORDS_A = np.array([[10, 20], [5, 7], [4, 8], [3, 5]], dtype=float)
