@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hps import config
 from hps.data import listwise
 from hps.evaluate import endpoint, judge
 from hps.evaluate.judge import CRITERIA, REMINDER, as_data, parse_scores, question
@@ -393,14 +394,14 @@ def test_the_key_is_in_no_file_and_no_message(tmp_path, capfd):
     assert found["counts"]["refused"] == 1 and found["config"]["key_variable"] == "JUDGE_KEY"
     with chat_server(lambda number, asked: (401, {}, f"unknown key {KEY}")) as server:
         options = dict(endpoint=server.url, judge_model="judge", key_variable="JUDGE_KEY")
-        command = [sys.executable, "-m", "hps.evaluate.judge", *flags(methods, tmp_path / "out2", **options)]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 2 and "error: " in done.stderr and "401: unknown key [key]" in done.stderr
+        with pytest.raises(SystemExit):
+            config.run_main(lambda: judge.main(flags(methods, tmp_path / "out2", **options)))
+    said = capfd.readouterr()
+    assert "error: " in said.err and "401: unknown key [key]" in said.err
     assert server.requests[0]["headers"]["Authorization"] == f"Bearer {KEY}"
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or KEY not in path.read_text(), path
-    said = capfd.readouterr()
-    assert KEY not in said.out + said.err + done.stdout + done.stderr
+    assert KEY not in said.out + said.err
 
 
 def test_a_key_given_for_its_variable_is_not_shown(tmp_path):
