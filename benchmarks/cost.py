@@ -70,7 +70,8 @@ def child(c: Options, name: str, out: Connection) -> None:
     n, options = RUNS[name]
     with tempfile.TemporaryDirectory() as folder:
         listwise.write(Path(folder) / "data.jsonl", candidates(c, n))
-        paths = {"data": f"{folder}/data.jsonl", "out": f"{folder}/run", "reference_cache": f"{folder}/cache"}
+        paths = {"data": f"{folder}/data.jsonl", "out": f"{folder}/run"}
+        paths |= {"token_cache": f"{folder}/tokens", "reference_cache": f"{folder}/cache"}
         common = dict(model=c.model, dtype=c.dtype, epochs=1, prompts_per_step=c.prompts_per_step)
         train.main([f"--{key}={value}" for key, value in (paths | common | options).items()])
         out.send(json.loads((Path(folder) / "run/summary.json").read_text()))

@@ -99,7 +99,7 @@ def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
     options = dict(
         model=c.model, data=folder / "pairs.jsonl", out=folder / "run", reference_cache=folder / "cache", dtype=c.dtype,
         method="dpo-human", lora_rank=RANK, lora_alpha=ALPHA, lora_targets=",".join(TARGETS), epochs=c.epochs,
-        prompts_per_step=STEP, tokens_per_micro_batch=c.tokens_per_micro_batch,
+        prompts_per_step=STEP, tokens_per_micro_batch=c.tokens_per_micro_batch, token_cache=folder / "tokens",
     )  # fmt: skip
     train.main([f"--{key}={value}" for key, value in options.items()])
     loop = json.loads((folder / "run/summary.json").read_text())["seconds"]

@@ -27,6 +27,7 @@ def test_every_key_of_the_log_is_explained(tiny_world, tmp_path):
         out = tmp_path / method
         options = dict(model=tiny_world / "model", data=tiny_world / "train.jsonl", out=out, method=method, epochs=1)
         options |= dict(lora_rank=0, prompts_per_step=8, max_length=128, reference_cache=tiny_world / "cache")
+        options |= dict(token_cache=tiny_world / "tokens")
         train.main([f"--{key}={value}" for key, value in options.items()])
         written |= set(json.loads((out / "metrics.jsonl").read_text().splitlines()[0]))
     assert keys_of_section("metrics.jsonl") == written
