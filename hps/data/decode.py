@@ -19,8 +19,8 @@ from hps import attention
 PADDED_TOKENS = 4096  # of one prefill, at most
 WORTH_A_PREFILL = 32  # rows; fewer of a prompt's rows do not start without the rest
 COLUMNS = 32  # of own keys, at least: PyTorch has no fast product for fewer on a CPU
-ENDED = 1 / 8  # share of the rows that must have ended before others take their places
-IDLE = 1 / 4  # share of the rows that may lie idle when no others are left
+ENDED = 1 / 8  # share of the rows that must have ended before others take their places ...
+IDLE = 1 / 4  # ... or, when no others are waiting, before the rest moves together
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def decode(
             if not request.due:
                 requests.popleft()
         rows.regroup(joining)
-        while not rows.enough_ended():
+        while not rows.have_ended(ENDED if requests else IDLE):
             rows.step()
         for request in rows.harvest():
             if not checked:
@@ -252,10 +252,10 @@ class _Rows:
             ]
         return logits
 
-    def enough_ended(self) -> bool:
-        """Whether to regroup; the one wait for the device of a step."""
+    def have_ended(self, share: float) -> bool:
+        """Whether more than a share of the rows have ended, or all; the one wait for the device of a step."""
         running = int(self.alive.sum())
-        return running == 0 or self.num_running - running > ENDED * len(self.owner)
+        return running == 0 or self.num_running - running > share * len(self.owner)
 
     def harvest(self) -> Iterator[Request]:
         """Hand the rows that ended to their requests; yields those that now have all their samples."""

@@ -430,6 +430,16 @@ def test_two_ranks_write_what_one_does_and_share_out_what_is_left(task, tmp_path
     assert output.read_bytes() == task.expected and journal.files(output) == []
 
 
+def test_a_rank_takes_its_share(task, tmp_path):
+    argv = [*task.flags, f"--output={tmp_path / 'out.jsonl'}"]
+    c, _ = data_prep.config.parse(data_prep.Generate, argv, prog="", description="")
+    second = data_prep.dist.Ranks(rank=1, world_size=3, device=torch.device("cpu"), sharded=True)
+    data_prep.generate_share(c, second)
+    (path,) = journal.files(tmp_path / "out.jsonl")
+    assert path.name == "out.jsonl.journal-1" and not (tmp_path / "out.jsonl").exists()
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()[1:]] == task.ids[1::3]
+
+
 def test_journals_of_more_ranks_than_go_on_are_read(task, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
     argv = ["generate", *task.flags, f"--output={output}"]
