@@ -68,7 +68,7 @@ class Generate:
     max_prompt_length: int = 1024  # longer prompts are dropped and counted, tokens
     seed: int = 0  # of sampling; a prompt's candidates depend on it and on the prompt's id only
     dtype: str = "fp32"  # fp32 or bf16
-    max_rows: int = 512  # sequences decoded at once, or handed to vLLM at once
+    max_rows: int = 512  # sequences decoded at once (a small model gains from more), or handed to vLLM at once
     engine: str = "hf"  # hf (this code, on any transformers model) or vllm (if it is installed)
 
 

@@ -5,9 +5,9 @@
 
 Two models: the self-made world's after a short fine-tuning (a minute with the rest of the set-up), whose responses end
 by themselves, and SmolLM2-135M-Instruct on real prompts. transformers gets a prompt a call, as its users write it, and
-several left-padded prompts a call, as many rows as ours. Every contestant draws all n responses of all prompts, ended
-or not; rounds alternate the contestants in one process; medians. Mean lengths tell whether all draw from the same
-distribution. Ours gives log-probs besides. The last line is JSON.
+from three prompts on also several left-padded ones, as many rows a call as ours. Every contestant draws all n responses
+of all prompts, ended or not; rounds alternate the contestants in one process; medians. Mean lengths tell whether all
+draw from the same distribution. Ours gives log-probs besides. The last line is JSON.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from hps.data import generate, importers, listwise, tokens
 from hps.lab import world
 
 TEMPERATURE = 0.9
-WORLD = ((8, 64, 48), (100, 16, 48))  # n, prompts, max_new_tokens
-SMOLLM2 = ((8, 8, 64), (100, 2, 64))
+WORLD = ((8, 128, 48), (100, 40, 48))  # n, prompts, max_new_tokens
+SMOLLM2 = ((8, 8, 96), (100, 2, 96))
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Options:
     dtype: str = "fp32"  # fp32 or bf16
     threads: int = 1  # OpenMP threads
     rounds: int = 3  # in which all contestants take their turn
-    max_rows: int = 512  # sequences that ours decodes at once
+    max_rows: int = 1024  # sequences that ours decodes at once
     share: float = 1.0  # of the prompts, for a quick look
 
 
@@ -49,7 +49,7 @@ def make_world(folder: Path) -> tuple[str, list[listwise.Row]]:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train.py is a script, no package
     import train
 
-    world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=64, demonstrations=12_000)
+    world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=128, demonstrations=12_000)
     options = dict(loss="sft", lora_rank=0, lr=6e-3, adam_beta2=0.95, epochs=1, prompts_per_step=48, shuffle="no")
     options |= dict(max_length=128, warmup_steps=30, lr_end=0.05, model=folder / "world/model", out=folder / "sft")
     options |= dict(data=folder / "world/sft.jsonl", token_cache=folder / "tokens")
@@ -93,7 +93,7 @@ def contestants(c: Options, path: str, prompts: list[list[int]], n: int, limit: 
 
     found = {"ours": of_hps, "generate": lambda: of_transformers(1)}
     per_call = max(1, c.max_rows // n)
-    return found | ({"padded": lambda: of_transformers(per_call)} if len(prompts) > 1 else {})
+    return found | ({"padded": lambda: of_transformers(per_call)} if len(prompts) > 2 else {})
 
 
 def measure(
@@ -145,6 +145,7 @@ def main() -> None:
         results += measure(c, "smollm2", c.smollm2, list(rows), SMOLLM2)
     over = {f"{r['model']}, n = {r['n']}": r["over_generate"] for r in results}
     summary = {"over_hf_generate": over["world, n = 100"], "over_hf_generate_by_case": over, "dtype": c.dtype}
+    summary |= {"max_rows": c.max_rows}
     print(json.dumps(summary | {"threads": c.threads, "results": results}))
 
 

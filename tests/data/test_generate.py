@@ -313,8 +313,13 @@ def test_vllm_samples_depend_on_seed_and_id_alone(vllm):
     for max_rows in (1, 17):
         assert flat(run(vllm, PROMPTS, n=5, max_rows=max_rows)[0].values()) == flat(whole.values())
     assert max(LLM.calls[-5:]) <= 17
-    more, _ = run(vllm, PROMPTS, n=9, oversample=1.0)  # other rounds, the same stream
-    assert [group[:5] for group in flat(more.values())] == flat(whole.values())
+    twice, _ = run(vllm, PROMPTS[:2], n=9, oversample=1.0, unique=False)  # the second round goes on with the stream
+    for name, ids in PROMPTS[:2]:
+        params = SamplingParams(seed=prompt_seed(0, name) // 2, temperature=0.9, stop_token_ids=[EOS], ignore_eos=True,
+                                max_tokens=12, logprobs=0)  # fmt: skip
+        stream = [vllm._one(ids, params, j).token_ids for j in range(40)]
+        ended = [list(y) for y in stream if y[-1] == EOS]
+        assert [one.token_ids.tolist() for one in twice[name]] == ended[:9] and stream.index(tuple(ended[8])) >= 9
     backwards = run(vllm, PROMPTS[::-1], n=5)[0]
     assert all(flat([backwards[name]]) == flat([whole[name]]) for name in whole)
     assert len({str(group) for group in flat(whole.values())}) == len(PROMPTS)

@@ -45,6 +45,10 @@ def test_cut_anywhere_it_keeps_the_whole_lines_and_can_be_taken_up(tmp_path):
         write(tmp_path / "out", 0, RECORDS[kept:])
         assert path.read_bytes() == whole
 
+    path.write_bytes(whole + b'{"id": "c", "responses": ["a long one, of which nothing may be left')
+    write(tmp_path / "out", 0, [{"id": "d"}])
+    assert path.read_bytes() == whole + b'{"id": "d"}\n'
+
 
 def test_other_settings_and_broken_lines_are_refused(tmp_path):
     write(tmp_path / "out", 0, RECORDS)
