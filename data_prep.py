@@ -277,15 +277,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    if argv[0] not in COMMANDS:
-        raise ValueError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
-    options, run = COMMANDS[argv[0]]
-    c, _ = config.parse(options, argv[1:], prog=f"data_prep.py {argv[0]}", description=run.__doc__ or __doc__)
-    run(c)
+    config.run_command(COMMANDS, argv, prog="data_prep.py", page=str(__doc__))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,29 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def run_command(
+    commands: dict[str, tuple[type, Callable[[Any], None]]], argv: Sequence[str] | None, *, prog: str, page: str
+) -> None:
+    """Run the sub-command that the first word names, on the options that the others give.
+
+    Args:
+        commands: name -> (dataclass of its options, function of them).
+        argv: words of the command line, `sys.argv[1:]` when None. page: what is printed without a command.
+
+    Raises:
+        ValueError: no such command, or what `parse` refuses.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(page)
+        return
+    if argv[0] not in commands:
+        raise ValueError(f"unknown command {argv[0]!r}; choose one of {', '.join(commands)}")
+    options, run = commands[argv[0]]
+    c, _ = parse(options, argv[1:], prog=f"{prog} {argv[0]}", description=run.__doc__ or page)
+    run(c)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run `main`; for a ValueError, which is a user's mistake, print its message and exit with status 2."""
     try:

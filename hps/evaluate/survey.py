@@ -288,15 +288,7 @@ COMMANDS = {"export": (Export, export), "aggregate": (Aggregate, aggregate)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    if argv[0] not in COMMANDS:
-        raise ValueError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}")
-    options, run = COMMANDS[argv[0]]
-    c, _ = config.parse(options, argv[1:], prog=f"survey {argv[0]}", description=run.__doc__ or "")
-    run(c)
+    config.run_command(COMMANDS, argv, prog="python -m hps.evaluate.survey", page=str(__doc__))
 
 
 if __name__ == "__main__":
