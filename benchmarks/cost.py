@@ -8,7 +8,6 @@ is train.py in a process of its own; rounds alternate. The last line is JSON.
 """
 
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step import in_fresh_process
 
 from hps import config
 from hps.data import importers, listwise, tokens
@@ -79,17 +79,7 @@ def child(c: Options, name: str, out: Connection) -> None:
 
 def measure(c: Options, name: str) -> dict[str, float]:
     """Seconds and thousands of packed tokens of an optimizer step."""
-    spawn = multiprocessing.get_context("spawn")
-    receive, send = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=child, args=(c, name, send))
-    process.start()
-    send.close()
-    try:
-        found = receive.recv()
-    except EOFError:
-        sys.exit(f"{name} failed; its output stands above")
-    finally:
-        process.join()
+    found = in_fresh_process(child, c, name)
     return {"seconds": found["seconds"] / found["steps"], "tokens": found["tokens"] / found["steps"] / 1000}
 
 

@@ -34,10 +34,10 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
-from hps import config, dist, reference  # noqa: E402
-from hps.data import listwise, store, tokens  # noqa: E402
-from hps.lab import world  # noqa: E402
+import train  # noqa: E402 - a script beside this folder: found by the line above only
+from hps import config, dist, reference  # noqa: E402 - must follow it
+from hps.data import listwise, store, tokens  # noqa: E402 - must follow it
+from hps.lab import world  # noqa: E402 - must follow it
 
 
 @dataclass

@@ -174,19 +174,24 @@ def child(contestant, c: Options, rows: list, batch: int, out: Connection) -> No
         out.send(contestant(c, rows, batch, Path(folder)))
 
 
-def measure(contestant, c: Options, rows: list, batch: int = 0) -> dict[str, Any]:
-    """Run a contestant in a fresh process; `rate` is pairs a second over all passes, the reference's counted."""
+def in_fresh_process(function, *arguments: Any) -> Any:
+    """What `function(*arguments, connection)` sends, from a process of its own; ends the benchmark if it fails."""
     spawn = multiprocessing.get_context("spawn")
     receive, send = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=child, args=(contestant, c, rows, batch, send))
+    process = spawn.Process(target=function, args=(*arguments, send))
     process.start()
     send.close()
     try:
-        found = receive.recv()
+        return receive.recv()
     except EOFError:
-        sys.exit(f"{contestant.__name__} failed; its output stands above")
+        sys.exit("a contestant failed; its output stands above")
     finally:
         process.join()
+
+
+def measure(contestant, c: Options, rows: list, batch: int = 0) -> dict[str, Any]:
+    """What a contestant found; `rate` is pairs a second over all passes, the reference's counted."""
+    found = in_fresh_process(child, contestant, c, rows, batch)
     return found | {"rate": len(rows) * c.epochs / (found["reference"] + found["loop"])}
 
 
