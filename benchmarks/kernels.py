@@ -73,7 +73,7 @@ def steps(path: str, D: int, V: int, trains: bool) -> list[tuple[float, float]]:
         every = [(w / TOKENS + 2 * V, product), (36 * V, 0), (w / TOKENS + 2 * V, product)]
         return every + [(w / TOKENS + 2 * V, product)] * trains
     if path == "chunked":
-        chunk = logps.chunk_for(V)
+        chunk = logps.chunk_for(V, "cuda")
         forward = [(w / chunk + 2 * V, product), (14 * V, 0)]  # product; fp32 copy 6, log-softmax 8
         backward = [((30 if trains else 22) * V, 0), (w / chunk + 2 * V, product)]  # exp 8, neg 8, (scale 8,) copy 6
         head = [(w / chunk + 2 * V, product), (5 * w / chunk, 0)]  # its product; fp32 sum over chunks

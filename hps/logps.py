@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from hps import products
 
-# Logits alive at once, (chunk, V): 16 MiB in fp32, three times that with the product's own copy and the softmax. Chunks
-# of 64 to 2,048 tokens are about as fast as each other (V = 49152, one thread), so memory decides.
-CHUNK_LOGITS = 2**22
+# Logits alive at once, (chunk, V): 16 MiB in fp32 on a CPU, three times that with the product's own copy and the
+# softmax. Chunks of 64 to 2,048 tokens are about as fast as each other there (V = 49152, one thread), so memory
+# decides. A GPU reads the whole head for every chunk and wants more tokens in it.
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
 
 
 def dense_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -26,9 +27,9 @@ def dense_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
     return torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
-def chunk_for(vocabulary: int) -> int:
-    """Scored tokens a chunk."""
-    return max(1, min(1024, CHUNK_LOGITS // vocabulary))
+def chunk_for(vocabulary: int, device: str) -> int:
+    """Scored tokens a chunk on a device type."""
+    return max(1, min(1024, CHUNK_LOGITS[device] // vocabulary))
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int |
     if kernels := _kernels_for(weight):
         return kernels.token_logps(hidden, weight, targets, chunk=chunk or kernels.CHUNK)
     head = _TrainableHead if weight.requires_grad and torch.is_grad_enabled() else _FrozenHead
-    return head.apply(hidden, weight, targets, chunk or chunk_for(len(weight)))
+    return head.apply(hidden, weight, targets, chunk or chunk_for(len(weight), weight.device.type))
 
 
 def sequence_logps(token_logps: Tensor, sequence: Tensor, shape: torch.Size) -> Tensor:
@@ -166,7 +167,7 @@ def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Ten
         hidden, ref_hidden: (T, D) states of the two models at the same positions. weight, ref_weight: (V, D) heads.
     """
     kl = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    chunk = chunk_for(len(weight))
+    chunk = chunk_for(len(weight), weight.device.type)
     with torch.no_grad():
         for i in range(0, len(hidden), chunk):
             part = slice(i, i + chunk)

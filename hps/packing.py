@@ -25,10 +25,10 @@ class Block:
 
 
 def pieces(block: Block, *, tokens: int) -> list[Block]:
-    """Cut a block with many responses into blocks of about `tokens` packed tokens, each with the whole prompt.
+    """Cut a block with many responses into blocks of at most `tokens` packed tokens, each with the whole prompt.
 
-    For scoring a hundred candidates of a prompt: a dense mask costs the packed length squared, so past some
-    length computing the prompt again is cheaper. Pieces in order hold the responses in order.
+    So that a hundred candidates of a prompt fit into the budget of a micro-batch; a piece of one response, or of a
+    prompt that is half the budget, may be longer. Pieces in order hold the responses in order.
     """
     room = max(tokens, 2 * len(block.prompt)) - len(block.prompt)
     cut: list[list[np.ndarray]] = [[]]

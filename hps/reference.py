@@ -24,8 +24,6 @@ from hps.packing import Block, micro_batches, pack, pieces
 
 # Micro-batches a rank scores between two shards: what a kill can cost, against the number of files.
 MICRO_BATCHES_A_SHARD = 64
-# Packed tokens of the pieces that a prompt with many responses is scored in.
-PIECE = 256
 
 
 def open_cache(root: str | Path, *, weights: str, tokenizer: str, dtype: str) -> Path:
@@ -107,7 +105,7 @@ def score(
         progress: name of the progress bar; empty for none.
     """
     whole: list[list[float]] = [[] for _ in blocks]
-    cut = [(b, piece) for b, block in enumerate(blocks) for piece in pieces(block, tokens=PIECE)]
+    cut = [(b, piece) for b, block in enumerate(blocks) for piece in pieces(block, tokens=budget)]
     scored: list[list[float]] = [[] for _ in cut]
     batches = micro_batches([len(piece) for _, piece in cut], budget=budget, world_size=1)[0]
     for members in tqdm(batches, desc=progress, unit="batch", disable=not progress):
@@ -129,8 +127,9 @@ def _write_shard(cache: Path, keys: np.ndarray, logps: list[float]) -> None:
     partial.rename(cache / f"shard-{name}.safetensors")
 
 
-def _parts(blocks: Iterable[Block], absent: np.ndarray, *, tokens: int) -> Iterator[list[Block]]:
-    """The absent (T,) bool ones of the blocks' responses, in pieces, about `tokens` packed tokens at a time."""
+def _parts(blocks: Iterable[Block], absent: np.ndarray, *, budget: int, tokens: int) -> Iterator[list[Block]]:
+    """The absent (T,) bool ones of the blocks' responses, in pieces of a micro-batch's `budget` at most, about `tokens`
+    packed tokens at a time."""
     part: list[Block] = []
     size = at = 0
     for block in blocks:
@@ -138,7 +137,7 @@ def _parts(blocks: Iterable[Block], absent: np.ndarray, *, tokens: int) -> Itera
         at += len(block.responses)
         if lacks.any():
             cut = Block(block.prompt, tuple(itertools.compress(block.responses, lacks)))
-            for piece in pieces(cut, tokens=PIECE):
+            for piece in pieces(cut, tokens=budget):
                 part.append(piece)
                 size += len(piece)
                 if size >= tokens:
@@ -179,7 +178,7 @@ def fill(
     if not computed:
         return found, 0
     bar = tqdm(total=computed, desc="reference log-probs", unit="response", disable=not ranks.first)
-    for part in _parts(blocks, absent, tokens=budget * MICRO_BATCHES_A_SHARD * ranks.world_size):
+    for part in _parts(blocks, absent, budget=budget, tokens=budget * MICRO_BATCHES_A_SHARD * ranks.world_size):
         batches = micro_batches([len(b) for b in part], budget=budget, world_size=ranks.world_size)
         mine: list[Block] = []
         logps: list[float] = []

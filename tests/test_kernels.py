@@ -273,7 +273,7 @@ def test_on_the_gpu_it_equals_the_chunked_path(way):
     assert all(torch.equal(ours[key], again[key]) for key in ours)
     hidden, weight = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_(way == "trained")
     head = logps._TrainableHead if way == "trained" else logps._FrozenHead
-    value = head.apply(hidden, weight, inputs[2], logps.chunk_for(len(weight)))
+    value = head.apply(hidden, weight, inputs[2], logps.chunk_for(len(weight), "cuda"))
     (value * inputs[3]).sum().backward()
     chunked = dict(value=value.detach(), hidden=hidden.grad, weight=weight.grad)
     for key, (truth, budget) in budgets(*inputs).items():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hps import logps
 from hps.logps import chunk_for, dense_token_logps, sequence_logps, token_kl, token_logps
 
 SHAPES = [(1, 5, 7), (13, 8, 101), (64, 16, 257), (130, 32, 1000)]
@@ -76,7 +77,7 @@ def test_sequence_logps_sums_by_owner():
 def test_token_kl_against_scipy(monkeypatch):
     from scipy.stats import entropy
 
-    monkeypatch.setattr("hps.logps.CHUNK_LOGITS", 200)  # three chunks
+    monkeypatch.setitem(logps.CHUNK_LOGITS, "cpu", 200)  # three chunks
 
     h, w, _, _ = draw(9, 8, 50)
     g, v, _, _ = draw(9, 8, 50)
@@ -87,7 +88,8 @@ def test_token_kl_against_scipy(monkeypatch):
     assert token_kl(h, w, h, w).max() == 0
 
 
-def test_a_chunk_holds_sixteen_mib_of_logits():
+def test_a_chunk_holds_sixteen_mib_of_logits_on_a_cpu():
     """Whatever the vocabulary: 4 B x chunk x V <= 16 MiB, tokens enough for an efficient product where V is small."""
-    assert [chunk_for(V) for V in (220, 32_000, 49_152, 128_256)] == [1024, 131, 85, 32]
-    assert all(4 * chunk_for(V) * V <= 16 * 2**20 for V in (220, 32_000, 49_152, 128_256))
+    assert [chunk_for(V, "cpu") for V in (220, 32_000, 49_152, 128_256)] == [1024, 131, 85, 32]
+    assert [chunk_for(V, "cuda") for V in (220, 32_000, 49_152, 128_256)] == [1024, 1024, 682, 261]
+    assert all(4 * chunk_for(V, "cpu") * V <= 16 * 2**20 for V in (220, 32_000, 49_152, 128_256))

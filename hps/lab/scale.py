@@ -18,7 +18,6 @@ from pathlib import Path
 
 from hps import checkpoint, config
 from hps.logps import chunk_for
-from hps.reference import PIECE
 
 KERNEL_CHUNK = 1024  # hps.kernels.CHUNK, which cannot be imported where there is no Triton
 
@@ -175,7 +174,7 @@ def activation_bytes(s: Shape, c: Options) -> dict[str, int]:
     D, V, L, w = s.hidden_size, s.vocab_size, s.num_hidden_layers, width(c)
     layer = layer_bytes(s, c, N=N)
     rest = N * (4 * D + 4) + T * D * w
-    chunk = 2 * min(KERNEL_CHUNK, T) * V if c.dtype == "bf16" else 8 * min(chunk_for(V), T) * V
+    chunk = 2 * min(KERNEL_CHUNK, T) * V if c.dtype == "bf16" else 8 * min(chunk_for(V, "cuda"), T) * V
     chunk += 0 if c.lora_rank else (4 + w) * V * D
     return {"kept": L * layer + rest, "checkpointed": L * N * D * w + layer + rest, "head_chunk": chunk}
 
@@ -244,12 +243,12 @@ def scored_once(c: Options, *, shared: bool) -> list[dict[str, int]]:
     """N, T, A of the blocks in which a prompt's responses are scored for the cache, each once.
 
     A view that draws opponents meets the best response and, at most, other opponents in every epoch; BT and PL meet
-    the same ones. hps.reference scores them in pieces of about PIECE tokens, each with the whole prompt.
+    the same ones. hps.reference scores them in pieces of at most a micro-batch's tokens, each with the whole prompt.
     """
     P, Y = c.prompt_tokens, c.response_tokens
     draws = c.method.split("-")[1] in ("hps", "uniform", "window")
     left = 1 + (c.epochs if draws else 1) * (c.responses - 1)
-    most = max(1, (max(PIECE, 2 * P) - P) // Y) if shared else 1
+    most = max(1, (max(c.tokens_per_micro_batch, 2 * P) - P) // Y) if shared else 1
     return [counts(P, Y, min(most, left - done)) for done in range(0, left, most)]
 
 

@@ -164,7 +164,7 @@ def test_a_layer_keeps_what_autograd_keeps(monkeypatch, share_prompt, dtype, ran
 def test_bytes_of_a_micro_batch_by_hand():
     """P = 100, two responses of 60: 2200 tokens hold 10 blocks of 220, which as plain rows are 10 * 320. Beside its
     layers a model keeps the last norm's input in fp32 with 1 / rms, and the states of 10 * 120 scored tokens. Of
-    Llama-3's vocabulary the logits of 2^22 // 128256 = 32 tokens are alive, in bf16 those of 1024."""
+    Llama-3's vocabulary the logits of 2^25 // 128256 = 261 tokens are alive, in bf16 those of 1024."""
     c = options(prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=2200, dtype="bf16")
     layer = scale.layer_bytes(SMALL, c, N=2200)
     rest = 2200 * (4 * 64 + 4) + 1200 * 64 * 2
@@ -173,7 +173,7 @@ def test_bytes_of_a_micro_batch_by_hand():
     apart = scale.activation_bytes(SMALL, dataclasses.replace(c, share_prompt=False))
     assert apart["kept"] == 3 * scale.layer_bytes(SMALL, c, N=3200) + rest + 1000 * (4 * 64 + 4)
     whole = scale.activation_bytes(scale.Shape(), dataclasses.replace(c, dtype="fp32"))
-    assert whole["head_chunk"] == 32 * 128_256 * 8
+    assert whole["head_chunk"] == 261 * 128_256 * 8
 
 
 def test_the_kernels_chunk_is_theirs():
@@ -185,13 +185,16 @@ def test_the_kernels_chunk_is_theirs():
 
 def test_tokens_by_hand():
     """P = 100, two responses of 60, 10 prompts, 2 epochs: 220 tokens a visit shared, 320 apart. HPS meets 3 responses
-    a prompt: pieces of 256 hold (256 - 100) // 60 = 2, so 220 + 160 tokens shared and 3 * 160 apart. BT meets 2."""
-    c = options(prompts=10, prompt_tokens=100, response_tokens=60)
+    a prompt: micro-batches of 256 hold (256 - 100) // 60 = 2, so 220 + 160 tokens shared and 3 * 160 apart. BT meets 2.
+    Where all three fit into a micro-batch they take 280."""
+    c = options(prompts=10, prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=256)
     ways = [scale.run_work(SMALL, c, shared=s, cached=r) for s in (True, False) for r in (True, False)]
     assert [way["tokens"] for way in ways] == [4400, 4400, 6400, 6400]
     assert [way["reference_tokens"] for way in ways] == [3800, 4400, 4800, 6400]
     bt = scale.run_work(SMALL, dataclasses.replace(c, method="dpo-bt"), shared=True, cached=True)
     assert bt["reference_tokens"] == 2200
+    roomy = scale.run_work(SMALL, dataclasses.replace(c, tokens_per_micro_batch=280), shared=True, cached=True)
+    assert roomy["reference_tokens"] == 2800
 
 
 def test_hours_by_hand():
