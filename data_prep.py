@@ -5,7 +5,7 @@
     python data_prep.py export   --format trl --input FILE --output FILE.jsonl      pairs for other trainers
     python data_prep.py generate --model M --input IN --output OUT --n 8            candidate responses
     python data_prep.py fit      --input PAIRS --output R.safetensors               a linear reward model
-    python data_prep.py annotate --scorer R.safetensors --input IN --output OUT     rewards
+    python data_prep.py annotate --scorer R --input IN --output OUT                 rewards by a reward model
     python data_prep.py doctor   --model M --input IN                               what to know before training
 
 `python data_prep.py COMMAND --help` lists the options of one. `torchrun --nproc_per_node 2 -- data_prep.py generate`
@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from hps import config, dist, model, sampling
 from hps.data import doctor, generate, importers, journal, listwise, rewards, tokens
@@ -80,10 +81,14 @@ class Fit:
 
 @dataclass
 class Annotate:
-    scorer: str  # world-est[:SEED[:NOISE]] (the training reward), world-true[:SEED], human (1, 0), or a file
+    scorer: str  # world-est[:SEED[:NOISE]], world-true[:SEED], human (1, 0), or a reward model: folder, file, hub name
     input: str  # list-wise JSON Lines
     output: str  # the same with rewards
     pairs: bool = False  # give rows without a human pair one: two random responses, the one of higher reward chosen
+    dtype: str = "fp32"  # of a reward model's weights, fp32 or bf16; rewards are fp32 either way
+    objectives: str = "one"  # of a reward model's head: one, or mean of several
+    remote_revision: str = ""  # run the code that a reward model brings, as of this commit; empty: never
+    tokens_per_micro_batch: int = 4096  # packed tokens of a reward model's forward
 
 
 @dataclass
@@ -220,15 +225,64 @@ def fit_scorer(c: Fit) -> None:
     report({"pairs": len(rows)}, c.output)
 
 
+OF_REWARD_MODELS = ("dtype", "objectives", "remote_revision", "tokens_per_micro_batch")
+
+
 def annotate_rows(c: Annotate) -> None:
+    """Give every response a reward; by a reward model, a killed run goes on, and torchrun shares the prompts out."""
     rows = listwise.read(c.input)
+    ours = c.scorer == "human" or c.scorer.split(":")[0] in ("world-true", "world-est") or scorers.is_linear(c.scorer)
+    if ours:
+        unused = [key for key in OF_REWARD_MODELS if getattr(c, key) != getattr(Annotate, key)]
+        if unused:
+            raise ValueError(f"scorer {c.scorer} does not use {', '.join(unused)}: remove that")
     if c.scorer == "human":
-        found = [human_rewards(row) for row in rows]
-    else:
+        write_rewards(c, rows, [human_rewards(row) for row in rows], Counter())
+    elif ours:
         asked = ((row.id, row.prompt, list(row.responses)) for row in rows)
-        found = [r for _, r in rewards.annotate(asked, scorers.load(c.scorer))]
+        write_rewards(c, rows, [r for _, r in rewards.annotate(asked, scorers.load(c.scorer))], Counter())
+    else:
+        ranks = dist.init(timeout=timedelta(days=30))
+        try:
+            annotate_share(c, rows, ranks)
+        finally:
+            dist.shutdown()
+
+
+def annotate_share(c: Annotate, rows: list[listwise.Row], ranks: dist.Ranks) -> None:
+    """Score every world_size-th of the rows that no journal has; the first rank then writes the output."""
+    for name, value, known in (("dtype", c.dtype, model.DTYPES), ("objectives", c.objectives, ("one", "mean"))):
+        if value not in known:
+            raise ValueError(f"{name} = {value!r} does not exist; choose one of {', '.join(known)}")
+    free = ("output", "pairs", "tokens_per_micro_batch")
+    settings = {key: value for key, value in config.as_dict(c).items() if key not in free}
+    settings |= {"scorer": digest(c.scorer), "input": digest(c.input)}
+    done = journal.read(c.output, settings)
+    dist.barrier()  # none may write before all have read
+    mine = [row for row in rows if row.id not in done][ranks.rank :: ranks.world_size]
+    if mine:
+        counts: Counter[str] = Counter()
+        how = {key: getattr(c, key) for key in ("dtype", "objectives", "remote_revision")}
+        score = scorers.load_reward_model(
+            c.scorer, budget=c.tokens_per_micro_batch, device=ranks.device, counts=counts, **how
+        )
+        notes = journal.Journal(c.output, ranks.rank, settings)
+        for id, found in tqdm(score(mine), total=len(mine), desc="annotate", unit="prompt", disable=not ranks.first):
+            notes.write({"id": id, "rewards": found, "counts": counts})
+            counts.clear()
+    dist.barrier()
+    if ranks.first:
+        done = journal.read(c.output, settings)
+        counts = sum((Counter(record["counts"]) for record in done.values()), Counter())
+        write_rewards(c, rows, [done[row.id]["rewards"] for row in rows], counts)
+        for path in journal.files(c.output):
+            path.unlink()
+
+
+def write_rewards(c: Annotate, rows: list[listwise.Row], found: list[list[float]], more: Counter[str]) -> None:
+    """Write the rows with their rewards, and pairs where they are asked for."""
     rows = [dataclasses.replace(row, rewards=tuple(r)) for row, r in zip(rows, found, strict=True)]
-    counts = {"rows": len(rows), "responses": sum(len(row.responses) for row in rows)}
+    counts = {"rows": len(rows), "responses": sum(len(row.responses) for row in rows), **more}
     if c.pairs:
         alone = [row.chosen is None for row in rows]
         rows = [random_pair(row) if lacks else row for row, lacks in zip(rows, alone, strict=True)]

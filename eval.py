@@ -38,7 +38,7 @@ class Config:
     temperature: float = 0.9  # of the samples
     max_new_tokens: int = 256  # a sample ends there at the latest
     seed: int = 0  # of the samples
-    scorer: str = "none"  # of the samples: none, world-true[:SEED], or the file of a linear reward model
+    scorer: str = "none"  # of the samples: none, world-true[:SEED], or a reward model's folder, file or hub name
     baseline: str = ""  # out folder of another evaluation (the SFT model's), for the win rate
     # -- compute --
     dtype: str = "fp32"  # fp32 or bf16
@@ -99,7 +99,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     ref_logps = np.split(ref_logps, np.cumsum([len(block.responses) for block in blocks])[:-1])
 
     mine = range(ranks.rank, len(examples), ranks.world_size)
-    scored = reference.score(
+    scored = model.score(
         policy, [blocks[i] for i in mine], device=ranks.device, progress="policy log-probs" * ranks.first, **packing
     )
     values: dict[str, dict[str, float]] = {}

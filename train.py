@@ -1,4 +1,4 @@
-"""Train a policy: preference optimisation (DPO-HPS and its baselines) or supervised fine-tuning.
+"""Train a policy: preference optimisation (DPO-HPS and its baselines) or supervised fine-tuning; or a reward model.
 
     python train.py --config configs/world.toml --method dpo-hps --model M --data train.jsonl --out runs/hps
     torchrun --nproc_per_node 2 train.py ...          the same losses, sharded
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hps import checkpoint, config, dist, losses, model, reference, sampling
+from hps import checkpoint, config, dist, losses, model, reference, reward_model, sampling
 from hps import plan as planning
 from hps.data import store, tokens
 from hps.losses_listwise import KTO, LISTWISE, OFFICIAL, Listwise, kto_loss, listwise_at_reference, listwise_loss
@@ -35,7 +35,7 @@ class Config:
     model: str  # start of the policy: a local folder (weights or adapter) or a hub name
     data: str  # list-wise JSON Lines with rewards (.gz accepted)
     out: str  # folder of the run: metrics.jsonl, checkpoints, the final policy; an unfinished run there goes on
-    loss: str = "preference"  # preference (see method) or sft (likelihood of the best response)
+    loss: str = "preference"  # preference (see method), sft (likelihood of the best response), reward (a reward model)
     method: str = "dpo-hps"  # a loss of losses.py and whom it contrasts (plan.plan): dpo-bt, nca-pl, ...
     reference: str = ""  # reference model; empty means the policy itself before its first update
     # -- the loss --
@@ -92,7 +92,7 @@ class Config:
     # -- batches --
     candidates: int = 0  # use the first so many responses of each prompt; 0 means all
     max_length: int = 2048  # tokens of prompt and response together
-    overlong: str = "drop"  # what happens beyond max_length: drop (and count) or error
+    truncate: str = "drop"  # beyond max_length: drop (and count) the response, error, or keep_end of the prompt
     tokens_per_micro_batch: int = 4096  # packed tokens of one forward; the step's gradient does not depend on it
     # -- run --
     token_cache: str = "runs/token_cache"  # folder of the data as token ids, shared by all runs
@@ -122,14 +122,20 @@ def parts(c: Config) -> tuple[str, str, losses.Loss | Listwise]:
     return name, view, LISTWISE[name] if name in LISTWISE else losses.LOSSES[name]
 
 
+def as_preference(c: Config) -> Config:
+    """A reward model's loss in the terms of the others: -log sigmoid(r(chosen) - r(rejected)) (paper Eq. 15) is DPO on
+    the human pair with rewards in the place of log-ratios and beta 1."""
+    return dataclasses.replace(c, method="dpo-human", beta=1.0) if c.loss == "reward" else c
+
+
 def needs_reference(c: Config) -> bool:
-    """Whether log-probs of a reference are looked up: not by SFT, nor by SimPO and SLiC."""
+    """Whether log-probs of a reference are looked up: not by SFT and reward models, nor by SimPO and SLiC."""
     return c.loss == "preference" and getattr(parts(c)[2], "needs_reference", True)
 
 
 def needs_rewards(c: Config) -> bool:
     """Whether the loss itself looks at the rewards, not the sampler alone."""
-    return c.loss == "preference" and getattr(parts(c)[2], "needs_rewards", True)
+    return c.loss != "sft" and getattr(parts(c)[2], "needs_rewards", True)
 
 
 def used_options(c: Config) -> set[str]:
@@ -137,6 +143,9 @@ def used_options(c: Config) -> set[str]:
     used = {field.name for field in dataclasses.fields(Config)} - SAMPLER - BY_LOSS
     if c.loss == "sft":
         used -= {"method", "reference", "reference_cache", "share_prompt", "length_penalty"}
+    elif c.loss == "reward":
+        used -= {"method", "reference", "reference_cache", "length_penalty"}
+        used |= {"label_smoothing"}
     else:
         _, view, facts = parts(c)
         used |= set(facts.options)
@@ -174,10 +183,10 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     methods = [f"{name}-{view}" for name in losses.LOSSES for view in planning.VIEWS]
     methods += [f"{name}-pl" for name in LISTWISE] + [f"kto-{view}" for view in planning.VIEWS]
     choices = {
-        "loss": ["preference", "sft"],
+        "loss": ["preference", "sft", "reward"],
         "method": methods,
         "dtype": list(model.DTYPES),
-        "overlong": ["drop", "error"],
+        "truncate": list(tokens.TRUNCATE),
         "gamma_schedule": list(sampling.SCHEDULES),
         "hps_form": list(planning.FORMS),
         "pl_form": ["stagewise", "official"],
@@ -191,8 +200,8 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     for key in ("epochs", "prompts_per_step", "positives", "tokens_per_micro_batch", "beta", "lr", "reward_scale"):
         if not getattr(c, key) > 0:
             raise ValueError(f"{key} must be positive, got {getattr(c, key)}")
-    if c.loss == "preference":
-        _, _, facts = parts(c)
+    if c.loss != "sft":
+        _, _, facts = parts(as_preference(c))
         for key in facts.options:
             if not losses.OPTIONS[key].allowed(getattr(c, key)):
                 raise ValueError(f"{key} must lie in {losses.OPTIONS[key].range}, got {getattr(c, key)}")
@@ -205,7 +214,8 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     for key in (*not_negative, "save_every", "stop_after"):
         if getattr(c, key) < 0:
             raise ValueError(f"{key} must not be negative, got {getattr(c, key)}")
-    config.check_used(set_keys, used_options(c), what="loss sft" if c.loss == "sft" else f"method {c.method}")
+    what = f"method {c.method}" if c.loss == "preference" else f"loss {c.loss}"
+    config.check_used(set_keys, used_options(c), what=what)
     if c.positives > 1 and c.hps_form != "full":
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
     positive_weights(c)
@@ -338,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     check(c, set_keys)
     ranks = dist.init()
     try:
-        train(c, ranks)
+        train(as_preference(c), ranks)
     finally:
         dist.shutdown()
 
@@ -360,9 +370,10 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         c.data,
         tokenizer,
         max_length=c.max_length,
-        overlong=c.overlong,
+        truncate=c.truncate,
+        closing=c.loss == "reward",
         candidates=c.candidates,
-        need_rewards=c.loss == "preference" and (parts(c)[1] != "human" or needs_rewards(c)),
+        need_rewards=c.loss != "sft" and (parts(c)[1] != "human" or needs_rewards(c)),
         length_penalty=c.length_penalty,
         makes=ranks.first,
     )
@@ -372,19 +383,28 @@ def train(c: Config, ranks: dist.Ranks) -> None:
 
     # Model, its adapter, and the reference's name while the weights are still whole and untouched.
     dtype = model.DTYPES[c.dtype]
-    lm = model.load_causal_lm(c.model, dtype=dtype if c.lora_rank else torch.float32)
+    loaded = dtype if c.lora_rank else torch.float32
+    if c.loss == "reward":
+        lm = reward_model.load_reward_model(c.model, dtype=loaded, begin=True)
+    else:
+        lm = model.load_causal_lm(c.model, dtype=loaded)
     model.check_limits(lm, vocab_size=len(tokenizer), longest=examples.longest)
     weights = model.fingerprint(lm)
     inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": examples.data_hash}
     if c.lora_rank:
-        lm = model.add_lora(
-            lm, rank=c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets.split(","), seed=c.seed
-        )
+        adapter = dict(rank=c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets.split(","), seed=c.seed)
+        lm = model.add_lora(lm, **adapter, task="SEQ_CLS" if c.loss == "reward" else "CAUSAL_LM")
     if c.gradient_checkpointing:
         model.checkpoint_layers(lm)
     autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
-    policy = model.PolicyModel(lm, autocast=autocast).to(ranks.device)
-    model.check_paths_agree(policy, vocab_size=len(tokenizer), share_prompt=c.share_prompt)
+    if c.loss == "reward":
+        policy = reward_model.RewardModel(lm, autocast=autocast).to(ranks.device)
+        reward_model.check_paths_agree(policy, vocab_size=len(tokenizer))
+        untrained = not policy.classifier.score.weight.any()
+    else:
+        policy = model.PolicyModel(lm, autocast=autocast).to(ranks.device)
+        model.check_paths_agree(policy, vocab_size=len(tokenizer), share_prompt=c.share_prompt)
+        untrained = needs_reference(c) and not c.reference
     dist.shard(policy, policy.layers, ranks=ranks, dtype=dtype)
 
     # Reference log-probs of just what the plan touches: the policy itself before its first update, unless another
@@ -440,7 +460,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         done = checkpoint.load(started, policy, optimizer, ranks=ranks)["step"]
         say(ranks, f"going on from {started} ({done} of {plan.steps} steps)")
     log = open_log(out / "metrics.jsonl", done, ranks)
-    bar = tqdm(total=plan.steps, initial=done, desc=c.method if c.loss != "sft" else "sft", disable=not ranks.first)
+    name = c.method if c.loss == "preference" else c.loss
+    bar = tqdm(total=plan.steps, initial=done, desc=name, disable=not ranks.first)
     clock, tokens_seen = time.perf_counter(), 0
     for step in range(done, plan.steps):
         visits = plan.step(step)
@@ -450,7 +471,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         # The step's loss is a mean over its prompts (SFT: its tokens), whichever rank and micro-batch they are in.
-        denominator = len(blocks) if c.loss == "preference" else sum(len(b.responses[0]) for b in blocks)
+        denominator = len(blocks) if c.loss != "sft" else sum(len(b.responses[0]) for b in blocks)
         kl = mismatched_kl(policy, mismatched, ref_mismatched, visits, c, ranks, packing) if kto else 0.0
         metrics = torch.zeros(len(METRICS), dtype=torch.float64)
         largest = torch.zeros(1)
@@ -459,7 +480,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             # A rank with nothing to do repeats the first block with weight 0: collectives must stay in step.
             chosen = members or [0]
             packed = pack([blocks[i] for i in chosen], **packing).to(ranks.device)
-            policy_logps = policy(packed)  # (B, K)
+            policy_logps = policy(packed)  # (B, K); of a reward model its rewards, with a reference of zeros
             if c.loss == "sft":
                 per_prompt = -policy_logps[:, 0]
                 total = per_prompt.sum()
@@ -488,7 +509,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             rows = ", ".join(examples.id(plan.row[v]) for v in visits)
             raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}; no update was made. Rows: {rows}")
-        if step == 0 and needs_reference(c) and not c.reference:
+        if step == 0 and untrained:
             self_check(c, expected_first_loss(c, plan, rewards), loss, float(largest), ranks)
         optimizer.step()
         optimizer.zero_grad()
@@ -496,7 +517,9 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         tokens_seen += sum(lengths)
         rate = tokens_seen / (time.perf_counter() - clock)
         record = {"step": step, "epoch": int(plan.epoch[visits[0]]), "loss": loss}
-        if c.loss == "preference":
+        if c.loss == "reward":
+            record |= {key: x for key, x in zip(METRICS, metrics.tolist(), strict=True) if "logps" not in key}
+        elif c.loss == "preference":
             record |= dict(zip(METRICS, metrics.tolist(), strict=True))
             record |= {"gamma": float(plan.gamma[visits].mean())}
             record |= {"effective_negatives": float(plan.effective[visits].mean())}
@@ -574,7 +597,8 @@ def mismatched_kl(
 
 
 def self_check(c: Config, expected: float | None, loss: float, largest: float, ranks: dist.Ranks) -> None:
-    """While policy = reference the loss is known; another value means a wrong mask, shift, dropout or dtype."""
+    """While policy = reference (or a reward model's head is zero) the loss is known; another value means a wrong mask,
+    shift, dropout or dtype."""
     if expected is None:
         say(ranks, f"step 0: loss {loss:.6f} (not known beforehand); largest |log-ratio| {largest:.2g} (should be 0)")
         return

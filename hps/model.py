@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from hps import attention, products
 from hps.logps import sequence_logps, token_logps
-from hps.packing import Block, Packed, pack
+from hps.packing import Block, Packed, micro_batches, pack, pieces
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HEADS = {"lm_head", "score"}  # linear layers that get no adapter
 
 
 class PolicyModel(nn.Module):
@@ -36,14 +38,7 @@ class PolicyModel(nn.Module):
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
-        decoder = self.causal_lm.get_decoder()
-        stacks = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
-        return list(max(stacks, key=len))
-
-    @property
-    def heads(self) -> int:
-        """Attention heads of a layer."""
-        return self.causal_lm.config.get_text_config().num_attention_heads
+        return decoder_layers(self.causal_lm.get_decoder())
 
     @property
     def head(self) -> Tensor:
@@ -52,20 +47,57 @@ class PolicyModel(nn.Module):
 
     def hidden(self, packed: Packed) -> Tensor:
         """States that predict the scored tokens, (T, D), in the compute dtype."""
-        with torch.autocast(packed.input_ids.device.type, self.autocast, enabled=self.autocast is not None):
-            states = self.causal_lm.get_decoder()(
-                input_ids=packed.input_ids,
-                position_ids=packed.position_ids,
-                use_cache=False,
-                **attention.inputs(packed, heads=self.heads, dense=self.dense_attention),
-            ).last_hidden_state
-        return states.flatten(0, 1)[packed.predictor]
+        decoder = self.causal_lm.get_decoder()
+        return states(decoder, packed, dense=self.dense_attention, autocast=self.autocast)[packed.predictor]
 
     def forward(self, packed: Packed) -> Tensor:
         """Log-probs of every response, summed over its tokens, end token included, (B, K) fp32 nats."""
         head = self.head if self.autocast is None else self.head.to(self.autocast)
         logps = token_logps(self.hidden(packed), head, packed.targets)
         return sequence_logps(logps, packed.sequence, packed.valid.shape)
+
+
+def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers decoder, in order."""
+    stacks = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
+    return list(max(stacks, key=len))
+
+
+def states(decoder: nn.Module, packed: Packed, *, dense: bool, autocast: torch.dtype | None) -> Tensor:
+    """Last states of all packed positions, (R * N, D), in the compute dtype."""
+    heads = decoder.config.get_text_config().num_attention_heads
+    with torch.autocast(packed.input_ids.device.type, autocast, enabled=autocast is not None):
+        found = decoder(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            use_cache=False,
+            **attention.inputs(packed, heads=heads, dense=dense),
+        ).last_hidden_state
+    return found.flatten(0, 1)
+
+
+def score(
+    model: nn.Module, blocks: Sequence[Block], *, device: torch.device, budget: int, pad_id: int, progress: str = ""
+) -> list[np.ndarray]:
+    """What a model gives to all responses, on one rank: one (K,) float32 array a block, in order.
+
+    Args:
+        model: packed prompts -> (B, K), a PolicyModel (log-probs, nats) or a RewardModel (rewards).
+        budget: packed tokens a micro-batch.
+        progress: name of the progress bar; empty for none.
+    """
+    whole: list[list[float]] = [[] for _ in blocks]
+    cut = [(b, piece) for b, block in enumerate(blocks) for piece in pieces(block, tokens=budget)]
+    scored: list[list[float]] = [[] for _ in cut]
+    batches = micro_batches([len(piece) for _, piece in cut], budget=budget, world_size=1)[0]
+    for members in tqdm(batches, desc=progress, unit="batch", disable=not progress):
+        with torch.no_grad():
+            rows = model(pack([cut[i][1] for i in members], pad_id=pad_id).to(device)).tolist()
+        for i, row in zip(members, rows, strict=True):
+            scored[i] = row[: len(cut[i][1].responses)]
+    for (b, _), row in zip(cut, scored, strict=True):
+        whole[b] += row
+    return [np.array(row, dtype=np.float32) for row in whole]
 
 
 def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
@@ -89,8 +121,12 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
     return products.use_fp32_products(lm).eval()  # dropout off, in scoring and in training alike
 
 
-def add_lora(lm: nn.Module, *, rank: int, alpha: int, targets: Sequence[str], seed: int) -> nn.Module:
-    """Freeze a causal LM and give it fp32 LoRA adapters, zero at first, so that policy = reference at step 0.
+def add_lora(
+    lm: nn.Module, *, rank: int, alpha: int, targets: Sequence[str], seed: int, task: str = "CAUSAL_LM"
+) -> nn.Module:
+    """Freeze a model and give it fp32 LoRA adapters, zero at first, so that policy = reference at step 0.
+
+    task: peft's name of it; with SEQ_CLS the head that gives the reward is trained as well.
 
     Raises:
         ValueError: a target that the model does not have, or its output head.
@@ -99,11 +135,11 @@ def add_lora(lm: nn.Module, *, rank: int, alpha: int, targets: Sequence[str], se
 
     names = {name.rsplit(".", 1)[-1] for name, m in lm.named_modules() if isinstance(m, nn.Linear)}
     names |= {name.rsplit(".", 1)[-1] for name, m in lm.named_modules() if type(m).__name__ == "Conv1D"}
-    wrong = [t for t in targets if t not in names or t == "lm_head"]
+    wrong = [t for t in targets if t not in names or t in HEADS]
     if wrong:
-        raise ValueError(f"lora_targets {wrong} cannot be used; this model has {sorted(names - {'lm_head'})}")
+        raise ValueError(f"lora_targets {wrong} cannot be used; this model has {sorted(names - HEADS)}")
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+        r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none", task_type=task
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # every rank must start from the same adapter

@@ -46,6 +46,7 @@ class Packed:
     input_ids, position_ids: (R, N) int64. block: (R, N) int64, the prompt's index in the micro-batch, -1 on pads.
     segment: (R, N) int64, 0 on prompt tokens, k + 1 on response k.
     predictor: (T,) int64, index into the flattened R * N positions of the hidden state that predicts the token.
+    last: (B, K) int64, index into the same of each response's last token, 0 where there is none.
     targets: (T,) int64 token ids. sequence: (T,) int64, b * K + k of each scored token.
     num_tokens: (B, K) int64 scored tokens. valid: (B, K) bool.
     spans: B pairs (prompt's length, its responses' lengths), in the order in which they lie in the row.
@@ -57,6 +58,7 @@ class Packed:
     block: Tensor
     segment: Tensor
     predictor: Tensor
+    last: Tensor
     targets: Tensor
     sequence: Tensor
     num_tokens: Tensor
@@ -80,11 +82,12 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
             batches, and the path that the packed one is tested against.
 
     Example: one block with prompt [7, 8] and responses [5, 2] and [6, 9, 2] gives input_ids
-        [[7, 8, 5, 2, 6, 9, 2]], position_ids [[0, 1, 2, 3, 2, 3, 4]], predictor [1, 2, 1, 4, 5],
+        [[7, 8, 5, 2, 6, 9, 2]], position_ids [[0, 1, 2, 3, 2, 3, 4]], predictor [1, 2, 1, 4, 5], last [[3, 6]],
         targets [5, 2, 6, 9, 2], sequence [0, 0, 1, 1, 1], num_tokens [[2, 3]].
     """
     K = max(len(block.responses) for block in blocks)
     num_tokens = torch.zeros(len(blocks), K, dtype=torch.int64)
+    last = torch.zeros(len(blocks), K, dtype=torch.int64)
     for b, block in enumerate(blocks):
         assert len(block.prompt) > 0 and all(len(y) > 0 for y in block.responses), "empty prompt or response"
         num_tokens[b, : len(block.responses)] = torch.tensor([len(y) for y in block.responses])
@@ -119,6 +122,7 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
                 targets.append(y)
                 sequence.append(np.full(len(y), b * K + k))
                 at += len(y)
+                last[b, k] = r * N + at - 1
             owner[r, start:at] = b
     return Packed(
         input_ids=torch.from_numpy(input_ids),
@@ -126,6 +130,7 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
         block=torch.from_numpy(owner),
         segment=torch.from_numpy(segment),
         predictor=torch.from_numpy(np.concatenate(predictor)).long(),
+        last=last,
         targets=torch.from_numpy(np.concatenate(targets)).long(),
         sequence=torch.from_numpy(np.concatenate(sequence)).long(),
         num_tokens=num_tokens,

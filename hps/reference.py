@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -93,29 +93,6 @@ def lookup(cache: Path, keys: np.ndarray) -> np.ndarray:
             "away from the reference: restore the cache folder, or start the run again in a new --out"
         )
     return found
-
-
-def score(
-    model: PolicyModel, blocks: Sequence[Block], *, device: torch.device, budget: int, pad_id: int, progress: str = ""
-) -> list[np.ndarray]:
-    """Log-probs of all responses under a model on one rank, one (K,) float32 array a block, in order.
-
-    Args:
-        budget: packed tokens a micro-batch.
-        progress: name of the progress bar; empty for none.
-    """
-    whole: list[list[float]] = [[] for _ in blocks]
-    cut = [(b, piece) for b, block in enumerate(blocks) for piece in pieces(block, tokens=budget)]
-    scored: list[list[float]] = [[] for _ in cut]
-    batches = micro_batches([len(piece) for _, piece in cut], budget=budget, world_size=1)[0]
-    for members in tqdm(batches, desc=progress, unit="batch", disable=not progress):
-        with torch.no_grad():
-            rows = model(pack([cut[i][1] for i in members], pad_id=pad_id).to(device)).tolist()
-        for i, row in zip(members, rows, strict=True):
-            scored[i] = row[: len(cut[i][1].responses)]
-    for (b, _), row in zip(cut, scored, strict=True):
-        whole[b] += row
-    return [np.array(row, dtype=np.float32) for row in whole]
 
 
 def _write_shard(cache: Path, keys: np.ndarray, logps: list[float]) -> None:

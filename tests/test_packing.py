@@ -21,6 +21,7 @@ def test_the_layout_of_the_docstring():
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4]]
     assert packed.segment.tolist() == [[0, 0, 1, 1, 2, 2, 2]]
     assert packed.predictor.tolist() == [1, 2, 1, 4, 5]
+    assert packed.last.tolist() == [[3, 6]]
     assert packed.targets.tolist() == [5, 2, 6, 9, 2]
     assert packed.sequence.tolist() == [0, 0, 1, 1, 1]
     assert packed.num_tokens.tolist() == [[2, 3]]
@@ -46,6 +47,7 @@ def test_every_token_is_scored_once_by_its_predecessor(share_prompt):
             mine = packed.sequence == b * K + k
             assert packed.targets[mine].tolist() == y.tolist()
             assert flat[packed.predictor[mine]].tolist() == [block.prompt[-1], *y[:-1]]
+            assert flat[packed.last[b, k]] == y[-1]
             assert packed.num_tokens[b, k] == len(y)
         assert packed.valid[b].tolist() == [k < len(block.responses) for k in range(K)]
 

@@ -11,7 +11,7 @@ from test_model import blocks_of, separate_logps, tiny
 
 from hps import reference
 from hps.dist import Ranks
-from hps.model import PolicyModel
+from hps.model import PolicyModel, score
 from hps.packing import Block
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
@@ -142,7 +142,7 @@ def test_score_keeps_order_over_pieces(tmp_path):
     """More candidates than a piece holds, scored in pieces, come back whole and in order."""
     lm = tiny("llama")
     blocks = blocks_of(70, B=2)
-    rows = reference.score(PolicyModel(lm), blocks, device=torch.device("cpu"), budget=512, pad_id=0)
+    rows = score(PolicyModel(lm), blocks, device=torch.device("cpu"), budget=512, pad_id=0)
     expected = separate_logps(lm, blocks).detach().numpy()
     np.testing.assert_allclose(np.stack(rows), expected, rtol=1e-5, atol=1e-4)
 

@@ -487,7 +487,7 @@ def test_a_broken_line_is_named(tiny_world, tmp_path):
         (dict(candidates=-1), "candidates must not be negative"),
         (dict(betta=0.1), "betta.*--beta"),
         (dict(epochs="two"), "--epochs two: expected an int"),
-        (dict(overlong="error", max_length=12), r"train\.jsonl:\d+: "),
+        (dict(truncate="error", max_length=12), r"train\.jsonl:\d+: "),
         (dict(model="nowhere"), "nowhere"),
     ],
 )

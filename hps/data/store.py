@@ -25,7 +25,7 @@ from hps.data.tokens import Example
 from hps.packing import Block
 
 # Decides a store's name: raise it when the files below, or what becomes of a row, change.
-FORMAT = 2
+FORMAT = 3
 FILES = {
     "tokens": np.dtype("<i4"),  # of each of the R examples the prompt, then its responses, N in all
     "offsets": np.dtype("<i8"),  # (R + N + 1,): where each prompt and response begins, and the one before it ends
@@ -152,7 +152,8 @@ def open_store(
     tokenizer: PreTrainedTokenizerFast,
     *,
     max_length: int,
-    overlong: str = "drop",
+    truncate: str = "drop",
+    closing: bool = False,
     candidates: int = 0,
     need_rewards: bool = False,
     length_penalty: float = 0.0,
@@ -160,15 +161,15 @@ def open_store(
 ) -> Store:
     """The store of a list-wise file, made if no run before has made it.
 
-    root: folder of all stores. max_length, overlong: as for `tokens.tokenize`. candidates: the first so many responses
-    of each row, 0 for all. need_rewards: refuse data of which a row has no rewards. length_penalty: taken off the
-    rewards for every token of a response, OURS: the data's side of R-DPO, which takes alpha L off the reward that the
-    policy is to follow. makes: False waits for another rank to make it.
+    root: folder of all stores. max_length, truncate, closing: as for `tokens.tokenize`. candidates: the first so many
+    responses of each row, 0 for all. need_rewards: refuse data of which a row has no rewards. length_penalty: taken off
+    the rewards for every token of a response, OURS: the data's side of R-DPO, which takes alpha L off the reward that
+    the policy is to follow. makes: False waits for another rank to make it.
     Raises ValueError for what `listwise.stream` and `tokens.tokenize` refuse, and for a store that is not whole.
     """
     data = Path(data)
     identity = {"format": FORMAT, "data": file_hash(data), "tokenizer": tokens.fingerprint(tokenizer)}
-    identity |= {"max_length": max_length, "overlong": overlong, "candidates": candidates}
+    identity |= {"max_length": max_length, "truncate": truncate, "candidates": candidates, "closing": closing}
     folder = Path(root) / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     while not makes and not folder.exists():
         time.sleep(0.1)
@@ -183,7 +184,8 @@ def open_store(
             if file_hash(data) != identity["data"]:
                 raise ValueError(f"{data}: changed while it was read; start again")
 
-        examples = tokens.tokenize(tokenizer, rows(), about["counts"], max_length=max_length, overlong=overlong)
+        how = dict(max_length=max_length, truncate=truncate, closing=closing)
+        examples = tokens.tokenize(tokenizer, rows(), about["counts"], **how)
         write(folder, examples, about)
     store = Store(folder, data, length_penalty=length_penalty)
     if need_rewards and store.without_rewards:

@@ -7,7 +7,7 @@ first token depends on the prompt. A prompt has at most one BOS, a response exac
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,9 +17,11 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hps.data.listwise import Prompt, Row
+from hps.packing import Block
 
 COUNTS = ("rows_read", "rows_kept", "rows_overlong_prompt", "rows_no_responses", "pairs_broken")
-COUNTS += ("responses_read", "responses_kept", "responses_overlong", "responses_empty")
+COUNTS += ("prompts_cut", "responses_read", "responses_kept", "responses_overlong", "responses_empty")
+TRUNCATE = ("drop", "error", "keep_end")
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,61 @@ def encode_response(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return _response_ids(tokenizer, ids, special)
 
 
+def closing_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What the chat template writes behind an answer's EOS (a line break, or nothing).
+
+    A reward model reads whole conversations, so that it is trained and used with these. Raises ValueError for no
+    template, or one that does not continue the prompt with the answer and EOS.
+    """
+    closing = _closing(tokenizer, _special(tokenizer))
+    if closing is None:
+        raise ValueError(
+            "the tokenizer's chat template does not write an answer as prompt, text and eos_token, so a reward model "
+            f"cannot be trained with it: is eos_token, {tokenizer.eos_token!r}, what ends a turn?"
+        )
+    return closing
+
+
+def encode_answered(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, texts: Sequence[str]) -> list[Block]:
+    """A prompt with its answers as a reward model reads them: one block, or one an answer where the template writes
+    the conversation so that the prompt alone is no part of it.
+
+    A string prompt is read as in training. Raises ValueError as encode_prompt and encode_response do.
+    """
+    special = _special(tokenizer)
+    head = _prompt_ids(tokenizer, prompt, special)
+    closing = [] if isinstance(prompt, str) else _closing(tokenizer, special)
+    if closing is not None:
+        encoded = _batch_ids(tokenizer, [_without_eos(text, special) for text in texts], plain=True)
+        answers = (np.array([*_response_ids(tokenizer, ids, special), *closing], np.int32) for ids in encoded)
+        return [Block(np.array(head, np.int32), tuple(answers))]
+    blocks = []
+    for text in texts:
+        whole = np.array(_prompt_ids(tokenizer, prompt, special, answer=text), np.int32)
+        blocks.append(Block(whole[:1], (whole[1:],)))
+    return blocks
+
+
+def _closing(tokenizer: PreTrainedTokenizerFast, special: "_Special") -> list[int] | None:
+    """What the template writes behind an answer's EOS; None where it does not write prompt, text, EOS."""
+    asked = ({"role": "user", "content": "a"},)
+    [answer] = _batch_ids(tokenizer, ["b"], plain=True)
+    begin = [*_prompt_ids(tokenizer, asked, special), *_response_ids(tokenizer, answer, special)]
+    whole = _prompt_ids(tokenizer, asked, special, answer="b")
+    return whole[len(begin) :] if whole[: len(begin)] == begin else None
+
+
 def tokenize_rows(
     tokenizer: PreTrainedTokenizerFast,
     rows: Iterable[Row],
     *,
     max_length: int,
-    overlong: str = "drop",
+    truncate: str = "drop",
     progress: bool = True,
 ) -> tuple[list[Example], dict[str, int]]:
     """Tokenise rows into a list: the examples in order, and the counts. Arguments and errors as `tokenize`."""
     counts: dict[str, int] = {}
-    how = dict(max_length=max_length, overlong=overlong, progress=progress)
+    how = dict(max_length=max_length, truncate=truncate, progress=progress)
     return list(tokenize(tokenizer, rows, counts, **how)), counts
 
 
@@ -113,7 +159,8 @@ def tokenize(
     counts: dict[str, int],
     *,
     max_length: int,
-    overlong: str = "drop",
+    truncate: str = "drop",
+    closing: bool = False,
     progress: bool = True,
 ) -> Iterator[Example]:
     """Tokenise rows as they come, under one budget: prompt + response have at most max_length tokens, EOS included.
@@ -121,18 +168,21 @@ def tokenize(
     counts: filled as the examples are taken, under the names of COUNTS: responses_read = kept + overlong + empty;
     rows_read = kept + overlong_prompt (the prompt alone leaves no room for one token and EOS) + no_responses (none
     is left); pairs_broken = kept rows that lost a response of their human pair.
-    overlong: "drop" leaves out a response that does not fit, "error" raises. Empty and whitespace-only
-    responses are always left out. progress: show a bar if it takes more than two seconds.
+    truncate: "drop" leaves out a response that does not fit, "error" raises, "keep_end" cuts the prompt on the left
+    (for all its responses alike, down to half the budget, behind its BOS) and leaves out what still does not fit.
+    Responses are never cut, so none becomes empty or equal to another. Empty and whitespace-only ones are left out.
+    closing: end the answers to messages as `closing_ids` says. progress: show a bar if it takes over two seconds.
     Raises ValueError, with file and line, for what encode_prompt and encode_response refuse; and if no row
     is left.
     """
-    if overlong not in ("drop", "error"):
-        raise ValueError(f"overlong = {overlong!r}; use 'drop' or 'error'")
+    if truncate not in TRUNCATE:
+        raise ValueError(f"truncate = {truncate!r} does not exist; choose one of {', '.join(TRUNCATE)}")
     if max_length < 3:
         raise ValueError(f"max_length = {max_length}; it must hold a prompt token, a response token and EOS")
     counts.update(dict.fromkeys(COUNTS, 0))
     special = _special(tokenizer)
     prompts: dict[str, np.ndarray] = {}
+    ends: list[int] | None = None
     rows = iter(tqdm(rows, desc="tokenise", unit="row", delay=2, disable=not progress))
     while chunk := list(itertools.islice(rows, 256)):
         texts = [_without_eos(text, special) for row in chunk for text in row.responses]
@@ -145,9 +195,12 @@ def tokenize(
                 if cached not in prompts:
                     prompts[cached] = np.array(_prompt_ids(tokenizer, row.prompt, special), np.int32)
                 responses = [_response_ids(tokenizer, next(encoded), special) for _ in row.responses]
+                if closing and not isinstance(row.prompt, str):
+                    ends = closing_ids(tokenizer) if ends is None else ends
+                    responses = [[*ids, *ends] if len(ids) > 1 else ids for ids in responses]
             except ValueError as error:
                 raise ValueError(f"{row.where}: {error}") from error
-            example = _example(row, prompts[cached], responses, max_length, overlong, counts)
+            example = _example(row, prompts[cached], responses, max_length, truncate, counts, special)
             if example:
                 yield example
     if not counts["rows_kept"]:
@@ -160,21 +213,32 @@ def row_key(id: str) -> int:
     return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
 
 
+@dataclass(frozen=True)
+class _Special:
+    bos_id: int | None
+    adds_bos: bool  # by itself, to a plain text
+    eos: str
+    eos_id: int
+    control: frozenset[int]
+
+
 def _example(
     row: Row,
     prompt: np.ndarray,
     responses: list[list[int]],
     max_length: int,
-    overlong: str,
+    truncate: str,
     counts: dict[str, int],
+    special: _Special,
 ) -> Example | None:
     empty = [len(ids) == 1 or not text.strip() for ids, text in zip(responses, row.responses, strict=True)]
-    long = [not e and len(prompt) + len(ids) > max_length for e, ids in zip(empty, responses, strict=True)]
-    if overlong == "error" and any(long):
+    least = min(len(prompt), max_length // 2) if truncate == "keep_end" else len(prompt)
+    long = [not e and least + len(ids) > max_length for e, ids in zip(empty, responses, strict=True)]
+    if truncate == "error" and any(long):
         i = long.index(True)
         raise ValueError(
             f"{row.where}: prompt of {len(prompt)} tokens + responses[{i}] of {len(responses[i])} tokens "
-            f"> max_length = {max_length}; raise it, or use overlong = 'drop'"
+            f"> max_length = {max_length}; raise it, or use truncate = drop or keep_end"
         )
     kept = [i for i in range(len(responses)) if not empty[i] and not long[i]]
     counts["rows_read"] += 1
@@ -183,10 +247,15 @@ def _example(
     counts["responses_empty"] += sum(empty)
     counts["responses_overlong"] += sum(long)
     if not kept:
-        no_room = len(prompt) + 2 > max_length
+        no_room = least + 2 > max_length
         counts["rows_overlong_prompt" if no_room else "rows_no_responses"] += 1
         return None
     counts["rows_kept"] += 1
+    room = max_length - max(len(responses[i]) for i in kept)
+    if len(prompt) > room:
+        begin = prompt[:1][prompt[:1] == special.bos_id]  # empty where there is no BOS
+        prompt = np.concatenate([begin, prompt[len(prompt) - room + len(begin) :]])
+        counts["prompts_cut"] += 1
     new_index: dict[int | None, int] = {old: new for new, old in enumerate(kept)}
     chosen, rejected = new_index.get(row.chosen), new_index.get(row.rejected)
     counts["pairs_broken"] += (chosen, rejected).count(None) > (row.chosen, row.rejected).count(None)
@@ -204,15 +273,6 @@ def _example(
         rejected=rejected,
         where=row.where,
     )
-
-
-@dataclass(frozen=True)
-class _Special:
-    bos_id: int | None
-    adds_bos: bool  # by itself, to a plain text
-    eos: str
-    eos_id: int
-    control: frozenset[int]
 
 
 def _special(tokenizer: PreTrainedTokenizerFast) -> _Special:
@@ -244,17 +304,27 @@ def _batch_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, plain: b
     ).input_ids
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, special: _Special) -> list[int]:
-    if not isinstance(prompt, str) and not tokenizer.chat_template:
-        raise ValueError("the prompt is a list of messages but the tokenizer has no chat template")
+def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, str]], **how: bool) -> str:
     try:
-        if isinstance(prompt, str):
-            text = prompt
-        else:
-            text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        return cast(str, tokenizer.apply_chat_template(list(messages), tokenize=False, **how))
     except jinja2.TemplateError as error:
         raise ValueError(f"the tokenizer's chat template refuses these messages: {error}") from error
-    [ids] = _batch_ids(tokenizer, [cast(str, text)], plain=False)
+
+
+def _prompt_ids(
+    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, special: _Special, *, answer: str | None = None
+) -> list[int]:
+    """Of a prompt up to its answer's start, or of messages with their `answer`."""
+    if not isinstance(prompt, str) and not tokenizer.chat_template:
+        raise ValueError("the prompt is a list of messages but the tokenizer has no chat template")
+    if isinstance(prompt, str):
+        text = prompt
+    elif answer is None:
+        text = _render(tokenizer, prompt, add_generation_prompt=True)
+    else:
+        answered = [*prompt, {"role": "assistant", "content": answer}]
+        text = _render(tokenizer, answered, add_generation_prompt=False)
+    [ids] = _batch_ids(tokenizer, [text], plain=False)
     if special.adds_bos and isinstance(prompt, str) and ids[:1] != [special.bos_id]:
         ids = [cast(int, special.bos_id), *ids]
     if not ids:

@@ -1,17 +1,37 @@
 """Scorers by name: what `--scorer` of data_prep.py and eval.py means."""
 
-from hps.data import rewards
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from hps import model, reward_model
+from hps.data import rewards, tokens
+from hps.data.listwise import Row
 from hps.lab.world import NOISE_STD, World
+
+Annotator = Callable[[Sequence[Row]], Iterator[tuple[str, list[float]]]]
 
 
 def load(name: str) -> rewards.Scorer:
     """The function (prompt, responses) -> rewards called `name`.
 
     `world-true[:SEED]` is the self-made world's own reward, `world-est[:SEED[:NOISE]]` the noisy, length-biased one
-    that training sees (NOISE its standard deviation); anything else is the file of a linear reward model.
+    that training sees (NOISE its standard deviation); `FILE.safetensors` is a linear reward model, anything else a
+    reward model by its folder or hub name.
     """
     kind, *words = name.split(":")
     if kind not in ("world-true", "world-est"):
+        if not is_linear(name):
+            annotate = load_reward_model(name)
+
+            def score(prompt: rewards.Prompt, responses: list[str]) -> list[float]:
+                row = Row("", prompt if isinstance(prompt, str) else tuple(prompt), tuple(responses), where="a sample")
+                [(_, found)] = annotate([row])
+                return found
+
+            return score
         linear = rewards.load_linear(name)
         return lambda prompt, responses: rewards.score_linear(linear, prompt, responses)
     seed, noise = (*words, "", "")[:2]
@@ -24,6 +44,47 @@ def load(name: str) -> rewards.Scorer:
         return lambda prompt, responses: [world.true_reward(list(prompt), y) for y in responses]
     level = float(noise) if noise else NOISE_STD
     return lambda prompt, responses: [world.train_reward(list(prompt), y, noise_std=level) for y in responses]
+
+
+def is_linear(name: str) -> bool:
+    """Whether a scorer that is none of the world's is a linear reward model's file."""
+    return name.endswith(".safetensors") or Path(name).is_file()
+
+
+def load_reward_model(
+    path: str,
+    *,
+    dtype: str = "fp32",
+    objectives: str = "one",
+    remote_revision: str = "",
+    budget: int = 4096,
+    device: torch.device | None = None,
+    counts: Counter[str] | None = None,
+) -> Annotator:
+    """The function rows -> (id, rewards) of a reward model; see `reward_model.load_reward_model` for what is refused.
+
+    remote_revision: run the code that the model brings, as of this commit. budget: packed tokens of a forward.
+    counts: prompts that were cut.
+    """
+    tokenizer = tokens.load_tokenizer(path)
+    device, counts = device or torch.device("cpu"), Counter() if counts is None else counts
+    if remote_revision:
+        lm = reward_model.load_remote(path, dtype=model.DTYPES[dtype], revision=remote_revision)
+        scoring = reward_model.RemoteRewardModel(lm, objectives=objectives).to(device)
+    else:
+        lm = reward_model.load_reward_model(path, dtype=model.DTYPES[dtype], objectives=objectives)
+        scoring = reward_model.RewardModel(lm).to(device)
+        reward_model.check_paths_agree(scoring, vocab_size=len(tokenizer))
+    model.check_limits(lm, vocab_size=len(tokenizer), longest=0)
+    packing = dict(device=device, budget=budget, pad_id=tokenizer.pad_token_id or 0)
+    return lambda rows: rewards.annotate_packed(
+        rows,
+        lambda blocks: model.score(scoring, blocks, **packing),
+        tokenizer,
+        positions=getattr(lm.config, "max_position_embeddings", None) or 2**31,
+        pad_id=lm.config.pad_token_id,
+        counts=counts,
+    )
 
 
 def world_of(name: str) -> World | None:

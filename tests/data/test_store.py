@@ -151,7 +151,7 @@ def test_only_equal_inputs_share_a_store(tiny_world, tmp_path, tokenizer):
     assert opened(stores, copy, tokenizer).where(0) == f"{copy}:1" and count() == 1  # content decides, not the name
     opened(stores, data, tokenizer, length_penalty=0.5, need_rewards=True)
     assert count() == 1
-    changes = [dict(max_length=127), dict(overlong="error"), dict(candidates=2)]
+    changes = [dict(max_length=127), dict(truncate="error"), dict(candidates=2)]
     for n, change in enumerate(changes, 2):
         opened(stores, data, tokenizer, **change)
         assert count() == n

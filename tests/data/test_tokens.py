@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from hps.data.listwise import Row
 from hps.data.tokens import (
     COUNTS,
+    closing_ids,
+    encode_answered,
     encode_prompt,
     encode_response,
     fingerprint,
@@ -197,8 +199,8 @@ def test_the_budget_holds_prompt_response_and_eos(words):
         tokenize_rows(words, one, max_length=4)
     lengths = r"f.jsonl:a: prompt of 1 tokens \+ responses\[1\] of 4 tokens > max_length = 4"
     with pytest.raises(ValueError, match=lengths):
-        tokenize_rows(words, [row(responses=("", "tea is hot"))], max_length=4, overlong="error")
-    assert len(tokenize_rows(words, one, max_length=5, overlong="error")[0]) == 1
+        tokenize_rows(words, [row(responses=("", "tea is hot"))], max_length=4, truncate="error")
+    assert len(tokenize_rows(words, one, max_length=5, truncate="error")[0]) == 1
 
 
 def test_lost_rows_and_pairs_are_counted(words):
@@ -216,9 +218,83 @@ def test_lost_rows_and_pairs_are_counted(words):
     assert (examples[0].chosen, examples[0].rejected) == (0, None)
     assert counts == {
         "rows_read": 7, "rows_kept": 3, "rows_overlong_prompt": 1, "rows_no_responses": 3, "pairs_broken": 1,
-        "responses_read": 14, "responses_kept": 5, "responses_overlong": 3, "responses_empty": 6,
+        "prompts_cut": 0, "responses_read": 14, "responses_kept": 5, "responses_overlong": 3, "responses_empty": 6,
     }
     assert list(counts) == list(COUNTS)
+
+
+def test_keep_end_cuts_the_prompt_alone(words):
+    """Budget 6: "why is tea hot cold" (5) with answers of 2 and 4 ids. The longest answer leaves 2 tokens, but half the
+    budget, 3, is the prompt's: the answer of 4 does not fit and goes, the other leaves room for 4."""
+    long = row("long", "why is tea hot cold", ("tea", "tea is hot"))
+    [example], counts = tokenize_rows(words, [long], max_length=6, truncate="keep_end")
+    assert words.decode(example.prompt_ids) == "is tea hot cold" and example.kept.tolist() == [0]
+    assert (counts["prompts_cut"], counts["responses_overlong"], counts["rows_kept"]) == (1, 1, 1)
+    [example], _ = tokenize_rows(words, [long], max_length=7, truncate="keep_end")  # 7 - 4, all fit
+    assert words.decode(example.prompt_ids) == "tea hot cold" and example.kept.tolist() == [0, 1]
+    [example], counts = tokenize_rows(words, [long], max_length=9, truncate="keep_end")
+    assert len(example.prompt_ids) == 5 and counts["prompts_cut"] == 0
+
+
+def test_keep_end_keeps_bos(words):
+    prompt = ({"role": "user", "content": "why is tea hot"},)  # <bos> <user> why is tea hot <assistant>
+    [example], _ = tokenize_rows(words, [row("a", prompt, ("tea",))], max_length=6, truncate="keep_end")
+    assert words.convert_ids_to_tokens(example.prompt_ids) == ["<bos>", "tea", "hot", "<assistant>"]
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(3, 16))
+def test_keep_end_never_exceeds_the_budget_nor_touches_a_response(words, prompt, lengths, budget):
+    one = row("a", "tea " * prompt, tuple("hot " * (n - 1) + "cold" for n in lengths))
+    try:
+        [example], counts = tokenize_rows(words, [one], max_length=budget, truncate="keep_end")
+    except ValueError as error:
+        assert "no row is left" in str(error) and min(lengths) + 1 > budget - min(prompt, budget // 2)
+        return
+    assert len(example.prompt_ids) + max(map(len, example.response_ids)) <= budget
+    assert len(example.prompt_ids) >= min(prompt, budget // 2)
+    assert [len(y) - 1 for y in example.response_ids] == [lengths[k] for k in example.kept]
+    assert counts["prompts_cut"] == (len(example.prompt_ids) < prompt)
+
+
+ANSWERED = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ ' <eos>' if m.role == 'assistant' else '' }} why "
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def test_a_whole_conversation_as_the_template_writes_it(words):
+    """Prompt, answer, EOS and what the template writes behind it: the ids of the rendered whole. The template of this
+    test ends turns with the word "why" as others do with a line break."""
+    words = type(words)(tokenizer_object=words.backend_tokenizer, **words.special_tokens_map, chat_template=ANSWERED)
+    prompt = ({"role": "user", "content": "is tea hot"},)
+    whole = [*prompt, {"role": "assistant", "content": "tea is cold"}]
+    expected = words.apply_chat_template(whole, tokenize=True, return_dict=False)
+    assert words.convert_ids_to_tokens(expected)[-2:] == ["<eos>", "why"]
+    assert closing_ids(words) == [WORDS.index("why")]
+    [block] = encode_answered(words, prompt, ["tea is cold", "hot"])
+    assert [*block.prompt, *block.responses[0]] == expected
+    one = row("a", prompt, ("tea is cold", "hot", ""))
+    [example] = list(tokenize(words, [one], {}, max_length=50, closing=True))  # as it is trained
+    for ours, theirs in zip(example.response_ids, block.responses, strict=True):
+        assert ours.tolist() == theirs.tolist()
+    [example] = list(tokenize(words, [row("a", "is tea hot", ("tea",))], {}, max_length=50, closing=True))
+    assert example.response_ids[0].tolist() == encode_response(words, "tea")
+
+
+def test_a_template_that_writes_answers_in_its_own_way(words, bpe):
+    """It closes with no EOS: the conversation is read whole, each answer alone, and cannot be trained on."""
+    prompt = ({"role": "user", "content": "is tea hot"},)
+    blocks = encode_answered(words, prompt, ["tea is cold", "hot"])
+    for block, answer in zip(blocks, ["tea is cold", "hot"], strict=True):
+        whole = words.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], return_dict=False)
+        assert [*block.prompt, *block.responses[0]] == whole
+    with pytest.raises(ValueError, match="does not write an answer as prompt, text and eos_token"):
+        closing_ids(words)
+    with pytest.raises(ValueError, match=r"f.jsonl:a: .*cannot be trained with it"):
+        list(tokenize(words, [row("a", prompt, ("tea",))], {}, max_length=50, closing=True))
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_answered(bpe, prompt, ["x"])
 
 
 def test_messages_say_where(words, bpe):
@@ -227,8 +303,8 @@ def test_messages_say_where(words, bpe):
         tokenize_rows(words, [row(), bad], max_length=50)
     with pytest.raises(ValueError, match=r"^f.jsonl:b: the prompt is a list of messages"):
         tokenize_rows(bpe, [row(), row("b", ({"role": "user", "content": "x"},))], max_length=50)
-    with pytest.raises(ValueError, match=r"overlong = 'cut'; use 'drop' or 'error'"):
-        tokenize_rows(words, [row()], max_length=50, overlong="cut")
+    with pytest.raises(ValueError, match=r"truncate = 'cut' does not exist; choose one of drop, error, keep_end"):
+        tokenize_rows(words, [row()], max_length=50, truncate="cut")
     with pytest.raises(ValueError, match=r"max_length = 2; it must hold"):
         tokenize_rows(words, [row()], max_length=2)
     with pytest.raises(ValueError, match=r"no rows were given"):
