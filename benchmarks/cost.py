@@ -1,6 +1,6 @@
 """Cost of a training step by preference model: BT, HPS, HPS with 8 draws, PL-5, PL-8, on HH-RLHF prompts and responses.
 
-    make smollm2 && python benchmarks/cost.py --data harmless-base.jsonl.gz
+    make model && python benchmarks/cost.py --data harmless-base.jsonl.gz
 
 The paper's hours are 62.8 (BT) : 64.4 (HPS) : 168.4 (PL). Every prompt has its own response and those of other rows
 that are nearest to it in length, so that a step's time tells what a method does and not which lengths it drew. Each run
@@ -27,7 +27,7 @@ from hps.data import importers, listwise, tokens
 @dataclass
 class Options:
     data: str  # HH-RLHF rows (.jsonl, .gz)
-    model: str = "runs/models/smollm2-135m-instruct"  # a model folder, the one of `make smollm2`
+    model: str = "runs/models/smollm2-135m-instruct"  # a model folder, the one of `make model`
     dtype: str = "fp32"  # fp32 or bf16
     threads: int = 2  # OpenMP threads
     prompts: int = 16  # of a run

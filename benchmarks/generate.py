@@ -1,7 +1,7 @@
 """Candidates a second: ours against transformers' own `generate(num_return_sequences=n)`, same prompts and settings.
 
     python benchmarks/generate.py --threads 1
-    make smollm2 && python benchmarks/generate.py --data harmless-base.jsonl.gz
+    make model && python benchmarks/generate.py --data harmless-base.jsonl.gz
 
 Two models: the self-made world's after a short fine-tuning (a minute with the rest of the set-up), whose responses end
 by themselves, and SmolLM2-135M-Instruct on real prompts. transformers gets a prompt a call, as its users write it, and
@@ -36,7 +36,7 @@ SMOLLM2 = ((8, 8, 96), (100, 2, 96))
 @dataclass
 class Options:
     data: str = ""  # HH-RLHF rows (.jsonl, .gz) for SmolLM2; without them that part is left out
-    smollm2: str = "runs/models/smollm2-135m-instruct"  # the folder of `make smollm2`
+    smollm2: str = "runs/models/smollm2-135m-instruct"  # the folder of `make model`
     dtype: str = "fp32"  # fp32 or bf16
     threads: int = 1  # OpenMP threads
     rounds: int = 3  # in which all contestants take their turn
@@ -139,7 +139,7 @@ def main() -> None:
               f"{'/generate':>10}{'/padded':>10}  mean lengths")  # fmt: skip
         results = measure(c, "world", path, rows, WORLD)
     if not c.data or not (Path(c.smollm2) / "config.json").exists():
-        print(f"SmolLM2 is left out: it needs --data and the folder {c.smollm2} (make smollm2)")
+        print(f"SmolLM2 is left out: it needs --data and the folder {c.smollm2} (make model)")
     else:
         rows = importers.import_file("hh-rlhf", c.data, order="", limit=SMOLLM2[0][1], skip=0)[0]
         results += measure(c, "smollm2", c.smollm2, list(rows), SMOLLM2)

@@ -49,7 +49,7 @@ class Options:
     # -- data --
     rows: str = "10000,100000"  # prompts of the list-wise files that are made, comma-separated
     # -- steps --
-    model: str = "runs/models/smollm2-135m-instruct"  # model folder (make smollm2), or world: a new world's
+    model: str = "runs/models/smollm2-135m-instruct"  # model folder (make model), or world: a new world's
     lengths: str = "128,256,512"  # tokens of prompt and response together, half of them the prompt's
     responses: str = "2,4,8"  # responses of each prompt in a step (dpo-pl)
     ranks: str = "1,2"  # processes of train.py

@@ -1,6 +1,6 @@
 """Training steps: ours and TRL's DPOTrainer on the same pairs, tokens and LoRA, and the matrix products below both.
 
-    make smollm2 && python benchmarks/step.py --data harmless-base.jsonl.gz --dtype fp32
+    make model && python benchmarks/step.py --data harmless-base.jsonl.gz --dtype fp32
 
 Rounds alternate the contestants, each in a process of its own on its share of the pairs: a reference pass, then
 --epochs epochs of DPO on the human pairs, both counted. TRL runs with precomputed reference log-probs, without gradient
@@ -31,7 +31,7 @@ RANK, ALPHA, TARGETS, STEP = 8, 16, ("q_proj", "v_proj"), 8  # LoRA, and pairs o
 @dataclass
 class Options:
     data: str  # HH-RLHF rows (.jsonl, .gz)
-    model: str = "runs/models/smollm2-135m-instruct"  # a Llama-like model folder, the one of `make smollm2`
+    model: str = "runs/models/smollm2-135m-instruct"  # a Llama-like model folder, the one of `make model`
     dtype: str = "fp32"  # fp32 or bf16
     threads: int = 2  # OpenMP threads of a contestant
     pairs: int = 128  # all rounds together

@@ -113,7 +113,8 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
         from peft import PeftModel
 
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return PeftModel.from_pretrained(load_causal_lm(base, dtype=dtype), path).merge_and_unload().eval()
+        lm = PeftModel.from_pretrained(load_causal_lm(base, dtype=dtype), path).merge_and_unload()
+        return lm.requires_grad_(True).eval()  # peft froze it
     try:
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as e:

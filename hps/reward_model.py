@@ -103,7 +103,7 @@ def load_reward_model(path: str, *, dtype: torch.dtype, objectives: str = "one",
         if about["task_type"] != "SEQ_CLS":
             raise ValueError(f"{path} is the adapter of a policy, not of a reward model: train one with --loss reward")
         base = load_reward_model(about["base_model_name_or_path"], dtype=dtype, objectives=objectives, begin=True)
-        return cast(Any, PeftModel.from_pretrained(base, path)).merge_and_unload().eval()
+        return cast(Any, PeftModel.from_pretrained(base, path)).merge_and_unload().requires_grad_(True).eval()
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as e:

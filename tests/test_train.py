@@ -128,6 +128,16 @@ def test_lora_on_two_ranks(tiny_world, tmp_path):
         torch.testing.assert_close(p, weights[1][name], rtol=1e-3, atol=1e-5)
 
 
+def test_an_adapter_on_an_adapter_is_refused(tiny_world, tmp_path):
+    """peft would name the first one's base as the base of the second, and the first one would be lost on loading."""
+    run(tiny_world, tmp_path / "sft", loss="sft", method=None, beta=None, reference_cache=None, lora_rank=4)
+    start = tmp_path / "sft" / "policy"
+    with pytest.raises(ValueError, match=r"is itself an adapter.*python -m hps\.evaluate\.export --model .*sft/policy"):
+        run(tiny_world, tmp_path / "dpo", model=start, lora_rank=4)
+    values = run(tiny_world, tmp_path / "full", model=start, lora_rank=0, method="dpo-bt")  # whole weights are fine
+    assert values[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_exported_full_weights_score_as_the_policy_did(tiny_world, tmp_path):
     """A second run that starts from the exported policy, with the old model as its reference, begins where the
     first one's last update left off: its step-0 log-probs are not the reference's."""

@@ -55,16 +55,19 @@ SIZES = {
 
 
 def run_command(argv: list[str], log: str) -> float:
-    """Run one of the repository's scripts in this worker, its output into a file; seconds taken.
+    """Run a script of the repository (or a module, `-m NAME`) in this worker, its output into a file; seconds taken.
 
-    The script runs as `python SCRIPT ...` would, only that the libraries are already loaded.
+    It runs as `python SCRIPT ...` would, only that the libraries are already loaded.
     """
     began = time.perf_counter()
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        before, sys.argv = sys.argv, argv
+        before, sys.argv = sys.argv, argv[argv[0] == "-m" :]
         try:
-            runpy.run_path(argv[0], run_name="__main__")
+            if argv[0] == "-m":
+                runpy.run_module(argv[1], run_name="__main__")
+            else:
+                runpy.run_path(argv[0], run_name="__main__")
         except SystemExit as e:
             if e.code:
                 raise RuntimeError(f"{shlex.join(argv)} ended with status {e.code}: {tail(log)}") from None

@@ -1,0 +1,187 @@
+"""The whole pipeline on real text with a small model, offline: `make smollm2`, or
+
+    python -m hps.lab.realtext --hh harmless-base.jsonl.gz --model runs/models/smollm2-135m-instruct
+
+HH-RLHF rows -> two reward models on disjoint halves, one to annotate and one to evaluate (as the paper keeps two apart)
+-> SFT -> candidates -> rewards -> the methods, each over several seeds -> evaluation -> tables with intervals. Stages
+are the repository's own commands, run and resumed as in `hps.lab.reproduce`. Seeds are of preference training alone:
+one SFT model, one set of candidates and one pair of reward models stand behind all of them.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hps import config
+from hps.data import listwise
+from hps.evaluate import metrics, report
+from hps.lab.reproduce import (
+    BAR,
+    ROOT,
+    Stage,
+    commit,
+    curves_of,
+    flags,
+    interval,
+    machine,
+    run_stages,
+    summarise,
+    workers,
+)
+from hps.lab.suites import SCALED
+
+
+@dataclass
+class Options:
+    hh: str  # file of HH-RLHF rows (.jsonl, .gz, .xz)
+    model: str = "runs/models/smollm2-135m-instruct"  # start of everything: a folder or a hub name
+    out: str = "runs/smollm2"  # results.json, RESULTS.md, report.html, figures/ and every stage's files
+    seeds: int = 3  # preference runs of each method
+    small: bool = False  # a few rows and one seed: checks the path, not the claim
+    jobs: int = 0  # processes at once; 0 means one a core
+
+
+SIZES = {
+    False: dict(reward=480, heldout=128, train=128, test=64, n=8, samples=4, epochs=2),
+    True: dict(reward=16, heldout=16, train=8, test=6, n=4, samples=2, epochs=1),
+}
+# The longest conversation of both: 9 of 10 HH-RLHF rows fit, and a step stays short on two cores.
+LENGTHS = {"max_length": 256, "tokens_per_micro_batch": 1024}
+NEW_TOKENS = {False: 96, True: 64}
+ROWS: dict[str, dict[str, Any]] = {
+    "DPO-BT": {"method": "dpo-bt"},
+    "DPO-PL-4": {"method": "dpo-pl", "pl_responses": 4},
+    "DPO-uniform": {"method": "dpo-uniform"},
+    "DPO-HPS": {"method": "dpo-hps", **SCALED},
+}
+PAIRS = [("DPO-HPS", other) for other in ("DPO-BT", "DPO-PL-4", "DPO-uniform")]
+
+
+def plan(c: Options, out: Path) -> tuple[list[Stage], dict[str, list[list[Path]]]]:
+    """All stages, and of each row of the table the evaluations' folders, [1][seed]."""
+    size = SIZES[c.small]
+    texts, cache = f"--token_cache={out / 'token_cache'}", f"--reference_cache={out / 'reference_cache'}"
+    stages: list[Stage] = []
+
+    def stage(product: Path, argv: list[str], weight: float, *needs: Path) -> Path:
+        stages.append(Stage(product, argv, weight, needs))
+        return product
+
+    # Disjoint splits, cut off one after the other.
+    splits, skip = {}, 0
+    for name in ("reward-a", "reward-b", "heldout", "train", "test"):
+        rows = size[name.split("-")[0]]
+        argv = ["data_prep.py", "import", "--source=hh-rlhf", f"--input={c.hh}", f"--output={out / name}.jsonl"]
+        splits[name] = stage(out / f"{name}.jsonl", [*argv, f"--skip={skip}", f"--limit={rows}"], 1)
+        skip += rows
+
+    scorers = {}
+    for name in ("a", "b"):
+        argv = ["train.py", "--loss=reward", f"--model={c.model}", f"--data={splits[f'reward-{name}']}", texts]
+        argv += [f"--out={out / f'reward-{name}'}", "--lr=1e-4", "--epochs=1", "--prompts_per_step=8", *flags(LENGTHS)]
+        scorers[name] = stage(out / f"reward-{name}" / "policy", argv, 3 * size["reward"], splits[f"reward-{name}"])
+
+    def scored(data: Path, by: str, product: Path, responses: int) -> Path:
+        argv = ["data_prep.py", "annotate", f"--scorer={scorers[by]}", f"--input={data}", f"--output={product}"]
+        return stage(product, argv, 0.2 * responses, data, scorers[by])
+
+    for name in scorers:  # how often each prefers what people preferred, on rows that neither has seen
+        scored(splits["heldout"], name, out / f"heldout-{name}.jsonl", 2 * size["heldout"])
+
+    argv = ["train.py", "--loss=sft", f"--model={c.model}", f"--data={splits['train']}", f"--out={out / 'sft'}", texts]
+    argv += ["--lr=1e-4", "--epochs=2", "--prompts_per_step=8", *flags(LENGTHS)]
+    adapter = stage(out / "sft" / "policy", argv, 3 * size["train"], splits["train"])
+    argv = ["-m", "hps.evaluate.export", f"--model={adapter}", f"--out={out / 'sft' / 'merged'}"]
+    policy = stage(out / "sft" / "merged", argv, 10, adapter)
+
+    rewarded = {}
+    for name, by in (("train", "a"), ("test", "b")):
+        drawn = out / f"{name}-candidates.jsonl"
+        argv = ["data_prep.py", "generate", f"--model={policy}", f"--input={splits[name]}", f"--output={drawn}"]
+        argv += [f"--n={size['n']}", f"--max_new_tokens={NEW_TOKENS[c.small]}", "--max_prompt_length=160"]
+        stage(drawn, argv, 0.3 * size[name] * size["n"], policy, splits[name])
+        rewarded[name] = scored(drawn, by, out / f"{name}-scored.jsonl", size[name] * (size["n"] + 2))
+
+    def evaluation(model: Path, folder: Path, *more: str, needs: tuple[Path, ...] = ()) -> Path:
+        argv = ["eval.py", f"--model={model}", f"--reference={policy}", f"--data={rewarded['test']}", f"--out={folder}"]
+        argv += [f"--scorer={scorers['b']}", f"--samples={size['samples']}", cache, *flags(LENGTHS), *more]
+        argv += [f"--max_new_tokens={NEW_TOKENS[c.small]}"]
+        stage(folder / "eval.json", argv, 3 * size["test"], rewarded["test"], *needs)
+        return folder
+
+    baseline = evaluation(policy, out / "sft" / "test")
+    cells = {"SFT": [[baseline]]}
+    for name, row in ROWS.items():
+        folders = []
+        for seed in range(1 if c.small else c.seeds):
+            folder = out / name / f"run-{seed}"
+            argv = ["train.py", f"--model={policy}", f"--data={rewarded['train']}", f"--out={folder}", *flags(row)]
+            argv += ["--lr=1e-4", f"--epochs={size['epochs']}", "--prompts_per_step=8", f"--seed={seed}", texts, cache]
+            cost = row.get("pl_responses", 2) * 1.5 * size["train"] * size["epochs"]
+            trained = stage(folder / "policy", [*argv, *flags(LENGTHS)], cost, rewarded["train"])
+            needs = (trained, baseline / "eval.json")
+            folders.append(evaluation(trained, folder / "test", f"--baseline={baseline}", needs=needs))
+        cells[name] = [folders]
+    return stages, cells
+
+
+def accuracy(path: Path) -> dict[str, float]:
+    """How often the rewards of a file agree with its human pairs, ties half, with a bootstrap interval over rows."""
+    agree = []
+    for row in listwise.read(path):
+        assert row.rewards is not None and row.chosen is not None and row.rejected is not None
+        agree.append(0.5 + 0.5 * np.sign(row.rewards[row.chosen] - row.rewards[row.rejected]))
+    return interval(metrics.bootstrap_mean(np.array(agree)))
+
+
+def main() -> None:
+    c, _ = config.parse(Options, prog="python -m hps.lab.realtext", description=str(__doc__).split("\n")[0])
+    if c.seeds < 1 or c.jobs < 0:
+        raise ValueError("seeds must be at least 1, jobs not negative")
+    if not Path(c.hh).is_file():
+        raise ValueError(f"{c.hh}: no such file; it holds rows of HH-RLHF (harmless-base/train.jsonl.gz, say)")
+    c.hh = str(Path(c.hh).resolve())
+    os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers
+    began, out, jobs = time.time(), Path(c.out), c.jobs or os.cpu_count() or 1
+    out.mkdir(parents=True, exist_ok=True)
+    stages, cells = plan(c, out)
+    total = round(sum(stage.weight for stage in stages))
+    with workers(jobs) as pool, tqdm(total=total, desc="smollm2", bar_format=BAR) as bar:
+        try:
+            kept = run_stages(pool, jobs, stages, out, bar)
+        except RuntimeError as e:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise ValueError(f"a stage failed; its output is in {out / 'logs'}: {e}") from e
+    rows, comparisons = summarise(cells, PAIRS)
+    curves, schedule = curves_of(cells)
+    accuracies = {f"reward model {name}": accuracy(out / f"heldout-{name}.jsonl") for name in ("a", "b")}
+    settings = SIZES[c.small] | LENGTHS | {"seeds": c.seeds, "stages": len(stages), "stages_kept": kept}
+    settings |= {"small": c.small, "model": Path(c.model).name, "agreement with people": accuracies}
+    results: dict[str, Any] = {
+        "suite": "smollm2",
+        "commit": commit(),
+        "machine": machine(),
+        "seconds": time.time() - began,
+        "rows": rows,
+        "comparisons": comparisons,
+        "settings": settings,
+        "curves": curves,
+    }
+    results |= {"schedule": schedule} if schedule else {}
+    report.write_report(results, out)
+    print(report.table(results))
+    print(report.comparisons_table(results))
+    for name, found in accuracies.items():
+        low, high = found["low"], found["high"]
+        print(f"{name} agrees with people on {found['mean']:.2f} [{low:.2f}, {high:.2f}] of the held-out pairs")
+    print(f"{time.time() - began:.0f} s; {out / 'RESULTS.md'}, {out / 'report.html'}, {out / 'figures'}")
+
+
+if __name__ == "__main__":
+    config.run_main(main)
