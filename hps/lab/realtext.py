@@ -25,6 +25,7 @@ from hps.lab.reproduce import (
     ROOT,
     Stage,
     commit,
+    course,
     curves_of,
     flags,
     interval,
@@ -161,7 +162,7 @@ def main() -> None:
     rows, comparisons = summarise(cells, PAIRS)
     curves, schedule = curves_of(cells)
     accuracies = {f"reward model {name}": accuracy(out / f"heldout-{name}.jsonl") for name in ("a", "b")}
-    settings = SIZES[c.small] | LENGTHS | {"seeds": c.seeds, "stages": len(stages), "stages_kept": kept}
+    settings = SIZES[c.small] | LENGTHS | {"seeds": c.seeds} | course(stages, kept, out)
     settings |= {"small": c.small, "model": Path(c.model).name, "agreement with people": accuracies}
     results: dict[str, Any] = {
         "suite": "smollm2",

@@ -132,11 +132,22 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
             running[pool.submit(run_command, stage.argv, str(out / "logs" / f"{name}.log"))] = todo.pop(stage.product)
         assert running, f"nothing makes what these need: {[str(s.product) for s in todo.values()]}"
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            future.result()
+            seconds = future.result()
             stage = running.pop(future)
+            with (out / "seconds.jsonl").open("a") as log:
+                log.write(json.dumps({"product": str(stage.product.relative_to(out)), "seconds": seconds}) + "\n")
             done.add(stage.product)
             bar.update(stage.weight)
     return kept
+
+
+def course(stages: list[Stage], kept: int, out: Path) -> dict[str, int]:
+    """How a suite's stages went, for its settings: their number, those that an earlier start had done, and the seconds
+    that all of them took, whenever they ran: a suite that was killed or shares stages tells its whole cost."""
+    lines = (out / "seconds.jsonl").read_text().splitlines() if (out / "seconds.jsonl").exists() else []
+    took = {record["product"]: record["seconds"] for record in map(json.loads, lines)}
+    seconds = sum(took.get(str(stage.product.relative_to(out)), 0.0) for stage in stages)
+    return {"stages": len(stages), "stages_kept": kept, "stage_seconds": round(seconds)}
 
 
 def flags(options: Row) -> list[str]:
@@ -391,7 +402,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
         "seconds": time.time() - began,
         "rows": rows,
         "comparisons": comparisons,
-        "settings": config.as_dict(c) | SIZES[c.small] | {"suite": name, "stages": len(stages), "stages_kept": kept},
+        "settings": config.as_dict(c) | SIZES[c.small] | {"suite": name} | course(stages, kept, out),
         "curves": curves,
         "series": suite.series,
     }

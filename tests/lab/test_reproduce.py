@@ -160,7 +160,7 @@ def test_workers_end_with_a_killed_sweep(tmp_path):
     assert not Path(f"/proc/{worker}").exists()
 
 
-def test_finished_stages_are_kept_in_order_and_failures_are_told(tmp_path):
+def test_finished_stages_are_kept_in_order_and_failures_are_told(tmp_path, monkeypatch):
     """A stage runs after what it needs, longest chain first, and only where it must; a failure has its last words."""
     script, log = tmp_path / "script.py", tmp_path / "order"
     lines = ["import sys", "open(sys.argv[1], 'a').write('x')", "open(sys.argv[2], 'a').write(sys.argv[1][-1])"]
@@ -171,6 +171,12 @@ def test_finished_stages_are_kept_in_order_and_failures_are_told(tmp_path):
         argv = [str(script), str(tmp_path / name), str(log), *more]
         return reproduce.Stage(tmp_path / name, argv, weight, tuple(tmp_path / need for need in needs))
 
+    def seconds(argv, log):  # a stage takes ten
+        run_command(argv, log)
+        return 10.0
+
+    run_command = reproduce.run_command
+    monkeypatch.setattr(reproduce, "run_command", seconds)
     stages = [stage("a", 1), stage("b", 3), stage("c", 5, "a"), stage("d", 1, "b", "c")]
     with ThreadPoolExecutor(1) as pool, tqdm(total=10, disable=False) as bar:
         assert reproduce.run_stages(pool, 1, stages, tmp_path, bar) == 0
@@ -179,6 +185,7 @@ def test_finished_stages_are_kept_in_order_and_failures_are_told(tmp_path):
         (tmp_path / "c").unlink()
         assert reproduce.run_stages(pool, 1, stages, tmp_path, bar) == 3
         assert log.read_text() == "acbdc" and (tmp_path / "d").read_text() == "x"
+        assert reproduce.course(stages, 3, tmp_path) == {"stages": 4, "stages_kept": 3, "stage_seconds": 40}
         with pytest.raises(RuntimeError, match="script.py.*ended with status no luck"):
             reproduce.run_stages(pool, 1, [stage("e", 1, more=("luck",)), stage("f", 1, "e")], tmp_path, bar)
     assert not (tmp_path / "f").exists()
