@@ -25,6 +25,7 @@ from tqdm import tqdm
 from hps import checkpoint, config, dist, losses, model, reference, reward_model, sampling
 from hps import plan as planning
 from hps.data import store, tokens
+from hps.evaluate import card
 from hps.losses_listwise import KTO, LISTWISE, OFFICIAL, Listwise, kto_loss, listwise_at_reference, listwise_loss
 from hps.packing import Block, micro_batches, pack
 
@@ -539,11 +540,14 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             say(ranks, f"stopped after {step + 1} of {plan.steps} steps; without --stop_after it goes on")
             return
     bar.close()
-    checkpoint.export(policy.lm, tokenizer, out / "policy", ranks=ranks)
     seconds = time.perf_counter() - clock
+    summary = {"steps": plan.steps, "first_step": done, "seconds": seconds, "tokens": tokens_seen, "counts": counts}
+    readme = ""
     if ranks.first:
-        summary = {"steps": plan.steps, "seconds": seconds, "tokens": tokens_seen, "counts": counts}
         checkpoint.write_json(out / "summary.json", summary)
+        kind = "reward " * (c.loss == "reward") + ("adapter" if c.lora_rank else "model")
+        readme = card.card(json.loads((out / "run.json").read_text()), summary, kind=kind)
+    checkpoint.export(policy.lm, tokenizer, out / "policy", ranks=ranks, card=readme)
     say(ranks, f"{out / 'policy'}: trained in {seconds:.1f} s")
 
 
@@ -627,6 +631,12 @@ def settings(c: Config) -> dict[str, object]:
     return {key: value for key, value in dataclasses.asdict(c).items() if key not in free}
 
 
+def changed_settings(c: Config) -> list[str]:
+    """Names of the settings that the run uses at another value than their default."""
+    default = {field.name: field.default for field in dataclasses.fields(Config)}
+    return [key for key, value in settings(c).items() if key in used_options(c) and value != default[key]]
+
+
 def claim(out: Path, c: Config, inputs: dict[str, str], started: bool, ranks: dist.Ranks) -> None:
     """Write run.json; for a run that goes on, ValueError if what its paths hold is not what it began with."""
     path = out / "run.json"
@@ -640,7 +650,8 @@ def claim(out: Path, c: Config, inputs: dict[str, str], started: bool, ranks: di
             )
     dist.barrier()
     if ranks.first:
-        record = {"config": settings(c), "inputs": inputs, "world_size": ranks.world_size, "argv": sys.argv[1:]}
+        record = {"config": settings(c), "changed": changed_settings(c), "inputs": inputs}
+        record |= {"world_size": ranks.world_size, "argv": sys.argv[1:]}
         checkpoint.write_json(path, record)
 
 
