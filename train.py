@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hps import checkpoint, config, dist, losses, model, reference, reward_model, sampling
+from hps import checkpoint, config, dist, loggers, losses, model, reference, reward_model, sampling
 from hps import plan as planning
 from hps.data import store, tokens
 from hps.evaluate import card
@@ -99,6 +99,7 @@ class Config:
     token_cache: str = "runs/token_cache"  # folder of the data as token ids, shared by all runs
     reference_cache: str = "runs/reference_cache"  # folder of reference log-probs, shared by all runs
     save_every: int = 0  # steps between checkpoints; 0 keeps none
+    log_to: str = ""  # beside metrics.jsonl: tensorboard, wandb, or both, comma-separated
     stop_after: int = 0  # stop (with a checkpoint) after this many steps in all; 0 runs to the end
 
 
@@ -220,6 +221,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     if c.positives > 1 and c.hps_form != "full":
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
     positive_weights(c)
+    loggers.chosen(c.log_to)
     if c.loss == "preference" and parts(c)[2] is KTO and c.prompts_per_step < 2:
         raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
     if c.lora_rank and c.lr < 1e-6:
@@ -460,7 +462,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     if started is not None:
         done = checkpoint.load(started, policy, optimizer, ranks=ranks)["step"]
         say(ranks, f"going on from {started} ({done} of {plan.steps} steps)")
-    log = open_log(out / "metrics.jsonl", done, ranks)
+    log = loggers.open_log(out, c.log_to, done=done, settings=settings(c)) if ranks.first else None
     name = c.method if c.loss == "preference" else c.loss
     bar = tqdm(total=plan.steps, initial=done, desc=name, disable=not ranks.first)
     clock, tokens_seen = time.perf_counter(), 0
@@ -528,8 +530,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         record |= {"grad_norm": grad_norm, "lr": lr}
         record |= {"perf/tokens_per_s": rate, "perf/peak_gib": peak_gib(ranks.device)}
         if log is not None:
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+            log(record)
         bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
         bar.update()
         stop = step + 1 == c.stop_after
@@ -627,7 +628,7 @@ def check_folder(out: Path, c: Config, started: bool) -> None:
 
 def settings(c: Config) -> dict[str, object]:
     """The options that decide the result; a run may go on with other values of the rest."""
-    free = ("stop_after", "save_every", "tokens_per_micro_batch", "out", "token_cache", "reference_cache")
+    free = ("stop_after", "save_every", "tokens_per_micro_batch", "out", "token_cache", "reference_cache", "log_to")
     return {key: value for key, value in dataclasses.asdict(c).items() if key not in free}
 
 
@@ -653,17 +654,6 @@ def claim(out: Path, c: Config, inputs: dict[str, str], started: bool, ranks: di
         record = {"config": settings(c), "changed": changed_settings(c), "inputs": inputs}
         record |= {"world_size": ranks.world_size, "argv": sys.argv[1:]}
         checkpoint.write_json(path, record)
-
-
-def open_log(path: Path, done: int, ranks: dist.Ranks):
-    """The metrics file of rank 0, cut back to the steps that the checkpoint holds."""
-    if not ranks.first:
-        return None
-    kept = []
-    if path.exists() and done:
-        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] < done]
-    path.write_text("".join(line + "\n" for line in kept))
-    return path.open("a")
 
 
 def say(ranks: dist.Ranks, message: str) -> None:
