@@ -1,6 +1,6 @@
 """Make a trained policy or reward model ready to be given away: adapter merged, safetensors, tokenizer, model card.
 
-    python -m hps.evaluate.export --model runs/hps/policy --out DIR --eval runs/hps/eval/eval.json
+    python -m hps.evaluate.export --model runs/hps/policy --out DIR --eval_json runs/hps/eval/eval.json
 
 The folder loads with plain transformers: nothing of this repository is needed.
 """
@@ -23,7 +23,7 @@ class Options:
     model: str  # the folder `policy` of a finished run, with run.json and summary.json beside it
     out: str  # folder to write, which must not exist yet
     dtype: str = "fp32"  # of the weights written, fp32 or bf16; an adapter is merged in fp32 either way
-    eval: str = ""  # eval.json of this model, for the card's table of results; empty for none
+    eval_json: str = ""  # eval.json of this model, for the card's table of results; empty for none
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,9 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     beside = Path(c.model).resolve().parent
     run, summary = (read(beside / name, f"--model {c.model} is no policy of a finished run")
                     for name in ("run.json", "summary.json"))  # fmt: skip
-    evaluation = read(Path(c.eval), f"--eval {c.eval}") if c.eval else None
-    if evaluation is not None and Path(evaluation["config"]["model"]).resolve() != Path(c.model).resolve():
-        raise ValueError(f"--eval {c.eval} is about {evaluation['config']['model']}: run eval.py on {c.model}")
+    evaluation = read(Path(c.eval_json), f"--eval_json {c.eval_json}") if c.eval_json else None
+    about = evaluation["config"]["model"] if evaluation else c.model
+    if Path(about).resolve() != Path(c.model).resolve():
+        raise ValueError(f"--eval_json {c.eval_json} is about {about}: run eval.py on {c.model}")
 
     reward = run["config"]["loss"] == "reward"
     load = reward_model.load_reward_model if reward else model.load_causal_lm

@@ -32,7 +32,7 @@ def trained(tiny_world, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "v1.0"
-    make(trained, out, eval=trained / "eval/eval.json")
+    make(trained, out, eval_json=trained / "eval/eval.json")
     return out
 
 
@@ -157,8 +157,8 @@ def test_mistakes_are_named_and_leave_nothing(trained, tmp_path, tiny_world):
     for out, options, message in [
         ("there", {}, "there exists already"),
         ("a", dict(dtype="fp16"), "dtype = 'fp16' does not exist"),
-        ("b", dict(eval=tmp_path / "none.json"), "none.json cannot be read"),
-        ("c", dict(eval=tmp_path / "eval.json"), "is about elsewhere: run eval.py on"),
+        ("b", dict(eval_json=tmp_path / "none.json"), "none.json cannot be read"),
+        ("c", dict(eval_json=tmp_path / "eval.json"), "is about elsewhere: run eval.py on"),
     ]:
         with pytest.raises(ValueError, match=message):
             make(trained, tmp_path / out, **options)
