@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hps import checkpoint, config, dist, losses, model, reference, reward_model, sampling
+from hps import checkpoint, config, dist, loggers, losses, model, reference, reward_model, sampling
 from hps import plan as planning
-from hps.data import store, tokens
+from hps.data import generate, store, tokens
+from hps.evaluate import card
 from hps.losses_listwise import KTO, LISTWISE, OFFICIAL, Listwise, kto_loss, listwise_at_reference, listwise_loss
 from hps.packing import Block, micro_batches, pack
 
@@ -98,6 +100,9 @@ class Config:
     token_cache: str = "runs/token_cache"  # folder of the data as token ids, shared by all runs
     reference_cache: str = "runs/reference_cache"  # folder of reference log-probs, shared by all runs
     save_every: int = 0  # steps between checkpoints; 0 keeps none
+    sample_every: int = 0  # steps between greedy answers to the same prompts, in samples.jsonl; 0 draws none
+    sample_prompts: int = 4  # the first so many prompts of the data are answered then
+    log_to: str = ""  # beside metrics.jsonl: tensorboard, wandb, or both, comma-separated
     stop_after: int = 0  # stop (with a checkpoint) after this many steps in all; 0 runs to the end
 
 
@@ -144,7 +149,7 @@ def used_options(c: Config) -> set[str]:
     if c.loss == "sft":
         used -= {"method", "reference", "reference_cache", "share_prompt", "length_penalty"}
     elif c.loss == "reward":
-        used -= {"method", "reference", "reference_cache", "length_penalty"}
+        used -= {"method", "reference", "reference_cache", "length_penalty", "sample_every"}
         used |= {"label_smoothing"}
     else:
         _, view, facts = parts(c)
@@ -159,6 +164,7 @@ def used_options(c: Config) -> set[str]:
         used -= {"hps_samples"} if c.hps_form == "full" else set()
         used -= {"positive_lambda", "exclude_positives"} if c.positives == 1 else set()
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
+    used -= {"sample_prompts"} if c.sample_every == 0 else set()
     return used if c.lora_rank else used - {"lora_alpha", "lora_targets"}
 
 
@@ -197,7 +203,8 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     for key, allowed in choices.items():
         if getattr(c, key) not in allowed:
             raise ValueError(f"{key} = {getattr(c, key)!r} does not exist; choose one of {', '.join(allowed)}")
-    for key in ("epochs", "prompts_per_step", "positives", "tokens_per_micro_batch", "beta", "lr", "reward_scale"):
+    positive = ("epochs", "prompts_per_step", "positives", "tokens_per_micro_batch", "beta", "lr", "reward_scale")
+    for key in (*positive, "sample_prompts"):
         if not getattr(c, key) > 0:
             raise ValueError(f"{key} must be positive, got {getattr(c, key)}")
     if c.loss != "sft":
@@ -211,7 +218,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         if c.method.startswith("robust-") and c.label_smoothing == 0:
             raise ValueError("robust DPO without wrong labels is DPO: set --label_smoothing, or use method dpo-*")
     not_negative = ("length_penalty", "candidates", "warmup_steps", "lora_rank", "max_grad_norm", "weight_decay")
-    for key in (*not_negative, "save_every", "stop_after"):
+    for key in (*not_negative, "save_every", "stop_after", "sample_every"):
         if getattr(c, key) < 0:
             raise ValueError(f"{key} must not be negative, got {getattr(c, key)}")
     what = f"method {c.method}" if c.loss == "preference" else f"loss {c.loss}"
@@ -219,6 +226,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     if c.positives > 1 and c.hps_form != "full":
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
     positive_weights(c)
+    loggers.chosen(c.log_to)
     if c.loss == "preference" and parts(c)[2] is KTO and c.prompts_per_step < 2:
         raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
     if c.lora_rank and (Path(c.model) / "adapter_config.json").exists():
@@ -318,6 +326,8 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+SAMPLE_TOKENS = 128  # of an answer in samples.jsonl, at most
+
 # Per-prompt values of the log, in the order of the columns of `prompt_metrics`; names are the field's.
 METRICS = (
     "loss",
@@ -359,6 +369,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(c: Config, ranks: dist.Ranks) -> None:
+    if c.sample_every and ranks.sharded:
+        raise ValueError("--sample_every needs the whole model in one process: leave it out under torchrun")
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     started = checkpoint.latest(out / "checkpoints")
@@ -464,9 +476,13 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     if started is not None:
         done = checkpoint.load(started, policy, optimizer, ranks=ranks)["step"]
         say(ranks, f"going on from {started} ({done} of {plan.steps} steps)")
-    log = open_log(out / "metrics.jsonl", done, ranks)
+    log = loggers.open_log(out, c.log_to, done=done, settings=settings(c)) if ranks.first else None
     name = c.method if c.loss == "preference" else c.loss
     bar = tqdm(total=plan.steps, initial=done, desc=name, disable=not ranks.first)
+    if c.sample_every:
+        loggers.cut(out / "samples.jsonl", done + 1 if done else 0)
+        if done == 0:
+            sample(c, policy, tokenizer, examples, 0)
     clock, tokens_seen = time.perf_counter(), 0
     for step in range(done, plan.steps):
         visits = plan.step(step)
@@ -532,10 +548,11 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         record |= {"grad_norm": grad_norm, "lr": lr}
         record |= {"perf/tokens_per_s": rate, "perf/peak_gib": peak_gib(ranks.device)}
         if log is not None:
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+            log(record)
         bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
         bar.update()
+        if c.sample_every and (step + 1) % c.sample_every == 0:
+            clock += sample(c, policy, tokenizer, examples, step + 1)  # which is no time of training
         stop = step + 1 == c.stop_after
         if stop or (c.save_every and (step + 1) % c.save_every == 0 and step + 1 < plan.steps):
             checkpoint.save(out / "checkpoints", policy, optimizer, {"step": step + 1}, ranks=ranks)
@@ -544,12 +561,42 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             say(ranks, f"stopped after {step + 1} of {plan.steps} steps; without --stop_after it goes on")
             return
     bar.close()
-    checkpoint.export(policy.lm, tokenizer, out / "policy", ranks=ranks)
     seconds = time.perf_counter() - clock
+    summary = {"steps": plan.steps, "first_step": done, "seconds": seconds, "tokens": tokens_seen, "counts": counts}
+    readme = ""
     if ranks.first:
-        summary = {"steps": plan.steps, "seconds": seconds, "tokens": tokens_seen, "counts": counts}
         checkpoint.write_json(out / "summary.json", summary)
+        kind = "reward " * (c.loss == "reward") + ("adapter" if c.lora_rank else "model")
+        readme = card.card(json.loads((out / "run.json").read_text()), summary, kind=kind)
+    checkpoint.export(policy.lm, tokenizer, out / "policy", ranks=ranks, card=readme)
     say(ranks, f"{out / 'policy'}: trained in {seconds:.1f} s")
+
+
+def sample(c: Config, policy: model.PolicyModel, tokenizer, examples: store.Store, step: int) -> float:
+    """Append to samples.jsonl what the policy answers after `step` updates; the seconds that it took.
+
+    The most likely answers to the first prompts, so that all that changes between two steps is the policy. No random
+    number is drawn, and dropout is off throughout, so that the run is the same as without.
+    """
+    began = time.perf_counter()
+    count = min(c.sample_prompts, len(examples))
+    prompts = [(examples.id(i), examples.block(i, []).prompt.tolist()) for i in range(count)]
+    room = generate.positions(policy.causal_lm.config) - max(len(ids) for _, ids in prompts)
+    how = dict(n=1, max_new_tokens=int(min(SAMPLE_TOKENS, room)), temperature=0.0, keep_unfinished=True)
+    how |= dict(counts=Counter(), eos_token_id=tokenizer.eos_token_id, progress=False)
+    mode = policy.lm.training  # on where layers are checkpointed
+    policy.lm.eval()
+    answers = list(generate.generate(policy.causal_lm, prompts, **how))
+    policy.lm.train(mode)
+    records = []
+    for (id, ids), (_, [answer]) in zip(prompts, answers, strict=True):
+        response = tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
+        records.append({"step": step, "id": id, "prompt": tokenizer.decode(ids), "response": response})
+    with (Path(c.out) / "samples.jsonl").open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+    shown = " ".join(records[0]["response"].split())[:200]
+    tqdm.write(f"after {step} steps, {records[0]['id']}: {shown}", file=sys.stderr)
+    return time.perf_counter() - began
 
 
 def touched_blocks(plan: planning.Plan, examples: store.Store) -> tuple[store.Blocks, np.ndarray]:
@@ -629,7 +676,14 @@ def check_folder(out: Path, c: Config, started: bool) -> None:
 def settings(c: Config) -> dict[str, object]:
     """The options that decide the result; a run may go on with other values of the rest."""
     free = ("stop_after", "save_every", "tokens_per_micro_batch", "out", "token_cache", "reference_cache")
+    free += ("sample_every", "sample_prompts", "log_to")
     return {key: value for key, value in dataclasses.asdict(c).items() if key not in free}
+
+
+def changed_settings(c: Config) -> list[str]:
+    """Names of the settings that the run uses at another value than their default."""
+    default = {field.name: field.default for field in dataclasses.fields(Config)}
+    return [key for key, value in settings(c).items() if key in used_options(c) and value != default[key]]
 
 
 def claim(out: Path, c: Config, inputs: dict[str, str], started: bool, ranks: dist.Ranks) -> None:
@@ -645,19 +699,9 @@ def claim(out: Path, c: Config, inputs: dict[str, str], started: bool, ranks: di
             )
     dist.barrier()
     if ranks.first:
-        record = {"config": settings(c), "inputs": inputs, "world_size": ranks.world_size, "argv": sys.argv[1:]}
+        record = {"config": settings(c), "changed": changed_settings(c), "inputs": inputs}
+        record |= {"world_size": ranks.world_size, "argv": sys.argv[1:]}
         checkpoint.write_json(path, record)
-
-
-def open_log(path: Path, done: int, ranks: dist.Ranks):
-    """The metrics file of rank 0, cut back to the steps that the checkpoint holds."""
-    if not ranks.first:
-        return None
-    kept = []
-    if path.exists() and done:
-        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] < done]
-    path.write_text("".join(line + "\n" for line in kept))
-    return path.open("a")
 
 
 def say(ranks: dist.Ranks, message: str) -> None:

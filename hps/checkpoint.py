@@ -88,10 +88,10 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, rank
     return json.loads((path / "state.json").read_text())
 
 
-def export(lm: nn.Module, tokenizer: Any, out: Path, *, ranks: dist.Ranks) -> None:
-    """Write a causal LM as a Hugging Face folder: its PEFT adapter, or whole safetensors weights. Collective.
+def export(lm: nn.Module, tokenizer: Any, out: Path, *, ranks: dist.Ranks, card: str) -> None:
+    """Write a model as a Hugging Face folder: its PEFT adapter, or whole safetensors weights. Collective.
 
-    Either loads with plain `peft` / `transformers`; nothing of this repository is needed.
+    Either loads with plain `peft` / `transformers`; nothing of this repository is needed. card: its README.md.
     """
     adapter = hasattr(lm, "peft_config")
     state = {}
@@ -101,10 +101,11 @@ def export(lm: nn.Module, tokenizer: Any, out: Path, *, ranks: dist.Ranks) -> No
             if ranks.first:
                 state[name] = whole.clone()
     if ranks.first:
-        partial = out.with_suffix(".tmp")
+        partial = out.with_name(out.name + ".tmp")
         shutil.rmtree(partial, ignore_errors=True)
         lm.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")  # peft has written one that says nothing
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     dist.barrier()

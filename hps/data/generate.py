@@ -104,7 +104,7 @@ def generate(
     ours = isinstance(model, torch.nn.Module)
     if ours and model.training:
         raise ValueError("the model is in training mode (dropout): call model.eval() before sampling")
-    limit = _positions(model.config) if ours else math.inf  # vLLM checks its own
+    limit = positions(model.config) if ours else math.inf  # vLLM checks its own
     streams: deque[_Stream] = deque()
     for prompt_id, ids in prompts:
         if not 0 < len(ids) <= limit - max_new_tokens:
@@ -143,8 +143,8 @@ def generate(
                 yield first.prompt_id, first.kept
 
 
-def _positions(config: Any) -> float:
-    """Tokens that a model can look back on; our attention knows no sliding window."""
+def positions(config: Any) -> float:
+    """Tokens that prompt and response may have together; our attention knows no sliding window."""
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return min(limit, window or math.inf)

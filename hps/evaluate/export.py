@@ -1,0 +1,65 @@
+"""Make a trained policy or reward model ready to be given away: adapter merged, safetensors, tokenizer, model card.
+
+    python -m hps.evaluate.export --model runs/hps/policy --out DIR --eval_json runs/hps/eval/eval.json
+
+The folder loads with plain transformers: nothing of this repository is needed.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hps import checkpoint, config, dist, model, reward_model
+from hps.data import tokens
+from hps.evaluate import card
+
+
+@dataclass
+class Options:
+    model: str  # the folder `policy` of a finished run, with run.json and summary.json beside it
+    out: str  # folder to write, which must not exist yet
+    dtype: str = "fp32"  # of the weights written, fp32 or bf16; an adapter is merged in fp32 either way
+    eval_json: str = ""  # eval.json of this model, for the card's table of results; empty for none
+
+
+def main(argv: list[str] | None = None) -> None:
+    c, _ = config.parse(
+        Options, argv, prog="python -m hps.evaluate.export", description=str(__doc__).split("\n")[0]
+    )
+    if c.dtype not in model.DTYPES:
+        raise ValueError(f"dtype = {c.dtype!r} does not exist; choose one of {', '.join(model.DTYPES)}")
+    out = Path(c.out)
+    if out.exists():
+        raise ValueError(f"--out {out} exists already: choose a new folder, or remove that one first")
+    beside = Path(c.model).resolve().parent
+    run, summary = (read(beside / name, f"--model {c.model} is no policy of a finished run")
+                    for name in ("run.json", "summary.json"))  # fmt: skip
+    evaluation = read(Path(c.eval_json), f"--eval_json {c.eval_json}") if c.eval_json else None
+    about = evaluation["config"]["model"] if evaluation else c.model
+    if Path(about).resolve() != Path(c.model).resolve():
+        raise ValueError(f"--eval_json {c.eval_json} is about {about}: run eval.py on {c.model}")
+
+    reward = run["config"]["loss"] == "reward"
+    load = reward_model.load_reward_model if reward else model.load_causal_lm
+    lm = load(c.model, dtype=torch.float32).to(model.DTYPES[c.dtype])
+    readme = card.card(run, summary, kind="reward model" if reward else "model", evaluation=evaluation)
+    alone = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.export(lm, tokens.load_tokenizer(c.model), out, ranks=alone, card=readme)
+    print(f"{out}: {sum(p.numel() for p in lm.parameters()):,} parameters in {c.dtype}", file=sys.stderr)
+
+
+def read(path: Path, problem: str) -> dict[str, Any]:
+    """A JSON object; ValueError, after `problem`, where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{problem}: {path} cannot be read ({error})") from error
+
+
+if __name__ == "__main__":
+    config.run_main(main)

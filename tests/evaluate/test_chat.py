@@ -1,0 +1,116 @@
+"""The chat, fed by a standard input that stands in for a person."""
+
+import io
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+from hps.data import generate, tokens
+from hps.evaluate import chat
+from hps.model import load_causal_lm
+
+WIDE = 120
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    """Runs the program on lines of input and returns what it prints."""
+
+    def run(lines: list[str], columns: int = WIDE, **options) -> str:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        chat.main([f"--{key}={value}" for key, value in options.items()])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def other(tiny_world, tmp_path_factory):
+    """A second model with the same words, which says something else."""
+    path = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(tiny_world / "model", path)
+    lm = load_causal_lm(str(path), dtype=torch.float32)
+    torch.manual_seed(1)
+    for p in lm.parameters():
+        p.data.normal_(std=0.5)
+    lm.save_pretrained(path)
+    return path
+
+
+def expected(path, history: list[tuple[str, str]], turn: int, seed: int = 0, temperature: float = 0.9) -> str:
+    """generate's own sample of a conversation given as (role, text), 12 tokens at most."""
+    lm, tokenizer = load_causal_lm(str(path), dtype=torch.float32), tokens.load_tokenizer(str(path))
+    ids = tokens.encode_prompt(tokenizer, tuple({"role": role, "content": text} for role, text in history))
+    how = dict(n=1, counts=Counter(), eos_token_id=tokenizer.eos_token_id, max_new_tokens=12, seed=seed)
+    how |= dict(temperature=temperature, keep_unfinished=True, progress=False)
+    [(_, [sample])] = generate.generate(lm, [(f"turn {turn}", ids)], **how)
+    return tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
+
+
+def columns_of(printed: str) -> list[tuple[str, str]]:
+    """The pairs of answers out of what was printed in two columns."""
+    found = []
+    for block in printed.split("you> "):
+        lines = [line.partition(" |") for line in block.splitlines()]
+        if lines and lines[0][0].strip() == "policy:":
+            left, right = (" ".join(line[i].strip() for line in lines[1:]) for i in (0, 2))
+            found.append((" ".join(left.split()), " ".join(right.split())))
+    return found
+
+
+def test_both_answer_one_conversation_which_the_policy_continues(talk, tiny_world, other):
+    """Two turns, a new beginning, and the first turn again: every answer is generate's own."""
+    model = tiny_world / "model"
+    out = talk(["one two", "three", "/reset", "one two"], model=model, reference=other, max_new_tokens=12, seed=3)
+    first = [("user", "one two")]
+    policy = expected(model, first, 1, seed=3)
+    assert policy != expected(model, first, 1, seed=4) and policy != expected(other, first, 1, seed=3)
+    second = [*first, ("assistant", policy), ("user", "three")]
+    turns = [tuple(expected(path, said, turn, seed=3) for path in (model, other))
+             for turn, said in ((1, first), (2, second), (1, first))]  # fmt: skip
+    assert columns_of(out) == [tuple(" ".join(text.split()) for text in pair) for pair in turns]
+
+
+def test_greedy_without_a_reference_until_quit(talk, tiny_world):
+    model = tiny_world / "model"
+    out = talk(["hello", "/quit", "never"], model=model, temperature=0, max_new_tokens=12)
+    assert out.split("policy:\n")[1].split("you>")[0].split() == expected(
+        model, [("user", "hello")], 1, temperature=0
+    ).split()
+    assert out.count("policy:") == 1 and "reference:" not in out
+
+
+def test_a_turn_that_does_not_fit_is_told_and_forgotten(talk, tiny_world):
+    """More words than the model has positions: an error, and the conversation goes on as if nothing was said."""
+    options = dict(model=tiny_world / "model", max_new_tokens=12)
+    out = talk(["yes " * 5000, "/what", "hello"], **options)
+    assert "error: prompt 'turn 1' has" in out and "not added" in out and "/reset and /quit" in out
+    assert out.split("policy:")[1] == talk(["hello"], **options).split("policy:")[1]
+
+
+def test_no_chat_template_is_an_error_before_the_first_question(talk, tiny_world, tmp_path):
+    shutil.copytree(tiny_world / "model", tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="model cannot be talked to: .*no chat template"):
+        talk(["hello"], model=tmp_path / "model")
+
+
+def test_columns_where_there_is_room_else_one_under_the_other():
+    answers = [("policy", "a b c"), ("reference", "d")]
+    assert chat.show(answers, 20) == "policy:\na b c\n\nreference:\nd\n"
+    lines = chat.show([("policy", "word " * 30), ("reference", "d")], 83).splitlines()
+    assert lines[0] == f"{'policy:':<40} | reference:" and lines[1].endswith(" | d")
+    assert len(lines) == 1 + 4 and max(map(len, lines)) <= 83
+
+
+def test_an_answer_cannot_steer_the_terminal():
+    assert chat.wrapped("a\x1b[2Jb\n\nc\td", 40) == ["a [2Jb", "", "c d"]
+
+
+def test_the_help_says_whose_answer_enters_the_conversation(capsys):
+    with pytest.raises(SystemExit):
+        chat.main(["--help"])
+    assert "The policy's answers enter the conversation" in capsys.readouterr().out

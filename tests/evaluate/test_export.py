@@ -1,0 +1,185 @@
+"""Exported folders through plain peft and transformers, and their cards against the run's own JSON files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from test_train import arguments
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import eval as evaluation
+import train
+from hps.data import listwise
+from hps.evaluate import card, export
+from hps.evaluate.report import METRICS
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_world, tmp_path_factory) -> Path:
+    """The folder of a LoRA run that has moved, evaluated."""
+    out = tmp_path_factory.mktemp("run")
+    train.main(arguments(tiny_world, out, lora_rank=4, lora_alpha=8, lr=3e-2, epochs=1))
+    options = dict(model=out / "policy", reference=tiny_world / "model", data=tiny_world / "test.jsonl", samples=0)
+    options |= dict(out=out / "eval", max_length=128, reference_cache=tiny_world / "cache")
+    evaluation.main([f"--{key}={value}" for key, value in options.items()])
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "v1.0"
+    make(trained, out, eval_json=trained / "eval/eval.json")
+    return out
+
+
+def make(run: Path, out: Path, **options) -> None:
+    export.main([f"--{key}={value}" for key, value in dict(model=run / "policy", out=out, **options).items()])
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def table(text: str, title: str) -> dict[str, list[str]]:
+    """First cell -> the other cells, of the table whose header begins with `title`, escapes undone."""
+    lines = text.split(f"\n| {title} |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return {first: others for first, *others in rows}
+
+
+def run_snippet(folder: Path, capsys) -> str:
+    """What the card's lines of Python print, run as they stand."""
+    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    capsys.readouterr()
+    exec(code.replace('"."', repr(str(folder))).replace("max_new_tokens=256", "max_new_tokens=4"), {})
+    return capsys.readouterr().out
+
+
+def test_merged_weights_give_the_adapters_log_probs(trained, exported, tiny_world):
+    from peft import AutoPeftModelForCausalLM
+
+    ids = torch.randint(0, 50, (2, 17), generator=torch.Generator().manual_seed(0))
+    loaded = [AutoPeftModelForCausalLM.from_pretrained(trained / "policy")]
+    loaded += [AutoModelForCausalLM.from_pretrained(path) for path in (exported, tiny_world / "model")]
+    with torch.no_grad():
+        adapter, merged, start = (lm(input_ids=ids).logits.log_softmax(-1) for lm in loaded)
+    torch.testing.assert_close(merged, adapter, rtol=0, atol=1e-4)
+    assert (adapter - start).abs().max() > 0.1  # the adapter does something
+    assert not (exported / "adapter_config.json").exists() and not list(exported.parent.glob("*.tmp"))
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (trained / "policy", exported)]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
+
+
+def test_bf16_weights_are_the_merged_ones_rounded(trained, exported, tmp_path):
+    make(trained, tmp_path / "low", dtype="bf16")
+    with safe_open(exported / "model.safetensors", "pt") as whole, safe_open(
+        tmp_path / "low/model.safetensors", "pt"
+    ) as low:
+        assert set(whole.keys()) == set(low.keys())
+        for name in whole.keys():
+            assert torch.equal(low.get_tensor(name), whole.get_tensor(name).bfloat16())
+    assert read(tmp_path / "low/config.json")["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("which", ["adapter", "merged"])
+def test_the_card_says_what_the_files_say(trained, exported, tiny_world, which):
+    text = ((trained / "policy" if which == "adapter" else exported) / "README.md").read_text()
+    run, summary = read(trained / "run.json"), read(trained / "summary.json")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["library_name"] == ("peft" if which == "adapter" else "transformers")
+    assert front["tags"][-1] == "dpo-hps" and front["pipeline_tag"] == "text-generation"
+    assert "base_model" not in front  # a folder of this machine is nothing that the hub knows
+    assert str(tiny_world) not in text
+
+    training = {key: cells[0] for key, cells in table(text, "what").items()}
+    assert training["method"] == "dpo-hps" and training["data"] == "train.jsonl"
+    assert training["its weights, sha256"] == run["inputs"]["model"]
+    assert training["data, sha256"] == run["inputs"]["data"]
+    assert training["tokenizer, sha256"] == run["inputs"]["tokenizer"]
+    assert (training["steps"], training["packed tokens"]) == (str(summary["steps"]), str(summary["tokens"]))
+    assert float(training["seconds"]) == pytest.approx(summary["seconds"], abs=0.051)
+    counts = {key: int(cells[0]) for key, cells in table(text, "count").items()}
+    assert counts == {key: n for key, n in summary["counts"].items() if n}
+    # Given, and not the default's: whatever else `arguments` gives is where files lie, or what a run is called.
+    given = dict(beta=0.5, lr=3e-2, epochs=1, prompts_per_step=8, max_length=128, lora_rank=4, lora_alpha=8)
+    assert {key: json.loads(cells[0]) for key, cells in table(text, "setting").items()} == given
+
+    if which == "adapter":
+        assert "## Evaluation" not in text
+        return
+    found, metrics = table(text, "metric"), read(trained / "eval/eval.json")["metrics"]
+    assert len(found) == len(metrics) > 3
+    for name, m in metrics.items():
+        mean, interval, prompts, _ = found[METRICS[name].title]
+        shown = [float(mean), *map(float, interval.split(" to "))]
+        assert shown == pytest.approx([m["mean"], m["low"], m["high"]], abs=0.51 * 10 ** -METRICS[name].digits)
+        assert int(prompts) == m["prompts"]
+
+
+@pytest.mark.parametrize("which", ["adapter", "merged"])
+def test_the_cards_lines_of_python_run(trained, exported, capsys, which):
+    run_snippet(trained / "policy" if which == "adapter" else exported, capsys)
+
+
+def test_a_reward_model(tiny_world, tmp_path, capsys):
+    """Its merged head and decoder give the rewards that peft gives, and the card's lines print one of them."""
+    from peft import AutoPeftModelForSequenceClassification
+
+    rows = listwise.read(tiny_world / "train.jsonl")
+    pairs = [listwise.Row(r.id, r.prompt, r.responses, None, 2, 1, None, "") for r in rows]
+    listwise.write(tmp_path / "pairs.jsonl", pairs)
+    options = dict(loss="reward", method=None, beta=None, reference_cache=None, data=tmp_path / "pairs.jsonl")
+    train.main(arguments(tiny_world, tmp_path / "run", lora_rank=4, epochs=1, **options | dict(lr=3e-2)))
+    make(tmp_path / "run", tmp_path / "out")
+    ids = torch.randint(5, 50, (1, 17), generator=torch.Generator().manual_seed(0))
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run/policy", num_labels=1)
+    plain.config.pad_token_id = None
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+        assert abs(float(plain(ids).logits)) > 1e-3
+    values = [float(run_snippet(folder, capsys)) for folder in (tmp_path / "run/policy", tmp_path / "out")]
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+    text = (tmp_path / "out/README.md").read_text()
+    assert yaml.safe_load(text.split("---\n")[1])["pipeline_tag"] == "text-classification"
+    assert "| method | reward |" in text and "dpo" not in text.split("## Training")[1]
+
+
+def test_mistakes_are_named_and_leave_nothing(trained, tmp_path, tiny_world):
+    (tmp_path / "there").mkdir()
+    other = dict(read(trained / "eval/eval.json"), config={"model": "elsewhere"})
+    (tmp_path / "eval.json").write_text(json.dumps(other))
+    for out, options, message in [
+        ("there", {}, "there exists already"),
+        ("a", dict(dtype="fp16"), "dtype = 'fp16' does not exist"),
+        ("b", dict(eval_json=tmp_path / "none.json"), "none.json cannot be read"),
+        ("c", dict(eval_json=tmp_path / "eval.json"), "is about elsewhere: run eval.py on"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(trained, tmp_path / out, **options)
+    with pytest.raises(ValueError, match="is no policy of a finished run: .*run.json"):
+        export.main([f"--model={tiny_world / 'model'}", f"--out={tmp_path / 'd'}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "there"]
+
+
+def test_what_markdown_or_html_would_read_is_escaped():
+    """A model's name, a setting and a file's name that would close the table, run a script, or start a new line."""
+    nasty = "a|b <script>alert(1)</script> [x](y) *b* `c` ~~d~~ # &amp; $e$ \\ ![i](j)\n\n# h\x1b"
+    run = {"config": {"model": f"me/{nasty}", "data": nasty, "loss": "preference", "method": nasty, "word": nasty}}
+    run |= {"changed": ["word"], "inputs": {"model": "m", "tokenizer": "t", "data": "d"}, "world_size": 1}
+    text = card.card(run, {"steps": 1, "seconds": 1.0, "tokens": 2, "counts": {nasty: 3}}, kind="model")
+    body = text.split("---\n", 2)[2].replace("| --- |", "|")
+    assert yaml.safe_load(text.split("---\n")[1])["tags"][-1] == nasty  # the front matter is quoted, not escaped
+    for line in body.splitlines():
+        assert len(re.findall(r"(?<!\\)\|", line)) in (0, 3) or "---" in line  # every row has its two cells
+    outside = re.sub(r"```.*?```", "", body, flags=re.DOTALL).replace(f"[Hard Preference Sampling]({card.PAPER})", "")
+    for wanted in ("<", ">", "*", "`", "[", "]", "~", "&", "$", "!"):
+        found = re.findall(rf"(\\*){re.escape(wanted)}", outside)
+        assert found and all(len(slashes) % 2 == 1 for slashes in found), wanted
+    assert "\x1b" not in text and "\n# h" not in text
+    assert table(text, "setting")["word"] == [nasty.replace("\n", " ").replace("\x1b", " ").strip()]
