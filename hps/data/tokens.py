@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import jinja2
@@ -53,7 +54,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {path!r}: {error}") from error
+        why = " ".join(str(error).split())
+        if Path(path).is_dir():
+            why = f"this folder holds no tokenizer.json that can be read ({why})"
+        elif Path(path).exists():
+            why = "this is a file; name the folder of a model"
+        else:
+            why = "there is no such folder, nor a model of that name within reach; name a folder, or, where there is a "
+            why += f"network, fetch it first: hf download {path}"
+        raise ValueError(f"no tokenizer could be loaded from {path!r}: {why}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {path!r} has no tokenizer.json; save a fast version of it")
     if tokenizer.eos_token_id is None:
