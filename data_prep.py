@@ -151,7 +151,7 @@ def generate_share(c: Generate, ranks: dist.Ranks) -> None:
         raise ValueError("--engine vllm spreads over GPUs by itself: start it without torchrun")
     rows = listwise.read(c.input)
     tokenizer = tokens.load_tokenizer(c.model)
-    prompts = {row.id: tokens.encode_prompt(tokenizer, row.prompt) for row in rows}
+    prompts = {row.id: prompt_ids(tokenizer, row) for row in rows}
     rows = [row for row in rows if len(prompts[row.id]) <= c.max_prompt_length]
     if not rows:
         raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
@@ -175,6 +175,14 @@ def generate_share(c: Generate, ranks: dist.Ranks) -> None:
         for path in journal.files(c.output):
             path.unlink()
         report(counts, c.output)
+
+
+def prompt_ids(tokenizer, row: listwise.Row) -> list[int]:
+    """Token ids of a row's prompt; what is refused is refused with its file and line."""
+    try:
+        return tokens.encode_prompt(tokenizer, row.prompt)
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from error
 
 
 def draw(
@@ -239,8 +247,11 @@ def annotate_rows(c: Annotate) -> None:
     if c.scorer == "human":
         write_rewards(c, rows, [human_rewards(row) for row in rows], Counter())
     elif ours:
+        score = scorers.load(c.scorer)
+        if known := scorers.world_of(c.scorer):
+            rewards.check_prompts(rows, known.task)
         asked = ((row.id, row.prompt, list(row.responses)) for row in rows)
-        write_rewards(c, rows, [r for _, r in rewards.annotate(asked, scorers.load(c.scorer))], Counter())
+        write_rewards(c, rows, [r for _, r in rewards.annotate(asked, score)], Counter())
     else:
         ranks = dist.init(timeout=timedelta(days=30))
         try:

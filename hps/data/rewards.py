@@ -63,6 +63,18 @@ def annotate(
         yield row_id, rewards
 
 
+def check_prompts(rows: Iterable[Row], read: Callable[[Any], object]) -> None:
+    """Raises ValueError, with file and line, for the first prompt that a scorer cannot read.
+
+    read: refuses such a prompt with a ValueError.
+    """
+    for row in rows:
+        try:
+            read(row.prompt)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from error
+
+
 def annotate_packed(
     rows: Sequence[Row],
     score: Callable[[list[Block]], list[np.ndarray]],
