@@ -323,8 +323,9 @@ def human_rewards(row: listwise.Row) -> list[float]:
 
 def diagnose(c: Doctor) -> None:
     rows = listwise.read(c.input)
-    examples, counts = tokens.tokenize_rows(tokens.load_tokenizer(c.model), rows, max_length=c.max_length)
-    found = doctor.diagnose(rows, examples, counts)
+    tokenizer = tokens.load_tokenizer(c.model)
+    examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, truncate=c.truncate)
+    found = doctor.diagnose(rows, examples, counts, tokenizer=tokenizer)
     print(json.dumps(found, indent=1) if c.json else doctor.format_report(found))
     if found["errors"]:
         sys.exit(1)
