@@ -96,6 +96,7 @@ class Doctor:
     input: str  # list-wise JSON Lines
     model: str  # its tokenizer counts the tokens
     max_length: int = 2048  # tokens of prompt and response together
+    truncate: str = "drop"  # beyond max_length: drop (and count) the response, error, or keep_end of the prompt
     json: bool = False  # print JSON for machines instead of a page
 
 
@@ -343,7 +344,11 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    config.run_command(COMMANDS, argv, prog="data_prep.py", page=str(__doc__))
+    try:
+        config.run_command(COMMANDS, argv, prog="data_prep.py", page=str(__doc__))
+    except OSError as error:  # a folder that takes no files, a full disk
+        where = error.filename2 or error.filename or "the output"
+        raise ValueError(f"cannot read or write {where}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

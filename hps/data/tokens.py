@@ -139,6 +139,18 @@ def encode_answered(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, texts: S
     return blocks
 
 
+def merges(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, text: str) -> bool:
+    """Whether a tokenizer run over prompt and response as one text gives other ids than `encode_*` of the two apart.
+
+    Raises ValueError as encode_prompt and encode_response do.
+    """
+    special = _special(tokenizer)
+    head, tail = _prompt_ids(tokenizer, prompt, special), encode_response(tokenizer, text)[:-1]
+    before = prompt if isinstance(prompt, str) else _render(tokenizer, prompt, add_generation_prompt=True)
+    [joined] = _batch_ids(tokenizer, [before + _without_eos(text, special)], plain=False)
+    return joined not in ([*head, *tail], [*head[1:], *tail])  # without the BOS that is put before a string
+
+
 def _closing(tokenizer: PreTrainedTokenizerFast, special: "_Special") -> list[int] | None:
     """What the template writes behind an answer's EOS; None where it does not write prompt, text, EOS."""
     asked = ({"role": "user", "content": "a"},)
