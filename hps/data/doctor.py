@@ -185,6 +185,8 @@ def _advice(report: dict[str, Any]) -> list[str]:
     if report["human_pairs_identical"]:
         advice.append(f"{report['human_pairs_identical']:,} human pairs hold equal responses: no signal")
     if rewards is None:
+        if report["human_pairs"]:
+            advice.append("no rewards: for -human methods and --loss reward; others need data_prep.py annotate first")
         return advice
     if rewards["rows_no_dispreferred"]:
         advice.append(f"{rewards['rows_no_dispreferred']:,} rows have no dispreferred response: left out")
