@@ -96,6 +96,7 @@ class Doctor:
     input: str  # list-wise JSON Lines
     model: str  # its tokenizer counts the tokens
     max_length: int = 2048  # tokens of prompt and response together
+    truncate: str = "drop"  # beyond max_length: drop (and count) the response, error, or keep_end of the prompt
     json: bool = False  # print JSON for machines instead of a page
 
 
@@ -151,7 +152,7 @@ def generate_share(c: Generate, ranks: dist.Ranks) -> None:
         raise ValueError("--engine vllm spreads over GPUs by itself: start it without torchrun")
     rows = listwise.read(c.input)
     tokenizer = tokens.load_tokenizer(c.model)
-    prompts = {row.id: tokens.encode_prompt(tokenizer, row.prompt) for row in rows}
+    prompts = {row.id: prompt_ids(tokenizer, row) for row in rows}
     rows = [row for row in rows if len(prompts[row.id]) <= c.max_prompt_length]
     if not rows:
         raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
@@ -175,6 +176,14 @@ def generate_share(c: Generate, ranks: dist.Ranks) -> None:
         for path in journal.files(c.output):
             path.unlink()
         report(counts, c.output)
+
+
+def prompt_ids(tokenizer, row: listwise.Row) -> list[int]:
+    """Token ids of a row's prompt; what is refused is refused with its file and line."""
+    try:
+        return tokens.encode_prompt(tokenizer, row.prompt)
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from error
 
 
 def draw(
@@ -239,8 +248,11 @@ def annotate_rows(c: Annotate) -> None:
     if c.scorer == "human":
         write_rewards(c, rows, [human_rewards(row) for row in rows], Counter())
     elif ours:
+        score = scorers.load(c.scorer)
+        if known := scorers.world_of(c.scorer):
+            rewards.check_prompts(rows, known.task)
         asked = ((row.id, row.prompt, list(row.responses)) for row in rows)
-        write_rewards(c, rows, [r for _, r in rewards.annotate(asked, scorers.load(c.scorer))], Counter())
+        write_rewards(c, rows, [r for _, r in rewards.annotate(asked, score)], Counter())
     else:
         ranks = dist.init(timeout=timedelta(days=30))
         try:
@@ -312,8 +324,9 @@ def human_rewards(row: listwise.Row) -> list[float]:
 
 def diagnose(c: Doctor) -> None:
     rows = listwise.read(c.input)
-    examples, counts = tokens.tokenize_rows(tokens.load_tokenizer(c.model), rows, max_length=c.max_length)
-    found = doctor.diagnose(rows, examples, counts)
+    tokenizer = tokens.load_tokenizer(c.model)
+    examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, truncate=c.truncate)
+    found = doctor.diagnose(rows, examples, counts, tokenizer=tokenizer)
     print(json.dumps(found, indent=1) if c.json else doctor.format_report(found))
     if found["errors"]:
         sys.exit(1)
@@ -331,7 +344,11 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    config.run_command(COMMANDS, argv, prog="data_prep.py", page=str(__doc__))
+    try:
+        config.run_command(COMMANDS, argv, prog="data_prep.py", page=str(__doc__))
+    except OSError as error:  # a folder that takes no files, a full disk
+        where = error.filename2 or error.filename or "the output"
+        raise ValueError(f"cannot read or write {where}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from hps import checkpoint, config, dist, logps, model, reference
-from hps.data import generate, listwise, tokens
+from hps.data import generate, listwise, rewards, tokens
 from hps.evaluate import metrics, report
 from hps.lab import scorers
 from hps.lab.world import World
@@ -67,8 +67,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate(c: Config, ranks: dist.Ranks) -> None:
+    out = Path(c.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # now, not after hours of sampling
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made: {error.strerror}") from error
     score = None if c.scorer == "none" else scorers.load(c.scorer)
     rows = listwise.read(c.data)[: c.limit or None]
+    if known := scorers.world_of(c.scorer):
+        rewards.check_prompts(rows, known.task)
     tokenizer = tokens.load_tokenizer(c.reference)
     if tokens.fingerprint(tokenizer) != tokens.fingerprint(tokens.load_tokenizer(c.model)):
         raise ValueError(
@@ -120,8 +127,6 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
             values[row.id] |= sample_metrics(row, by_id[row.id], world)
 
     # Every rank writes its share; the first one puts them together.
-    out = Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(out / f"part-{ranks.rank}.json", {"values": values, "counts": counts})
     if sampled:
         listwise.write(out / f"part-{ranks.rank}.jsonl", sampled)

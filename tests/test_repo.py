@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check, and what the README says about the code."""
+"""The rules of the house that a machine can check, and what the README and docs/DATA.md say about the code."""
 
 import ast
 import importlib.metadata
@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -303,29 +304,34 @@ def readme() -> str:
     return (ROOT / "README.md").read_text()
 
 
+@cache
+def help_of(*words: str) -> str:
+    """What a script, or one of its commands, prints for --help."""
+    argv = [sys.executable, f"{words[0]}.py", *words[1:], "--help"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(argv[1:])}: {done.stderr}"
+    return done.stdout
+
+
 def test_make_targets_of_the_readme_exist(readme):
     named = set(re.findall(r"\bmake ((?!-)[\w-]+)", code_of(readme)))
     assert named, "the README names no make target"
     assert named <= make_targets()
 
 
-def test_flags_of_the_readme_exist(readme):
-    calls = script_calls(code_of(readme))
-    assert {"train"} <= {script for script, _, _ in calls}, "the README shows no training command"
-    helps: dict[tuple[str, ...], str] = {}
+@pytest.mark.parametrize("page", ["README.md", "docs/DATA.md"])
+def test_flags_of_the_pages_exist(page):
+    calls = script_calls(code_of((ROOT / page).read_text()))
+    assert {"train", "data_prep"} <= {script for script, _, _ in calls}, f"{page} shows no command"
     for script, command, flags in calls:
-        key = (script, *command)
-        if key not in helps:
-            argv = [sys.executable, f"{script}.py", *command, "--help"]
-            done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, f"{' '.join(argv[1:])}: {done.stderr}"
-            helps[key] = done.stdout
-        known = {*re.findall(r"--[\w-]+", helps[key]), "--help"}
+        known = {*re.findall(r"--[\w-]+", help_of(script, *command)), "--help"}
         unknown = sorted({"--" + flag[2:].replace("-", "_") for flag in flags} - known)
-        assert not unknown, f"{' '.join(key)} has no {', '.join(unknown)}"
+        assert not unknown, f"{page}: {' '.join((script, *command))} has no {', '.join(unknown)}"
 
 
-def test_paths_of_the_readme_exist(readme):
-    inside = re.findall(r"\b(?:hps|configs|benchmarks|docs|tests)/[\w./-]*\w\.(?:py|toml|md)\b", readme)
+@pytest.mark.parametrize("page", ["README.md", "docs/DATA.md"])
+def test_paths_of_the_pages_exist(page):
+    text = (ROOT / page).read_text()
+    inside = re.findall(r"\b(?:hps|configs|benchmarks|docs|tests)/[\w./-]*\w\.(?:py|toml|md)\b", text)
     absent = sorted({path for path in inside if not (ROOT / path).exists()})
-    assert not absent, f"README.md names {absent}"
+    assert not absent, f"{page} names {absent}"

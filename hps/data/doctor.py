@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from hps import plan, sampling
+from hps.data import tokens
 from hps.data.listwise import Row
 from hps.data.tokens import Example
+
+JOINTS = 1000  # rows whose texts are tokenised once more, as one
 
 
 def diagnose(
@@ -15,13 +19,15 @@ def diagnose(
     examples: Sequence[Example],
     counts: dict[str, int],
     *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     gammas: Sequence[float] = (-5, -3, -1, 1, 3),
 ) -> dict[str, Any]:
     """Measure the data that training would see; every value of the result fits into JSON.
 
-    rows: as read. examples, counts: as `tokenize_rows` gives them. gammas: hardnesses at which q (Eq. 9) is
-    weighed: by exp of its entropy, the number of negatives it spreads over, and by its largest mass, both
-    averaged over the rows. "errors" in the result lists what makes training impossible, "advice" the rest.
+    rows: as read. examples, counts: as `tokenize_rows` gives them. tokenizer: the one they come from, to look at where
+    texts meet as well. gammas: hardnesses at which q (Eq. 9) is weighed: by exp of its entropy, the number of negatives
+    it spreads over, and by its largest mass, both averaged over the rows. "errors" in the result lists what makes
+    training impossible, "advice" the rest.
     """
     scored = [e for e in examples if e.rewards is not None]
     pairs = [e for e in examples if _is_pair(e)]
@@ -39,6 +45,7 @@ def diagnose(
         "human_pairs": len(pairs),
         "human_pairs_identical": identical,
         "rewards": _rewards(scored, gammas) if scored else None,
+        "joints": _joints(tokenizer, rows, examples) if tokenizer else None,
     }
     contrasted = len(scored) - report["rewards"]["rows_no_dispreferred"] if scored else 0
     report["errors"] = _errors(report, trainable=contrasted + len(pairs) - identical)
@@ -74,6 +81,12 @@ def format_report(report: dict[str, Any]) -> str:
     totals |= {"rows with a human pair": report["human_pairs"]}
     if rewards and report["human_pairs"]:
         totals |= {"human pairs that the rewards reverse": rewards["human_pairs_reversed"]}
+    if joints := report["joints"]:
+        totals |= {
+            "prompts that begin with BOS": joints["prompts_with_bos"],
+            "responses that end in EOS, the only one": joints["responses_with_one_eos"],
+            f"merges with the prompt, in {joints['looked_at']:,} rows": joints["merges"],
+        }
     lines += ["", *(f"{label:40}{value:>10,}" for label, value in totals.items())]
     if rewards and rewards["gammas"]:
         lines += ["", f"{'reward_norm':16}{'gamma':>8}{'effective negatives':>24}{'mass on the top one':>24}"]
@@ -125,6 +138,28 @@ def _rewards(scored: list[Example], gammas: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def _joints(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], examples: Sequence[Example]) -> dict[str, Any]:
+    """Where texts meet. merges: of the rows looked at, those whose prompt and first response give other tokens when
+    they are tokenised as one text. turns_end_otherwise: the template does not write an answer's end as EOS."""
+    eos = tokenizer.eos_token_id
+    ends = [ids[-1] == eos and (ids == eos).sum() == 1 for e in examples for ids in e.response_ids]
+    first = {e.id: int(e.kept[0]) for e in examples[:JOINTS]}
+    looked_at = [row for row in rows if row.id in first]
+    otherwise = False
+    if any(not isinstance(row.prompt, str) for row in looked_at):
+        try:
+            tokens.closing_ids(tokenizer)
+        except ValueError:
+            otherwise = True
+    return {
+        "prompts_with_bos": sum(bool(e.prompt_ids[0] == tokenizer.bos_token_id) for e in examples),
+        "responses_with_one_eos": int(sum(ends)),
+        "looked_at": len(looked_at),
+        "merges": sum(tokens.merges(tokenizer, row.prompt, row.responses[first[row.id]]) for row in looked_at),
+        "turns_end_otherwise": otherwise,
+    }
+
+
 def _errors(report: dict[str, Any], *, trainable: int) -> list[str]:
     errors = []
     scored, examples = report["rewards"]["rows"] if report["rewards"] else 0, report["examples"]
@@ -141,11 +176,17 @@ def _advice(report: dict[str, Any]) -> list[str]:
     if counts.get("responses_overlong"):
         share = counts["responses_overlong"] / counts["responses_read"]
         advice.append(f"{share:.1%} of the responses do not fit: raise --max_length if memory allows")
+    if counts.get("prompts_cut"):
+        advice.append(f"{counts['prompts_cut']:,} prompts lose their beginning: raise --max_length if memory allows")
+    if report["joints"] and report["joints"]["turns_end_otherwise"]:
+        advice.append("the chat template ends an answer with something else than eos_token, which ends each response")
     if counts.get("pairs_broken"):
         advice.append(f"{counts['pairs_broken']:,} rows lost a response of their human pair")
     if report["human_pairs_identical"]:
         advice.append(f"{report['human_pairs_identical']:,} human pairs hold equal responses: no signal")
     if rewards is None:
+        if report["human_pairs"]:
+            advice.append("no rewards: for -human methods and --loss reward; others need data_prep.py annotate first")
         return advice
     if rewards["rows_no_dispreferred"]:
         advice.append(f"{rewards['rows_no_dispreferred']:,} rows have no dispreferred response: left out")

@@ -7,6 +7,7 @@ flushed, and a last line without its end, torn when the run was killed, is as if
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from hps.data.listwise import decode_json
 
@@ -41,22 +42,28 @@ def read(output: str | Path, settings: dict[str, object]) -> dict[str, dict]:
 
 
 class Journal:
-    """The journal that one rank appends to. All ranks must have read before one of them begins."""
+    """The journal that one rank appends to. All ranks must have read before one of them begins.
+
+    The file appears with its first record: a run that ends before has left nothing behind that a run on mended data
+    would have to be told to forget.
+    """
 
     def __init__(self, output: str | Path, rank: int, settings: dict[str, object]):
-        path = Path(f"{output}.journal-{rank}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        whole = sum(map(len, _whole_lines(path)))
-        self.file = open(path, "r+b")
-        self.file.truncate(whole)
-        self.file.seek(whole)
-        if not whole:
-            self.write(settings)
+        self.path, self.settings = Path(f"{output}.journal-{rank}"), settings
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file: BinaryIO | None = None
 
     def write(self, record: dict) -> None:
         """Append one record, which has an `id`."""
-        self.file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        lines = [record]
+        if self.file is None:
+            self.path.touch()
+            whole = sum(map(len, _whole_lines(self.path)))
+            self.file = open(self.path, "r+b")
+            self.file.truncate(whole)
+            self.file.seek(whole)
+            lines = [record] if whole else [self.settings, record]
+        self.file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
         self.file.flush()
 
 

@@ -28,6 +28,15 @@ import numpy as np
 KEYS = ("id", "prompt", "responses", "rewards", "chosen", "rejected", "source")
 ROLES = ("system", "user", "assistant")
 MAX_LINE_BYTES = 64 * 2**20
+# What a file that is no JSON Lines begins with, and what to do with it.
+BEGINNINGS = {
+    b"\x1f\x8b": "gzip: let its name end in .gz",
+    b"\xfd7zXZ": "xz: let its name end in .xz",
+    b"PAR1": "parquet: data_prep.py import reads that, as .parquet",
+    b"\xff\xfe": "UTF-16: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
+    b"\xef\xbb\xbf": "UTF-8 with a byte order mark: save it without",
+}
 
 Prompt = str | tuple[dict[str, str], ...]
 
@@ -152,7 +161,15 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
                 _fail(where, f"the line is longer than {MAX_LINE_BYTES / 2**20:g} MiB; is this JSON Lines?")
             if not line.strip():
                 _fail(where, "blank line; remove it (one row a line)")
-            yield where, decode_json(line, where)
+            try:
+                value = decode_json(line, where)
+            except ValueError as error:
+                if number > 1:
+                    raise
+                guess = next((what for begin, what in BEGINNINGS.items() if line.startswith(begin)), None)
+                guess = f"this is {guess}" if guess else "is this JSON Lines, one object a line?"
+                raise ValueError(f"{error}; {guess}") from error
+            yield where, value
     if number == 0:
         raise ValueError(f"{path}: the file is empty")
 

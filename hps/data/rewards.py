@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -61,6 +61,18 @@ def annotate(
                     f"row {row_id!r}: the reward of response {index} is {reward}; mend the scorer or drop the row"
                 )
         yield row_id, rewards
+
+
+def check_prompts(rows: Iterable[Row], read: Callable[[Any], object]) -> None:
+    """Raises ValueError, with file and line, for the first prompt that a scorer cannot read.
+
+    read: refuses such a prompt with a ValueError.
+    """
+    for row in rows:
+        try:
+            read(row.prompt)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from error
 
 
 def annotate_packed(
@@ -196,12 +208,20 @@ def score_linear(model: LinearRewardModel, prompt: Prompt, responses: Sequence[s
 
 
 def save_linear(model: LinearRewardModel, path: str | Path) -> None:
-    """Writes the model as safetensors, settings in the metadata, under a temporary name and renames it."""
+    """Writes the model as safetensors, settings in the metadata, under a temporary name and renames it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     settings = json.dumps({"format": _FORMAT, "l2": model.l2, "num_pairs": model.num_pairs})
-    save_file({"weights": model.weights}, temporary, metadata={"linear_reward": settings})
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(save({"weights": model.weights}, metadata={"linear_reward": settings}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_linear(path: str | Path) -> LinearRewardModel:

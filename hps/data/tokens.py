@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import jinja2
@@ -53,7 +54,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {path!r}: {error}") from error
+        why = " ".join(str(error).split())
+        if Path(path).is_dir():
+            why = f"this folder holds no tokenizer.json that can be read ({why})"
+        elif Path(path).exists():
+            why = "this is a file; name the folder of a model"
+        else:
+            why = "there is no such folder, nor a model of that name within reach; name a folder, or, where there is a "
+            why += f"network, fetch it first: hf download {path}"
+        raise ValueError(f"no tokenizer could be loaded from {path!r}: {why}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {path!r} has no tokenizer.json; save a fast version of it")
     if tokenizer.eos_token_id is None:
@@ -128,6 +137,18 @@ def encode_answered(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, texts: S
         whole = np.array(_prompt_ids(tokenizer, prompt, special, answer=text), np.int32)
         blocks.append(Block(whole[:1], (whole[1:],)))
     return blocks
+
+
+def merges(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, text: str) -> bool:
+    """Whether a tokenizer run over prompt and response as one text gives other ids than `encode_*` of the two apart.
+
+    Raises ValueError as encode_prompt and encode_response do.
+    """
+    special = _special(tokenizer)
+    head, tail = _prompt_ids(tokenizer, prompt, special), encode_response(tokenizer, text)[:-1]
+    before = prompt if isinstance(prompt, str) else _render(tokenizer, prompt, add_generation_prompt=True)
+    [joined] = _batch_ids(tokenizer, [before + _without_eos(text, special)], plain=False)
+    return joined not in ([*head, *tail], [*head[1:], *tail])  # without the BOS that is put before a string
 
 
 def _closing(tokenizer: PreTrainedTokenizerFast, special: "_Special") -> list[int] | None:

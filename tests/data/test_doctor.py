@@ -5,10 +5,15 @@ import json
 import numpy as np
 import pytest
 from scipy.stats import entropy
+from test_tokens import byte_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+import data_prep
+from hps.data import doctor
 from hps.data.doctor import diagnose, format_report
-from hps.data.listwise import Row
-from hps.data.tokens import COUNTS, Example
+from hps.data.listwise import Row, write
+from hps.data.tokens import COUNTS, Example, tokenize_rows
 
 
 def case(responses, rewards=None, chosen=None, rejected=None, prompt="why"):
@@ -96,11 +101,12 @@ def test_every_other_advice():
         report_of(
             *MIXED,
             case(["x", "x"], [1.0, 0.0], chosen=1, rejected=0),
-            counts={"responses_read": 8, "responses_overlong": 2, "pairs_broken": 3},
+            counts={"responses_read": 8, "responses_overlong": 2, "pairs_broken": 3, "prompts_cut": 4},
         )["advice"]
     )
     for part in (
         "25.0% of the responses do not fit: raise --max_length",
+        "4 prompts lose their beginning: raise --max_length",
         "3 rows lost a response of their human pair",
         "1 human pairs hold equal responses",
         "2 rows have no dispreferred response",
@@ -110,9 +116,12 @@ def test_every_other_advice():
         assert part in text
 
 
+NO_REWARDS = "no rewards: for -human methods and --loss reward; others need data_prep.py annotate first"
+
+
 def test_pairs_alone_are_enough():
     report = report_of(case("ab", chosen=1, rejected=0))
-    assert report["rewards"] is None and report["errors"] == [] and report["advice"] == []
+    assert report["rewards"] is None and report["errors"] == [] and report["advice"] == [NO_REWARDS]
 
 
 @pytest.mark.parametrize(
@@ -143,4 +152,88 @@ def test_the_page():
     assert [line[:2] for line in lines].count(["zscore", "-5"]) == 1
     assert lines[-2:] == [["errors:"], ["-", "none"]]
     bare = format_report(report_of(case("ab", chosen=0, rejected=1)))
-    assert "gamma" not in bare and "rewards" not in bare
+    assert "gamma" not in bare and "rewards reverse" not in bare
+
+
+# -- with a tokenizer: where texts meet, and the limit --
+
+ANSWERED = "<s>{% for m in messages %}[{{ m.role }}]:{{ m.content }}{% if m.role == 'assistant' %}END{% endif %}"
+ANSWERED += "{% endfor %}{% if add_generation_prompt %}[assistant]:{% endif %}"
+
+
+def test_where_texts_meet(monkeypatch):
+    """`ans` and `wer` merge into one word when they are read as one text; a space keeps `why?` apart."""
+    tokenizer = byte_tokenizer()
+    texts = [("The ans", ("wer is yes", "no")), ("Question:", (" why?", "", "yes"))]
+    rows = [Row(str(i), prompt, responses, where=f"f:{i}") for i, (prompt, responses) in enumerate(texts)]
+    for (prompt, (first, *_)), merged in zip(texts, (True, False), strict=True):
+        ids, whole = tokenizer(prompt).input_ids, tokenizer(prompt + first).input_ids
+        assert ([*ids, *tokenizer(first).input_ids[1:]] != whole) is merged
+    examples, counts = tokenize_rows(tokenizer, rows, max_length=99)
+    report = diagnose(rows, examples, counts, tokenizer=tokenizer)
+    expected = {"prompts_with_bos": 2, "responses_with_one_eos": 4, "looked_at": 2, "merges": 1}
+    assert report["joints"] == expected | {"turns_end_otherwise": False}
+    lines = [line.split() for line in format_report(report).splitlines()]
+    assert ["prompts", "that", "begin", "with", "BOS", "2"] in lines
+    assert ["responses", "that", "end", "in", "EOS,", "the", "only", "one", "4"] in lines
+    assert ["merges", "with", "the", "prompt,", "in", "2", "rows", "1"] in lines
+    assert json.loads(json.dumps(report)) == report
+    monkeypatch.setattr(doctor, "JOINTS", 1)
+    assert diagnose(rows[::-1], examples[::-1], counts, tokenizer=tokenizer)["joints"]["merges"] == 0
+
+
+@pytest.mark.parametrize(("end", "otherwise"), [("</s>", False), ("</s> ", False), ("<|tool|>", True), ("", True)])
+def test_a_template_that_ends_answers_otherwise_is_told(end, otherwise):
+    tokenizer = byte_tokenizer(chat_template=ANSWERED.replace("END", end))
+    rows = [Row("a", ({"role": "user", "content": "why"},), ("yes", "no"), chosen=0, rejected=1, where="f:1")]
+    report = diagnose(rows, *tokenize_rows(tokenizer, rows, max_length=99), tokenizer=tokenizer)
+    assert report["joints"]["turns_end_otherwise"] is otherwise and report["joints"]["merges"] == 0
+    told = ["the chat template ends an answer with something else than eos_token, which ends each response"]
+    assert report["advice"] == told * otherwise + [NO_REWARDS]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A folder with a tokenizer of single letters, without BOS."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate("abcdefxy.?")}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path_factory.mktemp("words")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=".", unk_token="?").save_pretrained(folder)
+    return folder
+
+
+def run(words, path, capsys, *more):
+    """What the command prints as JSON."""
+    data_prep.main(["doctor", f"--input={path}", f"--model={words}", "--json", *more])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_limit_and_what_becomes_of_longer_rows(words, tmp_path, capsys):
+    """Six tokens of prompt; responses of two and four with EOS; five tokens in all."""
+    path = tmp_path / "x.jsonl"
+    write(path, [Row("a", "a b c d e f", ("x", "x y x"), (1.0, 0.0)), Row("b", "a", ("x", "y"), (1.0, 0.0))])
+    whole = run(words, path, capsys)
+    assert whole["prompt_tokens"] == {"min": 1, "median": 3.5, "max": 6} and whole["counts"]["prompts_cut"] == 0
+    assert whole["response_tokens"] == {"min": 2, "median": 2, "max": 4} and whole["advice"] == []
+    dropped = run(words, path, capsys, "--max_length=5")
+    assert (dropped["examples"], dropped["counts"]["responses_overlong"], dropped["prompt_tokens"]["max"]) == (1, 2, 1)
+    cut = run(words, path, capsys, "--max_length=5", "--truncate=keep_end")
+    # Two tokens of the prompt are kept at the least: the longer response does not fit, three go beside the shorter.
+    assert (cut["examples"], cut["counts"]["responses_overlong"], cut["prompt_tokens"]["max"]) == (2, 1, 3)
+    assert cut["counts"]["prompts_cut"] == 1 and "1 prompts lose their beginning" in cut["advice"][1]
+    assert cut["prompt_characters"] == whole["prompt_characters"]  # of the file, as it is
+    with pytest.raises(
+        ValueError, match=r"x.jsonl:1: prompt of 6 tokens \+ responses\[0\] of 2 tokens > max_length = 5"
+    ):
+        run(words, path, capsys, "--max_length=5", "--truncate=error")
+    with pytest.raises(ValueError, match=r"truncate = 'keep'.* choose one of drop, error, keep_end"):
+        run(words, path, capsys, "--truncate=keep")
+
+
+def test_status_1_on_errors(words, tmp_path, capsys):
+    write(tmp_path / "x.jsonl", [Row("a", "a", ("x", "y"), (1.0, 1.0))])
+    with pytest.raises(SystemExit) as ended:
+        run(words, tmp_path / "x.jsonl", capsys)
+    assert ended.value.code == 1
+    [error] = json.loads(capsys.readouterr().out)["errors"]
+    assert error.startswith("no row can be trained on: the rewards tell no two responses apart")

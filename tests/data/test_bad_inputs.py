@@ -1,0 +1,439 @@
+"""The wall of bad inputs: what a user may bring, the command that meets it, and what it says.
+
+Every case goes through the script's own `main`. The message is a ValueError, which `config.run_main` prints as one line
+(tested once, in a process of its own); where there is a file and a line, it begins with them. Afterwards the folder of
+outputs holds no file, half-written or whole.
+"""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from conftest import ROOT
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+import data_prep
+import eval as evaluation
+import train
+
+WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<unk>", "tea", "is", "hot", "cold", "why"]
+TURNS = "{% for m in messages %}<user> {{ m.content }} {% endfor %}"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TURNS
+ROW = {"id": "a", "prompt": "why", "responses": ["tea is hot", "cold"], "rewards": [1, 0], "chosen": 0, "rejected": 1}
+TALK = [{"role": "system", "content": "tea"}, {"role": "user", "content": "why"}]
+NO_LINES = "; is this JSON Lines, one object a line?"
+
+
+def save(folder: Path, *, labels: int = 0, eos: str | None = "<eos>", template: str | None = "<bos> " + TURNS) -> Path:
+    """A word tokenizer, with a causal LM of 16 positions or a classifier of some labels."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = dict(bos_token="<bos>", eos_token=eos, pad_token="<pad>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named).save_pretrained(folder)
+    sizes = dict(vocab_size=len(WORDS), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = LlamaConfig(**sizes, max_position_embeddings=16, num_labels=labels or 2)
+    (LlamaForSequenceClassification if labels else LlamaForCausalLM)(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Model folders by name, and one file."""
+    root = tmp_path_factory.mktemp("models")
+    save(root / "model")
+    save(root / "no-template", template=None)
+    save(root / "refuses", template=REFUSES)
+    save(root / "broken-template", template="{% for m in messages %}")
+    save(root / "two-bos", template="<bos> <bos> " + TURNS)
+    save(root / "no-eos", eos=None)
+    save(root / "two-labels", labels=2)
+    save(root / "scorer-no-template", labels=1, template=None)
+    (root / "empty").mkdir()
+    (root / "file").write_text("tea")
+    return root
+
+
+def command(name: str, data: Path, out: Path, folders: Path, more: dict) -> tuple:
+    """The main function of a script and its words, for a command that reads a list-wise file."""
+    model, output = folders / "model", out / "out.jsonl"
+    options = {
+        "export": dict(format="trl", input=data, output=output),
+        "generate": dict(model=model, input=data, output=output, max_new_tokens=4),
+        "fit": dict(input=data, output=out / "r.safetensors"),
+        "annotate": dict(scorer="human", input=data, output=output),
+        "doctor": dict(model=model, input=data),
+        "import": dict(source="hh-rlhf", input=data, output=output),
+        "train": dict(model=model, data=data, out=out, token_cache=out.parent / "tokens"),
+        "eval": dict(model=more.get("model", model), reference=model, data=data, out=out, samples=0),
+    }[name] | more
+    if name in ("train", "eval"):
+        options["reference_cache"] = out.parent / "references"
+    if name == "eval":
+        options["reference"] = options["model"]
+    words = [f"--{key}={value}" for key, value in options.items()]
+    main = {"train": train.main, "eval": evaluation.main}.get(name, data_prep.main)
+    return main, words if name in ("train", "eval") else [name, *words]
+
+
+def refused(name: str, data: Path, tmp_path: Path, folders: Path, **more) -> str:
+    """What a command says to it, having left nothing behind."""
+    out = tmp_path / "out"
+    main, words = command(name, data, out, folders, more)
+    before = sorted(path for path in tmp_path.rglob("*") if out not in path.parents)
+    with pytest.raises(ValueError) as mistake:
+        main(words)
+    left = [path for path in out.rglob("*") if path.is_file()]
+    assert not left, f"{name} left {left}"
+    assert not [path for path in tmp_path.rglob("*.tmp*") if path not in before], f"{name} left a temporary file"
+    return str(mistake.value)
+
+
+def lines(*rows: dict | bytes) -> bytes:
+    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+
+
+# -- files that are no list-wise data: every command that reads one says the same --
+
+LISTWISE = ("export", "generate", "fit", "annotate", "doctor", "train", "eval")
+SECOND = {  # what stands in line 2, behind a good row
+    "broken JSON": (b'{"id": "b"', "broken JSON at character 12: Expecting ',' delimiter"),
+    "a list": (b"[1]", "a row must be a JSON object, not a list"),
+    "a blank line": (b"", "blank line; remove it (one row a line)"),
+    "a prompt of a wrong type": ({"prompt": 3}, "prompt must be a string or a list of messages, not a number"),
+    "responses that are one text": ({"responses": "tea"}, "responses must be a list, not a string"),
+    "a response that is null": ({"responses": ["tea", None]}, "responses[1] must be a string, not null"),
+    "a reward in quotes": ({"rewards": ["1", 0]}, "rewards[0] must be a number, not a string"),
+    "a reward that is true": ({"rewards": [1, True]}, "rewards[1] must be a number, not true/false"),
+    "a NaN": ({"rewards": [1, float("nan")]}, "broken JSON: NaN is not a number"),
+    "an infinity": ({"rewards": [float("-inf"), 1]}, "broken JSON: -Infinity is not a number"),
+    "more than a float holds": (
+        json.dumps(ROW | {"id": "b"}).encode().replace(b"[1, 0]", b"[1e999, 0]"),
+        "rewards[0] must be a finite number",
+    ),
+    "a reward too few": ({"rewards": [1]}, "2 responses but 1 rewards; give one reward a response"),
+    "an empty prompt": ({"prompt": " "}, "prompt is empty"),
+    "an empty turn": ({"prompt": [{"role": "user", "content": ""}]}, "prompt[0].content is empty"),
+    "half an emoji": (
+        {"responses": ["tea", "a\ud83d"]},
+        "responses[1] holds half of a surrogate pair (\\ud83d) at character 1",
+    ),
+    "half an emoji in the prompt": (
+        {"prompt": "\ude00"},
+        "prompt holds half of a surrogate pair (\\ude00) at character 0",
+    ),
+    "an answered prompt": (
+        {"prompt": [{"role": "assistant", "content": "tea"}]},
+        "prompt must end with a turn of 'user', whom the responses answer; it ends with a turn of 'assistant'",
+    ),
+    "another role": (
+        {"prompt": [{"role": "human", "content": "why"}]},
+        "prompt[0] has the unknown role 'human'; use one of system, user, assistant",
+    ),
+    "another key": ({"reward": 1}, "unknown key 'reward'; did you mean 'rewards'? Valid keys: id, prompt, responses"),
+    "a choice out of range": ({"chosen": 2}, "chosen = 2 is out of range; there are 2 responses, counted from 0"),
+    "an id once more": ({"id": "a"}, "id 'a' is already used at {path}:1; ids must be unique"),
+}
+WHOLE = {  # file name, content, message behind the file's name
+    "an empty file": ("x.jsonl", b"", ": the file is empty"),
+    "CSV": ("x.csv", b"id,prompt\na,why\n", ":1: broken JSON at character 1: Expecting value" + NO_LINES),
+    "indented JSON": ("x.json", b'[\n {"id": "a"}\n]\n', ":1: broken JSON at character 3: Expecting value" + NO_LINES),
+    "a picture": ("x.png", b"\x89PNG\r\n\x1a\n", ":1: not UTF-8 at byte 1: invalid start byte" + NO_LINES),
+    "UTF-16": (
+        "x.jsonl",
+        json.dumps(ROW).encode("utf-16"),
+        ":1: not UTF-8 at byte 1: invalid start byte; this is UTF-16: save it as UTF-8",
+    ),
+    "a byte order mark": (
+        "x.jsonl",
+        b"\xef\xbb\xbf" + lines(ROW),
+        ":1: broken JSON at character 1: Unexpected UTF-8 BOM (decode using utf-8-sig); this is UTF-8 with a byte "
+        "order mark: save it without",
+    ),
+    "gzip without its suffix": (
+        "x.jsonl",
+        gzip.compress(lines(ROW), mtime=0),
+        ":1: not UTF-8 at byte 2: invalid start byte; this is gzip: let its name end in .gz",
+    ),
+    "parquet": (
+        "x.parquet",
+        b"PAR1\x15\x04\n",
+        ":1: broken JSON at character 1: Expecting value; this is parquet: data_prep.py import reads that, as .parquet",
+    ),
+    "a suffix without gzip": ("x.jsonl.gz", lines(ROW), ": broken gzip file: Not a gzipped file"),
+    "half a gzip file": (
+        "x.jsonl.gz",
+        gzip.compress(lines(*(ROW | {"id": str(i)} for i in range(99))))[:150],
+        ": broken gzip file: Compressed file ended before the end-of-stream marker was reached",
+    ),
+    "a folder": ("x", None, ": cannot be read: Is a directory"),
+    "nothing at all": ("nowhere.jsonl", None, ": cannot be read: No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("what", SECOND)
+def test_a_bad_second_line(what, tmp_path, folders):
+    second, message = SECOND[what]
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(lines(ROW, second if isinstance(second, bytes) else ROW | {"id": "b"} | second))
+    for name in LISTWISE:
+        said = refused(name, path, tmp_path, folders)
+        assert said.startswith(f"{path}:2: " + message.replace("{path}", str(path))), f"{name}: {said}"
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_a_bad_file(what, tmp_path, folders):
+    name, content, message = WHOLE[what]
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    elif what == "a folder":
+        path.mkdir()
+    for name in LISTWISE:
+        said = refused(name, path, tmp_path, folders)
+        assert said.startswith(f"{path}{message}"), f"{name}: {said}"
+
+
+def test_a_line_of_100_mb_is_not_loaded(tmp_path, folders):
+    """The reader stops at 64 MiB; the file is sparse, so that only what is read takes memory."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(lines(ROW))
+    with path.open("r+b") as file:
+        file.truncate(100 * 10**6)
+    tracemalloc.start()
+    try:
+        said = refused("doctor", path, tmp_path, folders)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert said == f"{path}:2: the line is longer than 64 MiB; is this JSON Lines?"
+    assert peak < 140 * 2**20  # 64 MiB, twice while they are put together; the line would take 190
+
+
+# -- data that does not go with its tokenizer, its model or its scorer --
+
+READERS = ("doctor", "train", "eval")
+LONG = {"prompt": "why tea is " * 6}
+FITS = [  # what it is; what is in line 2; commands and options that meet it; message ({path}, {folders} filled in)
+    (
+        "messages without a template", {"prompt": TALK[1:]}, ("generate", *READERS), dict(model="no-template"),
+        "{path}:2: the prompt is a list of messages but the tokenizer has no chat template",
+    ),
+    (
+        "a template that refuses", {"prompt": TALK}, ("generate", *READERS), dict(model="refuses"),
+        "{path}:2: the tokenizer's chat template refuses these messages: no system turn",
+    ),
+    (
+        "a template that is broken", {"prompt": TALK}, ("generate", *READERS), dict(model="broken-template"),
+        "{path}:2: the tokenizer's chat template refuses these messages: Unexpected end of template",
+    ),
+    (
+        "a template with two BOS", {"prompt": TALK}, ("generate", *READERS), dict(model="two-bos"),
+        "{path}:2: the prompt starts with two '<bos>'; take one out",
+    ),
+    (
+        "a prompt with two BOS", {"prompt": "<bos> <bos> why"}, ("generate", *READERS), {},
+        "{path}:2: the prompt starts with two '<bos>'; take one out",
+    ),
+    (
+        "an end within a response", {"responses": ["tea <eos> is", "hot"]}, READERS, {},
+        "{path}:2: a response holds the control token '<eos>' inside its text, and this tokenizer cannot read it as "
+        "plain characters; take it out of the text",
+    ),
+    (
+        "a prompt over the limit", LONG | {"id": "a"}, READERS, dict(max_length=8),
+        "no row is left with max_length = 8: rows_read = 1, rows_overlong_prompt = 1, responses_read = 2, "
+        "responses_overlong = 2",
+    ),
+    (
+        "a prompt over the limit, to be told", LONG, ("doctor", "train"), dict(max_length=8, truncate="error"),
+        "{path}:2: prompt of 18 tokens + responses[0] of 4 tokens > max_length = 8; raise it, or use truncate = drop "
+        "or keep_end",
+    ),
+    (
+        "a prompt over the limit, to be answered", LONG | {"id": "a"}, ("generate",), dict(max_prompt_length=2),
+        "{path}: no prompt fits into max_prompt_length = 2",
+    ),
+    (
+        "a prompt over the model's context", LONG, ("train", "eval"), {},
+        "a row has 22 tokens, the model 16 positions: set --max_length 16",
+    ),
+    (
+        "a prompt over the model's context, to be answered", LONG, ("generate",), {},
+        "prompt 'b' has 18 tokens; the model's 16 positions and max_new_tokens=4 allow 1 to 12: shorten or drop it "
+        "(--max_prompt_length 12)",
+    ),
+    (
+        "a tokenizer without EOS", {}, ("generate", *READERS), dict(model="no-eos"),
+        "the tokenizer of '{folders}/no-eos' has no eos_token; name one in its tokenizer_config.json",
+    ),
+    (
+        "a folder without a tokenizer", {}, ("generate", *READERS), dict(model="empty"),
+        "no tokenizer could be loaded from '{folders}/empty': this folder holds no tokenizer.json that can be read (",
+    ),
+    (
+        "a file for a model", {}, ("generate", *READERS), dict(model="file"),
+        "no tokenizer could be loaded from '{folders}/file': this is a file; name the folder of a model",
+    ),
+    (
+        "a row without rewards", {"rewards": ...}, ("train",), {},
+        "{path}:2: row 'b' has no rewards; score the file first: data_prep.py annotate",
+    ),
+    (
+        "a classifier for a reward model", {}, ("annotate",), dict(scorer="two-labels"),
+        "{folders}/two-labels has 2 labels where a reward model has one: is it a classifier? If they are objectives "
+        "whose mean is the reward, say so with --objectives mean",
+    ),
+    (
+        "a language model for a reward model", {}, ("annotate",), dict(scorer="model"),
+        "{folders}/model is no reward model but LlamaForCausalLM: train one from it with train.py --loss reward",
+    ),
+    (
+        "a reward model without a template", {"prompt": TALK}, ("annotate",), dict(scorer="scorer-no-template"),
+        "{path}:2: the prompt is a list of messages but the tokenizer has no chat template",
+    ),
+    (
+        "a text for a linear reward model", {}, ("annotate",), dict(scorer="file"),
+        "{folders}/file is not a safetensors file (",
+    ),
+    (
+        "a prompt that is not the world's", {}, ("annotate",), dict(scorer="world-est"),
+        "{path}:1: this world cannot read the prompt 'why': score only its own, as message lists",
+    ),
+    (
+        "a prompt that is not the world's, to be sampled", {}, ("eval",), dict(scorer="world-true", samples=2),
+        "{path}:1: this world cannot read the prompt 'why': score only its own, as message lists",
+    ),
+    (
+        "three responses for the human choice", {"responses": ["tea", "is", "hot"], "rewards": ...}, ("annotate",), {},
+        "{path}:2: scorer human needs a row of two responses with `chosen`",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "names", "more", "message"), [c[1:] for c in FITS], ids=[c[0] for c in FITS])
+def test_what_does_not_go_together(change, names, more, message, tmp_path, folders):
+    path = tmp_path / "x.jsonl"
+    second = {key: value for key, value in (ROW | {"id": "b"} | change).items() if value is not ...}
+    path.write_bytes(lines(ROW, second) if second["id"] == "b" else lines(second))
+    options = {key: folders / str(v) if (folders / str(v)).exists() else v for key, v in more.items()}
+    for name in names:
+        said = refused(name, path, tmp_path, folders, **options)
+        assert said.startswith(message.format(path=path, folders=folders)), f"{name}: {said}"
+
+
+def test_only_empty_responses(tmp_path, folders):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(lines(ROW | {"responses": ["", " \n"]}))
+    for name in READERS:
+        said = refused(name, path, tmp_path, folders)
+        lost = "rows_read = 1, rows_no_responses = 1, responses_read = 2, responses_empty = 2"
+        assert said == f"no row is left with max_length = 2048: {lost}"
+
+
+HUB = (
+    "no tokenizer could be loaded from 'someone/some-model': there is no such folder, nor a model of that name within "
+    "reach; name a folder, or, where there is a network, fetch it first: hf download someone/some-model"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [(name, dict(model="someone/some-model")) for name in ("generate", *READERS)]
+    + [("annotate", dict(scorer="someone/some-model"))],
+)
+def test_a_hub_name_while_offline(name, more, tmp_path, folders, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(lines(ROW))
+    assert refused(name, path, tmp_path, folders, **more) == HUB
+
+
+def test_it_is_one_line_and_status_2(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(lines(ROW))
+    argv = [sys.executable, "data_prep.py", "doctor", f"--input={path}", "--model=someone/some-model"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {HUB}\n")
+
+
+# -- foreign formats --
+
+TALK_OF_HH = "\n\nHuman: Hi\n\nAssistant: {}"
+FOREIGN = [  # what it is, options, file name, content, message behind the file's name
+    ("another format", {}, "x.jsonl", lines(ROW), ":1: unknown key 'id'; did you mean "),
+    ("a column too few", {}, "x.jsonl", lines({"chosen": "a"}), ":1: the key 'rejected' is missing"),
+    ("CSV", {}, "x.csv", b"chosen,rejected\na,b\n", ":1: broken JSON at character 1: Expecting value" + NO_LINES),
+    ("half a gzip file", {}, "x.jsonl.gz", gzip.compress(lines(ROW))[:40], ": broken gzip file: "),
+    ("half a JSON list", {}, "x.json", b'[{"chosen": "a"', ": broken JSON at character 16: Expecting ',' delimiter"),
+    ("a folder", {}, "x", None, ": cannot be read: Is a directory"),
+    (
+        "half an emoji in every row", {}, "x.jsonl",
+        lines({"chosen": TALK_OF_HH.format("a\ud83d"), "rejected": TALK_OF_HH.format("b")}),
+        ": no row is left of this hh-rlhf file: rows_read = 1, rows_malformed = 1\n  {path}:1: responses[0] holds half "
+        "of a surrogate pair (\\ud83d) at character 1",
+    ),
+    (
+        "a NaN for a score", dict(source="ultrafeedback", order="overall"), "x.jsonl",
+        lines({"instruction": "why", "completions": [{"response": "tea", "overall_score": float("nan")}]}),
+        ":1: broken JSON: NaN is not a number",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "name", "content", "message"), [c[1:] for c in FOREIGN], ids=[c[0] for c in FOREIGN])
+def test_a_bad_foreign_file(more, name, content, message, tmp_path, folders):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    said = refused("import", path, tmp_path, folders, **more)
+    assert said.startswith(f"{path}" + message.replace("{path}", str(path))), said
+
+
+# -- outputs that cannot be written: below a regular file, which root may not either, and over a folder --
+
+
+@pytest.mark.parametrize("name", ["import", "export", "generate", "fit", "annotate", "eval"])
+def test_an_output_below_a_file(name, tmp_path, folders):
+    data, file = tmp_path / "x.jsonl", tmp_path / "file"
+    data.write_bytes(lines(ROW))
+    file.write_text("tea")
+    if name == "import":
+        data.write_bytes(lines({key: TALK_OF_HH.format(key) for key in ("chosen", "rejected")}))
+    more = {"out": file / "run"} if name == "eval" else {"output": file / "r.safetensors"}
+    said = refused(name, data, tmp_path, folders, **more)
+    reason = "cannot be made: Not a directory" if name == "eval" else "cannot read or write "
+    assert reason in said and str(file) in said
+    assert file.read_text() == "tea"
+
+
+def test_a_world_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("tea")
+    sizes = ["--train=2", "--valid=2", "--test=2", "--demonstrations=2"]
+    with pytest.raises(ValueError, match=rf"cannot read or write {tmp_path}/file/world/model: Not a directory"):
+        data_prep.main(["world", f"--out={tmp_path / 'file/world'}", *sizes])
+
+
+@pytest.mark.parametrize("name", ["export", "fit", "annotate"])
+def test_a_folder_for_an_output(name, tmp_path, folders):
+    data, folder = tmp_path / "x.jsonl", tmp_path / "folder"
+    data.write_bytes(lines(ROW))
+    folder.mkdir()
+    assert refused(name, data, tmp_path, folders, output=folder) == f"cannot read or write {folder}: Is a directory"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")
+@pytest.mark.parametrize("name", ["export", "generate", "fit", "annotate", "eval"])
+def test_a_folder_without_the_right_to_write(name, tmp_path, folders):
+    data, folder = tmp_path / "x.jsonl", tmp_path / "folder"
+    data.write_bytes(lines(ROW))
+    folder.mkdir(mode=0o500)
+    more = {"out": folder / "run"} if name == "eval" else {"output": folder / "r.safetensors"}
+    assert "Permission denied" in refused(name, data, tmp_path, folders, **more)
+    assert not list(folder.iterdir())
