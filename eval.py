@@ -68,10 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(c: Config, ranks: dist.Ranks) -> None:
     out = Path(c.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)  # now, not after hours of sampling
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be made: {error.strerror}") from error
+    checkpoint.make_folder(out)
     score = None if c.scorer == "none" else scorers.load(c.scorer)
     rows = listwise.read(c.data)[: c.limit or None]
     if known := scorers.world_of(c.scorer):

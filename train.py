@@ -372,7 +372,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     if c.sample_every and ranks.sharded:
         raise ValueError("--sample_every needs the whole model in one process: leave it out under torchrun")
     out = Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.make_folder(out)
     started = checkpoint.latest(out / "checkpoints")
     check_folder(out, c, started is not None)
     if (out / "policy").exists():

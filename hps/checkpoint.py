@@ -27,6 +27,14 @@ def write_json(path: Path, content: Any) -> None:
     partial.rename(path)
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder of a run; ValueError where that cannot be, now and not after hours of work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made: {error.strerror}") from error
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, of those that a gradient reaches, in a fixed order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -399,16 +399,16 @@ def test_a_bad_foreign_file(more, name, content, message, tmp_path, folders):
 # -- outputs that cannot be written: below a regular file, which root may not either, and over a folder --
 
 
-@pytest.mark.parametrize("name", ["import", "export", "generate", "fit", "annotate", "eval"])
+@pytest.mark.parametrize("name", ["import", "export", "generate", "fit", "annotate", "eval", "train"])
 def test_an_output_below_a_file(name, tmp_path, folders):
     data, file = tmp_path / "x.jsonl", tmp_path / "file"
     data.write_bytes(lines(ROW))
     file.write_text("tea")
     if name == "import":
         data.write_bytes(lines({key: TALK_OF_HH.format(key) for key in ("chosen", "rejected")}))
-    more = {"out": file / "run"} if name == "eval" else {"output": file / "r.safetensors"}
+    more = {"out": file / "run"} if name in ("eval", "train") else {"output": file / "r.safetensors"}
     said = refused(name, data, tmp_path, folders, **more)
-    reason = "cannot be made: Not a directory" if name == "eval" else "cannot read or write "
+    reason = "cannot be made: Not a directory" if name in ("eval", "train") else "cannot read or write "
     assert reason in said and str(file) in said
     assert file.read_text() == "tea"
 
