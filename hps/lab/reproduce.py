@@ -65,7 +65,7 @@ def run_command(argv: list[str], log: str) -> float:
         before, sys.argv = sys.argv, argv[argv[0] == "-m" :]
         try:
             if argv[0] == "-m":
-                runpy.run_module(argv[1], run_name="__main__")
+                runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(argv[0], run_name="__main__")
         except SystemExit as e:

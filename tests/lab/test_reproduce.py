@@ -160,6 +160,14 @@ def test_workers_end_with_a_killed_sweep(tmp_path):
     assert not Path(f"/proc/{worker}").exists()
 
 
+def test_a_stage_may_be_a_module(tmp_path):
+    """Its options are read from its own source, whatever runs it: __main__ must be the module for that time."""
+    before = sys.argv, sys.modules["__main__"]
+    reproduce.run_command(["-m", "hps.evaluate.export", "--help"], str(tmp_path / "log"))
+    assert "--eval_json" in (tmp_path / "log").read_text()
+    assert (sys.argv, sys.modules["__main__"]) == before
+
+
 def test_finished_stages_are_kept_in_order_and_failures_are_told(tmp_path, monkeypatch):
     """A stage runs after what it needs, longest chain first, and only where it must; a failure has its last words."""
     script, log = tmp_path / "script.py", tmp_path / "order"
