@@ -51,8 +51,8 @@ SIZES = {
     False: dict(reward=480, heldout=128, train=128, test=64, n=8, samples=4, epochs=2),
     True: dict(reward=16, heldout=16, train=8, test=6, n=4, samples=2, epochs=1),
 }
-# The longest conversation of both: 9 of 10 HH-RLHF rows fit, and a step stays short on two cores.
-LENGTHS = {"max_length": 256, "tokens_per_micro_batch": 1024}
+# Most of HH-RLHF's rows fit (their median prompt has 120 tokens in this model's template), and steps stay short.
+LENGTHS = {"max_length": 384, "tokens_per_micro_batch": 1536}
 NEW_TOKENS = {False: 96, True: 64}
 ROWS: dict[str, dict[str, Any]] = {
     "DPO-BT": {"method": "dpo-bt"},
@@ -104,7 +104,7 @@ def plan(c: Options, out: Path) -> tuple[list[Stage], dict[str, list[list[Path]]
     for name, by in (("train", "a"), ("test", "b")):
         drawn = out / f"{name}-candidates.jsonl"
         argv = ["data_prep.py", "generate", f"--model={policy}", f"--input={splits[name]}", f"--output={drawn}"]
-        argv += [f"--n={size['n']}", f"--max_new_tokens={NEW_TOKENS[c.small]}", "--max_prompt_length=160"]
+        argv += [f"--n={size['n']}", f"--max_new_tokens={NEW_TOKENS[c.small]}", "--max_prompt_length=256"]
         stage(drawn, argv, 0.3 * size[name] * size["n"], policy, splits[name])
         rewarded[name] = scored(drawn, by, out / f"{name}-scored.jsonl", size[name] * (size["n"] + 2))
 
