@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(c: Config, ranks: dist.Ranks) -> None:
     out = Path(c.out)
     checkpoint.make_folder(out)
-    score = None if c.scorer == "none" else scorers.load(c.scorer)
+    score = None if c.scorer == "none" else scorers.load(c.scorer, device=ranks.device)
     rows = listwise.read(c.data)[: c.limit or None]
     if known := scorers.world_of(c.scorer):
         rewards.check_prompts(rows, known.task)

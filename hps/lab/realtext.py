@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from hps import config
 from hps.data import listwise
 from hps.evaluate import metrics, report
 from hps.lab.reproduce import (
-    BAR,
     ROOT,
     Stage,
     commit,
@@ -30,9 +28,8 @@ from hps.lab.reproduce import (
     flags,
     interval,
     machine,
-    run_stages,
+    run_in_workers,
     summarise,
-    workers,
 )
 from hps.lab.suites import SCALED
 
@@ -42,8 +39,8 @@ class Options:
     hh: str  # file of HH-RLHF rows (.jsonl, .gz, .xz)
     model: str = "runs/models/smollm2-135m-instruct"  # start of everything: a folder or a hub name
     out: str = "runs/smollm2"  # results.json, RESULTS.md, report.html, figures/ and every stage's files
-    seeds: int = 3  # preference runs of each method
-    small: bool = False  # a few rows and one seed: checks the path, not the claim
+    seeds: int = 0  # preference runs of each method; 0: 3, or 1 of the small form
+    small: bool = False  # a few rows: checks the path, not the claim
     jobs: int = 0  # processes at once; 0 means one a core
 
 
@@ -119,7 +116,7 @@ def plan(c: Options, out: Path) -> tuple[list[Stage], dict[str, list[list[Path]]
     cells = {"SFT": [[baseline]]}
     for name, row in ROWS.items():
         folders = []
-        for seed in range(1 if c.small else c.seeds):
+        for seed in range(c.seeds):
             folder = out / name / f"run-{seed}"
             argv = ["train.py", f"--model={policy}", f"--data={rewarded['train']}", f"--out={folder}", *flags(row)]
             argv += ["--lr=1e-4", f"--epochs={size['epochs']}", "--prompts_per_step=8", f"--seed={seed}", texts, cache]
@@ -142,23 +139,18 @@ def accuracy(path: Path) -> dict[str, float]:
 
 def main() -> None:
     c, _ = config.parse(Options, prog="python -m hps.lab.realtext", description=str(__doc__).split("\n")[0])
-    if c.seeds < 1 or c.jobs < 0:
-        raise ValueError("seeds must be at least 1, jobs not negative")
+    if min(c.seeds, c.jobs) < 0:
+        raise ValueError("seeds and jobs must not be negative")
+    c.seeds = c.seeds or (1 if c.small else 3)
     if not Path(c.hh).is_file():
         raise ValueError(f"{c.hh}: no such file; it holds rows of HH-RLHF (harmless-base/train.jsonl.gz, say)")
     c.hh = str(Path(c.hh).resolve())
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers
-    began, out, jobs = time.time(), Path(c.out), c.jobs or os.cpu_count() or 1
+    began, out = time.time(), Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     stages, cells = plan(c, out)
-    total = round(sum(stage.weight for stage in stages))
-    with workers(jobs) as pool, tqdm(total=total, desc="smollm2", bar_format=BAR) as bar:
-        try:
-            kept = run_stages(pool, jobs, stages, out, bar)
-        except RuntimeError as e:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise ValueError(f"a stage failed; its output is in {out / 'logs'}: {e}") from e
+    kept = run_in_workers(stages, c.jobs, out, "smollm2")
     rows, comparisons = summarise(cells, PAIRS)
     curves, schedule = curves_of(cells)
     accuracies = {f"reward model {name}": accuracy(out / f"heldout-{name}.jsonl") for name in ("a", "b")}

@@ -141,6 +141,18 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
     return kept
 
 
+def run_in_workers(stages: list[Stage], jobs: int, out: Path, name: str) -> int:
+    """`run_stages` with a bar, in `jobs` processes or one a core; ValueError where a stage fails."""
+    jobs = jobs or os.cpu_count() or 1
+    total = round(sum(stage.weight for stage in stages))
+    with workers(jobs) as pool, tqdm(total=total, desc=name, bar_format=BAR) as bar:
+        try:
+            return run_stages(pool, jobs, stages, out, bar)
+        except RuntimeError as e:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise ValueError(f"a stage failed; its output is in {out / 'logs'}: {e}") from e
+
+
 def course(stages: list[Stage], kept: int, out: Path) -> dict[str, int]:
     """How a suite's stages went, for its settings: their number, those that an earlier start had done, and the seconds
     that all of them took, whenever they ran: a suite that was killed or shares stages tells its whole cost."""
@@ -377,7 +389,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     """One suite: its stages' files go to `out`, where suites share what they can, its report to `folder`."""
     began = time.time()
     folder.mkdir(parents=True, exist_ok=True)
-    suite, jobs = SUITES[name](), c.jobs or os.cpu_count() or 1
+    suite = SUITES[name]()
     c = dataclasses.replace(
         c,
         seeds=min(c.seeds, suite.worlds or c.seeds),
@@ -385,13 +397,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
         first_seed=c.first_seed + suite.later,
     )
     stages, cells = plan(c, suite, out)
-    total = round(sum(stage.weight for stage in stages))
-    with workers(jobs) as pool, tqdm(total=total, desc=f"{name}, {c.seeds} seeds", bar_format=BAR) as bar:
-        try:
-            kept = run_stages(pool, jobs, stages, out, bar)
-        except RuntimeError as e:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise ValueError(f"a stage failed; its output is in {out / 'logs'}: {e}") from e
+    kept = run_in_workers(stages, c.jobs, out, f"{name}, {c.seeds} seeds")
     check_length_terms(cells)
     rows, comparisons = summarise(cells, suite.pairs)
     curves, schedule = curves_of(cells)

@@ -14,17 +14,17 @@ from hps.lab.world import NOISE_STD, World
 Annotator = Callable[[Sequence[Row]], Iterator[tuple[str, list[float]]]]
 
 
-def load(name: str) -> rewards.Scorer:
+def load(name: str, *, device: torch.device | None = None) -> rewards.Scorer:
     """The function (prompt, responses) -> rewards called `name`.
 
     `world-true[:SEED]` is the self-made world's own reward, `world-est[:SEED[:NOISE]]` the noisy, length-biased one
     that training sees (NOISE its standard deviation); `FILE.safetensors` is a linear reward model, anything else a
-    reward model by its folder or hub name.
+    reward model by its folder or hub name, which runs on `device`, the CPU by default.
     """
     kind, *words = name.split(":")
     if kind not in ("world-true", "world-est"):
         if not is_linear(name):
-            annotate = load_reward_model(name)
+            annotate = load_reward_model(name, device=device)
 
             def score(prompt: rewards.Prompt, responses: list[str]) -> list[float]:
                 row = Row("", prompt if isinstance(prompt, str) else tuple(prompt), tuple(responses), where="a sample")
