@@ -1,8 +1,9 @@
 """Attention over packed rows: no work between blocks, nor between the responses of one block.
 
 A row is blocks of [prompt | y_1 | ... | y_K]. A token of y_k sees the prompt and its own response's past; the first
-response simply continues the prompt, so [prompt | y_1] is one causal sequence. `packed_attention` stands in for
-transformers' own attention (`AttentionInterface`) and serves a row in one of three ways:
+response simply continues the prompt, so [prompt | y_1] is one causal sequence. What all prompts begin with may lie once
+before the blocks, and is seen by all tokens. `packed_attention` stands in for transformers' own attention
+(`AttentionInterface`) and serves a row in one of three ways:
 
     blockwise  CPU: every causal stretch by itself, and y_2..y_K against the prompt, merged by their log-sum-exp
     padded     CPU, many short responses: one batched call for all of them, each over [a copy of the prompt | itself]
@@ -38,7 +39,8 @@ class LayoutLost(ValueError):
 def block_mask(packed: Packed) -> Tensor | None:
     """The dense mask of packed rows, (R, 1, N, N) bool, True where query (row) may attend to key (column).
 
-    A token sees earlier tokens of its own block that belong to the prompt or to its own response. None where plain
+    A token sees earlier tokens of its own block that belong to the prompt or to its own response, and the start that
+    all prompts share. None where plain
     causal is enough: the pads stand at the end of a row, so no real token looks at them.
     """
     if packed.causal:
@@ -49,10 +51,11 @@ def block_mask(packed: Packed) -> Tensor | None:
 
 def _may_attend(packed: Packed) -> Callable[..., Tensor]:
     """The rule, as FlexAttention asks for it: (batch, head, query, key) indices -> bool."""
-    block, segment = packed.block[0], packed.segment[0]
+    block, segment, shared = packed.block[0], packed.segment[0], len(packed.spans)
 
     def rule(_batch, _head, q, k):
-        return (q >= k) & (block[q] == block[k]) & ((segment[k] == 0) | (segment[k] == segment[q]))
+        own = (block[q] == block[k]) & ((segment[k] == 0) | (segment[k] == segment[q]))
+        return (q >= k) & (own | (block[k] == shared))
 
     return rule
 
@@ -118,12 +121,13 @@ def _layout(packed: Packed, heads: int) -> Callable[..., Tensor]:
     """The function of (query, key, value, scaling) that serves this row, its plan made once for all layers."""
     if packed.input_ids.is_cuda:
         return _flex(packed)
-    longest = max(P for P, _ in packed.spans)
+    S, N = packed.prefix, packed.input_ids.shape[1]
+    longest = S + max(P for P, _ in packed.spans)
     widest = max(max(lengths) for _, lengths in packed.spans)
     sequences = sum(len(lengths) for _, lengths in packed.spans)
     padded = len(packed.spans) * longest**2 + sequences * widest * (longest + widest)
-    exact = sum((P + L[0]) ** 2 + sum(y * (P + y) for y in L[1:]) for P, L in packed.spans)
-    calls = sum(len(lengths) + (len(lengths) > 1) for _, lengths in packed.spans)
+    exact = S * N + sum((P + L[0]) ** 2 + sum(y * (P + y) for y in L[1:]) for P, L in packed.spans)
+    calls = 2 * (S > 0) + sum(len(lengths) + (len(lengths) > 1) for _, lengths in packed.spans)
     return _Padded(packed) if heads * padded < heads * exact + CALL * calls else _blockwise(packed)
 
 
@@ -136,7 +140,10 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def _blockwise(packed: Packed) -> Callable[..., Tensor]:
     causal: list[slice] = []  # stretches that see only their own past
     cross: list[tuple[slice, slice]] = []  # (queries y_2..y_K of a block, keys of its prompt), added to those
-    at = 0
+    at = packed.prefix
+    if at:
+        causal.append(slice(0, at))
+        cross.append((slice(at, packed.input_ids.shape[1]), slice(0, at)))
     for P, (first, *others) in packed.spans:
         prompt, at = slice(at, at + P), at + P + first
         causal.append(slice(prompt.start, at))
@@ -204,16 +211,18 @@ class _Padded:
 
     def __init__(self, packed: Packed):
         B, S = len(packed.spans), sum(len(lengths) for _, lengths in packed.spans)
-        P = max(P for P, _ in packed.spans)
+        start = np.arange(packed.prefix)  # every prompt takes it along; its own results are those of the first one
+        P = len(start) + max(P for P, _ in packed.spans)
         L = max(max(lengths) for _, lengths in packed.spans)
         prompts, queries = np.zeros((B, P), dtype=np.int64), np.zeros((S, L), dtype=np.int64)  # 0 on pads
         shared, prompt_length = np.zeros((S, P), dtype=np.int64), np.zeros(S, dtype=np.int64)
-        back = []  # where each packed token stands in the concatenated results
-        at = s = 0
-        for b, (length, responses) in enumerate(packed.spans):
-            prompts[b, :length] = np.arange(at, at + length)
-            back.append(b * P + np.arange(length))
-            at += length
+        back = [start]  # where each packed token stands in the concatenated results
+        at, s = len(start), 0
+        for b, (own, responses) in enumerate(packed.spans):
+            length = len(start) + own
+            prompts[b, :length] = np.concatenate([start, np.arange(at, at + own)])
+            back.append(b * P + np.arange(len(start), length))
+            at += own
             for n in responses:
                 queries[s, :n] = np.arange(at, at + n)
                 shared[s], prompt_length[s] = prompts[b], length

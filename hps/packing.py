@@ -3,6 +3,9 @@
     row      [ p p p p | a a a | b b ]        prompt tokens are computed once for all K responses
     position   0 1 2 3   4 5 6   4 5          positions restart at each response
     segment    0 0 0 0   1 1 1   2 2          a response sees the prompt (0) and itself, not its siblings
+
+Where all prompts begin alike, as under one system prompt, these tokens lie once at the start of the row (block B) and
+are seen by every block.
 """
 
 from collections.abc import Sequence
@@ -11,6 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+
+
+# Tokens that all prompts of a row must begin with before these are laid out once: a shared start costs every layer one
+# more call, about what two tokens cost a small model on a CPU, and a split of the attention's sums.
+MIN_PREFIX = 8
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,15 @@ def pieces(block: Block, *, tokens: int) -> list[Block]:
 class Packed:
     """A micro-batch. R rows of N packed tokens; T scored tokens; B prompts of at most K responses.
 
-    input_ids, position_ids: (R, N) int64. block: (R, N) int64, the prompt's index in the micro-batch, -1 on pads.
+    input_ids, position_ids: (R, N) int64. block: (R, N) int64, the prompt's index in the micro-batch, B on what all
+    prompts begin with, -1 on pads.
     segment: (R, N) int64, 0 on prompt tokens, k + 1 on response k.
     predictor: (T,) int64, index into the flattened R * N positions of the hidden state that predicts the token.
     last: (B, K) int64, index into the same of each response's last token, 0 where there is none.
     targets: (T,) int64 token ids. sequence: (T,) int64, b * K + k of each scored token.
     num_tokens: (B, K) int64 scored tokens. valid: (B, K) bool.
-    spans: B pairs (prompt's length, its responses' lengths), in the order in which they lie in the row.
+    prefix: tokens at the start of the row that all prompts begin with, 0 unless they are laid out once.
+    spans: B pairs (length of the rest of the prompt, its responses' lengths), in the order of the row.
     causal: True where each row holds one prompt with one response, so that the plain causal mask is enough.
     """
 
@@ -63,6 +73,7 @@ class Packed:
     sequence: Tensor
     num_tokens: Tensor
     valid: Tensor
+    prefix: int
     spans: tuple[tuple[int, tuple[int, ...]], ...]
     causal: bool
 
@@ -96,22 +107,25 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
     each = [(b, [k]) for b, block in enumerate(blocks) for k in range(len(block.responses))]
     units = [(b, list(range(len(block.responses)))) for b, block in enumerate(blocks)] if share_prompt else each
     rows = [list(range(len(units)))] if share_prompt else [[u] for u in range(len(units))]
-    lengths = [len(blocks[b].prompt) + sum(len(blocks[b].responses[k]) for k in ks) for b, ks in units]
-    R, N = len(rows), max(sum(lengths[u] for u in row) for row in rows)
+    prefix = _common_start([block.prompt for block in blocks]) if share_prompt else 0
+    lengths = [len(blocks[b].prompt) - prefix + sum(len(blocks[b].responses[k]) for k in ks) for b, ks in units]
+    R, N = len(rows), prefix + max(sum(lengths[u] for u in row) for row in rows)
     input_ids = np.full((R, N), pad_id, dtype=np.int64)
     position_ids = np.tile(np.arange(N), (R, 1))  # pads count on: a jump back looks like a new text to transformers
     owner = np.full((R, N), -1, dtype=np.int64)
     segment = np.zeros((R, N), dtype=np.int64)
     predictor, targets, sequence = [], [], []
+    input_ids[:, :prefix], owner[:, :prefix] = blocks[0].prompt[:prefix], len(blocks)
     for r, members in enumerate(rows):
-        at = 0
+        at = prefix
         for u in members:
             b, ks = units[u]
             P = len(blocks[b].prompt)
-            start, last_prompt = at, at + P - 1
-            input_ids[r, at : at + P] = blocks[b].prompt
-            position_ids[r, at : at + P] = np.arange(P)
-            at += P
+            own = P - prefix
+            start, last_prompt = at, at + own - 1
+            input_ids[r, at : at + own] = blocks[b].prompt[prefix:]
+            position_ids[r, at : at + own] = np.arange(prefix, P)
+            at += own
             for k in ks:
                 y = blocks[b].responses[k]
                 input_ids[r, at : at + len(y)] = y
@@ -135,9 +149,21 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
         sequence=torch.from_numpy(np.concatenate(sequence)).long(),
         num_tokens=num_tokens,
         valid=num_tokens > 0,
-        spans=tuple((len(block.prompt), tuple(map(len, block.responses))) for block in blocks),
+        prefix=prefix,
+        spans=tuple((len(block.prompt) - prefix, tuple(map(len, block.responses))) for block in blocks),
         causal=not share_prompt,
     )
+
+
+def _common_start(prompts: Sequence[np.ndarray]) -> int:
+    """How many tokens all prompts begin with, if there are several and it is worth it; a prompt keeps one for itself,
+    whose state predicts its responses' first tokens."""
+    if len(prompts) < 2:
+        return 0
+    shortest = min(map(len, prompts)) - 1
+    equal = np.stack([p[:shortest] for p in prompts]) == prompts[0][:shortest]
+    same = int(equal.all(0).cumprod().sum())
+    return same if same >= MIN_PREFIX else 0
 
 
 def micro_batches(lengths: Sequence[int], *, budget: int, world_size: int) -> list[list[list[int]]]:

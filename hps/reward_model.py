@@ -69,9 +69,10 @@ class RemoteRewardModel(nn.Module):
     def forward(self, packed: Packed) -> Tensor:
         """Rewards (B, K) fp32, 0 where there is no response; ValueError for several objectives not expected."""
         rewards = torch.zeros(packed.valid.shape)
-        at = 0
+        at = packed.prefix
         for b, (length, responses) in enumerate(packed.spans):
-            prompt, at = packed.input_ids[:, at : at + length], at + length
+            start, own = packed.input_ids[:, : packed.prefix], packed.input_ids[:, at : at + length]
+            prompt, at = torch.cat([start, own], dim=1), at + length
             for k, n in enumerate(responses):
                 output = self.lm(input_ids=torch.cat([prompt, packed.input_ids[:, at : at + n]], dim=1))
                 found = getattr(output, "rewards", None)
