@@ -17,14 +17,17 @@ import hashlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from hps import config, dist, model, sampling
+from hps import config, dist, files, model, sampling
 from hps.data import doctor, generate, importers, journal, listwise, rewards, tokens
 from hps.lab import scorers, world
 
@@ -125,7 +128,7 @@ def export_rows(c: Export) -> None:
     tell(c, "export", counts, reasons)
 
 
-def tell(c: Import | Export, command: str, counts: dict[str, int], reasons: list[str], **more: list[str]) -> None:
+def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], **more: list[str]) -> None:
     """Print what was left out and why, and write it to the manifest."""
     for reason in reasons:
         print(reason, file=sys.stderr)
@@ -139,11 +142,22 @@ def generate_candidates(c: Generate) -> None:
     for name, value, known in (("dtype", c.dtype, model.DTYPES), ("engine", c.engine, ("hf", "vllm"))):
         if value not in known:
             raise ValueError(f"{name} = {value!r} does not exist; choose one of {', '.join(known)}")
-    ranks = dist.init(timeout=timedelta(days=30))  # a rank may be done days before another
-    try:
-        generate_share(c, ranks)
-    finally:
-        dist.shutdown()
+    in_shares(c, generate_share)
+
+
+def in_shares(c: Any, work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work(c, *arguments, ranks)` on every rank, while no other process works on the same output."""
+    with dist.session(timeout=timedelta(days=30)) as ranks:  # a rank may be done days before another
+        Path(c.output).parent.mkdir(parents=True, exist_ok=True)
+        advice = "wait until it ends, or choose another --output"
+        lock = files.lock(Path(f"{c.output}.lock"), what=work.__name__, advice=advice) if ranks.first else nullcontext()
+        with lock:
+            work(c, *arguments, ranks)
+
+
+# What the journals hold of each prompt, beside its id.
+SAMPLED = {"responses": (list, str), "counts": (dict, int)}
+SCORED = {"rewards": (list, float), "counts": (dict, int)}
 
 
 def generate_share(c: Generate, ranks: dist.Ranks) -> None:
@@ -158,14 +172,14 @@ def generate_share(c: Generate, ranks: dist.Ranks) -> None:
         raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
     settings = {key: value for key, value in config.as_dict(c).items() if key not in ("output", "max_rows")}
     settings |= {key: digest(settings[key]) for key in ("model", "input")}
-    done = journal.read(c.output, settings)
+    done = journal.read(c.output, settings, **SAMPLED)
     dist.barrier()  # none may write before all have read
     mine = [(row.id, prompts[row.id]) for row in rows if row.id not in done][ranks.rank :: ranks.world_size]
     if mine:
         draw(c, mine, tokenizer, journal.Journal(c.output, ranks.rank, settings), ranks)
     dist.barrier()
     if ranks.first:
-        done = journal.read(c.output, settings)
+        done = journal.read(c.output, settings, **SAMPLED)
         counts = Counter(prompts=len(prompts), prompts_overlong=len(prompts) - len(rows))
         written = []
         for row in rows:
@@ -175,7 +189,7 @@ def generate_share(c: Generate, ranks: dist.Ranks) -> None:
         listwise.write(c.output, written)
         for path in journal.files(c.output):
             path.unlink()
-        report(counts, c.output)
+        tell(c, "generate", counts, [])
 
 
 def prompt_ids(tokenizer, row: listwise.Row) -> list[int]:
@@ -254,11 +268,7 @@ def annotate_rows(c: Annotate) -> None:
         asked = ((row.id, row.prompt, list(row.responses)) for row in rows)
         write_rewards(c, rows, [r for _, r in rewards.annotate(asked, score)], Counter())
     else:
-        ranks = dist.init(timeout=timedelta(days=30))
-        try:
-            annotate_share(c, rows, ranks)
-        finally:
-            dist.shutdown()
+        in_shares(c, annotate_share, rows)
 
 
 def annotate_share(c: Annotate, rows: list[listwise.Row], ranks: dist.Ranks) -> None:
@@ -269,7 +279,7 @@ def annotate_share(c: Annotate, rows: list[listwise.Row], ranks: dist.Ranks) -> 
     free = ("output", "pairs", "tokens_per_micro_batch")
     settings = {key: value for key, value in config.as_dict(c).items() if key not in free}
     settings |= {"scorer": digest(c.scorer), "input": digest(c.input)}
-    done = journal.read(c.output, settings)
+    done = journal.read(c.output, settings, **SCORED)
     dist.barrier()  # none may write before all have read
     mine = [row for row in rows if row.id not in done][ranks.rank :: ranks.world_size]
     if mine:
@@ -284,7 +294,7 @@ def annotate_share(c: Annotate, rows: list[listwise.Row], ranks: dist.Ranks) -> 
             counts.clear()
     dist.barrier()
     if ranks.first:
-        done = journal.read(c.output, settings)
+        done = journal.read(c.output, settings, **SCORED)
         counts = sum((Counter(record["counts"]) for record in done.values()), Counter())
         write_rewards(c, rows, [done[row.id]["rewards"] for row in rows], counts)
         for path in journal.files(c.output):
@@ -301,7 +311,7 @@ def write_rewards(c: Annotate, rows: list[listwise.Row], found: list[list[float]
         counts["pairs_made"] = sum(lacks and row.chosen is not None for row, lacks in zip(rows, alone, strict=True))
         counts["pairs_equal_rewards"] = sum(row.chosen is None for row in rows)
     listwise.write(c.output, rows)
-    report(counts, c.output)
+    tell(c, "annotate", counts, [])
 
 
 def random_pair(row: listwise.Row) -> listwise.Row:

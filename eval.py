@@ -6,7 +6,6 @@
 Margins need candidates with rewards or a human pair; reward, harm and win rate need --samples and a --scorer.
 """
 
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hps import checkpoint, config, dist, logps, model, reference
+from hps import checkpoint, config, dist, files, logps, model, reference
 from hps.data import generate, listwise, rewards, tokens
 from hps.evaluate import metrics, report
 from hps.lab import scorers
@@ -59,11 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--baseline {c.baseline}: no samples.jsonl there; evaluate that model first")
     if c.baseline and c.scorer == "none":
         raise ValueError("--baseline compares rewards of samples: it needs a --scorer")
-    ranks = dist.init()
-    try:
+    with dist.session() as ranks:
         evaluate(c, ranks)
-    finally:
-        dist.shutdown()
 
 
 def evaluate(c: Config, ranks: dist.Ranks) -> None:
@@ -124,7 +120,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
             values[row.id] |= sample_metrics(row, by_id[row.id], world)
 
     # Every rank writes its share; the first one puts them together.
-    checkpoint.write_json(out / f"part-{ranks.rank}.json", {"values": values, "counts": counts})
+    files.write_json(out / f"part-{ranks.rank}.json", {"values": values, "counts": counts})
     if sampled:
         listwise.write(out / f"part-{ranks.rank}.jsonl", sampled)
     dist.barrier()
@@ -231,7 +227,7 @@ def sample_metrics(samples: listwise.Row, row: listwise.Row, world: World | None
 
 def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
     """Put the ranks' shares together: per_prompt.json, samples.jsonl, eval.json and the table row on stdout."""
-    parts = [json.loads((out / f"part-{rank}.json").read_text()) for rank in range(world_size)]
+    parts = [files.read_json(out / f"part-{rank}.json") for rank in range(world_size)]
     values = {id: found for part in parts for id, found in part["values"].items()}
     counts = parts[0]["counts"]
     for part in parts[1:]:  # what was tokenised is the same on all ranks, what was sampled is shared out
@@ -253,10 +249,10 @@ def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
     for name, column in table.items():
         mean, low, high = metrics.bootstrap_mean(np.array(list(column.values())))
         means[name] = {"mean": mean, "low": low, "high": high, "prompts": len(column)}
-    checkpoint.write_json(out / "per_prompt.json", table)
+    files.write_json(out / "per_prompt.json", table)
     settings = config.as_dict(c)
     result = {"method": c.name or Path(c.model).parent.name, "metrics": means, "counts": counts, "config": settings}
-    checkpoint.write_json(out / "eval.json", result)
+    files.write_json(out / "eval.json", result)
     for rank in range(world_size):
         (out / f"part-{rank}.json").unlink()
         (out / f"part-{rank}.jsonl").unlink(missing_ok=True)

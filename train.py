@@ -10,12 +10,16 @@ import dataclasses
 import json
 import math
 import resource
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hps import checkpoint, config, dist, loggers, losses, model, reference, reward_model, sampling
+from hps import checkpoint, config, dist, files, loggers, losses, model, reference, reward_model, sampling
 from hps import plan as planning
 from hps.data import generate, store, tokens
 from hps.evaluate import card
@@ -103,6 +107,7 @@ class Config:
     sample_every: int = 0  # steps between greedy answers to the same prompts, in samples.jsonl; 0 draws none
     sample_prompts: int = 4  # the first so many prompts of the data are answered then
     log_to: str = ""  # beside metrics.jsonl: tensorboard, wandb, or both, comma-separated
+    timeout: float = 10.0  # minutes that ranks wait for each other before the run ends
     stop_after: int = 0  # stop (with a checkpoint) after this many steps in all; 0 runs to the end
 
 
@@ -204,7 +209,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         if getattr(c, key) not in allowed:
             raise ValueError(f"{key} = {getattr(c, key)!r} does not exist; choose one of {', '.join(allowed)}")
     positive = ("epochs", "prompts_per_step", "positives", "tokens_per_micro_batch", "beta", "lr", "reward_scale")
-    for key in (*positive, "sample_prompts"):
+    for key in (*positive, "sample_prompts", "timeout"):
         if not getattr(c, key) > 0:
             raise ValueError(f"{key} must be positive, got {getattr(c, key)}")
     if c.loss != "sft":
@@ -225,7 +230,8 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     config.check_used(set_keys, used_options(c), what=what)
     if c.positives > 1 and c.hps_form != "full":
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
-    positive_weights(c)
+    if c.positive_lambda:
+        positive_weights(c)
     loggers.chosen(c.log_to)
     if c.loss == "preference" and parts(c)[2] is KTO and c.prompts_per_step < 2:
         raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
@@ -326,6 +332,7 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+TERMINATED = 75  # status of a run that SIGTERM has stopped, with a checkpoint: EX_TEMPFAIL of sysexits.h
 SAMPLE_TOKENS = 128  # of an answer in samples.jsonl, at most
 
 # Per-prompt values of the log, in the order of the columns of `prompt_metrics`; names are the field's.
@@ -361,18 +368,22 @@ def prompt_metrics(per_prompt, policy_logps, logratios, valid, beta: float, posi
 def main(argv: list[str] | None = None) -> None:
     c, set_keys = config.parse(Config, argv, prog="train.py", description=str(__doc__).split("\n")[0])
     check(c, set_keys)
-    ranks = dist.init()
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        train(as_preference(c), ranks)
+        with dist.session(timeout=timedelta(minutes=c.timeout)) as ranks:
+            checkpoint.make_folder(Path(c.out))
+            advice = "wait until it ends, or choose another --out"
+            holds = files.lock(Path(c.out) / "lock", what="train.py", advice=advice) if ranks.first else nullcontext()
+            with holds:
+                train(as_preference(c), ranks)
     finally:
-        dist.shutdown()
+        signal.signal(signal.SIGTERM, before)
 
 
 def train(c: Config, ranks: dist.Ranks) -> None:
     if c.sample_every and ranks.sharded:
         raise ValueError("--sample_every needs the whole model in one process: leave it out under torchrun")
     out = Path(c.out)
-    checkpoint.make_folder(out)
     started = checkpoint.latest(out / "checkpoints")
     check_folder(out, c, started is not None)
     if (out / "policy").exists():
@@ -425,7 +436,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     dist.shard(policy, policy.layers, ranks=ranks, dtype=dtype)
 
     # Reference log-probs of just what the plan touches: the policy itself before its first update, unless another
-    # reference is named. Never from trained weights: a resumed run must find them all.
+    # reference is named. Trained weights must never stand in for it, so a checkpoint is loaded after this.
     packing = dict(pad_id=tokenizer.pad_token_id, share_prompt=c.share_prompt)
     ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
     kto = c.loss == "preference" and parts(c)[2] is KTO
@@ -449,15 +460,10 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         cache = reference.open_cache(
             c.reference_cache, weights=weights, tokenizer=inputs["tokenizer"], dtype=c.dtype
         )
-        if started is None or c.reference:
-            how = dict(ranks=ranks, budget=c.tokens_per_micro_batch, **packing)
-            found, computed = reference.fill(cache, scorer, touched, **how)
-            ref_mismatched, more = reference.fill(cache, scorer, mismatched, **how)
-            say(ranks, f"reference log-probs: {computed + more} computed, the rest was in {cache}")
-        else:
-            found, ref_mismatched = (
-                reference.lookup(cache, reference.response_keys(blocks)) for blocks in (touched, mismatched)
-            )
+        how = dict(ranks=ranks, budget=c.tokens_per_micro_batch, **packing)
+        found, computed = reference.fill(cache, scorer, touched, **how)
+        ref_mismatched, more = reference.fill(cache, scorer, mismatched, **how)
+        say(ranks, f"reference log-probs: {computed + more} computed, the rest was in {cache}")
         del scorer
         ref_logps[plan.responses >= 0] = found[place]
     else:
@@ -483,6 +489,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         loggers.cut(out / "samples.jsonl", done + 1 if done else 0)
         if done == 0:
             sample(c, policy, tokenizer, examples, 0)
+    terminated = threading.Event()  # until here, SIGTERM ends the run at once: all that is done is on disk
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     clock, tokens_seen = time.perf_counter(), 0
     for step in range(done, plan.steps):
         visits = plan.step(step)
@@ -553,21 +561,25 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         bar.update()
         if c.sample_every and (step + 1) % c.sample_every == 0:
             clock += sample(c, policy, tokenizer, examples, step + 1)  # which is no time of training
-        stop = step + 1 == c.stop_after
+        asked = dist.any_rank(terminated.is_set(), ranks)
+        stop = asked or step + 1 == c.stop_after
         if stop or (c.save_every and (step + 1) % c.save_every == 0 and step + 1 < plan.steps):
             checkpoint.save(out / "checkpoints", policy, optimizer, {"step": step + 1}, ranks=ranks)
         if stop and step + 1 < plan.steps:
             bar.close()
-            say(ranks, f"stopped after {step + 1} of {plan.steps} steps; without --stop_after it goes on")
+            how = "the same command" if asked else "without --stop_after it"
+            say(ranks, f"stopped after {step + 1} of {plan.steps} steps; {how} goes on")
+            if asked:
+                raise SystemExit(TERMINATED)
             return
     bar.close()
     seconds = time.perf_counter() - clock
     summary = {"steps": plan.steps, "first_step": done, "seconds": seconds, "tokens": tokens_seen, "counts": counts}
     readme = ""
     if ranks.first:
-        checkpoint.write_json(out / "summary.json", summary)
+        files.write_json(out / "summary.json", summary)
         kind = "reward " * (c.loss == "reward") + ("adapter" if c.lora_rank else "model")
-        readme = card.card(json.loads((out / "run.json").read_text()), summary, kind=kind)
+        readme = card.card(files.read_record(out / "run.json", RECORD), summary, kind=kind)
     checkpoint.export(policy.lm, tokenizer, out / "policy", ranks=ranks, card=readme)
     say(ranks, f"{out / 'policy'}: trained in {seconds:.1f} s")
 
@@ -663,11 +675,14 @@ def self_check(c: Config, expected: float | None, loss: float, largest: float, r
         )
 
 
+RECORD = "restore it, or start again in a new --out"
+
+
 def check_folder(out: Path, c: Config, started: bool) -> None:
     """ValueError where the folder holds a run with other settings."""
     path = out / "run.json"
     if path.exists() and (started or (out / "policy").exists()):
-        before = json.loads(path.read_text())["config"]
+        before = files.read_record(path, RECORD, config=dict)["config"]
         changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings(c).items() if before.get(k) != v]
         if changed:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): choose another --out")
@@ -676,7 +691,7 @@ def check_folder(out: Path, c: Config, started: bool) -> None:
 def settings(c: Config) -> dict[str, object]:
     """The options that decide the result; a run may go on with other values of the rest."""
     free = ("stop_after", "save_every", "tokens_per_micro_batch", "out", "token_cache", "reference_cache")
-    free += ("sample_every", "sample_prompts", "log_to")
+    free += ("sample_every", "sample_prompts", "log_to", "timeout")
     return {key: value for key, value in dataclasses.asdict(c).items() if key not in free}
 
 
@@ -690,8 +705,8 @@ def claim(out: Path, c: Config, inputs: dict[str, str], started: bool, ranks: di
     """Write run.json; for a run that goes on, ValueError if what its paths hold is not what it began with."""
     path = out / "run.json"
     if started:
-        before = json.loads(path.read_text())["inputs"]
-        changed = [key for key in inputs if inputs[key] != before[key]]
+        before = files.read_record(path, RECORD, inputs=dict)["inputs"]
+        changed = [key for key in inputs if inputs[key] != before.get(key)]
         if changed:
             raise ValueError(
                 f"{out}: the {' and '.join(changed)} of this run changed since it began, so it cannot go on: restore "
@@ -701,7 +716,7 @@ def claim(out: Path, c: Config, inputs: dict[str, str], started: bool, ranks: di
     if ranks.first:
         record = {"config": settings(c), "changed": changed_settings(c), "inputs": inputs}
         record |= {"world_size": ranks.world_size, "argv": sys.argv[1:]}
-        checkpoint.write_json(path, record)
+        files.write_record(path, record)
 
 
 def say(ranks: dist.Ranks, message: str) -> None:

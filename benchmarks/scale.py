@@ -86,9 +86,9 @@ def planned(c: Options, folder: Path) -> dict[str, Any]:
     cache = reference.open_cache(folder.parent / "cache", weights="w", tokenizer="t", dtype="fp32")
     touched, _ = train.touched_blocks(plan, examples)
     keys = reference.response_keys(touched)
-    for i, part in enumerate(np.array_split(np.sort(keys), -(-len(keys) // 8192))):
+    for part in np.array_split(np.sort(keys), -(-len(keys) // 8192)):
         content = {"keys": part.view(np.uint8).reshape(-1, 16), "logps": np.zeros(len(part), dtype=np.float32)}
-        save_file(content, cache / f"shard-{i}.safetensors")
+        save_file(content, cache / f"{reference.shard_name(content['keys'], content['logps'])}.safetensors")
     ranks = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
     began = time.perf_counter()
     touched, place = train.touched_blocks(plan, examples)

@@ -2,11 +2,9 @@
 
 A checkpoint is a folder `step-00000040`: safetensors shards (one a rank, written by torch's distributed
 checkpoint, so another number of ranks can read them) with the trained weights and the optimizer's state, and
-`state.json`. It is written as `step-00000040.tmp` and renamed when every rank is done.
+`state.json` with their checksums. It is written as `step-00000040.tmp` and renamed when every rank is done.
 """
 
-import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -17,14 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from hps import dist
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a temporary name beside `path` and rename it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    partial.rename(path)
+from hps import dist, files
 
 
 def make_folder(out: Path) -> None:
@@ -38,6 +29,9 @@ def make_folder(out: Path) -> None:
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, of those that a gradient reaches, in a fixed order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+SUMS = "sums-"  # begins the names of what ranks tell the first one
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -56,26 +50,48 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 def save(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, ranks: dist.Ranks
 ) -> None:
-    """Write the checkpoint of `state["step"]` finished steps into `folder` and remove older ones. Collective."""
+    """Write the checkpoint of `state["step"]` finished steps into `folder`, then remove older ones. Collective.
+
+    Raises:
+        ValueError: the disk is full or read-only; the checkpoint before is whole.
+    """
     final = folder / f"step-{state['step']:08d}"
     partial = final.with_suffix(".tmp")
-    if ranks.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(_state(model, optimizer), storage_writer=writer, no_dist=not ranks.sharded)
-    dist.barrier()
-    if ranks.first:
-        write_json(partial / "state.json", state)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in folder.glob("step-????????"):
-            if old != final:
-                shutil.rmtree(old)
-    dist.barrier()
+    with files.writing(final, "the checkpoint before is whole, and the same command goes on from it"):
+        if ranks.first:
+            for left in folder.glob("step-*.tmp"):  # of runs that were killed while they wrote
+                shutil.rmtree(left)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            try:
+                dcp.save(_state(model, optimizer), storage_writer=writer, no_dist=not ranks.sharded)
+            except dcp.CheckpointException as error:  # which to Python is no Exception
+                raise RuntimeError(str(error)) from error
+        dist.barrier()
+        # Every rank reads back its share: the files may be too large for one.
+        shares = sorted(partial.iterdir())[ranks.rank :: ranks.world_size]
+        sums = {path.name: files.sha256(path) for path in shares}
+        for path in shares:
+            files.sync(path)
+        dist.barrier()  # all have listed the folder
+        files.write_json(partial / f"{SUMS}{ranks.rank}.json", sums)
+        dist.barrier()
+        if ranks.first:
+            parts = list(partial.glob(f"{SUMS}*.json"))
+            state = state | {"files": {k: v for part in parts for k, v in files.read_json(part).items()}}
+            for part in parts:
+                part.unlink()
+            files.write_record(partial / "state.json", state)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            files.sync(folder)
+            for old in folder.glob("step-????????"):
+                if old != final:
+                    shutil.rmtree(old)
+        dist.barrier()
 
 
 def latest(folder: Path) -> Path | None:
@@ -85,15 +101,27 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, ranks: dist.Ranks) -> dict[str, Any]:
-    """Restore weights and optimizer in place, saved on any number of ranks; returns `state.json`. Collective."""
+    """Restore weights and optimizer in place, saved on any number of ranks; returns `state.json`. Collective.
+
+    Raises:
+        ValueError: a file is not what was saved, or the weights are another model's.
+    """
+    advice = "restore it, or delete this checkpoint to go on from the start"
+    about = files.read_record(path / "state.json", advice, files=dict, step=int)
+    sums = about.pop("files")
+    if why := files.harmed(path, {name: sums[name] for name in sorted(sums)[ranks.rank :: ranks.world_size]}):
+        raise ValueError(f"{path}: {why}; {advice}")
+    dist.barrier()
     state = _state(model, optimizer)  # the tensors themselves: loading fills them in place
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not ranks.sharded)
-        except Exception as e:
-            raise ValueError(f"{path}: cannot be loaded ({e}); delete it to go on from the start") from e
-    return json.loads((path / "state.json").read_text())
+        except (Exception, dcp.CheckpointException) as e:  # the second is to Python none of the first
+            if dist.lost(e):  # then nothing is wrong with the checkpoint
+                raise RuntimeError(str(e)) from e
+            raise ValueError(f"{path}: cannot be loaded ({e}); {advice}") from e
+    return about
 
 
 def export(lm: nn.Module, tokenizer: Any, out: Path, *, ranks: dist.Ranks, card: str) -> None:
@@ -109,11 +137,8 @@ def export(lm: nn.Module, tokenizer: Any, out: Path, *, ranks: dist.Ranks, card:
             if ranks.first:
                 state[name] = whole.clone()
     if ranks.first:
-        partial = out.with_name(out.name + ".tmp")
-        shutil.rmtree(partial, ignore_errors=True)
-        lm.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")  # peft has written one that says nothing
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        with files.replacing(out) as partial:
+            lm.save_pretrained(partial, state_dict=state)
+            tokenizer.save_pretrained(partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")  # peft has written one that says nothing
     dist.barrier()

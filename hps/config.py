@@ -17,6 +17,7 @@ import inspect
 import io
 import math
 import re
+import reprlib
 import sys
 import textwrap
 import tokenize
@@ -207,6 +208,8 @@ def _read_toml(path: Path, options: dict[str, _Option], foreign: bool) -> dict[s
         found = re.search(r" \(at line (\d+)", str(error))  # absent at the end of the document
         line = int(found[1]) if found else max(len(text.splitlines()), 1)
         raise ValueError(f"{path}:{line}: not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets in ...
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
     values = {}
     for key, value in table.items():
         # tomllib keeps no positions; the keys of a flat file stand at the start of their lines.
@@ -220,8 +223,16 @@ def _read_toml(path: Path, options: dict[str, _Option], foreign: bool) -> dict[s
                 continue
             nearest = _nearest(key, options)
             raise ValueError(f"{where}: unknown key {key}: the nearest is {nearest} (see --help)")
-        values[key] = _typed(value, options[key], f"{where}: {key} = {value!r}")
+        values[key] = _typed(value, options[key], f"{where}: {key} = {_brief(value)}")
     return values
+
+
+def _brief(value: Any) -> str:
+    """A value for a message: its beginning where it is long or deep."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no int of more than 4300 digits
+        return "an int of thousands of digits"
 
 
 def _nearest(name: str, names: Collection[str]) -> str:
@@ -246,6 +257,12 @@ def _typed(value: Any, option: _Option, where: str) -> Any:
         return None
     if option.kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1023 else math.inf
-    if type(value) is not option.kind or (option.kind is float and not math.isfinite(value)):
-        raise ValueError(f"{where}: expected {EXPECTED[option.kind]}{' or none' if option.optional else ''}")
+    good = type(value) is option.kind
+    if good and option.kind is float:
+        good = math.isfinite(value)
+    if good and option.kind is int:
+        good = -(2**63) <= value < 2**63  # what arrays and seeds hold
+    if not good:
+        what = EXPECTED[option.kind] + (" of 64 bits" if type(value) is int and option.kind is int else "")
+        raise ValueError(f"{where}: expected {what}{' or none' if option.optional else ''}")
     return value

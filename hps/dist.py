@@ -1,7 +1,11 @@
 """Ranks, sharding and reductions. The only file that reads rank variables; the model never mentions any of it."""
 
 import os
+import re
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -26,7 +30,11 @@ class Ranks:
         return self.rank == 0
 
 
-def init(*, timeout: timedelta = timedelta(minutes=10)) -> Ranks:
+# How torch and gloo say that a collective has come to nothing.
+LOST = "(?i)timed out|timeout|closed by peer|connection (reset|refused|closed)|broken pipe|no route to host|unreachable"
+
+
+def init(*, timeout: timedelta) -> Ranks:
     """Join the process group that torchrun announces (nccl on GPUs, gloo on CPUs), or run alone without one.
 
     timeout: how long ranks wait for each other. torchrun ends all of them when one dies, however long it is.
@@ -49,10 +57,32 @@ def init(*, timeout: timedelta = timedelta(minutes=10)) -> Ranks:
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, sharded=True)
 
 
-def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def lost(error: BaseException) -> bool:
+    """Whether an error under torchrun says that another rank is gone or silent."""
+    return "RANK" in os.environ and bool(re.search(LOST, str(error)))
+
+
+@contextmanager
+def session(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
+    """`init` for the length of a block. Where another rank is gone or silent it ends with status 1 and a line on that.
+
+    NCCL ends a process that waits in vain by itself.
+    """
+    try:
+        yield init(timeout=timeout)
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        rank, why = os.environ["RANK"], str(error).splitlines()[0]
+        print(
+            f"error: rank {rank}: another rank is gone, or has not answered for {timeout} ({why}). Look for its own "
+            "message. The same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -85,6 +115,11 @@ def reshard(model: nn.Module) -> None:
     """
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Whether the flag is set on one of the ranks at least. Collective."""
+    return bool(all_sum(torch.tensor([float(flag)], device=ranks.device)) > 0)
 
 
 def all_sum(values: Tensor) -> Tensor:

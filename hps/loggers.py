@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hps import files
+
 Record = dict[str, float]  # "step", counted from 0, and the step's values by name
 Write = Callable[[Record], None]
 
@@ -49,18 +51,32 @@ def open_log(out: Path, names: str, *, done: int, settings: dict[str, Any]) -> W
 
 
 def cut(path: Path, until: int) -> None:
-    """Take the lines of step `until` and later ones out of a JSON Lines file, and make it where it is absent."""
-    lines = path.read_text().splitlines() if until and path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines if line and json.loads(line)["step"] < until))
+    """Take the lines of step `until` and later ones out of a JSON Lines file, and make it where it is absent.
+
+    What follows them, a line torn by a full disk too, goes unread. Raises ValueError for a broken line before.
+    """
+    kept = []
+    for number, line in enumerate(path.read_bytes().splitlines() if until and path.exists() else [], 1):
+        try:
+            step = json.loads(line)["step"]
+            if type(step) is not int:
+                raise TypeError("its step is no whole number")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            message = f"{path}:{number}: not a record of a step ({error}); mend it, or delete the file"
+            raise ValueError(message) from error
+        if step >= until:
+            break
+        kept.append(line + b"\n")
+    with files.replacing(path) as partial:
+        partial.write_bytes(b"".join(kept))
 
 
 def _jsonl(path: Path, done: int) -> Write:
     cut(path, done)
-    file = path.open("a")
+    file = path.open("ab", buffering=0)
 
     def write(record: Record) -> None:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
+        files.append(file, json.dumps(record).encode() + b"\n")
 
     return write
 

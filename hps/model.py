@@ -6,13 +6,15 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hps import attention, products
+from hps import attention, files, products
 from hps.logps import sequence_logps, token_logps
 from hps.packing import Block, Packed, micro_batches, pack, pieces
 
@@ -108,18 +110,46 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    folder = Path(path)
-    if (folder / "adapter_config.json").exists():
+    if adapter := adapter_settings(path):
         from peft import PeftModel
 
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        lm = PeftModel.from_pretrained(load_causal_lm(base, dtype=dtype), path).merge_and_unload()
+        base = load_causal_lm(adapter["base_model_name_or_path"], dtype=dtype)
+        lm = PeftModel.from_pretrained(base, path).merge_and_unload()
         return lm.requires_grad_(True).eval()  # peft froze it
+    how = dict(dtype=dtype, attn_implementation="sdpa")
     try:
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot load the model {path!r}: {e}") from e
+        lm = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **how)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise ValueError(f"cannot load the model {path!r}: {why_not(path, e)}") from e
     return products.use_fp32_products(lm).eval()  # dropout off, in scoring and in training alike
+
+
+def adapter_settings(path: str) -> dict[str, Any] | None:
+    """The adapter_config.json of a folder that holds an adapter, or None.
+
+    Raises:
+        ValueError: it names no base of its own, or its weights are pickled.
+    """
+    folder = Path(path)
+    if not (folder / "adapter_config.json").exists():
+        return None
+    about = files.read_json(folder / "adapter_config.json")
+    base = about.get("base_model_name_or_path") if isinstance(about, dict) else None
+    if not isinstance(base, str) or (Path(base) / "adapter_config.json").exists():
+        raise ValueError(f"{folder / 'adapter_config.json'}: base_model_name_or_path must be a model, not {base!r}")
+    if not (folder / "adapter_model.safetensors").exists():  # peft would unpickle adapter_model.bin
+        raise ValueError(f"cannot load the adapter {path!r}: no adapter_model.safetensors there{_pickled(folder)}")
+    return about
+
+
+def why_not(path: str, error: Exception) -> str:
+    """On one line why a model could not be loaded."""
+    return " ".join(str(error).split()) + _pickled(Path(path))
+
+
+def _pickled(folder: Path) -> str:
+    found = sorted(file.name for file in folder.glob("*.bin"))
+    return f"; {found[0]} is a pickle, which can run code, and is not read: save it as safetensors" if found else ""
 
 
 def add_lora(

@@ -2,14 +2,13 @@
 
 An entry is found by what was scored (token ids of prompt and response) under what scored it (weights, tokenizer
 and template text, dtype), never by file names or row numbers. So all methods, seeds and sizes of a sweep share
-one cache, and nothing stale can be read. Shards are safetensors files that appear whole or not at all, with arrays
-`keys` (T, 16) uint8 and `logps` (T,) float32 in nats, in any order.
+one cache, and nothing stale can be read. Shards are safetensors files that appear whole or not at all, named by a
+checksum of their arrays `keys` (T, 16) uint8 and `logps` (T,) float32 in nats, in any order.
 """
 
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from hps import dist
+from hps import dist, files
 from hps.model import PolicyModel
 from hps.packing import Block, micro_batches, pack, pieces
 
@@ -34,12 +33,11 @@ def open_cache(root: str | Path, *, weights: str, tokenizer: str, dtype: str) ->
     """
     identity = {"weights": weights, "tokenizer": tokenizer, "dtype": dtype}
     cache = Path(root) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    cache.mkdir(parents=True, exist_ok=True)
+    with files.writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
     description = cache / "reference.json"
     if not description.exists():
-        partial = description.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(identity, indent=1))
-        partial.rename(description)
+        files.write_json(description, identity)
     return cache
 
 
@@ -75,7 +73,10 @@ def find(cache: Path, keys: np.ndarray) -> np.ndarray:
             shard, logps = tensors["keys"], tensors["logps"]
         except Exception as e:  # safetensors raises its own type; whatever it says, the file is not usable
             raise ValueError(f"{path}: not a readable cache shard ({e}); delete it, it will be computed again") from e
-        if shard.shape != (len(logps), 16) or not np.all(np.isfinite(logps)) or np.any(logps > 0):
+        if path.stem != shard_name(shard, logps):
+            raise ValueError(f"{path}: is not what was written (its checksum); delete it, it will be computed again")
+        formed = (shard.dtype, shard.shape, logps.dtype, logps.ndim) == (np.uint8, (logps.size, 16), np.float32, 1)
+        if not formed or not np.all(np.isfinite(logps)) or np.any(logps > 0):
             raise ValueError(f"{path}: holds values that are not log-probs; delete it, it will be computed again")
         shard = shard.view("S16")[:, 0]
         at = np.searchsorted(wanted, shard).clip(max=len(wanted) - 1)
@@ -95,13 +96,19 @@ def lookup(cache: Path, keys: np.ndarray) -> np.ndarray:
     return found
 
 
+def shard_name(keys: np.ndarray, logps: np.ndarray) -> str:
+    """A shard's name is the checksum of what it holds."""
+    digest = hashlib.blake2b(f"{keys.dtype} {keys.shape} {logps.dtype} {logps.shape}".encode(), digest_size=12)
+    digest.update(keys)
+    digest.update(logps)
+    return f"shard-{digest.hexdigest()}"
+
+
 def _write_shard(cache: Path, keys: np.ndarray, logps: list[float]) -> None:
     order = np.argsort(keys)  # `find` is several times faster in sorted shards
-    array = keys[order].view(np.uint8).reshape(-1, 16)
-    name = hashlib.blake2b(array, digest_size=12).hexdigest()
-    partial = cache / f"shard-{name}.{os.getpid()}.tmp"
-    save_file({"keys": array, "logps": np.array(logps, dtype=np.float32)[order]}, partial)
-    partial.rename(cache / f"shard-{name}.safetensors")
+    array, values = keys[order].view(np.uint8).reshape(-1, 16), np.array(logps, dtype=np.float32)[order]
+    with files.replacing(cache / f"{shard_name(array, values)}.safetensors") as partial:
+        save_file({"keys": array, "logps": values}, partial)
 
 
 def _parts(blocks: Iterable[Block], absent: np.ndarray, *, budget: int, tokens: int) -> Iterator[list[Block]]:

@@ -5,16 +5,16 @@ or trained here: `train.py --loss reward` fits one to human pairs (Bradley-Terry
 prompt, the response and its end; the state of the last token, through the linear layer `score`, is the reward.
 """
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hps import attention, products
-from hps.model import decoder_layers, states
+from hps.model import adapter_settings, decoder_layers, states, why_not
 from hps.packing import Block, Packed, pack
 
 SEVERAL = (
@@ -96,28 +96,28 @@ def load_reward_model(path: str, *, dtype: torch.dtype, objectives: str = "one",
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    folder = Path(path)
-    if (folder / "adapter_config.json").exists():
+    if about := adapter_settings(path):
         from peft import PeftModel
 
-        about = json.loads((folder / "adapter_config.json").read_text())
-        if about["task_type"] != "SEQ_CLS":
+        if about.get("task_type") != "SEQ_CLS":
             raise ValueError(f"{path} is the adapter of a policy, not of a reward model: train one with --loss reward")
         base = load_reward_model(about["base_model_name_or_path"], dtype=dtype, objectives=objectives, begin=True)
         return cast(Any, PeftModel.from_pretrained(base, path)).merge_and_unload().requires_grad_(True).eval()
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise ValueError(f"cannot load the reward model {path!r}: {e}") from e
+        raise ValueError(f"cannot load the reward model {path!r}: {why_not(path, e)}") from e
     ready = any("SequenceClassification" in name for name in config.architectures or [])
     if not ready and not begin:
         kind = ", ".join(config.architectures or ["of no kind"])
         raise ValueError(f"{path} is no reward model but {kind}: train one from it with train.py --loss reward")
+    how: dict[str, Any] = dict(dtype=dtype, attn_implementation="sdpa") | ({} if ready else {"num_labels": 1})
     try:
-        how = {} if ready else {"num_labels": 1}
-        lm = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **how)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot load the reward model {path!r}: {e}") from e
+        lm = AutoModelForSequenceClassification.from_pretrained(
+            path, trust_remote_code=False, use_safetensors=True, **how
+        )
+    except (OSError, ValueError, SafetensorError) as e:
+        raise ValueError(f"cannot load the reward model {path!r}: {why_not(path, e)}") from e
     if not isinstance(getattr(lm, "score", None), nn.Linear):
         raise ValueError(f"{path}: {type(lm).__name__} has no linear layer `score` over its last token's state")
     if lm.score.out_features != 1 and objectives == "one":
@@ -140,11 +140,15 @@ def load_remote(path: str, *, dtype: torch.dtype, revision: str) -> nn.Module:
     """
     from transformers import AutoModelForSequenceClassification
 
-    how = {} if Path(path).exists() else {"revision": revision, "code_revision": revision}
+    how: dict[str, Any] = {} if Path(path).exists() else {"revision": revision, "code_revision": revision}
     try:
-        lm = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, trust_remote_code=True, **how)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot load the reward model {path!r} at revision {revision!r}: {e}") from e
+        lm = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, trust_remote_code=True, use_safetensors=True, **how
+        )
+    except (OSError, ValueError, SafetensorError) as e:
+        raise ValueError(
+            f"cannot load the reward model {path!r} at revision {revision!r}: {why_not(path, e)}"
+        ) from e
     return lm.eval()
 
 

@@ -1,6 +1,7 @@
 """Shared test set-up: one thread, repeatable draws, the root importable, the real data where it exists."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,17 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="tests/faults with all of their faults: make soak, hours")
+
+
+@pytest.fixture(scope="session")
+def amount(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """amount(small, full): how many faults a test injects, in `make test` and in `make soak`."""
+    soak = request.config.getoption("--soak")
+    return lambda small, full: full if soak else small
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +56,21 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows.append(listwise.Row(row.id, row.prompt, answers, rewards, None, None, row.source, ""))
         listwise.write(folder / f"{name}.jsonl", rows)
     return folder
+
+
+def classifier(tokenizer, folder, *, labels: int = 1, pad: int | None = None, positions: int = 256) -> str:
+    """A small random reward model with the world's tokenizer, in a folder."""
+    from torch import nn
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(labels)
+    lm = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=labels,
+            intermediate_size=48, max_position_embeddings=positions, pad_token_id=pad, initializer_range=0.3,
+        )
+    )  # fmt: skip
+    nn.init.normal_(lm.score.weight)
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

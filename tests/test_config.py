@@ -104,7 +104,7 @@ def test_a_flag_of_each_type(argv, name, value):
     assert run(*argv, "--data", "a") == (config, names)  # a bare bool does not swallow the next flag
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(), st.text(min_size=1))
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**63), 2**63 - 1), st.text(min_size=1))
 def test_flags_give_back_any_value(number, whole, text):
     config, _ = run(f"--lr={number!r}", f"--max_length={whole}", f"--data={text}")
     assert (config.lr, config.max_length, config.data) == (number, whole, text)

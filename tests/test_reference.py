@@ -22,6 +22,13 @@ def open_at(root, **changes) -> Path:
     return reference.open_cache(root, **({"weights": "w", "tokenizer": "t", "dtype": "fp32"} | changes))
 
 
+def put(cache: Path, keys: np.ndarray, logps: np.ndarray) -> str:
+    """A shard as another writer might leave it; its name."""
+    name = reference.shard_name(keys, logps)
+    save_file({"keys": keys, "logps": logps}, cache / f"{name}.safetensors")
+    return name
+
+
 def lookup(cache: Path, blocks: list[Block]) -> np.ndarray:
     return reference.lookup(cache, reference.response_keys(blocks))
 
@@ -74,10 +81,12 @@ def test_what_is_found_is_what_a_dict_would_find(tmp_path):
     keys[:2000] = g.integers(0, 256, size=(2000, 16))
     keys[1000:2000, 12:] = 0
     known: dict[bytes, float] = {}
-    for i, rows in enumerate(np.array_split(g.permutation(3000), 7)):
+    shards = {}
+    for rows in np.array_split(g.permutation(3000), 7):
         logps = -g.random(len(rows)).astype(np.float32)
-        save_file({"keys": keys[rows], "logps": logps}, cache / f"shard-{i}.safetensors")
-        known |= zip(map(bytes, keys[rows]), logps.tolist(), strict=True)
+        shards[put(cache, keys[rows], logps)] = zip(map(bytes, keys[rows]), logps.tolist(), strict=True)
+    for name in sorted(shards):  # of two that hold a response, the last one's value is taken
+        known |= shards[name]
     asked = keys[g.integers(0, 4000, size=6000)]
     found = reference.find(cache, asked.view("S16")[:, 0])
     expected = [known.get(bytes(key), np.nan) for key in asked]
@@ -95,7 +104,7 @@ def test_a_shard_is_keyed_by_blake2b_of_the_ids_in_any_order(tmp_path):
     ]
     cache, logps = open_at(tmp_path), -np.arange(20, dtype=np.float32)
     array = np.frombuffer(b"".join(by_hand), dtype=np.uint8).reshape(-1, 16)
-    save_file({"keys": array, "logps": logps}, cache / "shard-0.safetensors")
+    put(cache, array, logps)
     assert lookup(cache, [block]).tolist() == logps.tolist()
     other = open_at(tmp_path, weights="other")
     reference.fill(other, PolicyModel(tiny("llama")), [block], **HOW)
@@ -133,7 +142,12 @@ def test_torn_and_poisoned_shards_are_named(tmp_path):
     shard.write_bytes(whole[:-7])
     with pytest.raises(ValueError, match=f"{shard.name}: not a readable cache shard"):
         lookup(cache, blocks)
-    save_file({"keys": np.zeros((1, 16), np.uint8), "logps": np.array([np.nan], np.float32)}, shard)
+    poison = np.zeros((1, 16), np.uint8), np.array([np.nan], np.float32)
+    save_file({"keys": poison[0], "logps": poison[1]}, shard)
+    with pytest.raises(ValueError, match=f"{shard.name}: is not what was written"):
+        lookup(cache, blocks)
+    shard.unlink()
+    put(cache, *poison)
     with pytest.raises(ValueError, match="not log-probs"):
         lookup(cache, blocks)
 

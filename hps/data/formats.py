@@ -7,9 +7,10 @@ a ValueError that starts with `where`, "file:line". Texts are kept as they are, 
 import hashlib
 import json
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import cast
@@ -78,7 +79,7 @@ def pku_saferlhf(record: dict[str, object], where: str, *, label: str) -> Row | 
     _required(record, ("prompt", "response_0", "response_1", label), where)
     chosen = record[label]
     if isinstance(chosen, bool) or chosen not in (0, 1):
-        return Dropped("rows_no_preference", f"{label} is {chosen!r}, neither 0 nor 1")
+        return Dropped("rows_no_preference", f"{label} is {reprlib.repr(chosen)}, neither 0 nor 1")
     responses = [_text(record, key, where) for key in ("response_0", "response_1")]
     return _pair("pku-saferlhf", _question(record, "prompt", where), responses, cast(int, chosen), where)
 
@@ -296,7 +297,8 @@ def _ranked(
     for i, score in enumerate(scores):
         number = isinstance(score, int | float) and not isinstance(score, bool)
         if not number or not abs(cast(float, score)) <= sys.float_info.max:  # NaN is not <= anything
-            return Dropped("rows_no_preference", f"the {name} of response {i} is {score!r}, not a number")
+            what = reprlib.repr(score)
+            return Dropped("rows_no_preference", f"the {name} of response {i} is {what}, not a number")
     rewards = [sign * cast(float, score) for score in scores]
     return _row_or_dropped(source, {"prompt": prompt, "responses": texts, "rewards": rewards}, where)
 
@@ -310,9 +312,9 @@ def _row_or_dropped(source: str, fields: dict[str, object], where: str) -> Row |
 
 
 def _row(source: str, fields: dict[str, object], where: str) -> Row:
+    row = parse_row({"id": source, **fields, "source": source}, where)  # first: it refuses what has no JSON
     content = json.dumps([fields["prompt"], fields["responses"]]).encode()
-    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    return parse_row({"id": f"{source}-{digest}", **fields, "source": source}, where)
+    return replace(row, id=f"{source}-{hashlib.blake2b(content, digest_size=8).hexdigest()}")
 
 
 def _required(record: dict[str, object], keys: tuple[str, ...], where: str) -> None:

@@ -4,13 +4,12 @@ The formats themselves are in hps/data/formats.py.
 """
 
 import difflib
-import hashlib
-import json
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from hps import files
 from hps.data.formats import DROPS, EXPORTS, FORMATS, Dropped, Format
 from hps.data.listwise import Row, decode_json, opened, read_lines
 
@@ -120,15 +119,11 @@ def write_manifest(input: str | Path, output: str | Path, facts: dict[str, objec
     The hashes are SHA-256 of the files as they lie, so that `sha256sum` checks them. Equal files and facts give
     equal bytes: there is no time in it.
     """
-    files = {}
+    about = {}
     for name, path in (("input", input), ("output", output)):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[name] = {"path": str(path), "bytes": os.path.getsize(path), "sha256": digest}
+        about[name] = {"path": str(path), "bytes": os.path.getsize(path), "sha256": files.sha256(Path(path))}
     manifest = Path(f"{output}.manifest.json")
-    temporary = manifest.with_name(f"{manifest.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(files | facts, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, manifest)
+    files.write_record(manifest, about | facts)
     return manifest
 
 

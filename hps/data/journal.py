@@ -7,7 +7,7 @@ flushed, and a last line without its end, torn when the run was killed, is as if
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from hps.data.listwise import decode_json
 
@@ -19,26 +19,36 @@ def files(output: str | Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.startswith(begin)) if folder.exists() else []
 
 
-def read(output: str | Path, settings: dict[str, object]) -> dict[str, dict]:
+def read(output: str | Path, settings: dict[str, object], **holds: tuple[type, type]) -> dict[str, dict]:
     """id -> record of all that is in the journals beside an output.
 
+    holds: what each record has beside its id, by name: a list or a dict, and of what.
+
     Raises:
-        ValueError: a journal was written with other settings, or a line in it is broken.
+        ValueError: a journal was written with other settings, or a line in it is no such record.
     """
     records = {}
     for path in files(output):
         for number, line in enumerate(_whole_lines(path), 1):
-            record = decode_json(line, f"{path}:{number}")
-            assert isinstance(record, dict)
+            record: Any = decode_json(line, f"{path}:{number}")
             if number == 1 and record != settings:
-                other = [key for key in {**record, **settings} if record.get(key) != settings.get(key)]
+                before = record if isinstance(record, dict) else {}
+                other = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
                 raise ValueError(
                     f"{path} is what another run left unfinished: it differs in {', '.join(other)}. Start that run "
                     f"again to finish it, or delete {Path(output).name}.journal-* to begin anew"
                 )
             if number > 1:
+                good = isinstance(record, dict) and type(record.get("id")) is str
+                if not good or not all(_holds(record.get(name), *kinds) for name, kinds in holds.items()):
+                    raise ValueError(f"{path}:{number}: no record of a finished prompt; remove that line")
                 records[record["id"]] = record
     return records
+
+
+def _holds(value: object, kind: type, inner: type) -> bool:
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, kind) and all(type(item) is inner for item in items)
 
 
 class Journal:

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import lzma
-import os
+import reprlib
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
 import numpy as np
+
+from hps import files
 
 KEYS = ("id", "prompt", "responses", "rewards", "chosen", "rejected", "source")
 ROLES = ("system", "user", "assistant")
@@ -150,8 +152,10 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
     """Decode a JSON Lines file (plain, .gz or .xz), strictly: yields ("file:line", value).
 
     Raises ValueError when the file is missing, empty or broken in its compression, and for a line that is blank,
-    too long (over 64 MiB, which is not loaded), not UTF-8 or not JSON (NaN and repeated keys included).
+    too long (over 64 MiB, which is not loaded), not UTF-8 or not JSON (NaN and repeated keys included); and for a file
+    that its manifest, where one lies beside it, does not describe.
     """
+    check_manifest(path)
     number = 0
     with opened(path) as file:
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -174,8 +178,21 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
         raise ValueError(f"{path}: the file is empty")
 
 
+def check_manifest(path: str | Path) -> None:
+    """ValueError unless a file is the one that PATH.manifest.json describes; without a manifest there is no telling."""
+    manifest = Path(f"{path}.manifest.json")
+    if not manifest.exists() or not Path(path).exists():
+        return
+    about = files.read_record(manifest, f"delete {manifest} to use {path} as it is", output=dict)
+    if files.sha256(Path(path)) != about["output"].get("sha256"):
+        raise ValueError(
+            f"{path}: is not the file that {manifest} describes: make it again, or delete the manifest if this "
+            "change is wanted"
+        )
+
+
 def write_lines(path: str | Path, records: Iterable[object]) -> None:
-    """Write JSON Lines under a temporary name in the same folder, then rename; compressed for .gz and .xz.
+    """Write JSON Lines, whole or not at all; compressed for .gz and .xz.
 
     Raises ValueError for a name that ends in .parquet, which would not be what it says.
     """
@@ -183,23 +200,19 @@ def write_lines(path: str | Path, records: Iterable[object]) -> None:
     if path.suffix == ".parquet":
         raise ValueError(f"{path}: JSON Lines is what is written; name it .jsonl, .jsonl.gz or .jsonl.xz")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as raw:
-            # No name and no time in the gzip header: equal rows give equal bytes.
-            packed = None
-            if path.suffix == ".gz":
-                packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
-            elif path.suffix == ".xz":
-                packed = lzma.LZMAFile(raw, "wb")
-            for record in records:
-                line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-                (packed or raw).write(line.encode())
-            if packed:
-                packed.close()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(path) as partial, open(partial, "wb") as raw:
+        # No name and no time in the gzip header: equal rows give equal bytes.
+        packed = None
+        if path.suffix == ".gz":
+            packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
+        elif path.suffix == ".xz":
+            packed = lzma.LZMAFile(raw, "wb")
+        for record in records:
+            line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+            (packed or raw).write(line.encode())
+        if packed:
+            packed.close()
+        Path(f"{path}.manifest.json").unlink(missing_ok=True)  # it describes what stood here before
 
 
 @contextmanager
@@ -233,8 +246,8 @@ def check_keys(
     """Raise ValueError for a key outside `keys`, naming the nearest valid one, or for a missing one."""
     for key in record:
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1, cutoff=0)[0]
-            _fail(where, f"unknown key {key!r}; did you mean {near!r}? Valid keys: {', '.join(keys)}")
+            near = difflib.get_close_matches(key[:99], keys, n=1, cutoff=0)[0]
+            _fail(where, f"unknown key {reprlib.repr(key)}; did you mean {near!r}? Valid keys: {', '.join(keys)}")
     for key in required:
         if key not in record:
             _fail(where, f"the key {key!r} is missing")
@@ -268,7 +281,8 @@ def _prompt(value: object, where: str) -> Prompt:
             _fail(where, f"prompt[{i}] must be an object with role and content, not {_kind(turn)}")
         check_keys(turn, ("role", "content"), required=("role", "content"), where=f"{where}: prompt[{i}]")
         if turn["role"] not in ROLES:
-            _fail(where, f"prompt[{i}] has the unknown role {turn['role']!r}; use one of {', '.join(ROLES)}")
+            role = reprlib.repr(turn["role"])
+            _fail(where, f"prompt[{i}] has the unknown role {role}; use one of {', '.join(ROLES)}")
         content = _text(turn["content"], f"prompt[{i}].content", where)
         messages.append({"role": turn["role"], "content": content})
     if not messages or messages[-1]["role"] != "user":

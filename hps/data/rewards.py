@@ -13,7 +13,6 @@ other ones (docs/RESULTS.md). Do not report results with it as those of a traine
 
 import json
 import math
-import os
 import re
 import zlib
 from collections import Counter
@@ -25,11 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from hps import files
 from hps.data import tokens
 from hps.data.listwise import Row
 from hps.packing import Block
@@ -215,13 +215,9 @@ def save_linear(model: LinearRewardModel, path: str | Path) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     settings = json.dumps({"format": _FORMAT, "l2": model.l2, "num_pairs": model.num_pairs})
-    try:
-        temporary.write_bytes(save({"weights": model.weights}, metadata={"linear_reward": settings}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(path) as partial:
+        partial.write_bytes(save({"weights": model.weights}, metadata={"linear_reward": settings}))
 
 
 def load_linear(path: str | Path) -> LinearRewardModel:
@@ -232,9 +228,17 @@ def load_linear(path: str | Path) -> LinearRewardModel:
     """
     try:
         with safe_open(path, framework="np") as file:
-            settings = json.loads((file.metadata() or {}).get("linear_reward", "{}"))
-            if settings.get("format") == _FORMAT:
-                return LinearRewardModel(file.get_tensor("weights"), settings["l2"], settings["num_pairs"])
-    except (OSError, SafetensorError) as error:
+            about = (file.metadata() or {}).get("linear_reward", "{}")
+            weights = file.get_tensor("weights") if "weights" in file.keys() else np.zeros(0)
+    except Exception as error:  # safetensors raises types of its own; whatever it says, the file is not usable
         raise ValueError(f"{path} is not a safetensors file ({error}); make one with data_prep.py fit") from error
-    raise ValueError(f"{path} is not a linear reward model; make one with data_prep.py fit")
+    try:
+        settings = json.loads(about)
+        l2, num_pairs = settings["l2"], settings["num_pairs"]
+        good = settings["format"] == _FORMAT and 0 < l2 < math.inf and type(num_pairs) is int
+    except (ValueError, LookupError, TypeError, RecursionError):
+        good, l2, num_pairs = False, 0.0, 0
+    good &= (weights.dtype, weights.ndim) == (np.float32, 1) and len(weights) > 2  # a bucket, two features of length
+    if not good or not np.isfinite(weights).all():
+        raise ValueError(f"{path} is not a linear reward model; make one with data_prep.py fit")
+    return LinearRewardModel(weights, l2, num_pairs)

@@ -8,7 +8,6 @@ appears whole or not at all. What needs the texts themselves (eval.py, doctor) r
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,12 +19,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from hps import files
 from hps.data import listwise, tokens
 from hps.data.tokens import Example
 from hps.packing import Block
 
 # Decides a store's name: raise it when the files below, or what becomes of a row, change.
-FORMAT = 3
+FORMAT = 4
 FILES = {
     "tokens": np.dtype("<i4"),  # of each of the R examples the prompt, then its responses, N in all
     "offsets": np.dtype("<i8"),  # (R + N + 1,): where each prompt and response begins, and the one before it ends
@@ -168,7 +168,7 @@ def open_store(
     Raises ValueError for what `listwise.stream` and `tokens.tokenize` refuse, and for a store that is not whole.
     """
     data = Path(data)
-    identity = {"format": FORMAT, "data": file_hash(data), "tokenizer": tokens.fingerprint(tokenizer)}
+    identity = {"format": FORMAT, "data": files.sha256(data), "tokenizer": tokens.fingerprint(tokenizer)}
     identity |= {"max_length": max_length, "truncate": truncate, "candidates": candidates, "closing": closing}
     folder = Path(root) / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     while not makes and not folder.exists():
@@ -181,7 +181,7 @@ def open_store(
                 if row.rewards is None and about["without_rewards"] is None:
                     about["without_rewards"] = [row.id, int(row.where.rpartition(":")[2])]
                 yield listwise.first_responses(row, candidates) if candidates else row
-            if file_hash(data) != identity["data"]:
+            if files.sha256(data) != identity["data"]:
                 raise ValueError(f"{data}: changed while it was read; start again")
 
         how = dict(max_length=max_length, truncate=truncate, closing=closing)
@@ -195,21 +195,21 @@ def open_store(
 
 
 def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> None:
-    """Write a store under a temporary name, then rename it; one that another process has put there meanwhile stays.
+    """Write a store, whole or not at all; one that another process has put there meanwhile stays.
 
     about: `identity`, `counts` and `without_rewards` for the header, looked at after the last example.
     """
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with files.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     examples, longest = iter(examples), 0
     offsets, cuts = np.zeros(1, dtype=np.int64), np.zeros((1, 2), dtype=np.int64)
-    try:
+    with files.replacing(folder, over=False) as partial:
+        partial.mkdir()
         with ExitStack() as stack:
-            files = {name: stack.enter_context((partial / name).open("wb")) for name in FILES}
+            columns = {name: stack.enter_context((partial / name).open("wb")) for name in FILES}
 
             def put(name: str, values: Any) -> None:
-                files[name].write(np.ascontiguousarray(values, dtype=FILES[name]))
+                columns[name].write(np.ascontiguousarray(values, dtype=FILES[name]))
 
             put("offsets", offsets)
             put("cuts", cuts)
@@ -228,47 +228,14 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
                 cuts = cuts[-1] + np.cumsum([(len(e.response_ids), len(e.id.encode())) for e in some], axis=0)
                 put("cuts", cuts)
                 longest = max(longest, *map(tokens.longest, some))
-            for file in files.values():  # a machine that stops must not leave a whole-looking store of zeros
-                file.flush()
-                os.fsync(file.fileno())
-        sizes = {name: (partial / name).stat().st_size for name in FILES}
-        content = about | {"longest": longest, "sizes": sizes}
-        (partial / "store.json").write_text(json.dumps({"checksum": _checksum(content), "content": content}, indent=1))
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 hex of a file's bytes; ValueError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+        sums = {name: files.sha256(partial / name) for name in FILES}
+        files.write_record(partial / "store.json", about | {"longest": longest, "files": sums})
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
-    """The content of `store.json`; ValueError unless it is unharmed and every file has the size that it names."""
-    why = ""
-    try:
-        header = json.loads((folder / "store.json").read_text())
-        content = header["content"]
-        if _checksum(content) != header["checksum"]:
-            why = "store.json has another checksum"
-        for name, size in content["sizes"].items():
-            found = (folder / name).stat().st_size
-            why = why or (f"{name} has {found:,} bytes, not {size:,}" if found != size else "")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-    if why:
-        raise ValueError(f"{folder}: not a whole token store ({why}); delete this folder, it will be made again")
-    return content
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """The content of `store.json`; ValueError unless it and every file that it names are what was written."""
+    advice = "delete the folder of this token store, it will be made again"
+    header = files.read_record(folder / "store.json", advice, files=dict, identity=dict, counts=dict, longest=int)
+    if why := files.harmed(folder, header["files"]):
+        raise ValueError(f"{folder}: {why}; {advice}")
+    return header

@@ -4,6 +4,7 @@ Standard library only. Threads may share one `Endpoint`. Its key goes into one h
 """
 
 import email.utils
+import html
 import http.client
 import json
 import math
@@ -14,7 +15,7 @@ import time
 import urllib.request
 from concurrent.futures import CancelledError
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 RETRIED = {0, 408, 429, 500, 502, 503, 504}  # 0: no connection, a broken one, or no answer in time
 REFUSED = {400, 413, 422}  # this question: too long, or a filter of the server's
@@ -68,6 +69,9 @@ class Endpoint:
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
         self.model, self.max_tokens, self.attempts, self.timeout = model, max_tokens, attempts, timeout
         self._key, self._stopped = key, stopped
+        # As a server may repeat it: in JSON, with its slashes escaped or not, in HTML, in a URL.
+        quoted = json.dumps(key)[1:-1]
+        self._forms = {key, quoted, quoted.replace("/", r"\/"), html.escape(key), quote(key, safe="")}
         self._opener = urllib.request.build_opener(_AsItIs)
         self._turn = threading.Lock()
         self._gap = 60.0 / per_minute if per_minute else 0.0
@@ -128,7 +132,9 @@ class Endpoint:
 
     def _hide(self, text: str) -> str:
         """The text without the key, should the server repeat it; one of a few letters ("EMPTY") is no secret."""
-        return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
+        for form in sorted(self._forms, key=len, reverse=True) if len(self._key) >= 8 else ():
+            text = text.replace(form, "[key]")
+        return text
 
     def _wait_for_turn(self) -> None:
         with self._turn:  # one thread waits for the moment, the others for it

@@ -5,7 +5,6 @@
 The folder loads with plain transformers: nothing of this repository is needed.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hps import checkpoint, config, dist, model, reward_model
+from hps import checkpoint, config, dist, files, model, reward_model
 from hps.data import tokens
 from hps.evaluate import card
 
@@ -39,14 +38,20 @@ def main(argv: list[str] | None = None) -> None:
     run, summary = (read(beside / name, f"--model {c.model} is no policy of a finished run")
                     for name in ("run.json", "summary.json"))  # fmt: skip
     evaluation = read(Path(c.eval_json), f"--eval_json {c.eval_json}") if c.eval_json else None
-    about = evaluation["config"]["model"] if evaluation else c.model
-    if Path(about).resolve() != Path(c.model).resolve():
+    try:
+        about = evaluation["config"]["model"] if evaluation else c.model
+        same = Path(about).resolve() == Path(c.model).resolve()
+        reward = run["config"]["loss"] == "reward"
+        kind = "reward model" if reward else "model"
+        readme = card.card(run, summary, kind=kind, evaluation=evaluation) if same else ""
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, RecursionError) as error:
+        wrote = f"{beside / 'run.json'}, summary.json" + (f" and {c.eval_json} are" if c.eval_json else " are")
+        raise ValueError(f"{wrote} not what train.py and eval.py of this version write ({error!r:.200})") from error
+    if not same:
         raise ValueError(f"--eval_json {c.eval_json} is about {about}: run eval.py on {c.model}")
 
-    reward = run["config"]["loss"] == "reward"
     load = reward_model.load_reward_model if reward else model.load_causal_lm
     lm = load(c.model, dtype=torch.float32).to(model.DTYPES[c.dtype])
-    readme = card.card(run, summary, kind="reward model" if reward else "model", evaluation=evaluation)
     alone = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.export(lm, tokens.load_tokenizer(c.model), out, ranks=alone, card=readme)
@@ -56,9 +61,12 @@ def main(argv: list[str] | None = None) -> None:
 def read(path: Path, problem: str) -> dict[str, Any]:
     """A JSON object; ValueError, after `problem`, where there is none."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{problem}: {path} cannot be read ({error})") from error
+        found = files.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{problem}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{problem}: {path} holds no object")
+    return found
 
 
 if __name__ == "__main__":

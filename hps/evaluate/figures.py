@@ -5,13 +5,13 @@ Drawn from a results dict that report.py has validated; colours and markers foll
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hps import files
 from hps.evaluate.report import COLOURS, DPI, MARGINS, MARKERS, METRICS, STYLE, in_group, present
 
 if TYPE_CHECKING:
@@ -246,7 +246,6 @@ def save(plan: Plan, results: dict[str, Any], folder: Path) -> Path:
     with rc_context(STYLE):
         figure = Figure(figsize=plan.size, dpi=DPI, layout="constrained")
         plan.draw(figure, results)
-        temporary = path.with_name(path.name + ".tmp")
-        figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+        with files.replacing(path) as partial:
+            figure.savefig(partial, format="png")
     return path

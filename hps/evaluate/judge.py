@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from hps import checkpoint, config, model
+from hps import config, files, model
 from hps.data import listwise, tokens
 from hps.evaluate import verdicts
 from hps.evaluate.endpoint import Endpoint, Reply
@@ -53,6 +53,7 @@ Score the response on each criterion from 0 (worst) to 5 (best) in steps of 0.5:
 Answer with one JSON object and nothing else, in this form: {form}"""
 REMINDER = "\n\nOnly that JSON object, with four numbers out of 0, 0.5, 1, 1.5, ... 5."
 TRIES = 2  # the question, then once more with the reminder
+BRACES = 100  # of an answer that is looked at: each may be read to its end, so that many would take for ever
 REFUSALS = 10  # before any answer: then it is not the question that is wrong
 
 Item = tuple[listwise.Prompt, str]  # a prompt and one response
@@ -139,13 +140,12 @@ def run(c: Options) -> None:
     results = about | {"served": served, "seed": c.seed, "baseline": c.baseline, "counts": counts}
     scores, words = tables(methods, found)
     results |= verdicts.summarise(scores, words, criteria=list(CRITERIA), baseline=c.baseline)
-    checkpoint.write_json(out / "judge.json", results | {"config": config.as_dict(c)})
+    files.write_json(out / "judge.json", results | {"config": config.as_dict(c)})
     told = ", ".join(f"{n} {name}" for name, n in counts.items())
     page = f"Judge: {' at '.join(judge.identity[k] for k in ('model', 'endpoint') if k in judge.identity)}; {told}.\n\n"
     page += verdicts.markdown(results, criteria=list(CRITERIA)) + "\n"
-    partial = out / "judge.md.tmp"
-    partial.write_text(page)
-    partial.replace(out / "judge.md")
+    with files.replacing(out / "judge.md") as partial:
+        partial.write_text(page)
     print(page)
     for problem, times in Counter(refused.values()).most_common(3):
         tqdm.write(f"refused {times} times: {problem}", file=sys.stderr)
@@ -210,16 +210,18 @@ def parse_scores(answer: str) -> dict[str, float] | None:
     """
     decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else None)
     found = []
-    for brace in re.finditer("{", answer):
+    braces = [brace.start() for brace in re.finditer(r'\{(?=\s*")', answer)]
+    if len(braces) > BRACES:
+        return None
+    for brace in braces:
         try:
-            value, _ = decoder.raw_decode(answer, brace.start())
+            value, _ = decoder.raw_decode(answer, brace)
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict) and value.keys() >= CRITERIA.keys():
             found.append([value[name] for name in CRITERIA])
-    if not found or any(scores != found[0] for scores in found):
-        return None
-    if not all(type(x) in (int, float) and 0 <= x <= 5 and (2 * x) % 1 == 0 for x in found[0]):
+    good = (type(x) in (int, float) and 0 <= x <= 5 and (2 * x) % 1 == 0 for scores in found for x in scores)
+    if not found or not all(good) or any(scores != found[0] for scores in found):
         return None
     return dict(zip(CRITERIA, map(float, found[0]), strict=True))
 
@@ -294,7 +296,8 @@ def read_answers(path: Path, about: dict[str, Any], items: dict[str, Item]) -> A
         if not isinstance(head, dict) or head.get(name) != value:
             raise ValueError(f"{path} was begun with another {name}: take another --out, or remove that file")
     for where, line in lines:
-        if not isinstance(line, dict) or line.get("item") not in items or not isinstance(line.get("answer"), str):
+        texts = [line.get(name) for name in ("item", "model", "answer")] if isinstance(line, dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or texts[0] not in items:
             raise ValueError(f"{where}: no answer to one of these responses: remove that line")
         answers[line["item"]].append(line)
     return answers

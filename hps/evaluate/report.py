@@ -15,13 +15,13 @@
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hps import files
 from hps.evaluate import page
 
 
@@ -69,6 +69,7 @@ MARKERS = "osD^vP"
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.4,
+    "text.parse_math": False,  # a name may hold two dollars
     "axes.edgecolor": "0.3", "axes.labelcolor": "0.15", "xtick.color": "0.3", "xtick.labelcolor": "0.15",
     "xtick.major.width": 0.6, "ytick.color": "0.3", "ytick.labelcolor": "0.15", "ytick.major.width": 0.6,
 }
@@ -207,12 +208,33 @@ def validate(results: dict[str, Any]) -> None:
 
 # ---- tables ---------------------------------------------------------------------------------------
 
+# What would begin code, an HTML tag, an entity or a link's address, and what would escape the escape.
+MARKUP = r"[\\`]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=\()"
+
+
+def _line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _plain(text: str, also: str = "") -> str:
+    """A text of the results for Markdown: on one line and shown as it is; also: further characters to escape."""
+    return re.sub(MARKUP + (f"|[{also}]" if also else ""), r"\\\g<0>", _line(text))
+
+
+def _code(text: str) -> str:
+    """A text as code within a line; its fence is longer than any that it holds."""
+    text = _line(text)
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
+
+
 def _markdown(header: list[str], rows: list[list[page.Cell]]) -> str:
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
     def show(cell: page.Cell) -> str:
-        mean = f"**{cell.text}**" if cell.mark == "best" else cell.text
+        text = _plain(cell.text, also="|")
+        mean = f"**{text}**" if cell.mark == "best" else text
         return " ".join(filter(None, (mean, cell.interval, "~" if cell.mark == "near" else "")))
     return "\n".join([line(header), line(["---"] * len(header)), *(line(map(show, row)) for row in rows)])
 
@@ -333,9 +355,8 @@ def _tables(results: dict[str, Any]) -> list[page.Table]:
 # ---- the report -----------------------------------------------------------------------------------
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with files.replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_report(results: dict[str, Any], out: Path) -> list[Path]:
@@ -354,9 +375,9 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     _write(out / "results.json", text)
     title, minutes = f"Results: {results['suite']}", f"{results['seconds'] / 60:.1f} minutes"
     settings = [(key, json.dumps(value)) for key, value in results.get("settings", {}).items()]
-    parts = [f"# {title}", f"Commit `{results['commit']}`, {results['machine']}, {minutes}."]
+    parts = [f"# {_plain(title)}", f"Commit {_code(results['commit'])}, {_plain(results['machine'])}, {minutes}."]
     if settings:
-        parts.append("\n".join(f"* {key}: `{value}`" for key, value in settings))
+        parts.append("\n".join(f"* {_plain(key)}: {_code(value)}" for key, value in settings))
     parts.append(LEGEND)
     tables = _tables(results)
     for item in tables:
@@ -365,7 +386,8 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     for plan in figures.plans(results):
         path = figures.save(plan, results, out / "figures")
         written.append(path)
-        parts.append(f"![{plan.alt}](figures/{path.name})\n\n{plan.caption}")
+        alt = _plain(plan.alt, also=r"\[\]")
+        parts.append(f"![{alt}](figures/{path.name})\n\n{_plain(plan.caption)}")
         shown.append(page.Figure(plan.caption, plan.alt, round(96 * plan.size[0]), path.read_bytes()))
     parts += ["## What the columns mean",
               "\n".join(f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}"

@@ -8,9 +8,9 @@ survey.html goes to the raters; key.json, which says what wrote each response, s
 
 import itertools
 import json
-import os
 import random
 import re
+import reprlib
 import sys
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from hps import config
+from hps import config, files
 from hps.data import listwise
 from hps.evaluate import metrics, page
 
@@ -109,9 +109,8 @@ def render(study: dict[str, Any]) -> str:
 
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with files.replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 # ---- the raters' files ---------------------------------------------------------------------------
@@ -126,10 +125,25 @@ def load(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def load_key(path: Path) -> dict[str, Any]:
+    """The key that `export` wrote; ValueError, naming the file, for anything else."""
+    key = load(path, ("study", "methods", "items"))
+    methods, items = key["methods"], key["items"]
+    if [type(key[name]) for name in ("study", "methods", "items")] != [str, list, dict] or not items:
+        raise ValueError(f"{path}: need a string (study), a list (methods) and an object with items (items)")
+    if not all(type(name) is str for name in methods) or len(set(methods)) < len(methods):
+        raise ValueError(f"{path}: methods: need names, each once")
+    for item, at in items.items():
+        if not isinstance(at, dict) or type(at.get("prompt")) is not str or at.get("method") not in methods:
+            raise ValueError(f"{path}: item {item!r}: need its prompt and one of the methods")
+    return key
+
+
 def check_ratings(given: dict[str, Any], key: dict[str, Any], path: Path) -> None:
     """ValueError, naming file and item, for a rater's file that the page of this key cannot have written."""
     if given["study"] != key["study"]:
-        raise ValueError(f"{path}: ratings of study {given['study']!r}, and the key is of {key['study']!r}")
+        study = reprlib.repr(given["study"])
+        raise ValueError(f"{path}: ratings of study {study}, and the key is of {key['study']!r}")
     if [type(given[name]) for name in ("rater", "complete", "ratings")] != [str, bool, dict]:
         raise ValueError(f"{path}: need a string (rater), true or false (complete) and an object (ratings)")
     if not given["ratings"]:
@@ -142,7 +156,8 @@ def check_ratings(given: dict[str, Any], key: dict[str, Any], path: Path) -> Non
         for name, value in values.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 1 <= value <= 5 or round(value, 2) != value:
-                raise ValueError(f"{path}: item {item!r}: {name} = {value!r}; need 1.00 to 5.00, two decimals at most")
+                what = reprlib.repr(value)
+                raise ValueError(f"{path}: item {item!r}: {name} = {what}; need 1.00 to 5.00, two decimals at most")
     short = [item for item in key["items"] if given["ratings"].get(item, {}).keys() != CRITERIA.keys()]
     if given["complete"] and short:
         raise ValueError(f"{path}: item {short[0]!r}: a value is missing in a file that says it is complete")
@@ -277,7 +292,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def aggregate(c: Aggregate) -> None:
     """Write survey.json and survey.md, and print the latter."""
-    key = load(Path(c.key), ("study", "methods", "items"))
+    key = load_key(Path(c.key))
     results = results_of(key, read_ratings(Path(c.ratings), key))
     write(Path(c.out) / "survey.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write(Path(c.out) / "survey.md", markdown(results))

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hps import config
+from hps import config, files
 from hps.evaluate import metrics, report
 from hps.lab import claims
 from hps.lab.suites import LR, SUITES, Row, Suite
@@ -251,7 +251,7 @@ def plan_world(
 
 def table_of(worlds: list[list[Path]]) -> dict[str, np.ndarray]:
     """metric -> (worlds, repeats, prompts) of one row's evaluations, nan where a prompt has none, prompts by id."""
-    tables = [[json.loads((folder / "per_prompt.json").read_text()) for folder in folders] for folders in worlds]
+    tables = [[files.read_json(folder / "per_prompt.json") for folder in folders] for folders in worlds]
     found = {}
     for metric in report.METRICS:
         if metric in tables[0][0]:
@@ -271,7 +271,7 @@ def check_length_terms(cells: dict[str, list[list[Path]]]) -> None:
     for folders in zip(*cells.values(), strict=True):  # one world's runs, by method
         known: dict[tuple[str, str], tuple[float, Path]] = {}
         for folder in (folder for runs in folders for folder in runs):
-            table = json.loads((folder / "per_prompt.json").read_text())
+            table = files.read_json(folder / "per_prompt.json")
             margin = table.get("rm_dpo", table["rm2"])
             for metric in ("rm_rdpo_chars", "rm_rdpo_tokens"):
                 for id, value in table.get(metric, {}).items():
@@ -293,7 +293,7 @@ def summarise(
         found = {m: interval(metrics.bootstrap_mean(v, valid=~np.isnan(v))) for m, v in columns.items()}
         runs = [folder for folders in cells[name] for folder in folders]
         if not name.startswith("SFT"):
-            spent = [json.loads((folder.parent / "summary.json").read_text()) for folder in runs]
+            spent = [files.read_json(folder.parent / "summary.json") for folder in runs]
             for metric, key, unit in (("train_seconds", "seconds", 1), ("train_tokens", "tokens", 1000)):
                 each = [one[key] / unit for one in spent]  # with the range over runs, not an interval
                 found[metric] = interval((float(np.mean(each)), min(each), max(each)))

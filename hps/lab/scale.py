@@ -11,12 +11,11 @@ of them scored, A such pairs; P prompt and Y response tokens, K responses; D wid
 V vocabulary, L layers, r LoRA rank, w bytes of a number in the compute dtype.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hps import checkpoint, config
+from hps import config, files
 from hps.logps import chunk_for
 
 KERNEL_CHUNK = 1024  # hps.kernels.CHUNK, which cannot be imported where there is no Triton
@@ -79,10 +78,7 @@ def read_shape(path: str) -> Shape:
     """The shape in a config.json, Llama-3-8B's for an empty path; ValueError if it is not a plain Llama's."""
     if not path:
         return Shape()
-    try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"--shape {path}: not a readable config.json ({e})") from e
+    values = files.read_json(Path(path))
     names = list(Shape.__dataclass_fields__)
     missing = [key for key in names[:-1] if key not in values]
     if values.get("model_type") != "llama" or missing or values.get("attention_bias") or values.get("mlp_bias"):
@@ -313,7 +309,7 @@ def main() -> None:
     found = estimate(read_shape(c.shape), c)
     print(table(found))
     if c.json:
-        checkpoint.write_json(Path(c.json), found)
+        files.write_json(Path(c.json), found)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -50,13 +51,15 @@ def find_gguf() -> Path:
 
 def load_gguf(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The model, fp32 and free of any trace of GGUF, and the tokenizer as its authors published it."""
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, model_max_length=8192)
+    how: dict[str, Any] = dict(gguf_file=path.name, model_max_length=8192)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **how)
     # The GGUF names this pre-tokenizer ("smollm") and transformers does not know the name. Without Digits,
     # "a  1" splits as "a", " ", " 1" and not as "a", "  ", "1", which the model never saw in training.
     split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.backend_tokenizer.pre_tokenizer = split
 
-    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    how = dict(gguf_file=path.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(path.parent, trust_remote_code=False, **how).eval()
     plain = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
     config = LlamaConfig.from_dict(plain)  # without the mark of GGUF, which would forbid saving
     model = LlamaForCausalLM(config).eval()

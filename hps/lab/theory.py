@@ -10,7 +10,6 @@ the first unit vector, so r* is the first feature, of standard deviation 1. Rank
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hps.checkpoint import write_json
 from hps.config import parse, run_main
 from hps.evaluate.report import COLOURS, DPI, STYLE
+from hps.files import replacing, write_json
 from hps.losses import plackett_luce_loss, stage_loss
 from hps.sampling import log_q
 
@@ -495,16 +494,16 @@ def write(found: dict[str, Statement], out: Path, *, seconds: float) -> None:
         with rc_context(STYLE):
             figure = Figure(figsize=size, dpi=DPI, layout="constrained")
             draw(figure, found)
-            figure.savefig(out / f"{name}.png.tmp", format="png")
-        os.replace(out / f"{name}.png.tmp", out / f"{name}.png")
+            with replacing(out / f"{name}.png") as partial:
+                figure.savefig(partial, format="png")
         images[statement] = [f"![{caption}]({name}.png)", caption]
     parts = ["# The theorems, measured", f"`python -m hps.lab.theory`, {seconds:.0f} CPU seconds."]
     parts += [_table([{key: s[key] for key in ("title", "claim", "verdict")} for s in found.values()])]
     for name, s in found.items():
         summary = f"* Premise: {s['premise']}.\n* Claim: {s['claim']}.\n* Verdict: **{s['verdict']}**."
         parts += [f"## {s['title']}", summary, _table(s["rows"]), s["note"], *images.get(name, [])]
-    (out / "THEORY.md.tmp").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    os.replace(out / "THEORY.md.tmp", out / "THEORY.md")
+    with replacing(out / "THEORY.md") as partial:
+        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -8,28 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from torch import nn
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from conftest import ROOT, classifier
+from transformers import AutoModelForSequenceClassification
 
 import data_prep
 from hps.data import journal, listwise, rewards, tokens
 from hps.lab import scorers
-
-
-def classifier(tokenizer, folder, *, labels: int = 1, pad: int | None = None, positions: int = 256) -> str:
-    """A small random reward model with the world's tokenizer."""
-    torch.manual_seed(labels)
-    lm = LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=labels,
-            intermediate_size=48, max_position_embeddings=positions, pad_token_id=pad, initializer_range=0.3,
-        )
-    )  # fmt: skip
-    nn.init.normal_(lm.score.weight)
-    lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

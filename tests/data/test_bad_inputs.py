@@ -425,7 +425,8 @@ def test_a_folder_for_an_output(name, tmp_path, folders):
     data, folder = tmp_path / "x.jsonl", tmp_path / "folder"
     data.write_bytes(lines(ROW))
     folder.mkdir()
-    assert refused(name, data, tmp_path, folders, output=folder) == f"cannot read or write {folder}: Is a directory"
+    said = refused(name, data, tmp_path, folders, output=folder)
+    assert said == f"{folder}: cannot be written (Is a directory); what stood there before is untouched"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")

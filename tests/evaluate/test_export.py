@@ -157,7 +157,7 @@ def test_mistakes_are_named_and_leave_nothing(trained, tmp_path, tiny_world):
     for out, options, message in [
         ("there", {}, "there exists already"),
         ("a", dict(dtype="fp16"), "dtype = 'fp16' does not exist"),
-        ("b", dict(eval_json=tmp_path / "none.json"), "none.json cannot be read"),
+        ("b", dict(eval_json=tmp_path / "none.json"), "none.json: cannot be read"),
         ("c", dict(eval_json=tmp_path / "eval.json"), "is about elsewhere: run eval.py on"),
     ]:
         with pytest.raises(ValueError, match=message):
