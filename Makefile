@@ -14,23 +14,30 @@ STAMP := .venv/.stamp
 RUN := OMP_NUM_THREADS=1 $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint reproduce model smollm2 bench clean
+.PHONY: help env test soak lint reproduce model smollm2 bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 env: $(STAMP) ## .venv with exactly the packages of requirements.lock
 
-# The stamp is written last, so that an interrupted set-up is taken up again.
+# Everything by hash and nothing but what the lock names. torch by its version alone: its CPU and CUDA builds share that
+# and no hash, and which one a machine gets is decided there. It comes second, when all that it needs is there (a CUDA
+# build brings its own libraries, which it pins itself). The stamp is written last, so that an interrupted set-up is
+# taken up again.
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --require-hashes --no-deps --requirement requirements.lock
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --editable . --no-deps --no-build-isolation
+	$(BIN)/pip check
 	touch $@
 
 test: $(STAMP) ## all tests; none needs a GPU or the network
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+soak: $(STAMP) ## the faults of docs/RELIABILITY.md in full, an hour of training among them: hours
+	$(RUN) -m pytest --soak -v tests/faults
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

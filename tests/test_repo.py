@@ -1,8 +1,11 @@
 """The rules of the house that a machine can check, and what the README and docs/DATA.md say about the code."""
 
 import ast
+import contextlib
 import importlib.metadata
 import importlib.util
+import inspect
+import io
 import itertools
 import re
 import subprocess
@@ -18,7 +21,7 @@ SCRIPTS = ("train", "eval", "data_prep")
 # Level of each core module: it may import those of lower levels, and its own level only where named here.
 LEVELS = {
     "hps.losses": 0, "hps.sampling": 0, "hps.config": 0, "hps.dist": 0, "hps.kernels": 0, "hps.products": 0,
-    "hps.loggers": 1,  # third-party loggers, which level 0 does without
+    "hps.files": 0, "hps.loggers": 1,
     "hps.logps": 1, "hps.packing": 1, "hps.attention": 1, "hps.losses_listwise": 1, "hps.plan": 1,
     "hps.model": 2, "hps.checkpoint": 2,
     "hps.reference": 3, "hps.reward_model": 3,
@@ -168,44 +171,78 @@ def test_the_package_is_not_ignored_by_git():
     assert not ignored, f".gitignore hides {ignored}"
 
 
-PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+LOADERS = {("torch", "load"), ("torch", "save"), ("torch.serialization", "load"), ("os", "system"), ("os", "popen"),
+           ("subprocess", "getoutput"), ("subprocess", "getstatusoutput"), ("yaml", "load"), ("yaml", "unsafe_load"),
+           ("yaml", "full_load"), ("pandas", "read_pickle"), ("pd", "read_pickle")}  # fmt: skip
+# The value that is forbidden for a keyword is every one but this.
+KEYWORDS = {"shell": False, "allow_pickle": False, "trust_remote_code": False, "weights_only": True,
+            "use_safetensors": True}  # fmt: skip
 
 
 def forbidden(path: Path) -> list[str]:
     """Uses of what could run code out of a file or hide where a name comes from."""
     found = []
     for node in ast.walk(tree(path)):
-        text = ""
+        texts = []
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
-            text = "wildcard import"
+            texts = ["wildcard import"]
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            text = ", ".join(name for name in names if name.split(".")[0] in PICKLES)
+            module = getattr(node, "module", None) or ""
+            names = [alias.name for alias in node.names]
+            texts = [name for name in [*names, module] if name.split(".")[0] in PICKLES]
+            texts += [f"{module}.{name}" for name in names if (module, name) in LOADERS]
         elif isinstance(node, ast.Attribute):
-            text = name if (name := ast.unparse(node)) in ("torch.load", "torch.save", "os.system") else ""
-        elif isinstance(node, ast.keyword) and node.arg in ("shell", "allow_pickle", "trust_remote_code"):
-            off = isinstance(node.value, ast.Constant) and not node.value.value
-            text = "" if off else f"{node.arg}="
-        elif isinstance(node, ast.Name) and node.id in ("eval", "exec"):
-            text = node.id
-        if text:
-            found.append(f"{path.name}:{getattr(node, 'lineno', 0)}: {text}")
+            texts = [name for name in [ast.unparse(node)] if tuple(name.rsplit(".", 1)) in LOADERS]
+        elif isinstance(node, ast.Name) and node.id in ("eval", "exec", "compile", "__import__"):
+            texts = [node.id]
+        elif isinstance(node, ast.Call):
+            texts = [f"{word.arg}=" for word in node.keywords if word.arg in KEYWORDS and not fixed(word)]
+            texts += lacks(node)
+        found += [f"{path.name}:{getattr(node, 'lineno', 0)}: {text}" for text in texts]
     return found
+
+
+def fixed(word: ast.keyword) -> bool:
+    return isinstance(word.value, ast.Constant) and word.value.value is KEYWORDS[str(word.arg)]
+
+
+def lacks(call: ast.Call) -> list[str]:
+    """What a call of transformers' from_pretrained does not say, and must: no code of a model's, and no pickle."""
+    name = ast.unparse(call.func)
+    if not re.fullmatch(r"Auto\w+\.from_pretrained", name):
+        return []
+    given = {word.arg for word in call.keywords}
+    needed = {"trust_remote_code"} | ({"use_safetensors"} if name.startswith("AutoModel") else set())
+    return [f"{name} without {word}" for word in sorted(needed - given)]
 
 
 def test_no_pickle_no_shell_no_wildcard():
     found = [line for path in MODULES.values() for line in forbidden(path)]
     allowed = [["reward_model.py", " trust_remote_code="]]  # behind --remote_revision
-    assert [line.split(":")[0::2] for line in found] == allowed
+    pinned = [line for line in found if "smollm2.py" in line]  # a GGUF file of a package whose version is fixed
+    assert [line.split(": ")[1] for line in pinned] == ["AutoModelForCausalLM.from_pretrained without use_safetensors"]
+    assert [line.split(":")[0::2] for line in found if line not in pinned] == allowed
 
 
 def test_the_forbidden_check_itself(tmp_path):
     path = tmp_path / "bad.py"
-    path.write_text(
-        "from os import *\nimport pickle as p\nfrom joblib import dump\nimport torch\ntorch.load('x')\n"
-        "run('x', shell=True)\nrun('x', shell=False)\nmodel.eval()\neval('1')\nimport jobliberty\n"
-    )
-    assert sorted(int(line.split(":")[1]) for line in forbidden(path)) == [1, 2, 3, 5, 6, 9]
+    bad = [
+        "from os import *", "import pickle as p", "from joblib import dump", "torch.load('x')", "run('x', shell=True)",
+        "eval('1')", "from torch import load", "import marshal", "import shelve", "os.popen('x')", "yaml.load(x)",
+        "np.load(x, allow_pickle=flag)", "f(x, weights_only=False)", "subprocess.getoutput('x')", "__import__('x')",
+        "AutoConfig.from_pretrained(x)", "AutoModel.from_pretrained(x, trust_remote_code=False)",
+        "AutoModel.from_pretrained(x, trust_remote_code=False, use_safetensors=None)", "pd.read_pickle(x)",
+        "AutoTokenizer.from_pretrained(x, trust_remote_code=True)", "run('x', shell=0)",
+    ]  # fmt: skip
+    good = [
+        "import torch", "run('x', shell=False)", "model.eval()", "import jobliberty", "re.compile('x')", "json.load(x)",
+        "yaml.safe_load(x)", "np.load(x)", "np.load(x, allow_pickle=False)", "f(x, weights_only=True)",
+        "AutoModel.from_pretrained(x, trust_remote_code=False, use_safetensors=True)",
+        "AutoTokenizer.from_pretrained(x, trust_remote_code=False)", "PeftModel.from_pretrained(base, x)",
+    ]  # fmt: skip
+    path.write_text("\n".join([*bad, *good]))
+    assert sorted({int(line.split(":")[1]) for line in forbidden(path)}) == list(range(1, len(bad) + 1))
 
 
 def untyped(path: Path) -> list[str]:
@@ -232,6 +269,51 @@ def test_the_typing_check_itself(tmp_path):
     assert [line.split()[1] for line in untyped(path)] == ["b", "c"]
 
 
+def options_of(path: Path) -> dict[str, set[str]]:
+    """Names of the options of each dataclass of a file that `config` fills: Config, Options, or a command's."""
+    found = {}
+    for node in tree(path).body:
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+            commands = path.name == "data_prep.py"
+            if commands or node.name in ("Config", "Options"):
+                found[node.name] = {ast.unparse(f.target) for f in node.body if isinstance(f, ast.AnnAssign)}
+    return found
+
+
+def unread(path: Path, elsewhere: set[str]) -> list[str]:
+    """Options of a file that nothing in it reads, as an attribute or by their name in a string."""
+    classes = options_of(path)
+    read = set(elsewhere)
+    for node in tree(path).body:
+        if not (isinstance(node, ast.ClassDef) and node.name in classes):
+            for child in ast.walk(node):
+                if isinstance(child, ast.Attribute):
+                    read.add(child.attr)
+                elif isinstance(child, ast.Constant) and isinstance(child.value, str):
+                    read.add(child.value)
+    return [f"{path.name}: {name}.{option}" for name, options in classes.items() for option in sorted(options - read)]
+
+
+def test_every_option_is_read():
+    from hps.lab import world
+    from hps.losses import OPTIONS
+
+    # By the table of losses, and as the arguments of the function that writes a world.
+    elsewhere = {"train": set(OPTIONS), "data_prep": set(inspect.signature(world.write).parameters)}
+    paths = [*MODULES.values(), *(ROOT / "benchmarks").glob("*.py")]
+    assert sum(len(options) for path in paths for options in options_of(path).values()) > 150
+    assert not [line for path in paths for line in unread(path, elsewhere.get(path.stem, set()))]
+
+
+def test_the_check_of_options_itself(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(
+        "@dataclass\nclass Options:\n    a: int  # x\n    b: int  # x\n    c: int  # x\n    d: int  # x\n"
+        "def f(o): return o.a, getattr(o, 'b'), c\n"
+    )
+    assert unread(path, {"d"}) == ["script.py: Options.c"]
+
+
 # -- packaging --
 
 
@@ -242,25 +324,45 @@ def test_the_citation_names_the_version():
 
 def test_the_lock_pins_every_dependency_exactly():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pins = [line.split("#")[0].split(";")[0].strip() for line in lines if not line.startswith("#")]
+    text = re.sub(r"^#.*\n", "", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
+    entries = text.replace("\\\n", " ").splitlines()
+    pins = [re.split("[ ;]", entry)[0] for entry in entries]
     assert all(re.fullmatch(r"[\w.-]+==[0-9][\w.]*", pin) for pin in pins), "name==version, no local tag"
-    locked = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
+    for entry in entries:  # of every file that the version has, so that every platform is served
+        hashed = r"\S+( ?; [^-]+)?(\s+--hash=sha256:[0-9a-f]{64})+"
+        assert re.fullmatch(hashed, entry.strip()), f"name==version --hash=sha256:... ...: {entry[:99]}"
+    locked = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins} | {"torch"}  # in the Makefile
     needed = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     assert {re.split(r"[^\w-]", line)[0].lower() for line in needed} <= locked
-    for pin in pins:  # what the locked packages need is locked as well, so that pip has nothing to choose
+    for pin in [*pins, "torch"]:  # what the locked packages need is locked as well, so that pip has nothing to choose
         try:
             requires = importlib.metadata.requires(pin.split("==")[0]) or []
         except importlib.metadata.PackageNotFoundError:
             continue  # a package of another platform
         names = [re.split(r"[^\w.-]", line)[0] for line in requires if ";" not in line]
-        wanted = {re.sub(r"[-_.]+", "-", name).lower() for name in names} - {"setuptools"}
+        wanted = {re.sub(r"[-_.]+", "-", name).lower() for name in names}
         assert wanted <= locked, f"{pin} needs {wanted - locked}"
 
 
-def test_the_makefile_installs_the_locked_torch():
-    pin = re.search(r"^torch==\S+", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
-    assert pin and f"install --quiet {pin[0]}\n" in (ROOT / "Makefile").read_text()
+def test_the_makefile_installs_by_hash_and_torch_by_version():
+    """pip must choose nothing: hashes are required of all but torch, which comes when all that it needs is there."""
+    made = (ROOT / "Makefile").read_text().split("$(STAMP):")[1].split("\n\n")[0]
+    installs = re.findall(r"pip install --quiet (.*)", made)
+    assert installs[0] == "--require-hashes --no-deps --requirement requirements.lock"
+    assert re.fullmatch(r"torch==[0-9.]+", installs[1])
+    assert installs[2] == "--editable . --no-deps --no-build-isolation" and "pip check" in made
+    version = installs[1].partition("==")[2]
+    assert f"torch {version} asks for" in (ROOT / "requirements.lock").read_text()  # of triton
+    assert importlib.metadata.version("torch").split("+")[0] == version
+
+
+def test_no_file_names_a_registry():
+    """Where packages come from is the machine's own affair."""
+    for path in tracked():
+        if path.suffix in {".py", ".toml", ".lock", ".md"} or path.name in ("Makefile", "run"):
+            text = path.read_text(encoding="utf-8")
+            named = re.search(r"(--(extra-)?index-url|--trusted-host|--find-links|index_url|pypi\.org/simple)", text)
+            assert named is None or path.name == "test_repo.py", f"{path.name}: {named and named[0]}"
 
 
 # -- the README --
@@ -307,10 +409,20 @@ def readme() -> str:
 @cache
 def help_of(*words: str) -> str:
     """What a script, or one of its commands, prints for --help."""
-    argv = [sys.executable, f"{words[0]}.py", *words[1:], "--help"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(argv[1:])}: {done.stderr}"
-    return done.stdout
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        importlib.import_module(words[0]).main([*words[1:], "--help"])
+    assert printed.getvalue(), words
+    return printed.getvalue()
+
+
+def test_figures_of_the_readme_stand_in_the_results(readme):
+    """A measured number has a point or a unit in it; whoever quotes one quotes docs/RESULTS.md."""
+    prose = re.sub(r"^```.*?^```|`[^`\n]+`|\(http[^)]*\)", "", readme, flags=re.MULTILINE | re.DOTALL)
+    figures = set(re.findall(r"(?<![\w.])\d*\.\d+(?![\w.])|\d+(?= (?:%|h |min|minutes|seconds|MiB|times))", prose))
+    figures -= {"3.11"}  # Python
+    results = (ROOT / "docs/RESULTS.md").read_text()
+    assert not [x for x in figures if not re.search(rf"(?<![\d.]){re.escape(x)}(?![\d.])", results)]
 
 
 def test_make_targets_of_the_readme_exist(readme):
