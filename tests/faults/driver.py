@@ -1,0 +1,167 @@
+"""train.py with a fault put into it, and with a journal of what it trains on: the script of the jobs of these tests.
+
+The environment says which: FAULT, the JSON of `fault`, and JOURNAL, a folder. Without them it is train.py.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from hps import checkpoint, config, dist, files, reference  # noqa: E402
+
+# Where a fault can strike: right before this is called.
+PLACES = {
+    "reference": (reference, "_write_shard"),  # the reference pass has scored some responses
+    "load": (checkpoint.dcp, "load"),  # a run goes on, its checkpoint is found whole
+    "step": (train, "lr_at"),  # a step begins, the others are about to wait for this rank's weights
+    "gradient": (dist, "clip_gradients"),  # the gradients are there, the update is not
+    "save": (checkpoint.dcp, "save"),  # the step is done, the checkpoint's folder is empty
+    "seal": (files, "write_record"),  # the shards are on the disk, the checkpoint has no name yet; rank 0 alone
+    "export": (checkpoint, "export"),  # all steps are done
+}
+
+
+def fault(do: str, where: str, mark: Path, *, rank: int | None = None, step: int | None = None) -> dict[str, Any]:
+    """What goes wrong, once.
+
+    do: kill, stop, nan (the gradient; where: gradient, in this rank's share alone, or loss, in what it adds to all
+        shares), wait (until SIGTERM or a file `mark`.go), slow (half a second, from then on).
+    where: a name of PLACES. mark: a file that is made at that moment, with the process in it; there is no second time
+        once it exists. rank, step: in which, None for any.
+    """
+    return {"do": do, "where": where, "mark": str(mark), "rank": rank, "step": step}
+
+
+def setup(fault: dict[str, Any] | None = None, journal: Path | None = None) -> str:
+    """Code that makes `train` this script in a process that already runs."""
+    lines = ["import os, sys", f"sys.path.insert(0, {str(Path(__file__).parent)!r})"]
+    lines += [f"os.environ.update({environment(fault, journal)!r})", "import driver", "driver.install()"]
+    return "\n".join(lines)
+
+
+def environment(fault: dict[str, Any] | None = None, journal: Path | None = None) -> dict[str, str]:
+    """The variables by which a job gets its fault."""
+    return {"FAULT": json.dumps(fault), "JOURNAL": str(journal or "")}
+
+
+def install() -> None:
+    """Put the fault and the journal of the environment into the modules."""
+    step: list[int | None] = [None]
+    if what := json.loads(os.environ.get("FAULT", "null")):
+        _put(what, step)
+    before(train, "lr_at", lambda c, now, steps: step.__setitem__(0, now))
+    if folder := os.environ.get("JOURNAL"):
+        _journal(Path(folder), step)
+
+
+def before(module: Any, name: str, do: Callable[..., Any]) -> None:
+    """Have `do` called with the arguments of every call of a function, right before it."""
+    real = getattr(module, name)
+
+    def wrapped(*args: Any, **more: Any) -> Any:
+        do(*args, **more)
+        return real(*args, **more)
+
+    setattr(module, name, wrapped)
+
+
+def _put(what: dict[str, Any], step: list[int | None]) -> None:
+    mark = Path(what["mark"])
+
+    def now() -> bool:
+        mine = what["rank"] in (None, int(os.environ.get("RANK", 0)))
+        return mine and what["step"] in (None, step[0])
+
+    def strike(*args: Any, **more: Any) -> None:
+        if what["do"] == "slow" and mark.exists():
+            time.sleep(0.5)
+        if not now() or mark.exists():
+            return
+        mark.with_suffix(".part").write_text(str(os.getpid()))
+        mark.with_suffix(".part").rename(mark)
+        if what["do"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what["do"] == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif what["do"] == "wait":
+            _wait(mark.with_suffix(".go"))
+        elif what["do"] == "nan":
+            for p in args[0]:
+                getattr(p.grad, "_local_tensor", p.grad).fill_(math.nan)
+
+    if what["where"] == "loss":
+        real = train.preference_loss
+
+        def preference_loss(*args: Any, **more: Any) -> Any:
+            per_prompt = real(*args, **more)
+            if now():
+                mark.write_text(str(os.getpid()))
+                per_prompt.register_hook(lambda gradient: gradient * math.nan)
+            return per_prompt
+
+        train.preference_loss = preference_loss
+        return
+    before(*PLACES[what["where"]], strike)
+
+
+def _wait(go: Path) -> None:
+    """Until SIGTERM has come to the one who handles it, or there is a file."""
+    come, handler = threading.Event(), signal.getsignal(signal.SIGTERM)
+
+    def handle(*args: Any) -> None:
+        come.set()
+        if callable(handler):
+            handler(*args)
+
+    signal.signal(signal.SIGTERM, handle)
+    while not (come.is_set() or go.exists()):
+        time.sleep(0.02)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def _journal(folder: Path, step: list[int | None]) -> None:
+    """Write down each visit by the rank and in the step that trains on it: epoch, prompt, responses."""
+    folder.mkdir(parents=True, exist_ok=True)
+    visits: list[dict[str, Any]] = []  # of the step that is about to be shared out
+    visit_block, micro_batches, mismatched_kl = train.visit_block, train.micro_batches, train.mismatched_kl
+
+    def seen(plan: Any, examples: Any, v: int) -> Any:
+        about = {"epoch": int(plan.epoch[v]), "id": examples.id(plan.row[v]), "responses": plan.responses[v].tolist()}
+        visits.append(about)
+        return visit_block(plan, examples, v)
+
+    def shared(*args: Any, **more: Any) -> Any:
+        found = micro_batches(*args, **more)
+        if visits:
+            rank = int(os.environ.get("RANK", 0))
+            mine = [visits[i] | {"step": step[0], "rank": rank} for members in found[rank] for i in members]
+            with (folder / f"{os.getpid()}.jsonl").open("a") as file:
+                file.write("".join(json.dumps(visit) + "\n" for visit in mine))
+            visits.clear()
+        return found
+
+    def aside(*args: Any, **more: Any) -> Any:
+        """KTO shares the visits of a step out a first time, without a gradient."""
+        held = visits.copy()
+        visits.clear()
+        kl = mismatched_kl(*args, **more)
+        visits.extend(held)
+        return kl
+
+    train.visit_block, train.micro_batches, train.mismatched_kl = seen, shared, aside
+
+
+if __name__ == "__main__":
+    install()
+    config.run_main(train.main)

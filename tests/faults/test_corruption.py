@@ -1,0 +1,144 @@
+"""Bits flipped, ends cut, stretches zeroed at random places of everything that a later run relies on: it is named, or
+it makes no difference; it is never used silently.
+"""
+
+import dataclasses
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import numpy as np
+import pytest
+import torch
+from test_train import arguments
+
+import data_prep
+import train
+from hps import checkpoint, dist, files, reference
+from hps.data import listwise, store, tokens
+from hps.model import load_causal_lm
+
+
+def harm(path: Path, rng: random.Random) -> str:
+    """Change a file in one of three ways; which."""
+    data = bytearray(path.read_bytes())
+    how = rng.choice(["flip", "flip", "flip", "cut", "zero"])
+    at = rng.randrange(len(data))
+    if how == "flip":
+        data[at] ^= 1 << rng.randrange(8)
+    elif how == "cut":
+        del data[at:]
+    else:
+        end = min(len(data), at + rng.choice([1, 16, 4096]))
+        data[at:end] = bytes(end - at)
+    if bytes(data) == path.read_bytes():
+        data[at] ^= 255
+        how = "flip"
+    path.write_bytes(data)
+    return how
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_world, tmp_path_factory) -> dict[str, tuple[list[Path], Callable[[], object]]]:
+    """name -> (files, what reads them and gives their content)."""
+    root = tmp_path_factory.mktemp("whole")
+    caches = dict(token_cache=root / "tokens", reference_cache=root / "cache")
+    train.main(arguments(tiny_world, root / "run", stop_after=3, **caches))
+    ranks = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
+    lm = load_causal_lm(str(tiny_world / "model"), dtype=torch.float32)
+    saved = checkpoint.latest(root / "run/checkpoints")
+    assert saved is not None
+    named = {f"lm.{name}": p for name, p in lm.named_parameters()}  # as train.py's module calls them
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm = lm
+
+    def load() -> object:
+        optimizer = torch.optim.AdamW(list(named.values()))
+        about = checkpoint.load(saved, Model(), optimizer, ranks=ranks)
+        moments = [optimizer.state[p]["exp_avg_sq"].clone() for p in named.values()]
+        return about, [p.detach().clone() for p in named.values()], moments
+
+    c = train.config.parse(train.Config, arguments(tiny_world, root / "run", **caches), prog="", description="")[0]
+    data = root / "data.jsonl"
+    argv = ["annotate", "--scorer=world-est", f"--input={tiny_world / 'train.jsonl'}", f"--output={data}"]
+    data_prep.main(argv)
+    tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
+
+    def open_tokens() -> object:
+        how = dict(max_length=128, need_rewards=True)
+        examples = store.open_store(root / "tokens", tiny_world / "train.jsonl", tokenizer, **how)
+        blocks = [examples.block(i, range(2)) for i in range(len(examples))]
+        return blocks, [examples.id(i) for i in range(len(examples))], list(examples.rewards), examples.human.tolist()
+
+    (cache,) = (root / "cache").iterdir()
+    keys = np.concatenate([reference.load_file(p)["keys"] for p in sorted(cache.glob("shard-*"))]).view("S16")[:, 0]
+    (tokens_at,) = (root / "tokens").iterdir()
+    return {
+        "checkpoint": (sorted(saved.iterdir()), load),
+        "cache shards": (sorted(cache.glob("shard-*")), lambda: reference.lookup(cache, keys)),
+        "token store and its offsets": (sorted(tokens_at.iterdir()), open_tokens),
+        "data": ([data], lambda: [dataclasses.replace(row, where="") for row in listwise.read(data)]),
+        "manifest": ([Path(f"{data}.manifest.json")], lambda: listwise.check_manifest(data)),
+        "run.json": (
+            [root / "run/run.json"],
+            lambda: (train.check_folder(root / "run", c, True), files.read_record(root / "run/run.json", ""))[1],
+        ),
+    }  # fmt: skip
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor | np.ndarray):
+        return bool((torch.as_tensor(a) == torch.as_tensor(b)).all())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))  # pyright: ignore
+    if dataclasses.is_dataclass(a):
+        names = [f.name for f in dataclasses.fields(a)]
+        return all(same(getattr(a, name), getattr(b, name)) for name in names)
+    return a == b
+
+
+def test_harm_is_found_or_makes_no_difference(whole, amount):
+    rng, outcomes = random.Random(0), Counter()
+    content = {name: read() for name, (_, read) in whole.items()}
+    for name, (_, read) in whole.items():
+        assert same(read(), content[name]), f"{name} is not read twice alike"
+    for _ in range(amount(120, 1000)):
+        name = rng.choice(list(whole))
+        paths, read = whole[name]
+        path = rng.choice(paths)
+        before = path.read_bytes()
+        how = harm(path, rng)
+        try:
+            found = read()
+            assert same(found, content[name]), f"{path} with a {how} is used as if it were whole"
+            outcomes[name, "no difference"] += 1
+        except ValueError as error:
+            assert str(path.parent) in str(error), f"{path}: not named: {error}"
+            assert any(word in str(error) for word in ("delete", "restore", "make it again")), f"no advice: {error}"
+            outcomes[name, "found"] += 1
+        finally:
+            path.write_bytes(before)
+    print(f"\n{sum(outcomes.values())} harms: " + ", ".join(f"{' '.join(k)} {n}" for k, n in sorted(outcomes.items())))
+    for name in whole:
+        assert outcomes[name, "found"] > outcomes[name, "no difference"], name
+
+
+def test_a_dropped_shard_is_filled_again_by_a_run_that_goes_on(tiny_world, tmp_path):
+    """The policy has moved, and the reference is still what it was: the model that the run began with."""
+    options = dict(reference_cache=tmp_path / "cache", tokens_per_micro_batch=100_000)
+    train.main(arguments(tiny_world, tmp_path / "calm", **options))
+    shutil.rmtree(tmp_path / "cache")
+    train.main(arguments(tiny_world, tmp_path / "run", stop_after=3, **options))
+    (shard,) = (tmp_path / "cache").rglob("shard-*")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="delete it, it will be computed again"):
+        train.main(arguments(tiny_world, tmp_path / "run", **options))
+    shard.unlink()
+    train.main(arguments(tiny_world, tmp_path / "run", **options))
+    assert harness.records(tmp_path / "run/metrics.jsonl") == harness.records(tmp_path / "calm/metrics.jsonl")

@@ -1,0 +1,179 @@
+"""Two hosts, as two network namespaces with a cable between them: the trajectory of one process across them; the cable
+is cut; a host dies and comes back. Needs the right to make namespaces, and `ip` (Debian: iproute2).
+
+The two have no way to anywhere but each other: 10.77.0.1 and 10.77.0.2. They share a file system, as hosts of a
+cluster do.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import driver
+import harness
+import jobs
+import pytest
+from test_ranks import LOST, STEPS, options
+from test_train import arguments
+
+PORT = 29400  # in a namespace of its own, no other program has it
+CABLE = "veth0"  # at both of its ends
+
+
+def ip(*words: str, check: bool = True) -> str:
+    return subprocess.run(["ip", *words], check=check, capture_output=True, text=True, timeout=30).stdout
+
+
+class Hosts:
+    """Two namespaces, and a veth pair between them."""
+
+    def __init__(self) -> None:
+        self.names = [f"hps-{os.getpid()}-{i}" for i in range(2)]
+
+    def make(self) -> None:
+        for name in self.names:
+            ip("netns", "add", name)
+        first, second = self.names
+        ip("link", "add", CABLE, "netns", first, "type", "veth", "peer", "name", CABLE, "netns", second)
+        for i, name in enumerate(self.names):
+            # IPv6 off, or gloo may choose an address of that kind. tcp_retries2: torchrun on the host without the store
+            # asks it again and again, with no timeout of its own but TCP's; as Linux sets it, 15 minutes can pass
+            # after the worker has ended before torchrun does. With 5 it is about 13 s.
+            for value, setting in (("1", "ipv6/conf/all/disable_ipv6"), ("5", "ipv4/tcp_retries2")):
+                set_it = f"echo {value} > /proc/sys/net/{setting}"
+                ip("netns", "exec", name, "sh", "-c", set_it, check=False)
+            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", CABLE)
+            ip("-n", name, "link", "set", "lo", "up")
+        self.mend()
+
+    def cut(self) -> None:
+        for name in self.names:
+            ip("-n", name, "link", "set", CABLE, "down")
+
+    def mend(self) -> None:
+        for name in self.names:
+            ip("-n", name, "link", "set", CABLE, "up")
+
+    def kill(self, host: int) -> None:
+        """Everything that runs on a host, at once."""
+        pids = ip("netns", "pids", self.names[host], check=False).split()
+        for pid in map(int, pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+
+    def remove(self) -> None:
+        for i, name in enumerate(self.names):
+            self.kill(i)
+            ip("netns", "del", name, check=False)
+
+    def job(
+        self,
+        host: int,
+        argv: list[str],
+        log: Path,
+        *,
+        nodes: str,
+        conf: str = "",
+        more: tuple[str, ...] = (),
+        **how: Any,
+    ) -> contextlib.AbstractContextManager[jobs.Job]:
+        """A torchrun of one worker on a host; the first one holds the store by which they find each other."""
+        # is_host: torchrun looks for its endpoint among the addresses of the machine's name, which here are loopback's.
+        conf = ",".join([f"is_host={int(host == 0)}", *([conf] if conf else [])])
+        words = [f"--nnodes={nodes}", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=10.77.0.1:{PORT}"]
+        words += ["--rdzv_id=hps", f"--rdzv_conf={conf}", f"--local_addr=10.77.0.{host + 1}"]
+        enter = f"""
+import ctypes
+space = os.open("/run/netns/{self.names[host]}", os.O_RDONLY)
+assert ctypes.CDLL(None).setns(space, {0x40000000}) == 0
+"""
+        env = {"GLOO_SOCKET_IFNAME": CABLE}
+        return jobs.job(argv, log, options=[*words, *more], env=env, setup=enter, **how)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    if not shutil.which("ip"):
+        pytest.skip("needs ip (Debian: apt-get install iproute2)")
+    made = Hosts()
+    try:
+        try:
+            made.make()
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"needs the right to make network namespaces: {error.stderr.strip()}")
+        yield made
+    finally:
+        made.remove()
+
+
+def test_a_cable_that_is_cut(tiny_world, tmp_path, hosts):
+    """In the middle of a step. Both sides end, and say why; with the cable mended, the same two commands go on. What
+    they do in the end, steps of the first job and of the second, is what one process does."""
+    more = options(tmp_path, "full")
+    calm, out = tmp_path / "calm", tmp_path / "run"
+    harness.run("train", arguments(tiny_world, calm, **more), tmp_path / "log")
+    argv, mark, logs = arguments(tiny_world, out, **more), tmp_path / "mark", [tmp_path / "0", tmp_path / "1"]
+    fault: dict[str, Any] = driver.fault("wait", "gradient", mark, step=5)
+    with (
+        hosts.job(0, argv, logs[0], nodes="2", conf="read_timeout=5") as first,
+        hosts.job(1, argv, logs[1], nodes="2", conf="read_timeout=5", fault=fault) as second,
+    ):
+        jobs.appears(mark, second)
+        hosts.cut()
+        began = time.time()
+        mark.with_suffix(".go").touch()
+        ends = []
+        for job in (first, second):
+            assert job.end(90) != 0
+            ends.append(time.time() - began)
+            assert re.search(LOST, job.text()), job.text()[-3000:]
+    assert jobs.checkpoint_of(out) == 4 and not (out / "policy").exists()
+    hosts.mend()
+    with hosts.job(0, argv, logs[0], nodes="2") as first, hosts.job(1, argv, logs[1], nodes="2") as second:
+        assert [job.end() for job in (first, second)] == [0, 0], "".join(job.text()[-2000:] for job in (first, second))
+        assert f"step-00000004 (4 of {STEPS} steps)" in first.text() + second.text()
+    apart = jobs.largest_difference(out, calm)
+    assert apart < 1e-5
+    print(f"\nthe cable was cut: ended after {ends[0]:.1f} and {ends[1]:.1f} s; losses apart by at most {apart:.1e}")
+
+
+def test_a_host_that_dies_and_comes_back(tiny_world, tmp_path, hosts, amount):
+    """torchrun --nnodes 1:2: the one that is left goes on alone from the last checkpoint, and when the other is back
+    they go on together from the step in which it came, all by themselves.
+
+    What torch asks for: the host that holds the c10d store must be the one that lives. It goes on only when the dead
+    one has missed its keep-alive messages (keep_alive_interval x keep_alive_max_attempt, 15 s unless set) and nobody
+    has come for last_call_timeout (30 s unless set).
+    """
+    if amount(0, 1) == 0:
+        pytest.skip("with --soak only")
+    more = options(tmp_path, "full")
+    calm, out = tmp_path / "calm", tmp_path / "run"
+    harness.run("train", arguments(tiny_world, calm, **more), tmp_path / "log")
+    argv, logs = arguments(tiny_world, out, **more), [tmp_path / "0", tmp_path / "1"]
+    death, alone = tmp_path / "death", tmp_path / "alone"
+    conf = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3,read_timeout=20"
+    how: dict[str, Any] = dict(nodes="1:2", conf=conf, more=("--max_restarts=3",))
+    with hosts.job(0, argv, logs[0], fault=driver.fault("wait", "step", alone, step=7), **how) as first:
+        with hosts.job(1, argv, logs[1], fault=driver.fault("wait", "gradient", death, step=5), **how) as second:
+            jobs.appears(death, second)
+            hosts.kill(1)
+            began = time.time()
+            second.process.join(10)
+        jobs.appears(alone, first)
+        seconds = time.time() - began
+        assert re.search(LOST, first.text()) and f"step-00000004 (4 of {STEPS} steps)" in first.text()
+        with hosts.job(1, argv, logs[1], **how) as second:
+            assert [job.end() for job in (first, second)] == [0, 0], first.text()[-3000:] + second.text()[-3000:]
+            text = first.text() + second.text()
+    assert f"stopped after 8 of {STEPS} steps; the same command goes on" in text
+    assert f"step-00000008 (8 of {STEPS} steps)" in text
+    apart = jobs.largest_difference(out, calm)
+    assert apart < 1e-5
+    print(f"\na host died: {seconds:.1f} s until the other was in step 7 alone; losses apart by at most {apart:.1e}")

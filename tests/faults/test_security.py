@@ -1,0 +1,503 @@
+"""What comes from outside is data: no pickle, no code of a model's, no path, no key and no markup gets its way."""
+
+import hashlib
+import json
+import logging
+import pickle
+import re
+import shutil
+import traceback
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+import torch
+from chat_server import chat_server, completion
+from conftest import classifier
+from fuzz_targets import EVALUATION, RUN, SUMMARY
+from markdown_it import MarkdownIt
+from test_bad_inputs import ROW, lines, save
+from test_report import results
+from test_survey import Browser
+from test_train import arguments, run
+from transformers import AutoTokenizer
+
+import data_prep
+import eval as evaluation
+import train
+from hps import checkpoint, model, reward_model
+from hps.data import listwise, tokens
+from hps.evaluate import card, endpoint, judge, report, survey
+from hps.lab import scorers
+
+FP32 = dict(dtype=torch.float32)
+
+
+def flags(**options) -> list[str]:
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+# ---- 1. pickles -----------------------------------------------------------------------------------
+
+PICKLES = (".metadata", "__0_0.distcp", "pytorch_model.bin", "adapter_model.bin", "optimizer.pt", "training_args.bin")
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def bombs(tmp_path, monkeypatch):
+    """plant(folder) puts pickles there; afterwards nothing has read one, and none has gone off."""
+    mark, read = tmp_path / "went off", []
+    bomb = pickle.dumps(Bomb(mark))
+    pickle.loads(bomb)
+    assert mark.exists(), "a bomb that is none shows nothing"
+    mark.unlink()
+
+    def plant(folder: Path) -> None:
+        for name in PICKLES:
+            (folder / name).write_bytes(bomb)
+
+    def watched(name, real):
+        def called(*args, **kwargs):
+            read.append((name, traceback.extract_stack(limit=4)[0].filename))
+            return real(*args, **kwargs)
+
+        return called
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, watched(f"{module.__name__}.{name}", getattr(module, name)))
+    yield plant
+    assert not mark.exists() and not read, read
+
+
+@pytest.mark.parametrize("lora", [{}, dict(lora_rank=2, lora_alpha=4)], ids=["full", "lora"])
+def test_a_checkpoint_is_resumed_without_a_pickle(tiny_world, tmp_path, bombs, lora):
+    out, options = tmp_path / "run", dict(epochs=1, **lora)
+    run(tiny_world, out, stop_after=2, **options)
+    folder = checkpoint.latest(out / "checkpoints")
+    kinds = {path.suffix for path in out.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".jsonl", ".safetensors"}
+    bombs(folder)
+    assert len(run(tiny_world, out, **options)) == 3 and (out / "policy").exists()
+
+
+@pytest.fixture(scope="module")
+def models(tiny_world, tmp_path_factory) -> dict[str, Path]:
+    """A folder of each kind that is loaded, by kind."""
+    root = tmp_path_factory.mktemp("models")
+    shutil.copytree(tiny_world / "model", root / "policy")
+    classifier(AutoTokenizer.from_pretrained(tiny_world / "model"), root / "reward")
+    made = dict(rank=2, alpha=4, targets=["q_proj"], seed=0)
+    for kind, load, task in (("policy", model.load_causal_lm, "CAUSAL_LM"),
+                             ("reward", reward_model.load_reward_model, "SEQ_CLS")):  # fmt: skip
+        lm = model.add_lora(load(str(root / kind), **FP32), task=task, **made)
+        lm.peft_config["default"].base_model_name_or_path = str(root / kind)
+        lm.save_pretrained(root / f"{kind} adapter")
+    return {kind: root / kind for kind in ("policy", "reward", "policy adapter", "reward adapter")}
+
+
+def loader(kind: str):
+    return reward_model.load_reward_model if kind.startswith("reward") else model.load_causal_lm
+
+
+KINDS = ["policy", "reward", "policy adapter", "reward adapter"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_beside_pickles_is_loaded_and_of_pickles_alone_refused(models, kind, tmp_path, bombs):
+    folder = tmp_path / "model"
+    shutil.copytree(models[kind], folder)
+    bombs(folder)
+    loader(kind)(str(folder), **FP32)
+    [weights] = folder.glob("*.safetensors")
+    weights.unlink()
+    with pytest.raises(ValueError) as refused:
+        loader(kind)(str(folder), **FP32)
+    said = str(refused.value)
+    assert str(folder) in said and ".bin is a pickle, which can run code" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_even_an_honest_pickle_is_read(models, kind, tmp_path):
+    """What torch.load would take, with nothing but tensors in it, is refused too: there is one format."""
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(models[kind], folder)
+    [weights] = folder.glob("*.safetensors")
+    name = "adapter_model.bin" if "adapter" in kind else "pytorch_model.bin"
+    torch.save(load_file(weights), folder / name)
+    weights.unlink()
+    with pytest.raises(ValueError, match=f"{name} is a pickle"):
+        loader(kind)(str(folder), **FP32)
+
+
+def test_an_adapter_of_an_adapter_and_one_without_a_base_are_refused(models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(models["policy adapter"], folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    for base in (str(folder), None, 3):  # its own base: loading would never end
+        (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match="adapter_config.json: base_model_name_or_path must be a model, not"):
+            model.load_causal_lm(str(folder), **FP32)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="adapter_config.json: cannot be read"):
+        model.load_causal_lm(str(folder), **FP32)
+
+
+# ---- 2. code that a model brings ------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(models, tmp_path, monkeypatch):
+    """odd(model_type): a model folder whose own code makes a file; a user who is asked says yes."""
+    mark, asked = tmp_path / "ran", []
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+
+    def make(model_type: str, kind: str = "policy") -> Path:
+        folder = tmp_path / f"odd-{model_type}-{kind}"
+        shutil.copytree(models[kind], folder)
+        about = json.loads((folder / "config.json").read_text())
+        brings = {"AutoConfig": "odd.Config", "AutoModelForCausalLM": "odd.Odd", "AutoModel": "odd.Odd",
+                  "AutoModelForSequenceClassification": "odd.Odd"}  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(about | {"model_type": model_type, "auto_map": brings}))
+        named = json.loads((folder / "tokenizer_config.json").read_text())
+        named |= {"auto_map": {"AutoTokenizer": ["odd.Tokenizer", None]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(named))
+        (folder / "custom_generate").mkdir()
+        for path in ("odd.py", "custom_generate/generate.py"):
+            (folder / path).write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
+        return folder
+
+    yield make, mark
+    assert not asked, "nobody is asked whether to run it"
+
+
+def test_code_of_a_model_does_not_run(odd, tiny_world, tmp_path):
+    make, mark = odd
+    folder = str(make("odd"))
+    data = tiny_world / "train.jsonl"
+    shared = dict(model=folder, reference=folder, data=data, samples=0, reference_cache=tmp_path / "cache")
+    calls = [
+        lambda: model.load_causal_lm(folder, **FP32),
+        lambda: reward_model.load_reward_model(folder, **FP32),
+        lambda: reward_model.load_reward_model(folder, begin=True, **FP32),
+        lambda: train.main(arguments(tiny_world, tmp_path / "run", model=folder)),
+        lambda: evaluation.main(flags(out=tmp_path / "eval", **shared)),
+        lambda: data_prep.main(["generate", *flags(model=folder, input=data, output=tmp_path / "g.jsonl")]),
+        lambda: data_prep.main(["annotate", *flags(scorer=folder, input=data, output=tmp_path / "a.jsonl")]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError) as refused:
+            call()
+        assert "\n" not in str(refused.value) and folder in str(refused.value)
+        assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+def test_a_known_architecture_is_loaded_by_transformers_own_code(odd, models, kind):
+    make, mark = odd
+    known = json.loads((models[kind] / "config.json").read_text())["model_type"]
+    folder = str(make(known, kind))
+    assert type(loader(kind)(folder, **FP32)).__module__.startswith("transformers.models.")
+    tokens.load_tokenizer(folder)
+    assert not mark.exists()
+
+
+def test_with_a_revision_the_code_of_a_reward_model_runs(odd):
+    """So the other tests have something to stop."""
+    make, mark = odd
+    with pytest.raises(Exception, match="odd"):
+        reward_model.load_remote(str(make("odd", "reward")), revision="abc", **FP32)
+    assert mark.exists()
+
+
+# ---- 3. paths --------------------------------------------------------------------------------------
+
+IDS = ["../../x", "../../../../../../../../etc/hps-x", "/etc/hps-x", "a\x00b", "x" * 5000, "..", ".", "a/b", "a\nb",
+       "~root", "$(touch x)", "`touch x`", "-rf", "%2e%2e%2fx", "shard-x.safetensors", "caf\u00e9"]  # fmt: skip
+KEY = "sk-test/0123456789+secret\"'&end"
+
+
+def snapshot(root: Path, without: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if without != path and without not in path.parents:
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "a folder"
+    return found
+
+
+def test_no_id_leads_out_of_the_folder_of_the_output(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
+    out = tmp_path / "a/b/c/out"
+    for folder in (out, tmp_path / "cwd", tmp_path / "in"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    lm, scorer = save(tmp_path / "in/lm"), save(tmp_path / "in/scorer", labels=1)
+    data, hostile = tmp_path / "in/x.jsonl", results()
+    data.write_bytes(lines(*(ROW | {"id": id, "source": id} for id in IDS)))
+    names = {row["method"]: f"../{n}/../../x" for n, row in enumerate(hostile["rows"])}
+    hostile = json.loads(json.dumps(hostile).replace("HPS|x", names["HPS|x"]).replace("DPO-BT", names["DPO-BT"]))
+    caches = dict(token_cache=out / "tokens", reference_cache=out / "references")
+    sampled = dict(data=data, reference=lm, samples=2, max_new_tokens=4, scorer=scorer)
+    samples = f"a={out}/eval/samples.jsonl,b={out}/eval2/samples.jsonl"
+    made = out / "candidates.jsonl"
+
+    def ask(number, text):
+        return completion(json.dumps(dict.fromkeys(judge.CRITERIA, 3)))
+
+    with chat_server(ask) as server:
+        work = {
+            "generate": lambda: data_prep.main(
+                ["generate", *flags(model=lm, input=data, output=made, n=2, max_new_tokens=4)]),
+            "annotate": lambda: data_prep.main(["annotate", *flags(scorer=scorer, input=data, output=out / "a.jsonl")]),
+            "fit": lambda: data_prep.main(["fit", *flags(input=data, output=out / "r.safetensors")]),
+            "export": lambda: data_prep.main(["export", *flags(format="trl", input=data, output=out / "t.jsonl")]),
+            "train": lambda: train.main(flags(
+                model=lm, data=data, out=out / "run", method="dpo-bt", lora_rank=0, lr=1e-3, epochs=1, max_length=16,
+                sample_every=1, sample_prompts=16, save_every=1, prompts_per_step=8, **caches)),
+            "eval": lambda: evaluation.main(flags(
+                model=lm, out=out / "eval", reference_cache=caches["reference_cache"], **sampled)),
+            "eval again": lambda: evaluation.main(flags(
+                model=out / "run/policy", out=out / "eval2", reference_cache=caches["reference_cache"], **sampled)),
+            "judge": lambda: judge.main(flags(
+                methods=samples, baseline="a", out=out / "judge", endpoint=server.url, judge_model="j",
+                key_variable="JUDGE_KEY")),
+            "survey": lambda: survey.main(["export", *flags(methods=samples, out=out / "study", items=len(IDS))]),
+            "report": lambda: report.write_report(hostile, out / "report"),
+        }  # fmt: skip
+        before = snapshot(tmp_path, out)
+        for name, command in work.items():
+            command()
+            assert snapshot(tmp_path, out) == before, name
+            assert not Path("/etc/hps-x").exists()
+    assert {row.id for row in listwise.read(made)} == set(IDS)  # they came through as they are
+    key = json.loads((out / "study/key.json").read_text())
+    assert {item["prompt"] for item in key["items"].values()} == set(IDS)
+    secrets = [path for path in out.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert not secrets and KEY not in "".join(capfd.readouterr())
+
+
+# ---- 4. keys ---------------------------------------------------------------------------------------
+
+FORMS = {KEY, json.dumps(KEY)[1:-1], json.dumps(KEY)[1:-1].replace("/", r"\/"), quote(KEY, safe=""),
+         KEY.replace("&", "&amp;").replace('"', "&quot;").replace("'", "&#x27;")}  # fmt: skip
+
+
+def says(form: str, echo: dict[str, str]) -> str:
+    """What a server makes of the headers that it was sent, in one of the ways in which texts are written."""
+    sent = "; ".join(f"{name}: {value}" for name, value in echo.items())
+    return {
+        "text": sent, "json": json.dumps({"error": sent}), "php": json.dumps({"error": sent}).replace("/", r"\/"),
+        "url": quote(sent, safe=""),
+        "html": sent.replace("&", "&amp;").replace('"', "&quot;").replace("'", "&#x27;"),
+    }[form]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["text", "json", "php", "url", "html"])
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_a_key_is_in_no_file_and_no_message(status, form, tmp_path, monkeypatch, capfd, caplog):
+    """A judge whose server repeats every header that it gets: in an answer, in its name, in an error."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.001)
+    caplog.set_level(logging.DEBUG)
+    for name, text in (("a", "one"), ("b", "two")):
+        listwise.write(tmp_path / f"{name}.jsonl", [listwise.Row("p", "why", (text,))])
+    out = tmp_path / "out"
+
+    def echo(number, text):
+        said = says(form, dict(server.requests[number]["headers"].items()))
+        return completion(said, model=said) if status == 200 else (status, {}, said)
+
+    said = ""
+    with chat_server(echo) as server:
+        try:
+            judge.main(flags(
+                methods=f"a={tmp_path}/a.jsonl,b={tmp_path}/b.jsonl", baseline="a", out=out, endpoint=server.url,
+                judge_model="j", key_variable="JUDGE_KEY", attempts=2))  # fmt: skip
+        except ValueError as error:
+            said = "".join(traceback.format_exception(error))
+    assert bool(said) == (status != 200)
+    assert server.requests[0]["headers"]["Authorization"] == f"Bearer {KEY}"
+    written = "".join(path.read_text() for path in out.rglob("*") if path.is_file())
+    shown = {"files": written, "message": said, "output": "".join(capfd.readouterr()), "log": caplog.text}
+    # The files are JSON, which would write a quote of the key with one more backslash.
+    shown |= {"decoded": json.dumps([json.loads(line) for line in (out / "answers.jsonl").open()], ensure_ascii=False)}
+    for where, text in shown.items():
+        assert not [key for key in (*FORMS, "0123456789") if key in text], where
+    assert "[key]" in written + said
+
+
+def test_a_key_in_the_place_of_its_variable_is_not_shown(tmp_path, monkeypatch, capfd):
+    for name, text in (("a", "one"), ("b", "two")):
+        listwise.write(tmp_path / f"{name}.jsonl", [listwise.Row("p", "why", (text,))])
+    with pytest.raises(ValueError, match="--key_variable") as refused:
+        judge.main(flags(
+            methods=f"a={tmp_path}/a.jsonl,b={tmp_path}/b.jsonl", baseline="a", out=tmp_path / "out", judge_model="j",
+            endpoint="http://127.0.0.1:9", key_variable=KEY))  # fmt: skip
+    assert "0123456789" not in "".join([*traceback.format_exception(refused.value), *capfd.readouterr()])
+
+
+# ---- 5. markup -------------------------------------------------------------------------------------
+
+HOSTILE = [
+    "<script>window.ran = 1</script> a|b\\|c `x`",
+    "\"><img src=x onerror='window.ran = 1'> $\\frac{$ &lt;b&gt;",
+    "</script><script>window.ran = 1</script><svg onload=ran=1>\n\n# head\n\n| a | b |",
+]
+LINK = "![y](http://127.0.0.1:9/y.png) [x](javascript:window.ran=1) `` ` ``"
+
+
+def hostile_results() -> dict:
+    """Every text that a results file holds is one of those above."""
+    found = results() | {"suite": HOSTILE[0], "commit": f"{HOSTILE[1]} {LINK}", "machine": LINK}
+    found["settings"] = {HOSTILE[2]: LINK, LINK: {HOSTILE[1]: HOSTILE[0]}}
+    names = {row["method"]: name for row, name in zip(found["rows"], HOSTILE, strict=True)}
+    for row in found["rows"]:
+        row["method"] = names[row["method"]]
+    for item in found["comparisons"]:
+        item["a"], item["b"] = names[item["a"]], names[item["b"]]
+    found["curves"] = {names[method]: series for method, series in found["curves"].items()}
+    found["claims"] = [{"claim": LINK, "paper": HOSTILE[2], "verdict": "not measured here", "reason": HOSTILE[0]}]
+    x = {"label": HOSTILE[1], "values": {HOSTILE[0]: 1, HOSTILE[1]: 2}}
+    found["series"] = {"n": {"x": x, "panels": ["rm2"], "lines": {f"{HOSTILE[2]} {LINK}": [HOSTILE[0], HOSTILE[1]]}}}
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """report.html, RESULTS.md, a model card and a survey, all of hostile texts; both Markdown files as HTML."""
+    out = tmp_path_factory.mktemp("hostile")
+    report.write_report(hostile_results(), out)
+    about = dict(RUN["config"], model=HOSTILE[0], data=f"{HOSTILE[1]} {LINK}", method=HOSTILE[2])
+    run = RUN | {"config": about | {"lora_targets": LINK}, "changed": ["model", "lora_targets"]}
+    counts = {LINK: 1, HOSTILE[2]: 2}
+    evaluated = EVALUATION | {"config": {"model": "policy", "data": LINK, "reference": HOSTILE[2]}}
+    (out / "card.md").write_text(card.card(run, SUMMARY | {"counts": counts}, kind="model", evaluation=evaluated))
+    render = MarkdownIt("commonmark", {"html": True}).enable("table").render  # as permissive as a viewer may be
+    for name in ("RESULTS", "card"):
+        text = (out / f"{name}.md").read_text()
+        body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # the card's front matter
+        (out / f"{name}.html").write_text(f"<!DOCTYPE html><meta charset=utf-8><title>{name}</title>\n{render(body)}")
+    for name in ("a", "b"):
+        listwise.write(out / f"{name}.jsonl", [
+            listwise.Row(f"p{n}", ({"role": "user", "content": text},), (text + name,))
+            for n, text in enumerate([*HOSTILE, LINK])])  # fmt: skip
+    methods = f"<script>run()</script>={out}/a.jsonl,<img src onerror>={out}/b.jsonl"
+    survey.main(["export", f"--methods={methods}", f"--out={out}", "--items=4"])
+    return out
+
+
+class Tags(HTMLParser):
+    """Tags with their attributes, and the texts of the cells of tables, row by row."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.rows, self.open = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        self.open = tag in ("td", "th") or (self.open and tag in ("strong", "code", "em"))
+
+    def handle_endtag(self, tag):
+        self.open = self.open and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.open:
+            self.rows[-1][-1] += data
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize(("name", "images"), [("RESULTS", 6), ("card", 0)])
+def test_markdown_of_hostile_texts_holds_no_tag_and_no_cell_more(written, name, images):
+    html = Tags((written / f"{name}.html").read_text())
+    allowed = {"meta", "title", "h1", "h2", "p", "ul", "li", "code", "pre", "table", "thead", "tbody", "tr", "th", "td",
+               "strong", "em", "img", "a"}  # fmt: skip
+    assert {tag for tag, _ in html.tags} <= allowed
+    sources = [attrs["src"] for tag, attrs in html.tags if tag == "img"]
+    assert len(sources) >= bool(images) and all(re.fullmatch(r"figures/\w+\.png", source) for source in sources)
+    links = [attrs["href"] for tag, attrs in html.tags if tag == "a"]
+    assert set(links) <= {card.PAPER}
+    cells = {cell for row in html.rows for cell in row}
+    texts = [*HOSTILE, LINK] if name == "RESULTS" else [HOSTILE[2], LINK]
+    assert {one_line(text) for text in texts} <= {one_line(cell) for cell in cells}
+    assert len([tag for tag, _ in html.tags if tag == "h1"]) == 1
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs a browser, which no Python package brings: apt-get install chromium chromium-driver")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.quit()
+
+
+@pytest.mark.parametrize("name", ["report", "RESULTS", "card", "survey"])
+def test_a_browser_shows_hostile_texts_and_runs_none(written, browser, name):
+    path = written / f"{name}.html"
+    browser.open(path)
+    if name == "survey":
+        browser.js("localStorage.clear()")
+        browser.open(path)
+    browser.requests()
+    browser.log("browser")
+    browser.open(path)
+    if name == "survey":
+        browser.js("enter('x')")
+        shown = []
+        for i in range(8):
+            browser.js(f"show({i})")
+            shown.append(browser.js("document.body.innerText"))
+            assert browser.js("document.querySelectorAll('.text *').length") == 0
+        expected = [*HOSTILE, LINK]
+    else:
+        shown = browser.js("[...document.querySelectorAll('td, th')].map(cell => cell.textContent)")
+        expected = [HOSTILE[2], LINK] if name == "card" else [*HOSTILE, LINK]
+    for text in expected:
+        assert any(one_line(text) in one_line(each) for each in shown), text
+    assert browser.js("window.ran ?? null") is None
+    assert browser.js("document.querySelectorAll('[onerror], [onload], svg, iframe').length") == 0
+    asked = {url for url in browser.requests() if not url.startswith("data:")}
+    assert asked - {path.as_uri()} <= {p.as_uri() for p in (written / "figures").iterdir()}
+    assert browser.log("browser") == []
+
+
+def test_the_browser_would_have_told(browser, tmp_path):
+    """The same texts as they are: there something runs, or the test before shows nothing."""
+    path = tmp_path / "bad.html"
+    path.write_text(f"<!DOCTYPE html><title>x</title>{HOSTILE[0]}{HOSTILE[1]}")
+    browser.open(path)
+    assert browser.js("window.ran") == 1
+    browser.log("browser")
+    browser.requests()
+
+
+def test_scorers_load_no_pickle_either(tmp_path, bombs):
+    """A file for a linear reward model that is a pickle is refused unread."""
+    bombs(tmp_path)
+    (tmp_path / "r.safetensors").write_bytes((tmp_path / "optimizer.pt").read_bytes())
+    for name in ("r.safetensors", "optimizer.pt"):
+        with pytest.raises(ValueError, match="is not a safetensors file"):
+            scorers.load(str(tmp_path / name))
