@@ -120,7 +120,7 @@ def read_record(path: Path, advice: str, **holds: type) -> dict[str, Any]:
 
     holds: name -> type of what must be in it, which another version of this code may not have written.
     """
-    record = None
+    record: Any = None
     try:
         record = read_json(path)
         whole = isinstance(record, dict) and record.pop("checksum", None) == _checksum(record)

@@ -46,7 +46,7 @@ def read(output: str | Path, settings: dict[str, object], **holds: tuple[type, t
     return records
 
 
-def _holds(value: object, kind: type, inner: type) -> bool:
+def _holds(value: Any, kind: type, inner: type) -> bool:
     items = value.values() if isinstance(value, dict) else value
     return isinstance(value, kind) and all(type(item) is inner for item in items)
 

@@ -297,7 +297,7 @@ def read_answers(path: Path, about: dict[str, Any], items: dict[str, Item]) -> A
             raise ValueError(f"{path} was begun with another {name}: take another --out, or remove that file")
     for where, line in lines:
         texts = [line.get(name) for name in ("item", "model", "answer")] if isinstance(line, dict) else [None]
-        if not all(isinstance(text, str) for text in texts) or texts[0] not in items:
+        if not isinstance(line, dict) or not all(isinstance(text, str) for text in texts) or texts[0] not in items:
             raise ValueError(f"{where}: no answer to one of these responses: remove that line")
         answers[line["item"]].append(line)
     return answers
