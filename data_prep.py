@@ -152,6 +152,8 @@ def in_shares(c: Any, work: Callable[..., None], *arguments: Any) -> None:
         advice = "wait until it ends, or choose another --output"
         lock = files.lock(Path(f"{c.output}.lock"), what=work.__name__, advice=advice) if ranks.first else nullcontext()
         with lock:
+            if ranks.first:
+                files.sweep(Path(c.output).parent, f"{Path(c.output).name}.")
             work(c, *arguments, ranks)
 
 

@@ -375,6 +375,8 @@ def main(argv: list[str] | None = None) -> None:
             advice = "wait until it ends, or choose another --out"
             holds = files.lock(Path(c.out) / "lock", what="train.py", advice=advice) if ranks.first else nullcontext()
             with holds:
+                if ranks.first:
+                    files.sweep(Path(c.out))
                 train(as_preference(c), ranks)
     finally:
         signal.signal(signal.SIGTERM, before)

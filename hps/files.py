@@ -82,6 +82,14 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what killed processes have left half-written, of files whose names begin with `name`, in a folder where
+    none is at work: whoever calls this holds its lock."""
+    for left in folder.iterdir():
+        if left.name.startswith(name) and left.suffix == ".tmp":
+            _remove(left)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

@@ -85,6 +85,17 @@ def test_a_harmed_file_is_named(tmp_path):
     assert files.harmed(tmp_path, sums) == "a is missing"
 
 
+def test_what_killed_processes_left_is_swept(tmp_path):
+    for name in ("a.1.tmp", "a.json", "b.2.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / "a.3.tmp").mkdir()
+    (tmp_path / "a.3.tmp" / "x").touch()
+    files.sweep(tmp_path, "a.")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.2.tmp"]
+    files.sweep(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_a_file_without_buffer_is_appended_to_whole(tmp_path, monkeypatch):
     """The system may take a part of what it is given; then the rest follows."""
 
