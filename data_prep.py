@@ -153,7 +153,7 @@ def in_shares(c: Any, work: Callable[..., None], *arguments: Any) -> None:
         lock = files.lock(Path(f"{c.output}.lock"), what=work.__name__, advice=advice) if ranks.first else nullcontext()
         with lock:
             if ranks.first:
-                files.sweep(Path(c.output).parent, f"{Path(c.output).name}.")
+                files.sweep(Path(c.output).parent, Path(c.output).name)
             work(c, *arguments, ranks)
 
 

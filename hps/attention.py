@@ -40,8 +40,8 @@ def block_mask(packed: Packed) -> Tensor | None:
     """The dense mask of packed rows, (R, 1, N, N) bool, True where query (row) may attend to key (column).
 
     A token sees earlier tokens of its own block that belong to the prompt or to its own response, and the start that
-    all prompts share. None where plain
-    causal is enough: the pads stand at the end of a row, so no real token looks at them.
+    all prompts share. None where plain causal is enough: the pads stand at the end of a row, so no real token looks at
+    them.
     """
     if packed.causal:
         return None

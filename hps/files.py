@@ -31,7 +31,7 @@ def writing(path: str | Path, keeps: str = "what stood there before is untouched
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # safetensors, torch and others wrap the system's errors in types of their own
         found = re.search(r"(?:os error|Errno) (\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         if number not in SPACE | RIGHTS | BROKEN:
@@ -83,10 +83,13 @@ def _flush(path: Path) -> None:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what killed processes have left half-written, of files whose names begin with `name`, in a folder where
-    none is at work: whoever calls this holds its lock."""
+    """Remove what killed processes have left half-written in `replacing`, of the file `name` or of all in the folder.
+
+    Nobody else may be at work on them: whoever calls this holds their lock. Other files that end in .tmp stay.
+    """
+    partial = re.compile((re.escape(name) or ".+") + r"\.\d+\.tmp")
     for left in folder.iterdir():
-        if left.name.startswith(name) and left.suffix == ".tmp":
+        if partial.fullmatch(left.name):
             _remove(left)
 
 

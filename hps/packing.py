@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Tokens that all prompts of a row must begin with before these are laid out once: a shared start costs every layer one
-# more call, about what two tokens cost a small model on a CPU, and a split of the attention's sums.
+# more call and splits the attention's sums.
 MIN_PREFIX = 8
 
 
