@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from hps import products
 
-# Logits alive at once, (chunk, V): 16 MiB in fp32 on a CPU, three times that with the product's own copy and the
-# softmax. Chunks of 64 to 2,048 tokens are about as fast as each other there (V = 49152, one thread), so memory
-# decides. A GPU reads the whole head for every chunk and wants more tokens in it.
+# Logits alive at once, (chunk, V): 16 MiB in fp32 on a CPU, which become exponentials and then their gradient in place.
+# Chunks of 64 to 2,048 tokens are about as fast as each other there (V = 49152, one thread), so memory decides. A GPU
+# reads the whole head for every chunk and wants more tokens in it.
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
 
 
@@ -39,15 +39,19 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return (hidden.to(weight.dtype) @ weight.T).float()
 
 
-def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(logps (t,), log-softmax (t, V)), both fp32, of one chunk."""
-    logps = torch.log_softmax(_logits(hidden, weight), dim=-1)
-    return logps.gather(-1, targets[:, None]).squeeze(-1), logps
+def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps (t,), exps (t, V), total (t,)) of one chunk, fp32: the softmax is exps / total, in the logits' memory."""
+    logits = _logits(hidden, weight)
+    logits -= logits.amax(dim=-1, keepdim=True)
+    target = logits.gather(-1, targets[:, None]).squeeze(-1)
+    exps = logits.exp_()
+    total = exps.sum(dim=-1)
+    return target - total.log(), exps, total
 
 
-def _logit_gradient(logps: Tensor, targets: Tensor) -> Tensor:
-    """d logp / d logits = onehot(target) - softmax, (t, V), made in place of the log-softmax."""
-    gradient = logps.exp_().neg_()
+def _logit_gradient(exps: Tensor, total: Tensor, targets: Tensor) -> Tensor:
+    """d logp / d logits = onehot(target) - softmax, (t, V), in place of the exponentials."""
+    gradient = exps.div_(-total[:, None])
     gradient[torch.arange(len(targets), device=targets.device), targets] += 1
     return gradient
 
@@ -69,9 +73,10 @@ class _FrozenHead(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         for i in range(0, len(targets), chunk):
             part = slice(i, i + chunk)
-            out[part], logps = _chunk(hidden[part], weight, targets[part])
+            out[part], exps, total = _chunk(hidden[part], weight, targets[part])
             if gradient is not None:
-                gradient[part] = _to_hidden(_logit_gradient(logps, targets[part]), weight)
+                gradient[part] = _to_hidden(_logit_gradient(exps, total, targets[part]), weight)
+            del exps  # or the next chunk's logits would stand beside it
         ctx.save_for_backward(gradient)
         return out
 
@@ -91,7 +96,7 @@ class _TrainableHead(torch.autograd.Function):
         out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         for i in range(0, len(targets), chunk):
             part = slice(i, i + chunk)
-            out[part], _ = _chunk(hidden[part], weight, targets[part])
+            out[part] = _chunk(hidden[part], weight, targets[part])[0]
         ctx.save_for_backward(hidden, weight, targets)
         ctx.chunk = chunk
         return out
@@ -104,10 +109,11 @@ class _TrainableHead(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for i in range(0, len(targets), ctx.chunk):
             part = slice(i, i + ctx.chunk)
-            _, logps = _chunk(hidden[part], weight, targets[part])
-            gradient = (_logit_gradient(logps, targets[part]) * grad_output[part, None]).to(weight.dtype)
+            _, exps, total = _chunk(hidden[part], weight, targets[part])
+            gradient = _logit_gradient(exps, total, targets[part]).mul_(grad_output[part, None]).to(weight.dtype)
             grad_hidden[part] = gradient @ weight
             grad_weight += gradient.T @ hidden[part].to(weight.dtype)
+            del exps, gradient
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 

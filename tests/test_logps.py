@@ -93,3 +93,14 @@ def test_a_chunk_holds_sixteen_mib_of_logits_on_a_cpu():
     assert [chunk_for(V, "cpu") for V in (220, 32_000, 49_152, 128_256)] == [1024, 131, 85, 32]
     assert [chunk_for(V, "cuda") for V in (220, 32_000, 49_152, 128_256)] == [1024, 1024, 682, 261]
     assert all(4 * chunk_for(V, "cpu") * V <= 16 * 2**20 for V in (220, 32_000, 49_152, 128_256))
+
+
+def test_one_chunk_of_logits_is_all_that_the_frozen_head_holds():
+    """By torch's own record of allocations: softmax and gradient are made in the logits' memory, and one chunk's are
+    gone before the next one's are made."""
+    hidden, weight, targets, _ = draw(96, 8, 128_256)  # three chunks
+    hidden.requires_grad_()
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        token_logps(hidden, weight, targets).sum().backward()
+    changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert 1.0 <= np.cumsum(changes).max() / (4 * chunk_for(128_256, "cpu") * 128_256) < 1.05
