@@ -447,3 +447,16 @@ def test_paths_of_the_pages_exist(page):
     inside = re.findall(r"\b(?:hps|configs|benchmarks|docs|tests)/[\w./-]*\w\.(?:py|toml|md)\b", text)
     absent = sorted({path for path in inside if not (ROOT / path).exists()})
     assert not absent, f"{page} names {absent}"
+
+
+@pytest.mark.parametrize("page", ["DETERMINISM.md", "PITFALLS.md"])
+def test_every_statement_of_these_pages_has_its_test(page):
+    rows = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("|")]
+    rows = [row for row in rows if not re.fullmatch(r"[|-]+", row) and "test |" not in row and "tests |" not in row]
+    assert len(rows) >= 19
+    for row in rows:
+        named = re.findall(r"`(tests/\S+?\.py)::(test_\w+)`", row)
+        assert named, f"no test stands beside {row}"
+        for path, name in named:
+            assert f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+    assert f"docs/{page}" in (ROOT / "README.md").read_text()
