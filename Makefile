@@ -34,7 +34,7 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 test: $(STAMP) ## all tests; none needs a GPU or the network
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP) ## the faults of docs/RELIABILITY.md in full, an hour of training among them: hours
 	$(RUN) -m pytest --soak -v tests/faults
