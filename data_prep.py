@@ -70,6 +70,7 @@ class Generate:
     temperature: float = 0.9  # of sampling
     max_new_tokens: int = 256  # a response that has not ended there is dropped and counted
     max_prompt_length: int = 1024  # longer prompts are dropped and counted, tokens
+    limit: int = 0  # so many prompts, the first that are short enough; 0: all
     seed: int = 0  # of sampling; a prompt's candidates depend on it and on the prompt's id only
     dtype: str = "fp32"  # fp32 or bf16
     max_rows: int = 512  # sequences decoded at once (a small model gains from more), or handed to vLLM at once
@@ -166,10 +167,16 @@ def generate_share(c: Generate, ranks: dist.Ranks) -> None:
     """Generate for every world_size-th of the prompts that no journal has; the first rank then writes the output."""
     if c.engine == "vllm" and ranks.sharded:
         raise ValueError("--engine vllm spreads over GPUs by itself: start it without torchrun")
+    if c.limit < 0:
+        raise ValueError(f"limit must not be negative, got {c.limit}")
     rows = listwise.read(c.input)
     tokenizer = tokens.load_tokenizer(c.model)
     prompts = {row.id: prompt_ids(tokenizer, row) for row in rows}
     rows = [row for row in rows if len(prompts[row.id]) <= c.max_prompt_length]
+    counts = Counter(prompts=len(prompts), prompts_overlong=len(prompts) - len(rows))
+    if c.limit:
+        counts["prompts_beyond_limit"] = len(rows[c.limit :])
+        rows = rows[: c.limit]
     if not rows:
         raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
     settings = {key: value for key, value in config.as_dict(c).items() if key not in ("output", "max_rows")}
@@ -182,7 +189,6 @@ def generate_share(c: Generate, ranks: dist.Ranks) -> None:
     dist.barrier()
     if ranks.first:
         done = journal.read(c.output, settings, **SAMPLED)
-        counts = Counter(prompts=len(prompts), prompts_overlong=len(prompts) - len(rows))
         written = []
         for row in rows:
             counts.update(done[row.id]["counts"])

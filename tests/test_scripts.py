@@ -203,6 +203,17 @@ def test_generate_and_annotate_a_world(tiny_world, tmp_path):
     for a, b in zip(after, before, strict=True):
         assert a.responses[:2] == b.responses and (a.chosen, a.rejected) == (0, 1)
         assert len(a.responses) == 5
+    # The first two that are short enough; their candidates are those of the whole run.
+    tokenizer = load_tokenizer(str(tiny_world / "model"))
+    lengths = [len(encode_prompt(tokenizer, r.prompt)) for r in before]
+    longest = min(lengths[:2])  # of the first two one is too long, unless they are as long as each other
+    short = [r.id for r, length in zip(before, lengths, strict=True) if length <= longest]
+    few = dict(common, output=tmp_path / "few.jsonl", max_prompt_length=longest, limit=2)
+    data_prep.main(["generate", *flags(model=tiny_world / "model", n=3, max_new_tokens=400, **few)])
+    assert len(short) > 2
+    expected = [r for r in after if r.id in short[:2]]
+    expected = [replace(r, where=f"{tmp_path / 'few.jsonl'}:{i}") for i, r in enumerate(expected, 1)]
+    assert listwise.read(tmp_path / "few.jsonl") == expected
     data_prep.main(["annotate", *flags(scorer="world-est", input=drawn, output=scored)])
     world = World(0)
     for row in listwise.read(scored, need_rewards=True):
