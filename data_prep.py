@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hps import config, dist, files, model, sampling
+from hps import config, dist, files, hub, model, sampling
 from hps.data import doctor, generate, importers, journal, listwise, rewards, tokens
 from hps.lab import scorers, world
 
@@ -46,7 +46,7 @@ class World:
 @dataclass
 class Import:
     source: str  # hh-rlhf, pku-saferlhf, ultrafeedback, nectar, trl or authors
-    input: str  # file in that format: .jsonl or .json (.gz, .xz), or .parquet
+    input: str  # file in that format: .jsonl or .json (.gz, .xz), .parquet, or hf://datasets/OWNER/NAME@REVISION/FILE
     output: str  # list-wise JSON Lines to write, and OUTPUT.manifest.json beside it
     order: str = ""  # pku-saferlhf: helpful or safe; ultrafeedback: overall or fine-grained
     limit: int = 0  # rows to keep at most; 0 means all
@@ -114,13 +114,17 @@ def make_world(c: World) -> None:
 
 
 def import_rows(c: Import) -> None:
+    local, name = hub.fetch(c.input)
     rows, counts, reasons, left_out = importers.import_file(
-        c.source, c.input, order=c.order, limit=c.limit or None, skip=c.skip
+        c.source, local, order=c.order, limit=c.limit or None, skip=c.skip
     )
     listwise.write(c.output, rows)
+    if name:
+        print(f"read from {name}", file=sys.stderr)
     if left_out:
         print(f"{c.input}: columns left out: {', '.join(left_out)}", file=sys.stderr)
-    tell(c, "import", counts, reasons, columns_left_out=left_out)
+    more = {"hub": name} if name else {}
+    tell(dataclasses.replace(c, input=local), "import", counts, reasons, columns_left_out=left_out, **more)
 
 
 def export_rows(c: Export) -> None:
@@ -129,7 +133,7 @@ def export_rows(c: Export) -> None:
     tell(c, "export", counts, reasons)
 
 
-def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], **more: list[str]) -> None:
+def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], **more: Any) -> None:
     """Print what was left out and why, and write it to the manifest."""
     for reason in reasons:
         print(reason, file=sys.stderr)

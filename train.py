@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hps import checkpoint, config, dist, files, loggers, losses, model, reference, reward_model, sampling
+from hps import checkpoint, config, dist, files, hub, loggers, losses, model, reference, reward_model, sampling
 from hps import plan as planning
 from hps.data import generate, store, tokens
 from hps.evaluate import card
@@ -423,7 +423,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": examples.data_hash}
     if c.lora_rank:
         adapter = dict(rank=c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets.split(","), seed=c.seed)
-        lm = model.add_lora(lm, **adapter, task="SEQ_CLS" if c.loss == "reward" else "CAUSAL_LM")
+        more = dict(task="SEQ_CLS" if c.loss == "reward" else "CAUSAL_LM", revision=hub.resolve(c.model)[1])
+        lm = model.add_lora(lm, **adapter, **more)
     if c.gradient_checkpointing:
         model.checkpoint_layers(lm)
     autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hps import attention, files, products
+from hps import attention, files, hub, products
 from hps.logps import sequence_logps, token_logps
 from hps.packing import Block, Packed, micro_batches, pack, pieces
 
@@ -113,12 +113,13 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
     if adapter := adapter_settings(path):
         from peft import PeftModel
 
-        base = load_causal_lm(adapter["base_model_name_or_path"], dtype=dtype)
+        base = load_causal_lm(base_of(adapter), dtype=dtype)
         lm = PeftModel.from_pretrained(base, path).merge_and_unload()
         return lm.requires_grad_(True).eval()  # peft froze it
-    how = dict(dtype=dtype, attn_implementation="sdpa")
+    name, revision = hub.resolve(path)
+    how: dict[str, Any] = dict(dtype=dtype, attn_implementation="sdpa", revision=revision)
     try:
-        lm = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **how)
+        lm = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **how)
     except (OSError, ValueError, SafetensorError) as e:
         raise ValueError(f"cannot load the model {path!r}: {why_not(path, e)}") from e
     return products.use_fp32_products(lm).eval()  # dropout off, in scoring and in training alike
@@ -142,6 +143,12 @@ def adapter_settings(path: str) -> dict[str, Any] | None:
     return about
 
 
+def base_of(adapter: dict[str, Any]) -> str:
+    """What an adapter was trained on: a folder, or a hub name with the revision that its settings pin."""
+    base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+    return f"{base}@{revision}" if revision and not Path(base).exists() else base
+
+
 def why_not(path: str, error: Exception) -> str:
     """On one line why a model could not be loaded."""
     return " ".join(str(error).split()) + _pickled(Path(path))
@@ -153,11 +160,19 @@ def _pickled(folder: Path) -> str:
 
 
 def add_lora(
-    lm: nn.Module, *, rank: int, alpha: int, targets: Sequence[str], seed: int, task: str = "CAUSAL_LM"
+    lm: nn.Module,
+    *,
+    rank: int,
+    alpha: int,
+    targets: Sequence[str],
+    seed: int,
+    task: str = "CAUSAL_LM",
+    revision: str | None = None,
 ) -> nn.Module:
     """Freeze a model and give it fp32 LoRA adapters, zero at first, so that policy = reference at step 0.
 
-    task: peft's name of it; with SEQ_CLS the head that gives the reward is trained as well.
+    task: peft's name of it; with SEQ_CLS the head that gives the reward is trained as well. revision: the commit of a
+    model of the hub, for whoever loads the adapter: the model may move on there.
 
     Raises:
         ValueError: a target that the model does not have, or its output head.
@@ -170,7 +185,13 @@ def add_lora(
     if wrong:
         raise ValueError(f"lora_targets {wrong} cannot be used; this model has {sorted(names - HEADS)}")
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none", task_type=task
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        lora_dropout=0.0,
+        bias="none",
+        task_type=task,
+        revision=revision,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # every rank must start from the same adapter

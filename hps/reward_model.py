@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hps import attention, products
-from hps.model import adapter_settings, decoder_layers, states, why_not
+from hps import attention, hub, products
+from hps.model import adapter_settings, base_of, decoder_layers, states, why_not
 from hps.packing import Block, Packed, pack
 
 SEVERAL = (
@@ -101,20 +101,22 @@ def load_reward_model(path: str, *, dtype: torch.dtype, objectives: str = "one",
 
         if about.get("task_type") != "SEQ_CLS":
             raise ValueError(f"{path} is the adapter of a policy, not of a reward model: train one with --loss reward")
-        base = load_reward_model(about["base_model_name_or_path"], dtype=dtype, objectives=objectives, begin=True)
+        base = load_reward_model(base_of(about), dtype=dtype, objectives=objectives, begin=True)
         return cast(Any, PeftModel.from_pretrained(base, path)).merge_and_unload().requires_grad_(True).eval()
+    name, revision = hub.resolve(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot load the reward model {path!r}: {why_not(path, e)}") from e
     ready = any("SequenceClassification" in name for name in config.architectures or [])
     if not ready and not begin:
         kind = ", ".join(config.architectures or ["of no kind"])
         raise ValueError(f"{path} is no reward model but {kind}: train one from it with train.py --loss reward")
-    how: dict[str, Any] = dict(dtype=dtype, attn_implementation="sdpa") | ({} if ready else {"num_labels": 1})
+    how: dict[str, Any] = dict(dtype=dtype, attn_implementation="sdpa", revision=revision)
+    how |= {} if ready else {"num_labels": 1}
     try:
         lm = AutoModelForSequenceClassification.from_pretrained(
-            path, trust_remote_code=False, use_safetensors=True, **how
+            name, trust_remote_code=False, use_safetensors=True, **how
         )
     except (OSError, ValueError, SafetensorError) as e:
         raise ValueError(f"cannot load the reward model {path!r}: {why_not(path, e)}") from e
@@ -146,9 +148,7 @@ def load_remote(path: str, *, dtype: torch.dtype, revision: str) -> nn.Module:
             path, dtype=dtype, trust_remote_code=True, use_safetensors=True, **how
         )
     except (OSError, ValueError, SafetensorError) as e:
-        raise ValueError(
-            f"cannot load the reward model {path!r} at revision {revision!r}: {why_not(path, e)}"
-        ) from e
+        raise ValueError(f"cannot load the reward model {path!r} at revision {revision!r}: {why_not(path, e)}") from e
     return lm.eval()
 
 

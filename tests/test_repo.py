@@ -21,7 +21,7 @@ SCRIPTS = ("train", "eval", "data_prep")
 # Level of each core module: it may import those of lower levels, and its own level only where named here.
 LEVELS = {
     "hps.losses": 0, "hps.sampling": 0, "hps.config": 0, "hps.dist": 0, "hps.kernels": 0, "hps.products": 0,
-    "hps.files": 0, "hps.loggers": 1,
+    "hps.files": 0, "hps.loggers": 1, "hps.hub": 1,
     "hps.logps": 1, "hps.packing": 1, "hps.attention": 1, "hps.losses_listwise": 1, "hps.plan": 1,
     "hps.model": 2, "hps.checkpoint": 2,
     "hps.reference": 3, "hps.reward_model": 3,

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from hps import hub
 from hps.data.decode import Request, Sample, decode
 
 
@@ -169,7 +170,9 @@ def load_vllm(path: str, *, dtype: str, max_length: int) -> Any:
             f"--engine vllm cannot import vllm ({error}): pip install vllm on a machine with a GPU, or --engine hf"
         ) from error
     names = {"fp32": "float32", "bf16": "bfloat16"}
-    return LLM(model=path, dtype=names[dtype], max_model_len=max_length, logprobs_mode="raw_logprobs")
+    name, revision = hub.resolve(path)
+    how: dict[str, Any] = dict(revision=revision, tokenizer_revision=revision, dtype=names[dtype])
+    return LLM(model=name, max_model_len=max_length, logprobs_mode="raw_logprobs", **how)
 
 
 def ask_vllm(

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hps import hub
 from hps.data.listwise import Prompt, Row
 from hps.packing import Block
 
@@ -52,7 +53,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     Raises ValueError when there is no tokenizer, it is not a fast one, or it has no EOS token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        name, revision = hub.resolve(path)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, revision=revision)
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())
         if Path(path).is_dir():

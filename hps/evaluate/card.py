@@ -88,7 +88,7 @@ def card(run: dict[str, Any], summary: dict[str, Any], *, kind: str, evaluation:
 
     front = {"library_name": "peft" if "adapter" in kind else "transformers"}
     front |= {"pipeline_tag": "text-classification" if "reward" in kind else "text-generation"}
-    front |= {} if is_local(settings["model"]) else {"base_model": start}
+    front |= {} if is_local(settings["model"]) else {"base_model": start.split("@")[0]}
     front |= {"tags": ["hps", "preference-optimization", method]}
     yaml = [f"{key}: {json.dumps(value)}" for key, value in front.items()]  # JSON is YAML too
 

@@ -18,6 +18,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import data_prep
+from hps import hub
 from hps.data import decode, journal, listwise
 from hps.data.generate import generate, load_vllm, prompt_seed
 
@@ -250,8 +251,8 @@ class LLM:
     model = None  # the test's
     calls: ClassVar[list] = []
 
-    def __init__(self, model, *, dtype="auto", max_model_len=None, logprobs_mode="processed_logprobs"):
-        self.options = dict(model=model, dtype=dtype, max_model_len=max_model_len)
+    def __init__(self, model, *, dtype="auto", max_model_len=None, logprobs_mode="processed_logprobs", **revisions):
+        self.options = dict(model=model, dtype=dtype, max_model_len=max_model_len, **revisions)
         self.raw = {"raw_logprobs": True, "processed_logprobs": False}[logprobs_mode]
 
     def generate(self, prompts, sampling_params, *, use_tqdm=True):
@@ -289,11 +290,13 @@ def vllm(llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setattr(LLM, "model", llama)
     monkeypatch.setattr(LLM, "calls", [])
-    return load_vllm("some/model", dtype="bf16", max_length=40)
+    monkeypatch.setattr(hub, "_commit_of", lambda *named: {("some/model", "v2"): "c" * 40}[named])
+    return load_vllm("some/model@v2", dtype="bf16", max_length=40)
 
 
 def test_vllm_gives_the_same_records(vllm, llama):
-    assert vllm.options == {"model": "some/model", "dtype": "bfloat16", "max_model_len": 40}
+    options = {"model": "some/model", "dtype": "bfloat16", "max_model_len": 40}
+    assert vllm.options == options | {"revision": "c" * 40, "tokenizer_revision": "c" * 40}
     samples, counts = run(vllm, PROMPTS[:3], n=8, temperature=0.7, unique=False, keep_unfinished=True)
     ends = set()
     for name, ids in PROMPTS[:3]:
