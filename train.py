@@ -6,36 +6,30 @@
 The same command again goes on from the last checkpoint. Read from `main` down: launch to gradient in one page.
 """
 
-import json
 import math
 import resource
 import signal
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from hps import checkpoint, config, dist, files, loggers, losses, model, reference, reward_model
-from hps import plan as planning
-from hps.data import generate, store, tokens
+from hps.data import store, tokens
 from hps.evaluate import card
-from hps.losses_listwise import KTO, LISTWISE, kto_loss, listwise_at_reference, listwise_loss
-from hps.packing import Block, micro_batches, pack
+from hps.losses_listwise import KTO, LISTWISE, kto_loss, listwise_loss
+from hps.packing import micro_batches, pack
+from hps.training.first_loss import expected_first_loss
+from hps.training.kto import mismatched_blocks, mismatched_kl
 from hps.training.options import (
-    OF_THE_LOSS,
-    SAMPLER,
     Config,
     as_preference,
-    changed_settings,
     check,
     is_kto,
     needs_reference,
@@ -44,35 +38,9 @@ from hps.training.options import (
     positive_weights,
     settings,
 )
-
-
-def make_plan(c: Config, examples: store.Store) -> planning.Plan:
-    """All visits of the run, before its first step."""
-    order = dict(epochs=c.epochs, prompts_per_step=c.prompts_per_step, seed=c.seed, shuffle=c.shuffle)
-    if c.loss == "sft":
-        return planning.plan_demonstrations(preferred(examples), examples.keys, **order)
-    sampler = {key: getattr(c, key) for key in SAMPLER - OF_THE_LOSS}
-    view = c.method.split("-")[1]
-    columns = (examples.rewards, examples.identity, examples.keys)
-    return planning.plan(*columns, view=view, human=examples.human, **order, **sampler)
-
-
-def preferred(examples: store.Store) -> np.ndarray:
-    """The response of each prompt that SFT learns: the human choice, else the highest reward, else the only one."""
-    best = examples.human[:, 0].astype(np.int64)
-    for rows in planning.chunks(len(best)):
-        for i, rewards in zip(rows, examples.rewards[rows[0] : rows[-1] + 1], strict=True):
-            if best[i] < 0 and len(rewards) > 1 and np.isnan(rewards[0]):
-                where = examples.where(i)
-                raise ValueError(f"{where}: several responses, and neither chosen nor rewards say which one to learn")
-            best[i] = best[i] if best[i] >= 0 else np.argmax(rewards)
-    return best
-
-
-def visit_block(plan: planning.Plan, examples: store.Store, v: int) -> Block:
-    """The prompt and the responses of visit `v`, preferred first."""
-    ks = plan.responses[v]
-    return examples.block(plan.row[v], ks[ks >= 0])
+from hps.training.record import RECORD, check_folder, claim
+from hps.training.samples import sample
+from hps.training.visits import make_plan, touched_blocks, visit_block, visit_rewards
 
 
 def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_tokens, kl: float) -> torch.Tensor:
@@ -95,30 +63,6 @@ def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_toke
     return losses.stage_loss(name, logratios, log_q, kappa=kappa, **options)
 
 
-def expected_first_loss(c: Config, plan: planning.Plan, rewards: np.ndarray) -> float | None:
-    """What the first step's loss must be while policy = reference, in closed form (log 2 for DPO-BT), or None."""
-    name, view, facts = parts(c)
-    if facts.at_reference is None:
-        return None
-    options = {"beta": c.beta} | {key: getattr(c, key) for key in facts.options}
-    first = list(plan.step(0))
-    if name in LISTWISE:
-        scores, valid = torch.from_numpy(rewards[first]), torch.from_numpy(plan.responses[first] >= 0)
-        return float(listwise_at_reference(name, scores, valid=valid, **options).mean())
-    ranks = (plan.responses[first] >= 0).sum(1)
-    if c.positives > 1:
-        m, weights = c.positives, positive_weights(c)
-        opponents = ranks[:, None] - (np.full(m, m) if c.exclude_positives else np.arange(1, m + 1))
-        kappas = opponents if c.n_factor == "n_minus_one" else np.ones_like(opponents)
-        stages = [[losses.loss_at_reference(name, kappa=float(k), **options) for k in row] for row in kappas]
-        return float(np.mean(np.array(stages) @ weights))
-    if facts is KTO:
-        return float(np.mean([facts.at_reference(float(n) - 1, **options) for n in ranks]))
-    if view == "pl":
-        return float(np.mean([losses.plackett_luce_at_reference(name, int(n), **options) for n in ranks]))
-    return float(np.mean([losses.loss_at_reference(name, kappa=float(k), **options) for k in plan.kappa[first]]))
-
-
 def lr_at(c: Config, step: int, steps: int) -> float:
     """Linear warm-up, then a cosine from lr to lr_end * lr."""
     if step < c.warmup_steps:
@@ -135,7 +79,6 @@ def peak_gib(device: torch.device) -> float:
 
 
 TERMINATED = 75  # status of a run that SIGTERM has stopped, with a checkpoint: EX_TEMPFAIL of sysexits.h
-SAMPLE_TOKENS = 128  # of an answer in samples.jsonl, at most
 
 # Per-prompt values of the log, in the order of the columns of `prompt_metrics`; names are the field's.
 METRICS = (
@@ -273,10 +216,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     else:
         claim(out, c, inputs, started is not None, ranks)
 
-    rewards = np.zeros(plan.responses.shape, dtype=np.float32)
-    if needs_rewards(c):
-        v, k = np.nonzero(plan.responses >= 0)
-        rewards[v, k] = examples.rewards_of(plan.row[v], plan.responses[v, k])
+    rewards = visit_rewards(c, plan, examples)
 
     parameters = list(checkpoint.trained(policy).values())
     optimizer = torch.optim.AdamW(
@@ -388,82 +328,6 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     say(ranks, f"{out / 'policy'}: trained in {seconds:.1f} s")
 
 
-def sample(c: Config, policy: model.PolicyModel, tokenizer, examples: store.Store, step: int) -> float:
-    """Append to samples.jsonl what the policy answers after `step` updates; the seconds that it took.
-
-    The most likely answers to the first prompts, so that all that changes between two steps is the policy. No random
-    number is drawn, and dropout is off throughout, so that the run is the same as without.
-    """
-    began = time.perf_counter()
-    count = min(c.sample_prompts, len(examples))
-    prompts = [(examples.id(i), examples.block(i, []).prompt.tolist()) for i in range(count)]
-    room = generate.positions(policy.causal_lm.config) - max(len(ids) for _, ids in prompts)
-    how = dict(n=1, max_new_tokens=int(min(SAMPLE_TOKENS, room)), temperature=0.0, keep_unfinished=True)
-    how |= dict(counts=Counter(), eos_token_id=tokenizer.eos_token_id, progress=False)
-    mode = policy.lm.training  # on where layers are checkpointed
-    policy.lm.eval()
-    answers = list(generate.generate(policy.causal_lm, prompts, **how))
-    policy.lm.train(mode)
-    records = []
-    for (id, ids), (_, [answer]) in zip(prompts, answers, strict=True):
-        response = tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
-        records.append({"step": step, "id": id, "prompt": tokenizer.decode(ids), "response": response})
-    with (Path(c.out) / "samples.jsonl").open("a") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
-    shown = " ".join(records[0]["response"].split())[:200]
-    tqdm.write(f"after {step} steps, {records[0]['id']}: {shown}", file=sys.stderr)
-    return time.perf_counter() - began
-
-
-def touched_blocks(plan: planning.Plan, examples: store.Store) -> tuple[store.Blocks, np.ndarray]:
-    """Every response that the plan visits, once, gathered by prompt; and which of them each entry of
-    `plan.responses[plan.responses >= 0]` is, (T,) int64."""
-    v, k = np.nonzero(plan.responses >= 0)
-    width = plan.responses.max() + 1
-    responses, at = np.unique(plan.row[v] * width + plan.responses[v, k], return_inverse=True)
-    rows, ks = np.divmod(responses, width)
-    first = np.flatnonzero(np.diff(rows, prepend=-1, append=-1))  # where a prompt's begin, and the end
-    return store.Blocks(len(first) - 1, lambda i: examples.block(rows[first[i]], ks[first[i] : first[i + 1]])), at
-
-
-def mismatched_blocks(c: Config, plan: planning.Plan, examples: store.Store) -> store.Blocks:
-    """Of every visit its prompt with the preferred response of another (KTO's z0), cut at max_length."""
-    partners = planning.mismatched(plan)
-
-    def make(v: int) -> Block:
-        w = partners[v]
-        (response,) = examples.block(plan.row[w], plan.responses[w, :1]).responses
-        prompt = examples.block(plan.row[v], []).prompt
-        return Block(prompt, (response[: c.max_length - len(prompt)],))
-
-    return store.Blocks(len(partners), make)
-
-
-def mismatched_kl(
-    policy: model.PolicyModel,
-    blocks: Sequence[Block],
-    ref_logps: np.ndarray,
-    visits: range,
-    c: Config,
-    ranks: dist.Ranks,
-    packing: dict[str, Any],
-) -> float:
-    """KTO's z0 of a step, nats: the mean log-ratio of its mismatched pairs over all ranks; a negative one counts as 0.
-
-    It has no gradient. A few pairs estimate a KL divergence, which is never negative.
-    """
-    total = torch.zeros(1, dtype=torch.float64)
-    lengths = [len(blocks[v]) for v in visits]
-    for members in micro_batches(lengths, budget=c.tokens_per_micro_batch, world_size=ranks.world_size)[ranks.rank]:
-        at = [visits[i] for i in members or [0]]  # an idle rank keeps in step with the others, as in the loop
-        with torch.no_grad():
-            logps = policy(pack([blocks[v] for v in at], **packing).to(ranks.device))[:, 0].double().cpu()
-        if members:
-            total += (logps - torch.from_numpy(ref_logps[at])).sum()
-    dist.reshard(policy)
-    return max(0.0, float(dist.all_sum(total.to(ranks.device))) / len(visits))
-
-
 def self_check(c: Config, expected: float | None, loss: float, largest: float, ranks: dist.Ranks) -> None:
     """While policy = reference (or a reward model's head is zero) the loss is known; another value means a wrong mask,
     shift, dropout or dtype."""
@@ -478,36 +342,6 @@ def self_check(c: Config, expected: float | None, loss: float, largest: float, r
             "and reference are scored differently: delete the reference cache if the model's code changed"
         )
 
-
-RECORD = "restore it, or start again in a new --out"
-
-
-def check_folder(out: Path, c: Config, started: bool) -> None:
-    """ValueError where the folder holds a run with other settings."""
-    path = out / "run.json"
-    if path.exists() and (started or (out / "policy").exists()):
-        before = files.read_record(path, RECORD, config=dict)["config"]
-        changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings(c).items() if before.get(k) != v]
-        if changed:
-            raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): choose another --out")
-
-
-def claim(out: Path, c: Config, inputs: dict[str, str], started: bool, ranks: dist.Ranks) -> None:
-    """Write run.json; for a run that goes on, ValueError if what its paths hold is not what it began with."""
-    path = out / "run.json"
-    if started:
-        before = files.read_record(path, RECORD, inputs=dict)["inputs"]
-        changed = [key for key in inputs if inputs[key] != before.get(key)]
-        if changed:
-            raise ValueError(
-                f"{out}: the {' and '.join(changed)} of this run changed since it began, so it cannot go on: restore "
-                "what it began with, or start again in a new --out"
-            )
-    dist.barrier()
-    if ranks.first:
-        record = {"config": settings(c), "changed": changed_settings(c), "inputs": inputs}
-        record |= {"world_size": ranks.world_size, "argv": sys.argv[1:]}
-        files.write_record(path, record)
 
 
 def say(ranks: dist.Ranks, message: str) -> None:

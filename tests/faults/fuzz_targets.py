@@ -22,15 +22,16 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors.numpy import load, save
 
-import train
-from hps import config, files, loggers, reference
+from hps import config, dist, files, loggers, reference
 from hps.data import importers, journal, listwise, rewards, store
 from hps.data.formats import FORMATS
 from hps.evaluate import export, judge, survey
 from hps.evaluate.endpoint import Endpoint
 from hps.training.options import Config, check, settings
+from hps.training.record import check_folder, claim
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 SECONDS = 20  # that an input may take, on a busy machine; 0: somebody else looks at the clock
@@ -231,17 +232,17 @@ def manifest(data: bytes, folder: Path) -> None:
 
 def run_json(data: bytes, folder: Path) -> None:
     (folder / "run.json").write_bytes(data)
-    train.check_folder(folder, CONFIG, True)
+    check_folder(folder, CONFIG, True)
 
 
 def inputs_of_a_run(data: bytes, folder: Path) -> None:
     (folder / "run.json").write_bytes(data)
-    alone = train.dist.Ranks(rank=0, world_size=1, device=train.torch.device("cpu"), sharded=False)
-    written, train.files.write_record = train.files.write_record, lambda *_: None
+    alone = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
+    written, files.write_record = files.write_record, lambda *_: None
     try:
-        train.claim(folder, CONFIG, RUN["inputs"], True, alone)
+        claim(folder, CONFIG, RUN["inputs"], True, alone)
     finally:
-        train.files.write_record = written
+        files.write_record = written
 
 
 def store_header(data: bytes, folder: Path) -> None:
