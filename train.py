@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 2 train.py ...          the same losses, sharded
 
 The same command again goes on from the last checkpoint. Read from `main` down: launch to gradient in one page.
+The options are in `hps/training/options.py`, the losses in `hps/losses.py` and `hps/losses_listwise.py`.
 """
 
 import math
@@ -42,42 +43,6 @@ from hps.training.record import RECORD, check_folder, claim
 from hps.training.samples import sample
 from hps.training.visits import make_plan, touched_blocks, visit_block, visit_rewards
 
-
-def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_tokens, kl: float) -> torch.Tensor:
-    """Per-prompt loss (B,) of the chosen method from log-ratios (B, K); rewards (B, K) and KTO's z0 `kl` (nats) for
-    those that need them."""
-    name, view, facts = parts(c)
-    taken = {key: getattr(c, key) for key in facts.options}
-    if facts is KTO:
-        return kto_loss(logratios, beta=c.beta, kl=kl, valid=valid, **taken)
-    options = dict(beta=c.beta, valid=valid, num_tokens=num_tokens) | taken
-    if name in LISTWISE:
-        return listwise_loss(name, logratios, rewards, **options)
-    options |= {"length_norm": c.length_norm} if facts.length_norm else {}
-    options |= {"rewards": rewards} if facts.needs_rewards else {}
-    if view == "pl":
-        return losses.plackett_luce_loss(name, logratios, **options)
-    if c.positives > 1:
-        options |= dict(n_factor=c.n_factor, exclude_positives=c.exclude_positives)
-        return losses.multi_positive_loss(name, logratios, log_q, weights=positive_weights(c), **options)
-    return losses.stage_loss(name, logratios, log_q, kappa=kappa, **options)
-
-
-def lr_at(c: Config, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine from lr to lr_end * lr."""
-    if step < c.warmup_steps:
-        return c.lr * (step + 1) / c.warmup_steps
-    share = (step - c.warmup_steps) / max(1, steps - c.warmup_steps)
-    return c.lr * (c.lr_end + (1 - c.lr_end) * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def peak_gib(device: torch.device) -> float:
-    """Highest memory so far: the device's, or this process's on a CPU (ru_maxrss is in KiB on Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 TERMINATED = 75  # status of a run that SIGTERM has stopped, with a checkpoint: EX_TEMPFAIL of sysexits.h
 
 # Per-prompt values of the log, in the order of the columns of `prompt_metrics`; names are the field's.
@@ -90,24 +55,6 @@ METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
-
-
-def prompt_metrics(per_prompt, policy_logps, logratios, valid, beta: float, positives: int = 1) -> torch.Tensor:
-    """(B, len(METRICS)) detached; "chosen" is the best response, "rejected" a mean over those from column `positives`
-    on, accuracy the share of them that the best one beats."""
-    rewards = losses.implicit_rewards(logratios, beta=beta)
-    opponents = valid[:, positives:]
-    count = opponents.sum(1).clamp(min=1)
-
-    def mean(x):
-        return torch.where(opponents, x, 0.0).sum(1) / count
-
-    chosen, rejected = rewards[:, 0], mean(rewards[:, positives:])
-    accuracy = mean((rewards[:, :1] > rewards[:, positives:]).float())
-    logps = policy_logps.detach()
-    columns = [per_prompt.detach(), chosen, rejected, chosen - rejected, accuracy, logps[:, 0]]
-    columns.append(mean(logps[:, positives:]))
-    return torch.stack(columns, dim=1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(c: Config, ranks: dist.Ranks) -> None:
+    """One run: data, plan, model, reference, steps, the policy in `out`."""
     if c.sample_every and ranks.sharded:
         raise ValueError("--sample_every needs the whole model in one process: leave it out under torchrun")
     out = Path(c.out)
@@ -156,72 +104,35 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     counts = examples.counts | plan.dropped | plan.excluded
     say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
 
-    # Model, its adapter, and the reference's name while the weights are still whole and untouched.
-    dtype = model.DTYPES[c.dtype]
-    loaded = dtype if c.lora_rank else torch.float32
-    if c.loss == "reward":
-        lm = reward_model.load_reward_model(c.model, dtype=loaded, begin=True)
-    else:
-        lm = model.load_causal_lm(c.model, dtype=loaded)
-    model.check_limits(lm, vocab_size=len(tokenizer), longest=examples.longest)
-    weights = model.fingerprint(lm)
+    # The model, and the reference's log-probs of just what the plan touches: those of the policy itself before its
+    # first update, unless another reference is named. Trained weights must never stand in for it, so a checkpoint is
+    # loaded after this.
+    policy, weights, untrained = load_policy(c, ranks, vocab_size=len(tokenizer), longest=examples.longest)
     inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": examples.data_hash}
-    if c.lora_rank:
-        adapter = dict(rank=c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets.split(","), seed=c.seed)
-        lm = model.add_lora(lm, **adapter, task="SEQ_CLS" if c.loss == "reward" else "CAUSAL_LM")
-    if c.gradient_checkpointing:
-        model.checkpoint_layers(lm)
-    autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
-    if c.loss == "reward":
-        policy = reward_model.RewardModel(lm, autocast=autocast).to(ranks.device)
-        reward_model.check_paths_agree(policy, vocab_size=len(tokenizer))
-        untrained = not policy.classifier.score.weight.any()
-    else:
-        policy = model.PolicyModel(lm, autocast=autocast).to(ranks.device)
-        model.check_paths_agree(policy, vocab_size=len(tokenizer), share_prompt=c.share_prompt)
-        untrained = needs_reference(c) and not c.reference
-    dist.shard(policy, policy.layers, ranks=ranks, dtype=dtype)
-
-    # Reference log-probs of just what the plan touches: the policy itself before its first update, unless another
-    # reference is named. Trained weights must never stand in for it, so a checkpoint is loaded after this.
     packing = dict(pad_id=tokenizer.pad_token_id, share_prompt=c.share_prompt)
-    ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
     kto = is_kto(c)
     mismatched = mismatched_blocks(c, plan, examples) if kto else []
+    scorer = policy
+    if needs_reference(c) and c.reference:
+        scorer, inputs["reference"] = load_reference(c, ranks, tokenizer=inputs["tokenizer"])
+    claim(out, c, inputs, started is not None, ranks)
+    ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
     ref_mismatched = np.zeros(len(mismatched), dtype=np.float32)
     if needs_reference(c):
+        weights = inputs.get("reference", weights)
+        cache = reference.open_cache(c.reference_cache, weights=weights, tokenizer=inputs["tokenizer"], dtype=c.dtype)
         touched, place = touched_blocks(plan, examples)
-        scorer = policy
-        if c.reference:
-            theirs = tokens.fingerprint(tokens.load_tokenizer(c.reference))
-            if theirs != inputs["tokenizer"]:
-                raise ValueError(
-                    f"the reference {c.reference} has another tokenizer or chat template than {c.model}: their "
-                    "log-probs cannot be compared; give the policy and its reference the same one"
-                )
-            other = model.load_causal_lm(c.reference, dtype=dtype)
-            weights = inputs["reference"] = model.fingerprint(other)
-            scorer = model.PolicyModel(other).to(ranks.device)
-            dist.shard(scorer, scorer.layers, ranks=ranks, dtype=dtype)
-        claim(out, c, inputs, started is not None, ranks)
-        cache = reference.open_cache(
-            c.reference_cache, weights=weights, tokenizer=inputs["tokenizer"], dtype=c.dtype
-        )
         how = dict(ranks=ranks, budget=c.tokens_per_micro_batch, **packing)
         found, computed = reference.fill(cache, scorer, touched, **how)
         ref_mismatched, more = reference.fill(cache, scorer, mismatched, **how)
         say(ranks, f"reference log-probs: {computed + more} computed, the rest was in {cache}")
-        del scorer
         ref_logps[plan.responses >= 0] = found[place]
-    else:
-        claim(out, c, inputs, started is not None, ranks)
-
+    del scorer  # another reference's memory is free from here on
     rewards = visit_rewards(c, plan, examples)
 
+    # The optimiser, how far the run is, and where its numbers go.
     parameters = list(checkpoint.trained(policy).values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.weight_decay)
     done = 0
     if started is not None:
         done = checkpoint.load(started, policy, optimizer, ranks=ranks)["step"]
@@ -235,6 +146,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             sample(c, policy, tokenizer, examples, 0)
     terminated = threading.Event()  # until here, SIGTERM ends the run at once: all that is done is on disk
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+
+    # The loop: the gradient of each step, whichever way its prompts are split.
     clock, tokens_seen = time.perf_counter(), 0
     for step in range(done, plan.steps):
         visits = plan.step(step)
@@ -256,7 +169,6 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             policy_logps = policy(packed)  # (B, K); of a reward model its rewards, with a reference of zeros
             if c.loss == "sft":
                 per_prompt = -policy_logps[:, 0]
-                total = per_prompt.sum()
                 columns = torch.stack([per_prompt.detach()], dim=1)
             else:
                 at = [visits[i] for i in chosen]
@@ -267,14 +179,11 @@ def train(c: Config, ranks: dist.Ranks) -> None:
                 logratios = torch.where(packed.valid, policy_logps - ref, 0.0)
                 scores = torch.from_numpy(rewards[at][:, :K]).to(ranks.device)
                 per_prompt = preference_loss(c, logratios, scores, log_q, kappa, packed.valid, packed.num_tokens, kl)
-                total = per_prompt.sum()
-                columns = prompt_metrics(
-                    per_prompt, policy_logps, logratios, packed.valid, c.beta, c.positives
-                )
+                columns = prompt_metrics(per_prompt, policy_logps, logratios, packed.valid, c.beta, c.positives)
                 largest = torch.maximum(largest, logratios.detach().abs().max().cpu())
             weight = 1.0 if members else 0.0
             # FSDP averages gradients over ranks; the factor turns that mean into the sum that we want.
-            (total * (weight * ranks.world_size / denominator)).backward()
+            (per_prompt.sum() * (weight * ranks.world_size / denominator)).backward()
             metrics[: columns.shape[1]] += weight * columns.double().sum(0).cpu()
         metrics = dist.all_sum(metrics.to(ranks.device)).cpu() / denominator
         grad_norm = float(dist.clip_gradients(parameters, c.max_grad_norm))
@@ -328,6 +237,101 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     say(ranks, f"{out / 'policy'}: trained in {seconds:.1f} s")
 
 
+def load_policy(
+    c: Config, ranks: dist.Ranks, *, vocab_size: int, longest: int
+) -> tuple[model.PolicyModel | reward_model.RewardModel, str, bool]:
+    """The model that is trained, with its adapter, sharded; the fingerprint of the weights that it starts from; and
+    whether its first loss is known: policy = reference, or a reward model's head of zeros.
+
+    vocab_size, longest: what it must have embeddings and positions for, tokens.
+    """
+    dtype = model.DTYPES[c.dtype]
+    loaded = dtype if c.lora_rank else torch.float32
+    if c.loss == "reward":
+        lm = reward_model.load_reward_model(c.model, dtype=loaded, begin=True)
+    else:
+        lm = model.load_causal_lm(c.model, dtype=loaded)
+    model.check_limits(lm, vocab_size=vocab_size, longest=longest)
+    weights = model.fingerprint(lm)  # while they are whole and untouched
+    if c.lora_rank:
+        adapter = dict(rank=c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets.split(","), seed=c.seed)
+        lm = model.add_lora(lm, **adapter, task="SEQ_CLS" if c.loss == "reward" else "CAUSAL_LM")
+    if c.gradient_checkpointing:
+        model.checkpoint_layers(lm)
+    autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
+    if c.loss == "reward":
+        policy = reward_model.RewardModel(lm, autocast=autocast).to(ranks.device)
+        reward_model.check_paths_agree(policy, vocab_size=vocab_size)
+        untrained = not policy.classifier.score.weight.any()
+    else:
+        policy = model.PolicyModel(lm, autocast=autocast).to(ranks.device)
+        model.check_paths_agree(policy, vocab_size=vocab_size, share_prompt=c.share_prompt)
+        untrained = needs_reference(c) and not c.reference
+    dist.shard(policy, policy.layers, ranks=ranks, dtype=dtype)
+    return policy, weights, untrained
+
+
+def load_reference(c: Config, ranks: dist.Ranks, *, tokenizer: str) -> tuple[model.PolicyModel, str]:
+    """The model that `--reference` names, sharded, and the fingerprint of its weights; ValueError if its tokenizer is
+    not the policy's, of which `tokenizer` is the fingerprint."""
+    if tokens.fingerprint(tokens.load_tokenizer(c.reference)) != tokenizer:
+        raise ValueError(
+            f"the reference {c.reference} has another tokenizer or chat template than {c.model}: their "
+            "log-probs cannot be compared; give the policy and its reference the same one"
+        )
+    lm = model.load_causal_lm(c.reference, dtype=model.DTYPES[c.dtype])
+    weights = model.fingerprint(lm)
+    scorer = model.PolicyModel(lm).to(ranks.device)
+    dist.shard(scorer, scorer.layers, ranks=ranks, dtype=model.DTYPES[c.dtype])
+    return scorer, weights
+
+
+def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_tokens, kl: float) -> torch.Tensor:
+    """Per-prompt loss (B,) of the chosen method from log-ratios (B, K); rewards (B, K) and KTO's z0 `kl` (nats) for
+    those that need them."""
+    name, view, facts = parts(c)
+    taken = {key: getattr(c, key) for key in facts.options}
+    if facts is KTO:
+        return kto_loss(logratios, beta=c.beta, kl=kl, valid=valid, **taken)
+    options = dict(beta=c.beta, valid=valid, num_tokens=num_tokens) | taken
+    if name in LISTWISE:
+        return listwise_loss(name, logratios, rewards, **options)
+    options |= {"length_norm": c.length_norm} if facts.length_norm else {}
+    options |= {"rewards": rewards} if facts.needs_rewards else {}
+    if view == "pl":
+        return losses.plackett_luce_loss(name, logratios, **options)
+    if c.positives > 1:
+        options |= dict(n_factor=c.n_factor, exclude_positives=c.exclude_positives)
+        return losses.multi_positive_loss(name, logratios, log_q, weights=positive_weights(c), **options)
+    return losses.stage_loss(name, logratios, log_q, kappa=kappa, **options)
+
+
+def prompt_metrics(per_prompt, policy_logps, logratios, valid, beta: float, positives: int = 1) -> torch.Tensor:
+    """(B, len(METRICS)) detached; "chosen" is the best response, "rejected" a mean over those from column `positives`
+    on, accuracy the share of them that the best one beats."""
+    rewards = losses.implicit_rewards(logratios, beta=beta)
+    opponents = valid[:, positives:]
+    count = opponents.sum(1).clamp(min=1)
+
+    def mean(x):
+        return torch.where(opponents, x, 0.0).sum(1) / count
+
+    chosen, rejected = rewards[:, 0], mean(rewards[:, positives:])
+    accuracy = mean((rewards[:, :1] > rewards[:, positives:]).float())
+    logps = policy_logps.detach()
+    columns = [per_prompt.detach(), chosen, rejected, chosen - rejected, accuracy, logps[:, 0]]
+    columns.append(mean(logps[:, positives:]))
+    return torch.stack(columns, dim=1)
+
+
+def lr_at(c: Config, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine from lr to lr_end * lr."""
+    if step < c.warmup_steps:
+        return c.lr * (step + 1) / c.warmup_steps
+    share = (step - c.warmup_steps) / max(1, steps - c.warmup_steps)
+    return c.lr * (c.lr_end + (1 - c.lr_end) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
 def self_check(c: Config, expected: float | None, loss: float, largest: float, ranks: dist.Ranks) -> None:
     """While policy = reference (or a reward model's head is zero) the loss is known; another value means a wrong mask,
     shift, dropout or dtype."""
@@ -342,6 +346,12 @@ def self_check(c: Config, expected: float | None, loss: float, largest: float, r
             "and reference are scored differently: delete the reference cache if the model's code changed"
         )
 
+
+def peak_gib(device: torch.device) -> float:
+    """Highest memory so far: the device's, or this process's on a CPU (ru_maxrss is in KiB on Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def say(ranks: dist.Ranks, message: str) -> None:
