@@ -31,13 +31,13 @@ import torch
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from hps import config, dist, reference
+from hps.data import listwise, store, tokens
+from hps.lab import world
+from hps.training.options import Config
+from hps.training.visits import make_plan, touched_blocks
 
-import train  # noqa: E402 - a script beside this folder: found by the line above only
-from hps import config, dist, reference  # noqa: E402 - must follow it
-from hps.data import listwise, store, tokens  # noqa: E402 - must follow it
-from hps.lab import world  # noqa: E402 - must follow it
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -77,21 +77,21 @@ def peak_gib() -> float:
 def planned(c: Options, folder: Path) -> dict[str, Any]:
     """Seconds and peak memory of opening a store and planning, then seconds of the look-ups."""
     argv = ["--model=m", "--data=d", "--out=o", f"--epochs={c.epochs}"]
-    settings, _ = config.parse(train.Config, argv, prog="train.py", description="")
+    settings, _ = config.parse(Config, argv, prog="train.py", description="")
     began = time.perf_counter()
     examples = store.Store(folder, Path("data"))
-    plan = train.make_plan(settings, examples)
+    plan = make_plan(settings, examples)
     found = {"plan_seconds": time.perf_counter() - began, "plan_gib": peak_gib(), "visits": len(plan.row)}
 
     cache = reference.open_cache(folder.parent / "cache", weights="w", tokenizer="t", dtype="fp32")
-    touched, _ = train.touched_blocks(plan, examples)
+    touched, _ = touched_blocks(plan, examples)
     keys = reference.response_keys(touched)
     for part in np.array_split(np.sort(keys), -(-len(keys) // 8192)):
         content = {"keys": part.view(np.uint8).reshape(-1, 16), "logps": np.zeros(len(part), dtype=np.float32)}
         save_file(content, cache / f"{reference.shard_name(content['keys'], content['logps'])}.safetensors")
     ranks = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
     began = time.perf_counter()
-    touched, place = train.touched_blocks(plan, examples)
+    touched, place = touched_blocks(plan, examples)
     logps, computed = reference.fill(cache, torch.nn.Module(), touched, ranks=ranks, budget=1, pad_id=0)
     assert not computed and len(logps[place]) == (plan.responses >= 0).sum()
     return found | {"lookup_seconds": time.perf_counter() - began, "entries": len(keys), "lookup_gib": peak_gib()}

@@ -3,16 +3,16 @@
 import pytest
 from conftest import ROOT
 
-import train
 from hps import config
+from hps.training.options import Config, check
 
 FILES = sorted((ROOT / "configs").glob("*.toml"))
 
 
-def load(path, *more: str) -> train.Config:
+def load(path, *more: str) -> Config:
     argv = ["--config", str(path), "--model", "m", "--data", "d", "--out", "o", *more]
-    c, set_keys = config.parse(train.Config, argv, prog="train.py", description="")
-    train.check(c, set_keys)
+    c, set_keys = config.parse(Config, argv, prog="train.py", description="")
+    check(c, set_keys)
     return c
 
 

@@ -1,12 +1,14 @@
 """The loop: the same trajectory however it is split, sharded, packed, cached or interrupted; known first losses;
 every user mistake named. Runs `train.py` on a tiny world, with the shapes that real runs pass."""
 
+import gc
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -153,6 +155,27 @@ def test_exported_full_weights_score_as_the_policy_did(tiny_world, tmp_path):
         tiny_world, tmp_path / "b", model=tmp_path / "a" / "policy", reference=tiny_world / "model", method="dpo-bt"
     )
     assert abs(values[0] - math.log(2)) > 1e-2
+
+
+def test_another_reference_is_gone_before_the_first_step(tiny_world, tmp_path, monkeypatch):
+    """It has been scored by then, and its memory is as much as the policy's."""
+    loaded, alive = [], []
+    real, lr_at = train.model.load_causal_lm, train.lr_at
+
+    def load(path, **how):
+        lm = real(path, **how)
+        loaded.append(weakref.ref(lm))
+        return lm
+
+    def count(c, step, steps):
+        gc.collect()
+        alive.append([lm() is not None for lm in loaded])
+        return lr_at(c, step, steps)
+
+    monkeypatch.setattr(train.model, "load_causal_lm", load)
+    monkeypatch.setattr(train, "lr_at", count)
+    run(tiny_world, tmp_path, reference=tiny_world / "model", method="dpo-bt", stop_after=1)
+    assert alive == [[True, False]]
 
 
 @pytest.mark.parametrize("stop", [1, 4])

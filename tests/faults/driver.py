@@ -134,7 +134,7 @@ def _journal(folder: Path, step: list[int | None]) -> None:
     """Write down each visit by the rank and in the step that trains on it: epoch, prompt, responses."""
     folder.mkdir(parents=True, exist_ok=True)
     visits: list[dict[str, Any]] = []  # of the step that is about to be shared out
-    visit_block, micro_batches, mismatched_kl = train.visit_block, train.micro_batches, train.mismatched_kl
+    visit_block, micro_batches = train.visit_block, train.micro_batches
 
     def seen(plan: Any, examples: Any, v: int) -> Any:
         about = {"epoch": int(plan.epoch[v]), "id": examples.id(plan.row[v]), "responses": plan.responses[v].tolist()}
@@ -151,15 +151,7 @@ def _journal(folder: Path, step: list[int | None]) -> None:
             visits.clear()
         return found
 
-    def aside(*args: Any, **more: Any) -> Any:
-        """KTO shares the visits of a step out a first time, without a gradient."""
-        held = visits.copy()
-        visits.clear()
-        kl = mismatched_kl(*args, **more)
-        visits.extend(held)
-        return kl
-
-    train.visit_block, train.micro_batches, train.mismatched_kl = seen, shared, aside
+    train.visit_block, train.micro_batches = seen, shared
 
 
 if __name__ == "__main__":

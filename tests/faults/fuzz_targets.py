@@ -22,14 +22,16 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors.numpy import load, save
 
-import train
-from hps import config, files, loggers, reference
+from hps import config, dist, files, loggers, reference
 from hps.data import importers, journal, listwise, rewards, store
 from hps.data.formats import FORMATS
 from hps.evaluate import export, judge, survey
 from hps.evaluate.endpoint import Endpoint
+from hps.training.options import Config, check, settings
+from hps.training.record import check_folder, claim
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 SECONDS = 20  # that an input may take, on a busy machine; 0: somebody else looks at the clock
@@ -183,17 +185,17 @@ def options(data: bytes, folder: Path) -> None:
 def training_options(data: bytes, folder: Path) -> None:
     (folder / "x.toml").write_bytes(data)
     argv = ["--model=m", "--data=d", "--out=o", "--config", str(folder / "x.toml")]
-    found, given = config.parse(train.Config, argv, prog="x", description="x")
+    found, given = config.parse(Config, argv, prog="x", description="x")
     finite(list(config.as_dict(found).values()))
-    train.check(found, given)
-    json.dumps(train.settings(found), allow_nan=False)
+    check(found, given)
+    json.dumps(settings(found), allow_nan=False)
 
 
 # ---- what earlier runs have left ------------------------------------------------------------------
 
-CONFIG = train.Config("a/b", "d.jsonl", "o", lr=1e-4)
+CONFIG = Config("a/b", "d.jsonl", "o", lr=1e-4)
 RUN = {
-    "config": train.settings(CONFIG), "changed": ["lr"], "inputs": {"model": "ab", "tokenizer": "cd", "data": "ef"},
+    "config": settings(CONFIG), "changed": ["lr"], "inputs": {"model": "ab", "tokenizer": "cd", "data": "ef"},
     "world_size": 1, "argv": [],
 }  # fmt: skip
 SUMMARY = {"steps": 6, "first_step": 0, "seconds": 1.5, "tokens": 900, "counts": {"rows_read": 9, "rows_kept": 8}}
@@ -230,17 +232,17 @@ def manifest(data: bytes, folder: Path) -> None:
 
 def run_json(data: bytes, folder: Path) -> None:
     (folder / "run.json").write_bytes(data)
-    train.check_folder(folder, CONFIG, True)
+    check_folder(folder, CONFIG, True)
 
 
 def inputs_of_a_run(data: bytes, folder: Path) -> None:
     (folder / "run.json").write_bytes(data)
-    alone = train.dist.Ranks(rank=0, world_size=1, device=train.torch.device("cpu"), sharded=False)
-    written, train.files.write_record = train.files.write_record, lambda *_: None
+    alone = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
+    written, files.write_record = files.write_record, lambda *_: None
     try:
-        train.claim(folder, CONFIG, RUN["inputs"], True, alone)
+        claim(folder, CONFIG, RUN["inputs"], True, alone)
     finally:
-        train.files.write_record = written
+        files.write_record = written
 
 
 def store_header(data: bytes, folder: Path) -> None:
@@ -406,7 +408,7 @@ def linear(data: bytes, folder: Path) -> None:
 
 
 config._options = functools.cache(config._options)  # it reads the source of a dataclass, which stays as it is
-NAMES = "|".join(field.name for field in dataclasses.fields(train.Config))
+NAMES = "|".join(field.name for field in dataclasses.fields(Config))
 TARGETS: dict[str, Target] = {
     "data": Target([[ROW, TALK]], lines, data_file("", bytes)),
     "data.gz": Target([[ROW, TALK]], lines, data_file(".gz", lambda data: gzip.compress(data, mtime=0))),

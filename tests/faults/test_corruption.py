@@ -17,9 +17,11 @@ from test_train import arguments
 
 import data_prep
 import train
-from hps import checkpoint, dist, files, reference
+from hps import checkpoint, config, dist, files, reference
 from hps.data import listwise, store, tokens
 from hps.model import load_causal_lm
+from hps.training.options import Config
+from hps.training.record import check_folder
 
 
 def harm(path: Path, rng: random.Random) -> str:
@@ -64,7 +66,7 @@ def whole(tiny_world, tmp_path_factory) -> dict[str, tuple[list[Path], Callable[
         moments = [optimizer.state[p]["exp_avg_sq"].clone() for p in named.values()]
         return about, [p.detach().clone() for p in named.values()], moments
 
-    c = train.config.parse(train.Config, arguments(tiny_world, root / "run", **caches), prog="", description="")[0]
+    c = config.parse(Config, arguments(tiny_world, root / "run", **caches), prog="", description="")[0]
     data = root / "data.jsonl"
     argv = ["annotate", "--scorer=world-est", f"--input={tiny_world / 'train.jsonl'}", f"--output={data}"]
     data_prep.main(argv)
@@ -87,7 +89,7 @@ def whole(tiny_world, tmp_path_factory) -> dict[str, tuple[list[Path], Callable[
         "manifest": ([Path(f"{data}.manifest.json")], lambda: listwise.check_manifest(data)),
         "run.json": (
             [root / "run/run.json"],
-            lambda: (train.check_folder(root / "run", c, True), files.read_record(root / "run/run.json", ""))[1],
+            lambda: (check_folder(root / "run", c, True), files.read_record(root / "run/run.json", ""))[1],
         ),
     }  # fmt: skip
 

@@ -8,10 +8,10 @@ import pytest
 
 import data_prep
 import eval as evaluation
-import train
 from hps import config
 from hps.data import listwise
 from hps.lab import realtext
+from hps.training.options import Config, check
 
 
 @pytest.fixture(params=[False, True])
@@ -26,7 +26,7 @@ def test_every_command_is_accepted(plan):
     for stage in stages:
         script, *argv = stage.argv
         if script == "train.py":
-            train.check(*config.parse(train.Config, argv, prog="", description=""))
+            check(*config.parse(Config, argv, prog="", description=""))
         elif script == "eval.py":
             config.parse(evaluation.Config, argv, prog="", description="")
         elif script == "data_prep.py":

@@ -13,11 +13,11 @@ import pytest
 from conftest import ROOT
 from tqdm import tqdm
 
-import train
 from hps import config
 from hps.evaluate import report
 from hps.lab import reproduce
 from hps.lab.suites import SUITES
+from hps.training.options import Config, check
 
 
 def run(folder: Path, values: dict[str, dict[str, float]]) -> Path:
@@ -101,7 +101,7 @@ def test_every_row_of_a_suite_is_a_command_that_train_accepts(suite):
     spec = SUITES[suite]()
     for row in spec.rows.values():
         argv = ["--config", "configs/world.toml", "--model", "m", "--data", "d", "--out", "o", *reproduce.flags(row)]
-        train.check(*config.parse(train.Config, argv, prog="train.py", description=""))
+        check(*config.parse(Config, argv, prog="train.py", description=""))
     assert {name for pair in spec.pairs for name in pair} <= spec.rows.keys()
     assert spec.prompts.keys() | spec.noise.keys() <= spec.rows.keys()
     drawn = [row for figure in spec.series.values() for line in figure["lines"].values() for row in line]

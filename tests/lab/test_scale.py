@@ -12,10 +12,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import train
 from hps import attention, config, dist, model, products
 from hps.lab import scale
 from hps.packing import Block, Packed, pack
+from hps.training.options import Config
 
 SMALL = scale.Shape(96, 64, 112, 3, 4, 2)
 LORA = "q_proj,v_proj"
@@ -208,7 +208,7 @@ def test_hours_by_hand():
 
 
 def test_options_of_train_have_its_defaults():
-    theirs = {f.name: f.default for f in dataclasses.fields(train.Config)}
+    theirs = {f.name: f.default for f in dataclasses.fields(Config)}
     shared = [f for f in dataclasses.fields(scale.Options) if f.name in theirs]
     assert len(shared) == 9 and all(f.default == theirs[f.name] for f in shared)
 

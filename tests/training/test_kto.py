@@ -5,9 +5,11 @@ import pytest
 import torch
 from test_train import distinct, losses, rewrite, run, run_ranks
 
-import train
 from hps.data import listwise, store, tokens
 from hps.model import load_causal_lm
+from hps.training.kto import mismatched_blocks
+from hps.training.options import Config
+from hps.training.visits import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +65,10 @@ def test_mismatched_pairs_are_cut_at_max_length(tiny_world):
     data, tokenizer = tiny_world / "train.jsonl", tokens.load_tokenizer(str(tiny_world / "model"))
     examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
     longest = max(map(len, (e.prompt_ids for e in examples)))
-    c = train.Config("m", "d", "o", method="kto-bt", prompts_per_step=24, epochs=1, max_length=longest + 5)
+    c = Config("m", "d", "o", method="kto-bt", prompts_per_step=24, epochs=1, max_length=longest + 5)
     stored = store.open_store(tiny_world / "tokens", data, tokenizer, max_length=128)
-    plan = train.make_plan(c, stored)
-    blocks, cut = train.mismatched_blocks(c, plan, stored), 0
+    plan = make_plan(c, stored)
+    blocks, cut = mismatched_blocks(c, plan, stored), 0
     for v, block in enumerate(blocks):
         w = (v + 1) % 24
         whole = examples[plan.row[w]].response_ids[plan.responses[w, 0]]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from hps import config, dist
 from hps.data import listwise, tokens
+from hps.training.options import Config
 
 SFT = dict(loss="sft", method=None, beta=None, reference_cache=None)
 
@@ -98,7 +99,7 @@ def test_a_run_that_goes_on_has_each_of_them_once(tiny_world, tmp_path, monkeypa
 
 def test_under_torchrun_they_are_refused(tiny_world, tmp_path):
     """Before anything is read or written: one rank would wait in the sharded model for the others."""
-    c, _ = config.parse(train.Config, arguments(tiny_world, tmp_path / "out", sample_every=2), prog="", description="")
+    c, _ = config.parse(Config, arguments(tiny_world, tmp_path / "out", sample_every=2), prog="", description="")
     sharded = dist.Ranks(rank=0, world_size=2, device=torch.device("cpu"), sharded=True)
     with pytest.raises(ValueError, match="--sample_every needs the whole model in one process"):
         train.train(c, sharded)
