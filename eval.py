@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     if c.samples == 0:
         used -= {"temperature", "max_new_tokens", "seed", "scorer", "baseline"}
     config.check_used(set_keys, used, what="--samples 0")
-    if c.dtype not in model.DTYPES:
-        raise ValueError(f"dtype = {c.dtype!r} does not exist; choose one of {', '.join(model.DTYPES)}")
+    config.check_choices(c, dtype=model.DTYPES)
     if c.baseline and not (Path(c.baseline) / "samples.jsonl").exists():
         raise ValueError(f"--baseline {c.baseline}: no samples.jsonl there; evaluate that model first")
     if c.baseline and c.scorer == "none":

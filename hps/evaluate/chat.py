@@ -45,8 +45,7 @@ History = tuple[dict[str, str], ...]
 def main(argv: list[str] | None = None) -> None:
     page = f"{__doc__}\nThe policy's answers enter the conversation; the reference answers that one as well."
     c, _ = config.parse(Options, argv, prog="python -m hps.evaluate.chat", description=page.strip())
-    if c.dtype not in model.DTYPES:
-        raise ValueError(f"dtype = {c.dtype!r} does not exist; choose one of {', '.join(model.DTYPES)}")
+    config.check_choices(c, dtype=model.DTYPES)
     speakers = [load("policy", c.model, c.dtype)]
     if c.reference:
         speakers.append(load("reference", c.reference, c.dtype))

@@ -57,7 +57,7 @@ class Aggregate:
 
 def export(c: Export) -> None:
     """Write the raters' page and the key to it."""
-    rows = {name: {row.id: row for row in listwise.read(path)} for name, path in methods_of(c.methods).items()}
+    rows = {name: {row.id: row for row in listwise.read(path)} for name, path in config.named_files(c.methods).items()}
     first, *others = rows.values()
     shared = sorted(id for id in first if all(id in of and of[id].responses for of in rows.values()))
     for id, other in itertools.product(shared, others):
@@ -82,15 +82,6 @@ def export(c: Export) -> None:
     write(Path(c.out) / "key.json", json.dumps(key, indent=1) + "\n")
     print(f"{c.out}: survey.html for the raters, key.json to keep: {c.items} of {len(shared)} shared prompts, "
           f"{len(items)} responses", file=sys.stderr)
-
-
-def methods_of(text: str) -> dict[str, str]:
-    """Path by name out of "NAME=FILE,NAME=FILE"; ValueError unless there are two names or more, all different."""
-    pairs = [part.strip().partition("=") for part in text.split(",")]
-    names = [name for name, _, _ in pairs]
-    if len(pairs) < 2 or len(set(names)) < len(names) or not all(name and path for name, _, path in pairs):
-        raise ValueError(f"--methods {text}: need NAME=FILE,NAME=FILE,... with two or more different names")
-    return {name: path for name, _, path in pairs}
 
 
 def turns(prompt: listwise.Prompt) -> list[tuple[str, str]]:
