@@ -31,10 +31,11 @@ def prompt_seed(seed: int, prompt_id: str) -> int:
 
 
 @dataclass(slots=True)
-class _Stream(Request):
-    """One prompt on its way to n samples."""
+class _Stream:
+    """One prompt on its way to n samples: what it asks for, and what became of the samples that came."""
 
-    prompt_id: str = ""
+    prompt_id: str
+    request: Request
     kept: list[Sample] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
@@ -42,7 +43,7 @@ class _Stream(Request):
 
     def absorb(self, *, n: int, unique: bool, keep_unfinished: bool) -> None:
         """Keep or count the samples that came since the last call."""
-        for one in self.samples[self.counts["samples"] :]:
+        for one in self.request.samples[self.counts["samples"] :]:
             assert one is not None
             key = one.token_ids.tobytes()
             self.counts["samples"] += 1
@@ -113,7 +114,7 @@ def generate(
                 f"max_new_tokens={max_new_tokens} allow 1 to {limit - max_new_tokens}: shorten or drop it "
                 f"(--max_prompt_length {limit - max_new_tokens})"
             )
-        streams.append(_Stream(ids, prompt_seed(seed, prompt_id), prompt_id=prompt_id))
+        streams.append(_Stream(prompt_id, Request(ids, prompt_seed(seed, prompt_id))))
     if len({stream.prompt_id for stream in streams}) < len(streams):
         raise ValueError("two prompts share an id and would get the same samples: make the ids distinct")
 
@@ -124,20 +125,22 @@ def generate(
         return min(due, math.ceil(n * draw_limit) - drawn)
 
     for stream in streams:
-        stream.due = still_due(stream)
-    waiting: deque[Request] = deque(streams)
+        stream.request.due = still_due(stream)
+    stream_of = {id(stream.request): stream for stream in streams}
+    waiting = deque(stream.request for stream in streams)
     settings: dict[str, Any] = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
     results = (decode if ours else ask_vllm)(model, waiting, max_rows=max_rows, **settings)
     with tqdm(total=len(streams), unit="prompt", desc="generate", disable=not progress) as bar:
-        for stream in results:
-            assert isinstance(stream, _Stream)
+        for request in results:
+            stream = stream_of[id(request)]
             stream.absorb(n=n, unique=unique, keep_unfinished=keep_unfinished)
-            stream.due = still_due(stream)
-            if stream.due:
-                waiting.appendleft(stream)
+            request.due = still_due(stream)
+            if request.due:
+                waiting.appendleft(request)
                 continue
             stream.done = True
             bar.update()
+            del stream_of[id(request)]  # its samples need not stay in memory until the last prompt is done
             while streams and streams[0].done:
                 first = streams.popleft()
                 counts.update(first.counts, prompts_short=int(len(first.kept) < n))
