@@ -111,8 +111,8 @@ def generate(
         if not 0 < len(ids) <= limit - max_new_tokens:
             raise ValueError(
                 f"prompt {prompt_id!r} has {len(ids)} tokens; the model's {limit} positions and "
-                f"max_new_tokens={max_new_tokens} allow 1 to {limit - max_new_tokens}: shorten or drop it "
-                f"(--max_prompt_length {limit - max_new_tokens})"
+                f"max_new_tokens={max_new_tokens} allow 1 to {limit - max_new_tokens}: lower max_new_tokens, or "
+                f"shorten or drop it (data_prep.py generate drops it with --max_prompt_length {limit - max_new_tokens})"
             )
         streams.append(_Stream(prompt_id, Request(ids, prompt_seed(seed, prompt_id))))
     if len({stream.prompt_id for stream in streams}) < len(streams):

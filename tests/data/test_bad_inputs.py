@@ -266,8 +266,8 @@ FITS = [  # what it is; what is in line 2; commands and options that meet it; me
     ),
     (
         "a prompt over the model's context, to be answered", LONG, ("generate",), {},
-        "prompt 'b' has 18 tokens; the model's 16 positions and max_new_tokens=4 allow 1 to 12: shorten or drop it "
-        "(--max_prompt_length 12)",
+        "prompt 'b' has 18 tokens; the model's 16 positions and max_new_tokens=4 allow 1 to 12: lower max_new_tokens, "
+        "or shorten or drop it (data_prep.py generate drops it with --max_prompt_length 12)",
     ),
     (
         "a tokenizer without EOS", {}, ("generate", *READERS), dict(model="no-eos"),
