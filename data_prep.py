@@ -239,7 +239,7 @@ def draw(
         max_rows=c.max_rows,
         progress=ranks.first,
     ):
-        texts = [tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
+        texts = [generate.text_of(tokenizer, one) for one in samples]
         done.write({"id": id, "responses": texts, "counts": counts})
         counts.clear()
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from hps.data.decode import Request, Sample, decode
 
@@ -145,6 +146,45 @@ def generate(
                 first = streams.popleft()
                 counts.update(first.counts, prompts_short=int(len(first.kept) < n))
                 yield first.prompt_id, first.kept
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    *,
+    n: int,
+    counts: Counter[str],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    progress: bool,
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields (prompt id, n texts): what a model says, equal and unfinished answers included. Arguments as `generate`.
+
+    A policy that rambles or repeats itself must be seen to do so, by an evaluation as by a person.
+    """
+    samples = generate(
+        model,
+        prompts,
+        n=n,
+        counts=counts,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        unique=False,
+        keep_unfinished=True,
+        oversample=1.0,
+        progress=progress,
+    )
+    for id, some in samples:
+        yield id, [text_of(tokenizer, one) for one in some]
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
+    """A sample as text, without its control tokens and the white space around it."""
+    return tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
 
 
 def positions(config: Any) -> float:
