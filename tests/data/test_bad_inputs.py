@@ -416,7 +416,7 @@ def test_an_output_below_a_file(name, tmp_path, folders):
 def test_a_world_below_a_file(tmp_path):
     (tmp_path / "file").write_text("tea")
     sizes = ["--train=2", "--valid=2", "--test=2", "--demonstrations=2"]
-    with pytest.raises(ValueError, match=rf"cannot read or write {tmp_path}/file/world/model: Not a directory"):
+    with pytest.raises(ValueError, match=rf"cannot read or write {tmp_path}/file/world: Not a directory"):
         data_prep.main(["world", f"--out={tmp_path / 'file/world'}", *sizes])
 
 
