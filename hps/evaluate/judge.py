@@ -144,8 +144,7 @@ def run(c: Options) -> None:
     told = ", ".join(f"{n} {name}" for name, n in counts.items())
     page = f"Judge: {' at '.join(judge.identity[k] for k in ('model', 'endpoint') if k in judge.identity)}; {told}.\n\n"
     page += verdicts.markdown(results, criteria=list(CRITERIA)) + "\n"
-    with files.replacing(out / "judge.md") as partial:
-        partial.write_text(page)
+    files.write_text(out / "judge.md", page)
     print(page)
     for problem, times in Counter(refused.values()).most_common(3):
         tqdm.write(f"refused {times} times: {problem}", file=sys.stderr)
