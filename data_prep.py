@@ -10,6 +10,7 @@
 
 `python data_prep.py COMMAND --help` lists the options of one. `torchrun --nproc_per_node 2 -- data_prep.py generate`
 shares the prompts out over processes; a killed `generate` goes on when it is started again, with torchrun or without.
+So does `annotate` with a reward model.
 """
 
 import dataclasses
@@ -144,10 +145,8 @@ def generate_candidates(c: Generate) -> None:
 
 
 def in_shares(c: Any, work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work(c, *arguments, ranks)` on every rank, while no other process works on the same output.
-
-    It keeps journals beside the output, which go when that is written.
-    """
+    """Run `work(c, *arguments, ranks)` on every rank, while no other process works on the same output, and remove its
+    journals when that is written."""
     with dist.session(timeout=timedelta(days=30)) as ranks:  # a rank may be done days before another
         Path(c.output).parent.mkdir(parents=True, exist_ok=True)
         advice = "wait until it ends, or choose another --output"
