@@ -10,6 +10,7 @@
 
 `python data_prep.py COMMAND --help` lists the options of one. `torchrun --nproc_per_node 2 -- data_prep.py generate`
 shares the prompts out over processes; a killed `generate` goes on when it is started again, with torchrun or without.
+So does `annotate` with a reward model.
 """
 
 import dataclasses
@@ -144,14 +145,13 @@ def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], **mor
 
 
 def generate_candidates(c: Generate) -> None:
-    for name, value, known in (("dtype", c.dtype, model.DTYPES), ("engine", c.engine, ("hf", "vllm"))):
-        if value not in known:
-            raise ValueError(f"{name} = {value!r} does not exist; choose one of {', '.join(known)}")
+    config.check_choices(c, dtype=model.DTYPES, engine=("hf", "vllm"))
     in_shares(c, generate_share)
 
 
 def in_shares(c: Any, work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work(c, *arguments, ranks)` on every rank, while no other process works on the same output."""
+    """Run `work(c, *arguments, ranks)` on every rank, while no other process works on the same output, and remove its
+    journals when that is written."""
     with dist.session(timeout=timedelta(days=30)) as ranks:  # a rank may be done days before another
         Path(c.output).parent.mkdir(parents=True, exist_ok=True)
         advice = "wait until it ends, or choose another --output"
@@ -160,15 +160,35 @@ def in_shares(c: Any, work: Callable[..., None], *arguments: Any) -> None:
             if ranks.first:
                 files.sweep(Path(c.output).parent, Path(c.output).name)
             work(c, *arguments, ranks)
+            for path in journal.files(c.output) if ranks.first else ():
+                path.unlink()
 
 
 # What the journals hold of each prompt, beside its id.
 SAMPLED = {"responses": (list, str), "counts": (dict, int)}
 SCORED = {"rewards": (list, float), "counts": (dict, int)}
+# Options that change none of it: a run that was killed may go on with others.
+FREE = {"output", "max_rows", "pairs", "tokens_per_micro_batch"}
+Work = Callable[[list[listwise.Row], journal.Journal], None]
+
+
+def journalled(
+    c: Any, rows: list[listwise.Row], ranks: dist.Ranks, work: Work, holds: dict[str, Any]
+) -> dict[str, dict]:
+    """Have `work` note every world_size-th of the rows that no journal has; the first rank gets all records, by id."""
+    settings = {key: value for key, value in config.as_dict(c).items() if key not in FREE}
+    settings |= {key: digest(settings[key]) for key in ("model", "scorer", "input") if key in settings}
+    done = journal.read(c.output, settings, **holds)
+    dist.barrier()  # none may write before all have read
+    mine = [row for row in rows if row.id not in done][ranks.rank :: ranks.world_size]
+    if mine:
+        work(mine, journal.Journal(c.output, ranks.rank, settings))
+    dist.barrier()
+    return journal.read(c.output, settings, **holds) if ranks.first else {}
 
 
 def generate_share(c: Generate, ranks: dist.Ranks) -> None:
-    """Generate for every world_size-th of the prompts that no journal has; the first rank then writes the output."""
+    """Generate for this rank's share of the prompts; the first rank then writes the output."""
     if c.engine == "vllm" and ranks.sharded:
         raise ValueError("--engine vllm spreads over GPUs by itself: start it without torchrun")
     if c.limit < 0:
@@ -183,24 +203,18 @@ def generate_share(c: Generate, ranks: dist.Ranks) -> None:
         rows = rows[: c.limit]
     if not rows:
         raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
-    settings = {key: value for key, value in config.as_dict(c).items() if key not in ("output", "max_rows")}
-    settings |= {key: digest(settings[key]) for key in ("model", "input")}
-    done = journal.read(c.output, settings, **SAMPLED)
-    dist.barrier()  # none may write before all have read
-    mine = [(row.id, prompts[row.id]) for row in rows if row.id not in done][ranks.rank :: ranks.world_size]
-    if mine:
-        draw(c, mine, tokenizer, journal.Journal(c.output, ranks.rank, settings), ranks)
-    dist.barrier()
+
+    def work(mine: list[listwise.Row], notes: journal.Journal) -> None:
+        draw(c, [(row.id, prompts[row.id]) for row in mine], tokenizer, notes, ranks)
+
+    done = journalled(c, rows, ranks, work, SAMPLED)
     if ranks.first:
-        done = journal.read(c.output, settings, **SAMPLED)
         written = []
         for row in rows:
             counts.update(done[row.id]["counts"])
             texts = done[row.id]["responses"]
             written.append(dataclasses.replace(row, responses=(*row.responses, *texts), rewards=None))
         listwise.write(c.output, written)
-        for path in journal.files(c.output):
-            path.unlink()
         tell(c, "generate", counts, [])
 
 
@@ -234,21 +248,18 @@ def draw(
         max_rows=c.max_rows,
         progress=ranks.first,
     ):
-        texts = [tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
+        texts = [generate.text_of(tokenizer, one) for one in samples]
         done.write({"id": id, "responses": texts, "counts": counts})
         counts.clear()
 
 
 def digest(path: str) -> str:
-    """SHA-256 of a file, or of what a folder's files hold; what is no path (a hub name) stands for itself."""
+    """A hash of what a file, or each of a folder's files, holds; what is no path (a hub name) stands for itself."""
     if not Path(path).exists():
         return path
-    whole = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]:
-        if file.is_file():
-            with open(file, "rb") as opened:
-                whole.update(hashlib.file_digest(opened, "sha256").digest())
-    return whole.hexdigest()
+    inside = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+    sums = "".join(files.sha256(file) for file in inside if file.is_file())
+    return hashlib.sha256(bytes.fromhex(sums)).hexdigest()
 
 
 def fit_scorer(c: Fit) -> None:
@@ -280,37 +291,27 @@ def annotate_rows(c: Annotate) -> None:
         asked = ((row.id, row.prompt, list(row.responses)) for row in rows)
         write_rewards(c, rows, [r for _, r in rewards.annotate(asked, score)], Counter())
     else:
+        config.check_choices(c, dtype=model.DTYPES, objectives=("one", "mean"))
         in_shares(c, annotate_share, rows)
 
 
 def annotate_share(c: Annotate, rows: list[listwise.Row], ranks: dist.Ranks) -> None:
-    """Score every world_size-th of the rows that no journal has; the first rank then writes the output."""
-    for name, value, known in (("dtype", c.dtype, model.DTYPES), ("objectives", c.objectives, ("one", "mean"))):
-        if value not in known:
-            raise ValueError(f"{name} = {value!r} does not exist; choose one of {', '.join(known)}")
-    free = ("output", "pairs", "tokens_per_micro_batch")
-    settings = {key: value for key, value in config.as_dict(c).items() if key not in free}
-    settings |= {"scorer": digest(c.scorer), "input": digest(c.input)}
-    done = journal.read(c.output, settings, **SCORED)
-    dist.barrier()  # none may write before all have read
-    mine = [row for row in rows if row.id not in done][ranks.rank :: ranks.world_size]
-    if mine:
+    """Score this rank's share of the rows; the first rank then writes the output."""
+
+    def work(mine: list[listwise.Row], notes: journal.Journal) -> None:
         counts: Counter[str] = Counter()
         how = {key: getattr(c, key) for key in ("dtype", "objectives", "remote_revision")}
         score = scorers.load_reward_model(
             c.scorer, budget=c.tokens_per_micro_batch, device=ranks.device, counts=counts, **how
         )
-        notes = journal.Journal(c.output, ranks.rank, settings)
         for id, found in tqdm(score(mine), total=len(mine), desc="annotate", unit="prompt", disable=not ranks.first):
             notes.write({"id": id, "rewards": found, "counts": counts})
             counts.clear()
-    dist.barrier()
+
+    done = journalled(c, rows, ranks, work, SCORED)
     if ranks.first:
-        done = journal.read(c.output, settings, **SCORED)
         counts = sum((Counter(record["counts"]) for record in done.values()), Counter())
         write_rewards(c, rows, [done[row.id]["rewards"] for row in rows], counts)
-        for path in journal.files(c.output):
-            path.unlink()
 
 
 def write_rewards(c: Annotate, rows: list[listwise.Row], found: list[list[float]], more: Counter[str]) -> None:

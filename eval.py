@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     if c.samples == 0:
         used -= {"temperature", "max_new_tokens", "seed", "scorer", "baseline"}
     config.check_used(set_keys, used, what="--samples 0")
-    if c.dtype not in model.DTYPES:
-        raise ValueError(f"dtype = {c.dtype!r} does not exist; choose one of {', '.join(model.DTYPES)}")
+    config.check_choices(c, dtype=model.DTYPES)
     if c.baseline and not (Path(c.baseline) / "samples.jsonl").exists():
         raise ValueError(f"--baseline {c.baseline}: no samples.jsonl there; evaluate that model first")
     if c.baseline and c.scorer == "none":
@@ -185,23 +184,19 @@ def draw_samples(c: Config, lm, tokenizer, examples, by_id, score, ranks) -> tup
     """Fresh responses of the policy, unfinished ones included (rambling is a failure, not a missing value)."""
     counts: Counter[str] = Counter()
     drawn = []
-    samples = generate.generate(
+    samples = generate.answer(
         lm,
+        tokenizer,
         [(e.id, e.prompt_ids.tolist()) for e in examples],
         n=c.samples,
         counts=counts,
-        eos_token_id=tokenizer.eos_token_id,
         max_new_tokens=c.max_new_tokens,
         temperature=c.temperature,
         seed=c.seed,
-        unique=False,
-        keep_unfinished=True,
-        oversample=1.0,
         progress=ranks.first,
     )
-    for id, some in samples:
+    for id, texts in samples:
         prompt = by_id[id].prompt
-        texts = [tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in some]
         earned = None if score is None else tuple(score(prompt, texts))
         drawn.append(listwise.Row(id, prompt, tuple(texts), earned, None, None, c.model, c.data))
     return drawn, {f"samples_{key}": n for key, n in counts.items()}

@@ -90,6 +90,22 @@ def check_used(set_keys: Collection[str], used: Collection[str], *, what: str) -
         raise ValueError(f"{what} does not use {', '.join(unused)}: remove that. It uses {uses}")
 
 
+def check_choices(config: Any, **known: Collection[str]) -> None:
+    """Raise ValueError for an option of `config` whose value is not among its known ones."""
+    for name, values in known.items():
+        if (value := getattr(config, name)) not in values:
+            raise ValueError(f"{name} = {value!r} does not exist; choose one of {', '.join(values)}")
+
+
+def named_files(text: str) -> dict[str, str]:
+    """Path by name out of the option --methods, "NAME=FILE,NAME=FILE"; ValueError unless two names or more differ."""
+    pairs = [[side.strip() for side in part.partition("=")] for part in text.split(",")]
+    named = {name: path for name, _, path in pairs}
+    if len(pairs) < 2 or len(named) < len(pairs) or not all(name and path for name, _, path in pairs):
+        raise ValueError(f"--methods {text}: need NAME=FILE,NAME=FILE,... with two or more different names")
+    return named
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """The options by name, in the order of the dataclass."""
     return dataclasses.asdict(config)

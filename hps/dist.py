@@ -76,7 +76,7 @@ def session(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
         rank, why = os.environ["RANK"], str(error).splitlines()[0]
         print(
             f"error: rank {rank}: another rank is gone, or has not answered for {timeout} ({why}). Look for its own "
-            "message. The same command goes on from the last checkpoint",
+            "message, then start the same command again: it goes on from what is on disk",
             file=sys.stderr,
         )
         raise SystemExit(1) from error

@@ -106,10 +106,15 @@ def append(file: io.FileIO, data: bytes) -> None:
             data = data[file.write(data) :]
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text, as UTF-8."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON for people and programs to read."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

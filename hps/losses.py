@@ -238,8 +238,6 @@ def stage_loss(
     valid: Tensor | None = None,
     num_tokens: Tensor | None = None,
     rewards: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    exo_eps: float = 1e-3,
     length_norm: bool | None = None,
     **options: float,
 ) -> Tensor:
@@ -255,11 +253,10 @@ def stage_loss(
         valid: (B, K) bool, False where a ragged row has no response; None means all.
         num_tokens: (B, K) int, scored tokens; needed where h is divided by length, and by R-DPO.
         rewards: (B, K) float, external rewards; needed by the gap regression.
-        label_smoothing: cDPO's epsilon in [0, 0.5), or robust DPO's in (0, 0.5).
-        exo_eps: EXO's target mass on the opponents, in (0, 1).
         length_norm: divide h by `num_tokens` first; None takes the loss's convention (IPO yes, as in TRL).
-        options: the loss's other `OPTIONS`, with their defaults: target_margin (SimPO, units of reward),
-            slic_delta and slic_lambda (nats), rdpo_alpha (reward per token), gap_delta (nats).
+        options: those of `OPTIONS` that the loss takes, with their defaults: label_smoothing (cDPO's epsilon, or robust
+            DPO's), exo_eps (EXO's target mass on the opponents), target_margin (SimPO, units of reward), slic_delta
+            and slic_lambda (nats), rdpo_alpha (reward per token), gap_delta (nats).
 
     Returns:
         (B,) float, nats. A row without a valid opponent gives DPO's limit 0; leave such rows out.
@@ -270,7 +267,7 @@ def stage_loss(
     """
     B, K = logratios.shape
     assert log_q.shape == (B, K - 1), (log_q.shape, logratios.shape)
-    loss, taken = look_up(LOSSES, name, {"label_smoothing": label_smoothing, "exo_eps": exo_eps, **options})
+    loss, taken = look_up(LOSSES, name, options)
     divide = loss.length_norm if length_norm is None else length_norm
     h, valid = clean(name, logratios, beta=beta, valid=valid, num_tokens=num_tokens, length_norm=divide)
     if loss.needs_length and num_tokens is None:
@@ -291,12 +288,7 @@ def plackett_luce_loss(
     *,
     beta: float,
     valid: Tensor | None = None,
-    num_tokens: Tensor | None = None,
-    rewards: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    exo_eps: float = 1e-3,
-    length_norm: bool | None = None,
-    **options: float,
+    **options: Any,
 ) -> Tensor:
     """Per-prompt Plackett-Luce loss: the sum over ranks j of the stage "j above all that follow" (Eqs. 4-5).
 
@@ -306,16 +298,16 @@ def plackett_luce_loss(
     Args:
         logratios: (B, K) float, columns in ranked order, best first; ragged rows are padded on the right.
         valid: (B, K) bool, a prefix of every row; None means all.
-        The others: as in `stage_loss`.
+        options: what else `stage_loss` takes.
 
     Returns:
         (B,) float, nats.
     """
     # Every rank a positive, opponents weighted alike (gamma = 0), kappa their number.
-    given = {"label_smoothing": label_smoothing, "exo_eps": exo_eps, "length_norm": length_norm, **options}
-    given |= {"valid": valid, "num_tokens": num_tokens, "rewards": rewards, "n_factor": "n_minus_one"}
     alike, ones = torch.zeros_like(logratios[:, 1:]), [1.0] * logratios.shape[1]
-    return multi_positive_loss(name, logratios, alike, beta=beta, weights=ones, **given)
+    return multi_positive_loss(
+        name, logratios, alike, beta=beta, weights=ones, n_factor="n_minus_one", valid=valid, **options
+    )
 
 
 def multi_positive_loss(
@@ -380,15 +372,13 @@ def multi_positive_loss(
     return total
 
 
-def loss_at_reference(
-    name: str, *, beta: float, kappa: float = 1.0, label_smoothing: float = 0.0, exo_eps: float = 1e-3, **options: float
-) -> float:
+def loss_at_reference(name: str, *, beta: float, kappa: float = 1.0, **options: float) -> float:
     """The stage loss where policy = reference, in closed form: log(1 + kappa) for DPO, 1/(4 beta^2) for IPO ...
 
     Raises:
         ValueError: a loss whose value is unknown before training (simpo, slic, rdpo, gap), or as `stage_loss`.
     """
-    loss, taken = look_up(LOSSES, name, {"label_smoothing": label_smoothing, "exo_eps": exo_eps, **options})
+    loss, taken = look_up(LOSSES, name, options)
     if loss.at_reference is None:
         why = "has no reference, so it depends on the policy"
         if loss.needs_reference:
@@ -397,11 +387,8 @@ def loss_at_reference(
     return loss.at_reference(kappa, beta=beta, **taken)
 
 
-def plackett_luce_at_reference(
-    name: str, n: int, *, beta: float, label_smoothing: float = 0.0, exo_eps: float = 1e-3, **options: float
-) -> float:
+def plackett_luce_at_reference(name: str, n: int, *, beta: float, **options: float) -> float:
     """The PL loss of n ranks where policy = reference: log n! for DPO. Raises as `loss_at_reference`."""
-    options = {"label_smoothing": label_smoothing, "exo_eps": exo_eps, **options}
     return sum(loss_at_reference(name, beta=beta, kappa=u, **options) for u in range(1, n))
 
 

@@ -1,8 +1,10 @@
 """Shared test set-up: one thread, repeatable draws, the root importable, the real data where it exists."""
 
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +58,18 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows.append(listwise.Row(row.id, row.prompt, answers, rewards, None, None, row.source, ""))
         listwise.write(folder / f"{name}.jsonl", rows)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium, for what a page does rather than says; the tests of a file share one."""
+    from chromium import Browser
+
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs a browser, which no Python package brings: apt-get install chromium chromium-driver")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.quit()
 
 
 def classifier(tokenizer, folder, *, labels: int = 1, pad: int | None = None, positions: int = 256) -> str:

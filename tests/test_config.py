@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hps.config import as_dict, check_used, parse, run_main
+from hps.config import as_dict, check_choices, check_used, named_files, parse, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -235,6 +235,20 @@ def test_check_used():
     message = str(caught.value)
     assert "method dpo-bt does not use gamma, kappa:" in message
     assert message.endswith("It uses beta, smoothing")
+
+
+def test_check_choices():
+    config, _ = run("--data", "a", "--method", "bt")
+    check_choices(config, data=("a", "b"), method=("hps", "bt"))
+    with pytest.raises(ValueError, match="method = 'bt' does not exist; choose one of hps, pl"):
+        check_choices(config, data=("a", "b"), method=("hps", "pl"))
+
+
+def test_named_files():
+    assert named_files("a=x/a.jsonl, b = y=z.jsonl") == {"a": "x/a.jsonl", "b": "y=z.jsonl"}
+    for text in ("", "a=x", "a=x,a=y", "a=x,y", "a=x,b=", "a=x,=y", "a=x,"):
+        with pytest.raises(ValueError, match="NAME=FILE,NAME=FILE,... with two or more different names"):
+            named_files(text)
 
 
 def test_run_main_reports_a_mistake_without_a_traceback():

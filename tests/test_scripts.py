@@ -216,7 +216,7 @@ def test_generate_and_annotate_a_world(tiny_world, tmp_path):
     assert listwise.read(tmp_path / "few.jsonl") == expected
     data_prep.main(["annotate", *flags(scorer="world-est", input=drawn, output=scored)])
     world = World(0)
-    for row in listwise.read(scored, need_rewards=True):
+    for row in listwise.read(scored):
         assert list(row.rewards) == [world.train_reward(list(row.prompt), y) for y in row.responses]
 
 
@@ -255,7 +255,7 @@ def test_import_fit_annotate_and_doctor_on_hh_rlhf(hh_rlhf_path, tiny_world, tmp
     data_prep.main(["fit", *flags(input=rest, output=tmp_path / "r.safetensors")])
     data_prep.main(["annotate", *flags(scorer=tmp_path / "r.safetensors", input=rest, output=tmp_path / "s.jsonl")])
     linear = load_linear(tmp_path / "r.safetensors")
-    scored = listwise.read(tmp_path / "s.jsonl", need_rewards=True)
+    scored = listwise.read(tmp_path / "s.jsonl")
     assert list(scored[0].rewards) == score_linear(linear, scored[0].prompt, list(scored[0].responses))
     assert np.mean([r.rewards[0] > r.rewards[1] for r in scored]) > 0.8  # it was fitted on these very pairs
     data_prep.main(["annotate", *flags(scorer="human", input=train_file, output=tmp_path / "h.jsonl")])

@@ -21,6 +21,7 @@ WORTH_A_PREFILL = 32  # rows; fewer of a prompt's rows do not start without the 
 COLUMNS = 32  # of own keys, at least: PyTorch has no fast product for fewer on a CPU
 ENDED = 1 / 8  # share of the rows that must have ended before others take their places ...
 IDLE = 1 / 4  # ... or, when no others are waiting, before the rest moves together
+ELSEWHERE = "only data_prep.py generate can sample from this model, with --engine vllm"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def decode(
     """
     attention.install(model)
     if model.config._attn_implementation != attention.NAME:
-        raise ValueError(f"{type(model).__name__} takes no attention but its own: use --engine vllm")
+        raise ValueError(f"{type(model).__name__} takes no attention but its own: {ELSEWHERE}")
     rows = _Rows(model, eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
     checked = False
     while requests or rows.num_running:
@@ -124,7 +125,7 @@ def _check(model: nn.Module, request: Request) -> None:
     if not apart <= (1e-3 if logits.dtype == torch.float32 else 0.1):
         raise ValueError(
             f"a response's log-probs differ from a plain forward's by {apart:.2g} nats a token: the attention of "
-            f"{type(model).__name__} is not decoded correctly here; use --engine vllm"
+            f"{type(model).__name__} is not decoded correctly here: {ELSEWHERE}"
         )
 
 
@@ -322,7 +323,7 @@ class _Rows:
 
     def get_seq_length(self, *_: object) -> int:
         """Models ask for it that count positions by themselves."""
-        raise ValueError(f"{type(self.model).__name__} wants equally long rows: use --engine vllm")
+        raise ValueError(f"{type(self.model).__name__} wants equally long rows: {ELSEWHERE}")
 
     def attend(self, query: Tensor, _keys: Tensor, _values: Tensor, scaling: float) -> Tensor:
         """Attention of one token a row, (R, H, 1, Dh), to its prompt and to itself."""

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from hps import hub
 from hps.data.decode import Request, Sample, decode
@@ -32,10 +33,11 @@ def prompt_seed(seed: int, prompt_id: str) -> int:
 
 
 @dataclass(slots=True)
-class _Stream(Request):
-    """One prompt on its way to n samples."""
+class _Stream:
+    """One prompt on its way to n samples: what it asks for, and what became of the samples that came."""
 
-    prompt_id: str = ""
+    prompt_id: str
+    request: Request
     kept: list[Sample] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
@@ -43,7 +45,7 @@ class _Stream(Request):
 
     def absorb(self, *, n: int, unique: bool, keep_unfinished: bool) -> None:
         """Keep or count the samples that came since the last call."""
-        for one in self.samples[self.counts["samples"] :]:
+        for one in self.request.samples[self.counts["samples"] :]:
             assert one is not None
             key = one.token_ids.tobytes()
             self.counts["samples"] += 1
@@ -111,10 +113,10 @@ def generate(
         if not 0 < len(ids) <= limit - max_new_tokens:
             raise ValueError(
                 f"prompt {prompt_id!r} has {len(ids)} tokens; the model's {limit} positions and "
-                f"max_new_tokens={max_new_tokens} allow 1 to {limit - max_new_tokens}: shorten or drop it "
-                f"(--max_prompt_length {limit - max_new_tokens})"
+                f"max_new_tokens={max_new_tokens} allow 1 to {limit - max_new_tokens}: lower max_new_tokens, or "
+                f"shorten or drop it (data_prep.py generate drops it with --max_prompt_length {limit - max_new_tokens})"
             )
-        streams.append(_Stream(ids, prompt_seed(seed, prompt_id), prompt_id=prompt_id))
+        streams.append(_Stream(prompt_id, Request(ids, prompt_seed(seed, prompt_id))))
     if len({stream.prompt_id for stream in streams}) < len(streams):
         raise ValueError("two prompts share an id and would get the same samples: make the ids distinct")
 
@@ -125,24 +127,65 @@ def generate(
         return min(due, math.ceil(n * draw_limit) - drawn)
 
     for stream in streams:
-        stream.due = still_due(stream)
-    waiting: deque[Request] = deque(streams)
+        stream.request.due = still_due(stream)
+    stream_of = {id(stream.request): stream for stream in streams}
+    waiting = deque(stream.request for stream in streams)
     settings: dict[str, Any] = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
     results = (decode if ours else ask_vllm)(model, waiting, max_rows=max_rows, **settings)
     with tqdm(total=len(streams), unit="prompt", desc="generate", disable=not progress) as bar:
-        for stream in results:
-            assert isinstance(stream, _Stream)
+        for request in results:
+            stream = stream_of[id(request)]
             stream.absorb(n=n, unique=unique, keep_unfinished=keep_unfinished)
-            stream.due = still_due(stream)
-            if stream.due:
-                waiting.appendleft(stream)
+            request.due = still_due(stream)
+            if request.due:
+                waiting.appendleft(request)
                 continue
             stream.done = True
             bar.update()
+            del stream_of[id(request)]  # its samples need not stay in memory until the last prompt is done
             while streams and streams[0].done:
                 first = streams.popleft()
                 counts.update(first.counts, prompts_short=int(len(first.kept) < n))
                 yield first.prompt_id, first.kept
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    *,
+    n: int,
+    counts: Counter[str],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    progress: bool,
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields (prompt id, n texts): what a model says, equal and unfinished answers included. Arguments as `generate`.
+
+    A policy that rambles or repeats itself must be seen to do so, by an evaluation as by a person.
+    """
+    samples = generate(
+        model,
+        prompts,
+        n=n,
+        counts=counts,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        unique=False,
+        keep_unfinished=True,
+        oversample=1.0,
+        progress=progress,
+    )
+    for id, some in samples:
+        yield id, [text_of(tokenizer, one) for one in some]
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
+    """A sample as text, without its control tokens and the white space around it."""
+    return tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
 
 
 def positions(config: Any) -> float:

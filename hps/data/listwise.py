@@ -99,9 +99,9 @@ def first_responses(row: Row, n: int) -> Row:
     return replace(row, responses=row.responses[:n], rewards=rewards, chosen=kept[0], rejected=kept[1])
 
 
-def read(path: str | Path, *, need_rewards: bool = False) -> list[Row]:
-    """Read a whole list-wise file; arguments and errors as `stream`."""
-    return list(stream(path, need_rewards=need_rewards))
+def read(path: str | Path) -> list[Row]:
+    """Read a whole list-wise file; errors as `stream`."""
+    return list(stream(path))
 
 
 def stream(path: str | Path, *, need_rewards: bool = False) -> Iterator[Row]:

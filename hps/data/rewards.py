@@ -208,11 +208,7 @@ def score_linear(model: LinearRewardModel, prompt: Prompt, responses: Sequence[s
 
 
 def save_linear(model: LinearRewardModel, path: str | Path) -> None:
-    """Writes the model as safetensors, settings in the metadata, under a temporary name and renames it.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Writes the model as safetensors, settings in the metadata."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = json.dumps({"format": _FORMAT, "l2": model.l2, "num_pairs": model.num_pairs})

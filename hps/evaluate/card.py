@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hps.evaluate import md
 from hps.evaluate.report import METRICS
 
 PAPER = "https://arxiv.org/abs/2502.14400"
@@ -72,8 +73,7 @@ def name_of(path: str) -> str:
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *(tuple(map(escape, row)) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return md.table(header, (tuple(map(escape, row)) for row in rows))
 
 
 def card(run: dict[str, Any], summary: dict[str, Any], *, kind: str, evaluation: dict[str, Any] | None = None) -> str:

@@ -45,8 +45,7 @@ History = tuple[dict[str, str], ...]
 def main(argv: list[str] | None = None) -> None:
     page = f"{__doc__}\nThe policy's answers enter the conversation; the reference answers that one as well."
     c, _ = config.parse(Options, argv, prog="python -m hps.evaluate.chat", description=page.strip())
-    if c.dtype not in model.DTYPES:
-        raise ValueError(f"dtype = {c.dtype!r} does not exist; choose one of {', '.join(model.DTYPES)}")
+    config.check_choices(c, dtype=model.DTYPES)
     speakers = [load("policy", c.model, c.dtype)]
     if c.reference:
         speakers.append(load("reference", c.reference, c.dtype))
@@ -94,21 +93,18 @@ def chat(c: Options, speakers: list[Speaker]) -> None:
 def answer(speaker: Speaker, history: History, c: Options) -> str:
     """What a speaker says next; its random stream is that of the prompt id "turn N" (generate.prompt_seed)."""
     turn = f"turn {len(history) // 2 + 1}"
-    [(_, [sample])] = generate.generate(
+    [(_, [text])] = generate.answer(
         speaker.lm,
+        speaker.tokenizer,
         [(turn, tokens.encode_prompt(speaker.tokenizer, history))],
         n=1,
         counts=Counter(),
-        eos_token_id=speaker.tokenizer.eos_token_id,
         max_new_tokens=c.max_new_tokens,
         temperature=c.temperature,
         seed=c.seed,
-        unique=False,
-        keep_unfinished=True,
-        oversample=1.0,
         progress=False,
     )
-    return speaker.tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
+    return text
 
 
 def show(answers: list[tuple[str, str]], width: int) -> str:

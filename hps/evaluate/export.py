@@ -29,8 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     c, _ = config.parse(
         Options, argv, prog="python -m hps.evaluate.export", description=str(__doc__).split("\n")[0]
     )
-    if c.dtype not in model.DTYPES:
-        raise ValueError(f"dtype = {c.dtype!r} does not exist; choose one of {', '.join(model.DTYPES)}")
+    config.check_choices(c, dtype=model.DTYPES)
     out = Path(c.out)
     if out.exists():
         raise ValueError(f"--out {out} exists already: choose a new folder, or remove that one first")

@@ -144,8 +144,7 @@ def run(c: Options) -> None:
     told = ", ".join(f"{n} {name}" for name, n in counts.items())
     page = f"Judge: {' at '.join(judge.identity[k] for k in ('model', 'endpoint') if k in judge.identity)}; {told}.\n\n"
     page += verdicts.markdown(results, criteria=list(CRITERIA)) + "\n"
-    with files.replacing(out / "judge.md") as partial:
-        partial.write_text(page)
+    files.write_text(out / "judge.md", page)
     print(page)
     for problem, times in Counter(refused.values()).most_common(3):
         tqdm.write(f"refused {times} times: {problem}", file=sys.stderr)
@@ -159,26 +158,21 @@ def read_methods(c: Options) -> tuple[dict[str, list[listwise.Row]], dict[str, s
     Raises:
         ValueError: fewer than two methods, or files that do not answer the same prompts equally often.
     """
-    files: dict[str, str] = {}
-    for word in c.methods.split(","):
-        name, _, path = (part.strip() for part in word.partition("="))
-        if not (name and path) or name in files:
-            raise ValueError(f"--methods: {word!r}: write NAME=FILE,NAME=FILE, each file with a name of its own")
-        files[name] = path
-    if len(files) < 2 or c.baseline not in files:
-        raise ValueError(f"need two --methods or more, one of them as --baseline; got {', '.join(files)}")
-    by_id = {name: {row.id: row for row in listwise.read(path)} for name, path in files.items()}
+    paths = config.named_files(c.methods)
+    if c.baseline not in paths:
+        raise ValueError(f"--baseline {c.baseline} is none of the --methods {', '.join(paths)}")
+    by_id = {name: {row.id: row for row in listwise.read(path)} for name, path in paths.items()}
     first = by_id[c.baseline]
     for name, rows in by_id.items():
         if odd := rows.keys() ^ first.keys():
-            raise ValueError(f"prompt {min(odd)!r} is in one of {files[name]} and {files[c.baseline]} only")
+            raise ValueError(f"prompt {min(odd)!r} is in one of {paths[name]} and {paths[c.baseline]} only")
         for row in rows.values():
             like = first[row.id]
             if row.prompt != like.prompt or len(row.responses) != len(like.responses) or not row.responses:
                 raise ValueError(f"{row.where}: another prompt or number of responses than {like.where}, or none")
     methods = {name: [listwise.first_responses(rows[id], c.responses or sys.maxsize) for id in first]
                for name, rows in by_id.items()}
-    return methods, {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in files.items()}
+    return methods, {name: files.sha256(Path(path)) for name, path in paths.items()}
 
 
 def key_of(row: listwise.Row, i: int) -> str:
@@ -230,8 +224,7 @@ def parse_scores(answer: str) -> dict[str, float] | None:
 
 def local_judge(c: Options) -> Judge:
     """A causal LM on this machine, greedy, through its own chat template."""
-    if c.dtype not in model.DTYPES:
-        raise ValueError(f"dtype = {c.dtype!r} does not exist; choose one of {', '.join(model.DTYPES)}")
+    config.check_choices(c, dtype=model.DTYPES)
     tokenizer = tokens.load_tokenizer(c.model)
     if not tokenizer.chat_template:
         raise ValueError(f"{c.model} has no chat template: take a model that was trained to chat as the judge")

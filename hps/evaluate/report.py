@@ -17,12 +17,11 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hps import files
-from hps.evaluate import page
+from hps.evaluate import md, page
 
 
 class Metric(NamedTuple):
@@ -208,35 +207,13 @@ def validate(results: dict[str, Any]) -> None:
 
 # ---- tables ---------------------------------------------------------------------------------------
 
-# What would begin code, an HTML tag, an entity or a link's address, and what would escape the escape.
-MARKUP = r"[\\`]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=\()"
-
-
-def _line(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def _plain(text: str, also: str = "") -> str:
-    """A text of the results for Markdown: on one line and shown as it is; also: further characters to escape."""
-    return re.sub(MARKUP + (f"|[{also}]" if also else ""), r"\\\g<0>", _line(text))
-
-
-def _code(text: str) -> str:
-    """A text as code within a line; its fence is longer than any that it holds."""
-    text = _line(text)
-    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
-    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
-
-
 def _markdown(header: list[str], rows: list[list[page.Cell]]) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
     def show(cell: page.Cell) -> str:
-        text = _plain(cell.text, also="|")
+        text = md.cell(cell.text)
         mean = f"**{text}**" if cell.mark == "best" else text
         return " ".join(filter(None, (mean, cell.interval, "~" if cell.mark == "near" else "")))
-    return "\n".join([line(header), line(["---"] * len(header)), *(line(map(show, row)) for row in rows)])
+
+    return md.table(header, (list(map(show, row)) for row in rows))
 
 
 def _number(item: dict[str, float], digits: int, sign: str = "") -> page.Cell:
@@ -258,16 +235,10 @@ LEGEND = ("[low, high]: 95 % bootstrap interval. (+): larger is better, (-): sma
           "`~`: the interval overlaps that of the best, so no claim that they differ.")
 
 
-def table(results: dict[str, Any], *, metrics: Sequence[str] | None = None) -> str:
-    """GitHub Markdown: one row a method, `mean [low, high]` cells, and LEGEND below.
-
-    metrics: names of METRICS in the order wanted; default: all that any row has. ValueError: unknown name.
-    """
+def table(results: dict[str, Any]) -> str:
+    """GitHub Markdown: one row a method, `mean [low, high]` cells of all metrics that any row has, and LEGEND below."""
     validate(results)
-    names = present(results) if metrics is None else list(metrics)
-    for name in names:
-        _check_metric(name, "metrics")
-    return f"{_markdown(*_methods(results, names))}\n\n{LEGEND}\n"
+    return f"{_markdown(*_methods(results, present(results)))}\n\n{LEGEND}\n"
 
 
 def _methods(results: dict[str, Any], names: list[str]) -> tuple[list[str], list[list[page.Cell]]]:
@@ -313,12 +284,6 @@ CLAIMS_NOTE = (
     "none; unresolved: it does not. Beside a ratio of cost stands its range over runs.")
 
 
-def claims_table(results: dict[str, Any]) -> str:
-    """GitHub Markdown of the paper's claims, its figures and ours, with the verdict; "" when the results hold none."""
-    validate(results)
-    return _markdown(*_claims(results)) + "\n" if results.get("claims") else ""
-
-
 def _claims(results: dict[str, Any]) -> tuple[list[str], list[list[page.Cell]]]:
     rows = []
     for item in results["claims"]:
@@ -354,11 +319,6 @@ def _tables(results: dict[str, Any]) -> list[page.Table]:
 
 # ---- the report -----------------------------------------------------------------------------------
 
-def _write(path: Path, text: str) -> None:
-    with files.replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
 def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     """Write results.json, RESULTS.md, report.html and figures/*.png under `out` (made if missing); returns their paths.
 
@@ -372,12 +332,12 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"settings: not writable as JSON: {error}") from None
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    _write(out / "results.json", text)
+    files.write_text(out / "results.json", text)
     title, minutes = f"Results: {results['suite']}", f"{results['seconds'] / 60:.1f} minutes"
     settings = [(key, json.dumps(value)) for key, value in results.get("settings", {}).items()]
-    parts = [f"# {_plain(title)}", f"Commit {_code(results['commit'])}, {_plain(results['machine'])}, {minutes}."]
+    parts = [f"# {md.plain(title)}", f"Commit {md.code(results['commit'])}, {md.plain(results['machine'])}, {minutes}."]
     if settings:
-        parts.append("\n".join(f"* {_plain(key)}: {_code(value)}" for key, value in settings))
+        parts.append("\n".join(f"* {md.plain(key)}: {md.code(value)}" for key, value in settings))
     parts.append(LEGEND)
     tables = _tables(results)
     for item in tables:
@@ -386,14 +346,14 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     for plan in figures.plans(results):
         path = figures.save(plan, results, out / "figures")
         written.append(path)
-        alt = _plain(plan.alt, also=r"\[\]")
-        parts.append(f"![{alt}](figures/{path.name})\n\n{_plain(plan.caption)}")
+        alt = md.plain(plan.alt, also=r"\[\]")
+        parts.append(f"![{alt}](figures/{path.name})\n\n{md.plain(plan.caption)}")
         shown.append(page.Figure(plan.caption, plan.alt, round(96 * plan.size[0]), path.read_bytes()))
     parts += ["## What the columns mean",
               "\n".join(f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}"
                         for name in present(results))]
-    _write(out / "RESULTS.md", "\n\n".join(parts) + "\n")
+    files.write_text(out / "RESULTS.md", "\n\n".join(parts) + "\n")
     subtitle = f"Commit {results['commit']}, {results['machine']}, {minutes}."
-    _write(out / "report.html", page.render(
+    files.write_text(out / "report.html", page.render(
         title, subtitle, settings=settings, legend=LEGEND.replace("`", ""), tables=tables, figures=shown))
     return written

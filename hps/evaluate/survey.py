@@ -22,7 +22,7 @@ from scipy import stats
 
 from hps import config, files
 from hps.data import listwise
-from hps.evaluate import metrics, page
+from hps.evaluate import md, metrics, page
 
 # Appendix D.2.2 of the paper: what each criterion asks, and what a higher score stands for; 1.00 to 5.00 (D.2.3).
 CRITERIA = {
@@ -57,7 +57,7 @@ class Aggregate:
 
 def export(c: Export) -> None:
     """Write the raters' page and the key to it."""
-    rows = {name: {row.id: row for row in listwise.read(path)} for name, path in methods_of(c.methods).items()}
+    rows = {name: {row.id: row for row in listwise.read(path)} for name, path in config.named_files(c.methods).items()}
     first, *others = rows.values()
     shared = sorted(id for id in first if all(id in of and of[id].responses for of in rows.values()))
     for id, other in itertools.product(shared, others):
@@ -78,19 +78,11 @@ def export(c: Export) -> None:
     study["study"] = sha256(json.dumps(study).encode()).hexdigest()[:16]  # of what is shown, so of no method's name
     key = {"study": study["study"], "methods": list(rows), "items": {
         item: dict(zip(("prompt", "method", "response"), pick)) for item, pick in items.items()}}
-    write(Path(c.out) / "survey.html", render(study))
-    write(Path(c.out) / "key.json", json.dumps(key, indent=1) + "\n")
+    Path(c.out).mkdir(parents=True, exist_ok=True)
+    files.write_text(Path(c.out) / "survey.html", render(study))
+    files.write_json(Path(c.out) / "key.json", key)
     print(f"{c.out}: survey.html for the raters, key.json to keep: {c.items} of {len(shared)} shared prompts, "
           f"{len(items)} responses", file=sys.stderr)
-
-
-def methods_of(text: str) -> dict[str, str]:
-    """Path by name out of "NAME=FILE,NAME=FILE"; ValueError unless there are two names or more, all different."""
-    pairs = [part.strip().partition("=") for part in text.split(",")]
-    names = [name for name, _, _ in pairs]
-    if len(pairs) < 2 or len(set(names)) < len(names) or not all(name and path for name, _, path in pairs):
-        raise ValueError(f"--methods {text}: need NAME=FILE,NAME=FILE,... with two or more different names")
-    return {name: path for name, _, path in pairs}
 
 
 def turns(prompt: listwise.Prompt) -> list[tuple[str, str]]:
@@ -105,12 +97,6 @@ def render(study: dict[str, Any]) -> str:
     # JSON inside of <script>: without "<" no text can end the element or open a comment; the rest is ASCII.
     data = json.dumps(study).replace("<", r"\u003c")
     return template.replace("{{policy}}", page.policy(style, script)).replace("{{data}}", data)
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 # ---- the raters' files ---------------------------------------------------------------------------
@@ -265,15 +251,11 @@ def markdown(results: dict[str, Any]) -> str:
     def cell(item: dict[str, float] | None, sign: str = "") -> str:
         return "-" if item is None else "{mean:{s}z.2f} [{low:{s}z.2f}, {high:{s}z.2f}]".format(**item, s=sign)
 
-    def table(head: list[str], rows: list[list[str]]) -> str:
-        lines = [head, ["---"] * len(head), *rows]
-        return "\n".join("| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in lines)
-
     def plain(value: float | None) -> str:
         return "-" if value is None else f"{value:z.2f}"
 
-    methods = [[m, *(cell(row[name]) for name in COLUMNS)] for m, row in results["methods"].items()]
-    pairs = [[d["a"], d["b"], *(cell(d[name], "+") for name in COLUMNS),
+    methods = [[md.cell(m), *(cell(row[name]) for name in COLUMNS)] for m, row in results["methods"].items()]
+    pairs = [[md.cell(d["a"]), md.cell(d["b"]), *(cell(d[name], "+") for name in COLUMNS),
               "{win:.0f} / {tie:.0f} / {lose:.0f}".format(**d["wins"]) if d["wins"] else "-"]
              for d in results["differences"]]
     agreement = [[name, *(plain(found[key]) for key in ("alpha", "pearson", "spearman")), str(found["pairs"])]
@@ -282,11 +264,11 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join([
         "# Human ratings", f"Study `{results['study']}`: {counts}.",
         "Ratings from 1.00 to 5.00; average: of a rating's four criteria. [low, high]: 95 % bootstrap interval over "
-        "raters and prompts.", table(["method", *COLUMNS], methods),
+        "raters and prompts.", md.table(["method", *COLUMNS], methods),
         "## Differences a - b, same rater and prompt",
-        table(["a", "b", *COLUMNS, "win / tie / lose %"], pairs),
+        md.table(["a", "b", *COLUMNS, "win / tie / lose %"], pairs),
         "## Agreement between raters",
-        table(["criterion", "Krippendorff's alpha", "mean Pearson", "mean Spearman", "pairs of raters"], agreement),
+        md.table(["criterion", "Krippendorff's alpha", "mean Pearson", "mean Spearman", "pairs of raters"], agreement),
     ]) + "\n"  # fmt: skip
 
 
@@ -294,8 +276,9 @@ def aggregate(c: Aggregate) -> None:
     """Write survey.json and survey.md, and print the latter."""
     key = load_key(Path(c.key))
     results = results_of(key, read_ratings(Path(c.ratings), key))
-    write(Path(c.out) / "survey.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    write(Path(c.out) / "survey.md", markdown(results))
+    Path(c.out).mkdir(parents=True, exist_ok=True)
+    files.write_json(Path(c.out) / "survey.json", results)
+    files.write_text(Path(c.out) / "survey.md", markdown(results))
     print(markdown(results), end="")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hps.evaluate import metrics
+from hps.evaluate import md, metrics
 
 Floats = NDArray[np.float64]
 VERDICTS = (("win", 1), ("tie", 0), ("lose", -1))
@@ -106,22 +106,21 @@ def markdown(summary: dict[str, Any], *, criteria: Sequence[str]) -> str:
         mean, low, high = (f"{item[key]:z.{digits}f}" for key in ("mean", "low", "high"))
         return f"{mean} [{low}, {high}]"
 
-    def table(header: Sequence[str], rows: list[list[str]]) -> str:
-        lines = [" | ".join(text.replace("|", r"\|") for text in row) for row in [header, ["---"] * len(header), *rows]]
-        return "\n".join(f"| {line} |" for line in lines)
-
     scales = (*criteria, "mean")
-    scores = [[name, *(cell(found[scale], 2) for scale in scales), cell(found["words"], 0), str(found["unscored"])]
-              for name, found in summary["means"].items()]
+    scores = []
+    for name, found in summary["means"].items():
+        means = (cell(found[scale], 2) for scale in scales)
+        scores.append([md.cell(name), *means, cell(found["words"], 0), str(found["unscored"])])
     pairs = []
     for pair in summary["comparisons"]:
         found: dict[str, Any] = pair["mean"] or dict.fromkeys(("win", "tie", "lose", "difference"))
         verdicts = [cell(found[name], 1) for name, _ in VERDICTS]
-        pairs.append([pair["a"], pair["b"], str(pair["prompts"]), *verdicts, cell(found["difference"], 2),
+        names = [md.cell(pair[side]) for side in "ab"]
+        pairs.append([*names, str(pair["prompts"]), *verdicts, cell(found["difference"], 2),
                       f"{found['p']:.1g}" if "p" in found else "-", cell(pair["at_equal_length"], 2)])
     return "\n\n".join([
-        table(["method", *scales, "words", "unscored"], scores),
-        table(["a", "b", "prompts", "a wins %", "tie %", "a loses %", "a - b", "p", "a - b at equal length"], pairs),
+        md.table(["method", *scales, "words", "unscored"], scores),
+        md.table(["a", "b", "prompts", "a wins %", "tie %", "a loses %", "a - b", "p", "a - b at equal length"], pairs),
         "[low, high]: 95 % bootstrap interval over prompts. Win, tie, lose and a - b: by the mean of the criteria, "
         "response j against response j. p: Wilcoxon's test over prompts. At equal length: intercept of a line through "
         "a - b over the difference in words."])

@@ -10,8 +10,6 @@ bf16 would halve the file and add a second error. So this model is the published
 rounding; fine for tests and experiments, not for quoting the original's scores.
 """
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +26,7 @@ from transformers import (
 )
 
 from hps.config import parse, run_main
+from hps.files import replacing
 
 COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
 
@@ -85,14 +84,9 @@ def convert(out: Path) -> bool:
         return False
     model, tokenizer = load_gguf(find_gguf())
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp's 0700 would follow the folder
+    with replacing(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return True
 
 

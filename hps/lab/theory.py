@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hps.config import parse, run_main
+from hps.evaluate import md
 from hps.evaluate.report import COLOURS, DPI, STYLE
-from hps.files import replacing, write_json
+from hps.files import replacing, write_json, write_text
 from hps.losses import plackett_luce_loss, stage_loss
 from hps.sampling import log_q
 
@@ -434,7 +435,7 @@ def statements(*, small: bool, seed: int) -> dict[str, Statement]:
 def _table(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[f"{v:.4g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *cells])
+    return md.table(columns, cells)
 
 
 def _draw_errors(figure: Any, found: dict[str, Statement]) -> None:
@@ -502,8 +503,7 @@ def write(found: dict[str, Statement], out: Path, *, seconds: float) -> None:
     for name, s in found.items():
         summary = f"* Premise: {s['premise']}.\n* Claim: {s['claim']}.\n* Verdict: **{s['verdict']}**."
         parts += [f"## {s['title']}", summary, _table(s["rows"]), s["note"], *images.get(name, [])]
-    with replacing(out / "THEORY.md") as partial:
-        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(out / "THEORY.md", "\n\n".join(parts) + "\n")
 
 
 def main() -> None:

@@ -11,9 +11,7 @@ Everything follows from one integer seed through hashlib and `random.Random`, on
 
 import hashlib
 import json
-import os
 import random
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, permutations, product
@@ -23,6 +21,9 @@ from statistics import NormalDist
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hps import files
+from hps.data import listwise
 
 # ---------------------------------------------------------------------------------- the language
 
@@ -348,7 +349,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
-    """An untrained Llama of about 174k parameters, fp32; it leaves the global random state as it was."""
+    """An untrained Llama of about 175k parameters, fp32; it leaves the global random state as it was."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -394,34 +395,31 @@ def write(
             f"test {test} + valid {valid} + train {train} of the {len(rows)} prompts in domain {domain!r}, "
             f"{demonstrations} demonstrations: ask for fewer prompts, and for no negative number"
         )
-    files = {"test": rows[: ends[0]], "valid": rows[ends[0] : ends[1]], "train": rows[ends[1] : ends[2]]}
+    splits = {"test": rows[: ends[0]], "valid": rows[ends[0] : ends[1]], "train": rows[ends[1] : ends[2]]}
     held_out = {row["id"] for row in rows[: ends[1]]}
     pools = [[row for row in pool if row["id"] not in held_out] for pool in pools]
     if demonstrations and not all(pools):
         raise ValueError("test and valid take every prompt, none is left to demonstrate: make them smaller")
-    files["sft"] = []
+    splits["sft"] = []
     for i in range(demonstrations):
         row = rng.choice(pools[i % len(pools)])
         mixed = rng.choices(list(QUALITY_MIX), list(QUALITY_MIX.values()))[0]
         quality = "clean" if i < demonstrations // 2 else mixed
         answer = world.demonstration(row["prompt"], rng, quality=quality)
-        files["sft"].append(row | {"id": f"sft-{i:06d}", "responses": [answer]})
+        splits["sft"].append(row | {"id": f"sft-{i:06d}", "responses": [answer]})
 
-    about = {"seed": seed, "domain": domain, **{name: len(found) for name, found in files.items()}}
+    about = {"seed": seed, "domain": domain, **{name: len(found) for name, found in splits.items()}}
     tokenizer = build_tokenizer(world)
-    (out / "model").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, suffix=".tmp") as folder:
-        fresh = Path(folder)
-        tokenizer.save_pretrained(fresh / "model")
-        new_model(tokenizer, seed=seed).save_pretrained(fresh / "model")
-        for name, found in files.items():
-            _write_lines(fresh / f"{name}.jsonl", found)
-            for one in domains if len(domains) > 1 and name != "sft" else []:
-                _write_lines(fresh / f"{name}-{one}.jsonl", (r for r in found if r["source"] == f"world-{one}"))
-        _write_lines(fresh / "world.json", [about])
-        (out / "world.json").unlink(missing_ok=True)  # and back last: where it is, the rest is complete
-        for path in sorted(fresh.rglob("*.*"), key=lambda path: path.name == "world.json"):
-            os.replace(path, out / path.relative_to(fresh))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "world.json").unlink(missing_ok=True)  # and back last: where it is, the rest is complete
+    with files.replacing(out / "model") as partial:
+        tokenizer.save_pretrained(partial)
+        new_model(tokenizer, seed=seed).save_pretrained(partial)
+    for name, found in splits.items():
+        listwise.write_lines(out / f"{name}.jsonl", found)
+        for one in domains if len(domains) > 1 and name != "sft" else []:
+            listwise.write_lines(out / f"{name}-{one}.jsonl", (r for r in found if r["source"] == f"world-{one}"))
+    listwise.write_lines(out / "world.json", [about])
     return about
 
 
@@ -437,8 +435,3 @@ def _mixed_rows(world: World, rng: random.Random, domain: str) -> list[dict]:
     risky = [row for row in rows if world.is_risky(row["prompt"])]
     benign = [row for row in rows if not world.is_risky(row["prompt"])]
     return list(chain.from_iterable(zip(risky, benign, strict=True)))
-
-
-def _write_lines(path: Path, rows: Iterable[dict]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -266,8 +266,8 @@ FITS = [  # what it is; what is in line 2; commands and options that meet it; me
     ),
     (
         "a prompt over the model's context, to be answered", LONG, ("generate",), {},
-        "prompt 'b' has 18 tokens; the model's 16 positions and max_new_tokens=4 allow 1 to 12: shorten or drop it "
-        "(--max_prompt_length 12)",
+        "prompt 'b' has 18 tokens; the model's 16 positions and max_new_tokens=4 allow 1 to 12: lower max_new_tokens, "
+        "or shorten or drop it (data_prep.py generate drops it with --max_prompt_length 12)",
     ),
     (
         "a tokenizer without EOS", {}, ("generate", *READERS), dict(model="no-eos"),
@@ -416,7 +416,7 @@ def test_an_output_below_a_file(name, tmp_path, folders):
 def test_a_world_below_a_file(tmp_path):
     (tmp_path / "file").write_text("tea")
     sizes = ["--train=2", "--valid=2", "--test=2", "--demonstrations=2"]
-    with pytest.raises(ValueError, match=rf"cannot read or write {tmp_path}/file/world/model: Not a directory"):
+    with pytest.raises(ValueError, match=rf"cannot read or write {tmp_path}/file/world: Not a directory"):
         data_prep.main(["world", f"--out={tmp_path / 'file/world'}", *sizes])
 
 

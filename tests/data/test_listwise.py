@@ -156,7 +156,7 @@ def test_need_rewards(tmp_path):
     path = put(tmp_path / "x.jsonl", GOOD, {"id": "b", "prompt": "p", "responses": ["x"]})
     assert read(path)[1].rewards is None
     with pytest.raises(ValueError, match=r"x.jsonl:2: row 'b' has no rewards; .*data_prep.py annotate"):
-        read(path, need_rewards=True)
+        list(listwise.stream(path, need_rewards=True))
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]))

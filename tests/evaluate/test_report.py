@@ -146,7 +146,7 @@ def test_validate_accepts_rounding_and_missing_options():
         del good[key]
     good["rows"][0]["metrics"]["rm2"] = interval(0.3, 0.1 + 0.2, 0.3)  # low above mean by one rounding
     report.validate(good)
-    assert report.comparisons_table(good) == report.claims_table(good) == ""
+    assert report.comparisons_table(good) == ""
 
 
 # ---- tables ---------------------------------------------------------------------------------------
@@ -165,13 +165,6 @@ def test_table_marks_the_best_and_claims_nothing_about_overlaps():
                                       "**1.78** [1.60, 1.90]", "3.6 [3.0, 4.0] ~", "18.0 [17.0, 19.0]",
                                       "**70.2** [68.0, 73.0]"]
     assert report.LEGEND in text
-
-
-def test_table_takes_the_columns_asked_for():
-    text = report.table(results(), metrics=["win", "rm2"])
-    assert cells(text, "method") == ["method", "seeds", "win % (+)", "RM2 (+)"]
-    with pytest.raises(ValueError, match="unknown metric 'rm3'"):
-        report.table(results(), metrics=["rm3"])
 
 
 def test_table_bolds_ties_together_and_nothing_when_all_are_equal():
@@ -195,8 +188,9 @@ def test_comparisons_have_a_plain_verdict():
     assert report.comparisons_table(touching).splitlines()[2].endswith("| unresolved | - |")
 
 
-def test_claims_stand_beside_the_papers_figures():
-    lines = report.claims_table(results()).splitlines()
+def test_claims_stand_beside_the_papers_figures(written):
+    section = (written[0] / "RESULTS.md").read_text().split("## The paper's claims\n\n")[1]
+    lines = section.split("\n\n")[0].splitlines()
     assert lines[0] == "| claim | paper | here | interval | verdict |"
     assert lines[2:] == [
         "| a < b | Table 2: 1 vs 2 | reward +0.64 | [+0.50, +0.80] | holds |",
@@ -243,7 +237,6 @@ def test_results_md_holds_every_method_number_and_figure(written):
             assert f"(`{name}`): {report.METRICS[name].meaning}" in text
     assert "(`rm10`)" not in text  # only the columns that are there
     assert report.comparisons_table(results()) in text
-    assert report.claims_table(results()) in text
     assert text.index(report.comparisons_table(results())) < text.index("## The paper's claims")
     assert f"{report.CLAIMS_NOTE} 2 holds, 1 does not hold, 1 unresolved, 1 not measured here.\n" in text
     assert text.count(report.LEGEND) == 1

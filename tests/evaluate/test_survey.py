@@ -7,12 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
-import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import END, ENTER, LEFT, RIGHT, SHIFT, TAB
 from scipy import stats
 
 from hps.data import listwise
@@ -364,96 +364,6 @@ def test_a_mistake_on_the_command_line_is_one_line():
 
 
 # ---- the page in a browser -----------------------------------------------------------------------
-
-TAB, ENTER, SHIFT, END, LEFT, RIGHT = "\ue004", "\ue007", "\ue008", "\ue010", "\ue012", "\ue014"
-
-
-class Browser:
-    """Headless Chromium by the WebDriver protocol (W3C), which is JSON over HTTP: the standard library speaks it."""
-
-    def __init__(self, folder):
-        command = [shutil.which("chromedriver"), "--port=0"]
-        self.driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
-        ready = r"successfully on port (\d+)"
-        port = next(found[1] for line in self.driver.stdout if (found := re.search(ready, line)))
-        self.url = f"http://127.0.0.1:{port}/session"
-        self.downloads = folder / "downloads"
-        self.downloads.mkdir()
-        flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update",
-                 "disable-background-networking", "disable-sync", f"user-data-dir={folder / 'profile'}"]
-        chromium = {"binary": shutil.which("chromium"), "args": [f"--{flag}" for flag in flags],
-                    "prefs": {"download.default_directory": str(self.downloads)},
-                    "browserStartupTimeout": 600_000}  # ms; a busy machine took two minutes
-        wanted = {"goog:chromeOptions": chromium, "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"},
-                  "unhandledPromptBehavior": "accept"}
-        try:
-            session = self.send("POST", "", {"capabilities": {"alwaysMatch": wanted}})
-        except BaseException:
-            self.driver.terminate()
-            raise
-        self.url += f"/{session['sessionId']}"
-
-    def send(self, verb, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=verb)
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever the environment names
-        try:
-            with direct.open(request, timeout=900) as answer:
-                return json.load(answer)["value"]
-        except urllib.error.HTTPError as error:
-            raise AssertionError(json.load(error)["value"]["message"]) from None
-
-    def quit(self):
-        self.send("DELETE", "")
-        self.driver.terminate()
-        self.driver.wait()
-
-    def open(self, path):
-        self.send("POST", "/url", {"url": path.as_uri()})
-
-    def js(self, script, *args):
-        return self.send("POST", "/execute/sync", {"script": f"return {script}", "args": args})
-
-    def keys(self, *words):
-        """Press the keys of each word one after the other, wherever the focus is; SHIFT holds for the next one."""
-        actions = []
-        for key in "".join(words):
-            actions.append({"type": "keyDown", "value": key})
-            actions += [] if key == SHIFT else [{"type": "keyUp", "value": key}]
-            if key != SHIFT and len(actions) > 2 and actions[-3] == {"type": "keyDown", "value": SHIFT}:
-                actions.append({"type": "keyUp", "value": SHIFT})
-        self.send("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
-
-    def text(self, id):
-        return self.js(f"document.getElementById('{id}').innerText")
-
-    def focused(self):
-        return self.js("document.activeElement.id")
-
-    def log(self, kind):
-        return self.send("POST", "/se/log", {"type": kind})
-
-    def requests(self):
-        """Addresses asked for since the last call, by anything that the browser shows."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
-        return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-
-    def downloaded(self, name):
-        for _ in range(100):
-            if (path := self.downloads / name).exists():
-                return path
-            self.js("new Promise(done => setTimeout(done, 100))")
-        raise AssertionError(f"no {name} among {list(self.downloads.iterdir())}")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs a browser, which no Python package brings: apt-get install chromium chromium-driver")
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.quit()
-
 
 @pytest.fixture
 def opened(browser, tmp_path):

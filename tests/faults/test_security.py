@@ -19,7 +19,6 @@ from fuzz_targets import EVALUATION, RUN, SUMMARY
 from markdown_it import MarkdownIt
 from test_bad_inputs import ROW, lines, save
 from test_report import results
-from test_survey import Browser
 from test_train import arguments, run
 from transformers import AutoTokenizer
 
@@ -443,15 +442,6 @@ def test_markdown_of_hostile_texts_holds_no_tag_and_no_cell_more(written, name, 
     texts = [*HOSTILE, LINK] if name == "RESULTS" else [HOSTILE[2], LINK]
     assert {one_line(text) for text in texts} <= {one_line(cell) for cell in cells}
     assert len([tag for tag, _ in html.tags if tag == "h1"]) == 1
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs a browser, which no Python package brings: apt-get install chromium chromium-driver")
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.quit()
 
 
 @pytest.mark.parametrize("name", ["report", "RESULTS", "card", "survey"])

@@ -1,0 +1,33 @@
+"""Texts and tables in GitHub Markdown, for every page that is written: what a text holds is shown and not read."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+# What would begin code, an HTML tag, an entity or a link's address, and what would escape the escape.
+MARKUP = r"[\\`]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=\()"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already; see `cell` for texts."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def plain(text: str, also: str = "") -> str:
+    """A text on one line and shown as it is; also: further characters to escape."""
+    return re.sub(MARKUP + (f"|[{also}]" if also else ""), r"\\\g<0>", _line(text))
+
+
+def cell(text: str) -> str:
+    """A text for a cell of a table."""
+    return plain(text, also="|")
+
+
+def code(text: str) -> str:
+    """A text as code within a line; its fence is longer than any that it holds."""
+    text = _line(text)
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
+
+
+def _line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
