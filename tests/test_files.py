@@ -35,11 +35,35 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_gets_its_name_is_on_the_disk_and_then_its_name_is(tmp_path, monkeypatch):
+    """A machine that stops may forget all that was not flushed. None can be stopped here: what is asked for is seen."""
+    seen, fsync, rename = [], os.fsync, os.replace
+
+    def flushed(descriptor):
+        seen.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def named(old, new):
+        seen.append("named")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", named)
+    with files.replacing(tmp_path / "file") as partial:
+        partial.write_text("x")
+    with files.replacing(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "part").write_text("x")
+    inode = {name: (tmp_path / name).stat().st_ino for name in (".", "file", "folder", "folder/part")}
+    assert seen == [inode["file"], "named", inode["."], inode["folder/part"], inode["folder"], "named", inode["."]]
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (OSError(errno.ENOSPC, "x"), ["free space", "is untouched"]),
         (OSError(errno.EROFS, "x"), ["make it writable"]),
+        (OSError(errno.EIO, "x"), ["cannot be written", "is untouched"]),
         (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), ["free space"]),
         (RuntimeError("Traceback ... OSError: [Errno 28] No space left on device"), ["free space"]),
     ],
