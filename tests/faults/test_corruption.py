@@ -73,8 +73,11 @@ def whole(tiny_world, tmp_path_factory) -> dict[str, tuple[list[Path], Callable[
     def open_tokens() -> object:
         how = dict(max_length=128, need_rewards=True)
         examples = store.open_store(root / "tokens", tiny_world / "train.jsonl", tokenizer, **how)
-        blocks = [examples.block(i, range(2)) for i in range(len(examples))]
-        return blocks, [examples.id(i) for i in range(len(examples))], list(examples.rewards), examples.human.tolist()
+        every = range(len(examples))
+        blocks = [examples.block(i, range(len(examples.identity[i]))) for i in every]
+        texts = [(examples.id(i), examples.where(i)) for i in every]
+        arrays = [*examples.rewards, *examples.identity, examples.keys.tolist(), examples.human.tolist()]
+        return blocks, texts, arrays, examples.counts, examples.longest
 
     (cache,) = (root / "cache").iterdir()
     keys = np.concatenate([reference.load_file(p)["keys"] for p in sorted(cache.glob("shard-*"))]).view("S16")[:, 0]
