@@ -96,6 +96,9 @@ def test_a_record_comes_back_and_every_change_of_it_is_found(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"r\.json"):
             files.read_record(path, "do this")
+    path.write_bytes(b"[" * 10**5)
+    with pytest.raises(ValueError, match=r"r\.json: cannot be read"):
+        files.read_json(path)
 
 
 def test_a_harmed_file_is_named(tmp_path):
@@ -110,12 +113,15 @@ def test_a_harmed_file_is_named(tmp_path):
 
 
 def test_what_killed_processes_left_is_swept(tmp_path):
-    for name in ("a.1.tmp", "a.json", "a.json.4.tmp", "b.2.tmp", "mine.tmp"):
+    for name in ("a-json.5.tmp", "a.1.tmp", "a.json", "a.json.4.tmp", "b.2.tmp", "mine.tmp"):
         (tmp_path / name).touch()
     (tmp_path / "a.3.tmp").mkdir()
     (tmp_path / "a.3.tmp" / "x").touch()
     files.sweep(tmp_path, "a")  # the temporary of a.json may be another output's, at work now
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.json.4.tmp", "b.2.tmp", "mine.tmp"]
+    others = ["a-json.5.tmp", "a.json", "b.2.tmp", "mine.tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "a.json.4.tmp"])
+    files.sweep(tmp_path, "a.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == others
     files.sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "mine.tmp"]
 
