@@ -237,7 +237,8 @@ def snapshot(root: Path, without: Path) -> dict[str, str]:
     return found
 
 
-def test_no_id_leads_out_of_the_folder_of_the_output(tmp_path, monkeypatch, capfd):
+def test_no_id_leads_out_of_the_folder_of_the_output(tmp_path, monkeypatch, capfd, request):
+    request.addfinalizer(lambda: Path("/etc/hps-x").unlink(missing_ok=True))  # or one failure makes all later ones
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("JUDGE_KEY", KEY)
     monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
