@@ -30,6 +30,7 @@ VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1.0, 5, 1e308, 2**63, -(2**63) - 1, 10**400, "", " ", "0", "none",
     "\x00", "\ud83d", "\u2028", "../../x", "a" * 3000, [], {}, [[]], {"": 0}, [None], {"id": "a"}, ["x", "y"],
     f"{RAW}1e999", f"{RAW}-1e999", f"{RAW}NaN", f"{RAW}-Infinity", f"{RAW}0x{'f' * 5000}", f"{RAW}{'9' * 5000}",
+    [32], [2, 2],  # shapes of as many numbers as a shard's keys, as a linear model's weights have
     f"{RAW}1979-05-27", f"{RAW}{{a = 1}}", f"{RAW}[{{{'a.' * 3000}a = 1}}]", f'{RAW}{{"a": 1, "a": 2}}',
 ]  # fmt: skip
 CHUNKS = [b"\x00", b"\xff", b"\xed\xa0\xbd", b"\\ud83d", b"1e999", b"NaN", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000,
