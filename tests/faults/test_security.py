@@ -362,7 +362,7 @@ HOSTILE = [
     "\"><img src=x onerror='window.ran = 1'> $\\frac{$ &lt;b&gt;",
     "</script><script>window.ran = 1</script><svg onload=ran=1>\n\n# head\n\n| a | b |",
 ]
-LINK = "![y](http://127.0.0.1:9/y.png) [x](javascript:window.ran=1) `` ` ``"
+LINK = "![y](http://127.0.0.1:9/y.png) [x](javascript:window.ran=1) `` ` `` ![z](http://127.0.0.1:9/z.png)"
 
 
 def hostile_results() -> dict:
