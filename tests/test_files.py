@@ -35,11 +35,35 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_gets_its_name_is_on_the_disk_and_then_its_name_is(tmp_path, monkeypatch):
+    """A machine that stops may forget all that was not flushed. None can be stopped here: what is asked for is seen."""
+    seen, fsync, rename = [], os.fsync, os.replace
+
+    def flushed(descriptor):
+        seen.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def named(old, new):
+        seen.append("named")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", named)
+    with files.replacing(tmp_path / "file") as partial:
+        partial.write_text("x")
+    with files.replacing(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "part").write_text("x")
+    inode = {name: (tmp_path / name).stat().st_ino for name in (".", "file", "folder", "folder/part")}
+    assert seen == [inode["file"], "named", inode["."], inode["folder/part"], inode["folder"], "named", inode["."]]
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (OSError(errno.ENOSPC, "x"), ["free space", "is untouched"]),
         (OSError(errno.EROFS, "x"), ["make it writable"]),
+        (OSError(errno.EIO, "x"), ["cannot be written", "is untouched"]),
         (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), ["free space"]),
         (RuntimeError("Traceback ... OSError: [Errno 28] No space left on device"), ["free space"]),
     ],
@@ -72,6 +96,9 @@ def test_a_record_comes_back_and_every_change_of_it_is_found(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"r\.json"):
             files.read_record(path, "do this")
+    path.write_bytes(b"[" * 10**5)
+    with pytest.raises(ValueError, match=r"r\.json: cannot be read"):
+        files.read_json(path)
 
 
 def test_a_harmed_file_is_named(tmp_path):
@@ -86,12 +113,15 @@ def test_a_harmed_file_is_named(tmp_path):
 
 
 def test_what_killed_processes_left_is_swept(tmp_path):
-    for name in ("a.1.tmp", "a.json", "a.json.4.tmp", "b.2.tmp", "mine.tmp"):
+    for name in ("a-json.5.tmp", "a.1.tmp", "a.json", "a.json.4.tmp", "b.2.tmp", "mine.tmp"):
         (tmp_path / name).touch()
     (tmp_path / "a.3.tmp").mkdir()
     (tmp_path / "a.3.tmp" / "x").touch()
     files.sweep(tmp_path, "a")  # the temporary of a.json may be another output's, at work now
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.json.4.tmp", "b.2.tmp", "mine.tmp"]
+    others = ["a-json.5.tmp", "a.json", "b.2.tmp", "mine.tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "a.json.4.tmp"])
+    files.sweep(tmp_path, "a.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == others
     files.sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "mine.tmp"]
 

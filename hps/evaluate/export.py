@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         reward = run["config"]["loss"] == "reward"
         kind = "reward model" if reward else "model"
         readme = card.card(run, summary, kind=kind, evaluation=evaluation) if same else ""
-    except (LookupError, TypeError, ValueError, AttributeError, OSError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError, RecursionError) as error:
         wrote = f"{beside / 'run.json'}, summary.json" + (f" and {c.eval_json} are" if c.eval_json else " are")
         raise ValueError(f"{wrote} not what train.py and eval.py of this version write ({error!r:.200})") from error
     if not same:

@@ -189,6 +189,12 @@ def test_answers_are_read_and_never_guessed(answer, scores):
     assert parse_scores(answer) == (scores and dict(zip(CRITERIA, scores, strict=True)))
 
 
+def test_an_answer_of_many_braces_is_not_read_from_each_of_them(monkeypatch):
+    """Each could be read to the answer's end, so that the time would grow with their number times its length."""
+    monkeypatch.setattr(json.JSONDecoder, "raw_decode", lambda *_: pytest.fail("it is read"))
+    assert parse_scores('{"a":' * (judge.BRACES + 1)) is None
+
+
 @given(st.text() | st.lists(st.dictionaries(st.sampled_from(["role", "content"]), st.text())))
 def test_data_is_json_of_one_line_without_control_tokens(value):
     text = as_data(value)

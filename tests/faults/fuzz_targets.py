@@ -90,7 +90,7 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def finite(value: Any) -> None:
-    assert all(math.isfinite(x) for x in numbers(value)), f"not finite: {value!r:.500}"
+    assert all(isinstance(x, int) or math.isfinite(x) for x in numbers(value)), f"not finite: {value!r:.500}"
 
 
 # ---- data and foreign formats --------------------------------------------------------------------

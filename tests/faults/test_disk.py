@@ -15,7 +15,7 @@ from test_train import arguments
 import data_prep
 import eval as evaluation
 import train
-from hps import checkpoint
+from hps import checkpoint, reference
 from hps.data import listwise
 
 ROOM = 64 * 2**20
@@ -123,15 +123,22 @@ def test_a_read_only_disk(tiny_world, tmp_path, disk, what):
     assert harness.records(out / "metrics.jsonl") == harness.records(tmp_path / "calm/metrics.jsonl")
 
 
-@pytest.mark.parametrize("which", ["reference_cache", "token_cache"])
-def test_caches(tiny_world, tmp_path, disk, which):
-    options = {"token_cache": tmp_path / "tokens", "reference_cache": tmp_path / "cache"} | {which: disk.folder / "c"}
+@pytest.mark.parametrize("which", ["reference_cache", "shard", "token_cache"])
+def test_caches(tiny_world, tmp_path, disk, monkeypatch, which):
+    """Full from the start, or (shard) when the first shard of the reference cache is about to be written."""
+    options = {"token_cache": tmp_path / "tokens", "reference_cache": tmp_path / "cache"}
+    options["reference_cache" if which == "shard" else which] = disk.folder / "c"
     (disk.folder / "c").mkdir()
-    disk.fill()
+    if which == "shard":
+        monkeypatch.setattr(reference, "_write_shard", after(disk.fill, reference._write_shard))
+    else:
+        disk.fill()
     with pytest.raises(ValueError, match="free space") as caught:
         train.main(arguments(tiny_world, tmp_path / "run", **options))
     assert str(disk.folder / "c") in str(caught.value)
-    assert not [p for p in (disk.folder / "c").rglob("*") if p.is_file() and p.stat().st_size]
+    left = [p.name for p in (disk.folder / "c").rglob("*") if p.is_file() and (p.stat().st_size or which == "shard")]
+    assert left == (["reference.json"] if which == "shard" else [])
+    monkeypatch.undo()
     disk.empty()
     train.main(arguments(tiny_world, tmp_path / "run", **options))
     train.main(arguments(tiny_world, tmp_path / "calm"))

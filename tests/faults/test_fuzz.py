@@ -5,8 +5,10 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1.0, 5, 1e308, 2**63, -(2**63) - 1, 10**400, "", " ", "0", "none",
     "\x00", "\ud83d", "\u2028", "../../x", "a" * 3000, [], {}, [[]], {"": 0}, [None], {"id": "a"}, ["x", "y"],
     f"{RAW}1e999", f"{RAW}-1e999", f"{RAW}NaN", f"{RAW}-Infinity", f"{RAW}0x{'f' * 5000}", f"{RAW}{'9' * 5000}",
+    [32], [2, 2],  # shapes of as many numbers as a shard's keys, as a linear model's weights have
     f"{RAW}1979-05-27", f"{RAW}{{a = 1}}", f"{RAW}[{{{'a.' * 3000}a = 1}}]", f'{RAW}{{"a": 1, "a": 2}}',
 ]  # fmt: skip
 CHUNKS = [b"\x00", b"\xff", b"\xed\xa0\xbd", b"\\ud83d", b"1e999", b"NaN", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000,
@@ -132,6 +135,41 @@ def test_mutated_inputs(name, amount, place):
     one()
     assert ends["accepted"] and (ends["refused"] or name in NEVER_REFUSE), ends
     print(f"\n{name}: {dict(ends)}")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_each_value_in_each_place(name, place):
+    """One thing at a time, all of them: where a reader lacks one check, few of the inputs drawn above come by it."""
+    target, done = TARGETS[name], []
+    for seed in target.seeds:
+        for at, value in enumerate(seed):
+            for path in places(value):
+                if (alike := (sorted(value) if isinstance(value, dict) else at, kind_of(value, path))) in done:
+                    continue
+                done.append(alike)
+                ways = [("put", new) for new in VALUES] + [(how, 0) for how in ("leave out", "twice", "wrap", "write")]
+                for how, new in ways:
+                    values = [*seed[:at], changed(value, path, how, new), *seed[at + 1 :]]
+                    outcome(name, target.join([text_of(value) for value in values]), place)
+
+
+def kind_of(value: Any, path: tuple) -> tuple:
+    """What a place is like: the items of a list are alike, and so are those of a type in an object of very many."""
+    names = []
+    for key in path:
+        names.append("*" if isinstance(value, list) or len(value) > 20 else key)
+        value = value[key]
+    return (*names, type(value))
+
+
+@pytest.mark.parametrize("name", ["shard", "named shard", "linear reward model"])
+def test_numbers_that_are_none_in_each_place(name, place):
+    """NaN, infinity and a number that is too large for what it is, in the place of each of the last ten."""
+    target = TARGETS[name]
+    data = target.join([json.dumps(value) for value in target.seeds[0]])
+    for at in range(len(data) - 40, len(data), 4):
+        for number in (math.nan, math.inf, -math.inf, 3e38):
+            outcome(name, data[:at] + struct.pack("<f", number) + data[at + 4 :], place)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -28,7 +28,8 @@ STEPS, EVERY = 12, 2  # of a run, and between its checkpoints
 
 
 class Strike(NamedTuple):
-    """A fault in the step before a checkpoint would be written; term: which one gets SIGTERM, torchrun or a rank."""
+    """A fault in the step before a checkpoint would be written; term: which one gets SIGTERM, torchrun or a rank, in
+    the step before that, so that nothing but SIGTERM has the checkpoint written."""
 
     do: str
     where: str
@@ -36,7 +37,15 @@ class Strike(NamedTuple):
     term: str = ""
 
 
-SMALL = [[("kill", "gradient", 1), ("stop", "step", 1), ("nan", "gradient", 1), ("wait", "step", 0, "torchrun")]]
+SMALL = [
+    [
+        ("kill", "gradient", 1),
+        ("stop", "step", 1),
+        ("nan", "gradient", 1),
+        ("wait", "step", 0, "torchrun"),
+        ("wait", "step", 0, "1"),
+    ]
+]
 # Four at a time, since a run of 12 steps has room for so many; what strikes before the first step or after the last
 # one stands first or last.
 FULL = [
@@ -66,7 +75,8 @@ def struck(argv: list[str], folder: Path, out: Path, strike: Strike, slot: int, 
     torchrun gives a worker that does not end 30 s (no option of its changes that) and then kills it. patient: wait for
     that; otherwise a rank that was stopped goes on as soon as the other one has given up, and finds itself alone.
     """
-    step = EVERY * slot + EVERY - 1 if strike.where not in ("reference", "load", "export") else None
+    before_due = 2 if strike.term else 1
+    step = EVERY * (slot + 1) - before_due if strike.where not in ("reference", "load", "export") else None
     mark = folder / f"mark-{slot}"
     fault = driver.fault(strike.do, strike.where, mark, rank=strike.rank, step=step)
     before = jobs.checkpoint_of(out)
