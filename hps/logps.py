@@ -32,16 +32,26 @@ def chunk_for(vocabulary: int, device: str) -> int:
     return max(1, min(1024, CHUNK_LOGITS[device] // vocabulary))
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(t, V) fp32. The product runs in the weight's dtype, or in fp32 where the CPU would emulate it."""
+def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """(t, V) fp32, in the first rows of `buffer` (chunk, V) fp32 if there is one. The product runs in the weight's
+    dtype, or in fp32 where the CPU would emulate it."""
     if products.in_fp32(weight):
-        return products.times_transposed(hidden, weight)
-    return (hidden.to(weight.dtype) @ weight.T).float()
+        logits = products.times_transposed(hidden, weight)
+    elif buffer is not None and weight.dtype == torch.float32:
+        return torch.mm(hidden.float(), weight.T, out=buffer[: len(hidden)])
+    else:
+        logits = (hidden.to(weight.dtype) @ weight.T).float()
+    return logits if buffer is None else buffer[: len(hidden)].copy_(logits)
 
 
-def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logps (t,), exps (t, V), total (t,)) of one chunk, fp32: the softmax is exps / total, in the logits' memory."""
-    logits = _logits(hidden, weight)
+def _buffer(weight: Tensor, rows: int) -> Tensor:
+    """(rows, V) fp32 for the logits of one chunk after the other: allocated anew for each, they cost several times."""
+    return torch.empty(rows, len(weight), dtype=torch.float32, device=weight.device)
+
+
+def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logps (t,), exps (t, V), total (t,)) of one chunk, fp32: the softmax is exps / total; exps are in `buffer`."""
+    logits = _logits(hidden, weight, buffer)
     logits -= logits.amax(dim=-1, keepdim=True)
     target = logits.gather(-1, targets[:, None]).squeeze(-1)
     exps = logits.exp_()
@@ -71,12 +81,12 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        buffer = _buffer(weight, min(chunk, len(targets)))
         for i in range(0, len(targets), chunk):
             part = slice(i, i + chunk)
-            out[part], exps, total = _chunk(hidden[part], weight, targets[part])
+            out[part], exps, total = _chunk(hidden[part], weight, targets[part], buffer)
             if gradient is not None:
                 gradient[part] = _to_hidden(_logit_gradient(exps, total, targets[part]), weight)
-            del exps  # or the next chunk's logits would stand beside it
         ctx.save_for_backward(gradient)
         return out
 
@@ -94,9 +104,10 @@ class _TrainableHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        buffer = _buffer(weight, min(chunk, len(targets)))
         for i in range(0, len(targets), chunk):
             part = slice(i, i + chunk)
-            out[part] = _chunk(hidden[part], weight, targets[part])[0]
+            out[part] = _chunk(hidden[part], weight, targets[part], buffer)[0]
         ctx.save_for_backward(hidden, weight, targets)
         ctx.chunk = chunk
         return out
@@ -107,13 +118,13 @@ class _TrainableHead(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        buffer = _buffer(weight, min(ctx.chunk, len(targets)))
         for i in range(0, len(targets), ctx.chunk):
             part = slice(i, i + ctx.chunk)
-            _, exps, total = _chunk(hidden[part], weight, targets[part])
+            _, exps, total = _chunk(hidden[part], weight, targets[part], buffer)
             gradient = _logit_gradient(exps, total, targets[part]).mul_(grad_output[part, None]).to(weight.dtype)
             grad_hidden[part] = gradient @ weight
             grad_weight += gradient.T @ hidden[part].to(weight.dtype)
-            del exps, gradient
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
