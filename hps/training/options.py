@@ -175,21 +175,19 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     """ValueError for a choice that does not exist or that the run would ignore."""
     methods = [f"{name}-{view}" for name in losses.LOSSES for view in planning.VIEWS]
     methods += [f"{name}-pl" for name in LISTWISE] + [f"kto-{view}" for view in planning.VIEWS]
-    choices = {
-        "loss": ["preference", "sft", "reward"],
-        "method": methods,
-        "dtype": list(model.DTYPES),
-        "truncate": list(tokens.TRUNCATE),
-        "gamma_schedule": list(sampling.SCHEDULES),
-        "hps_form": list(planning.FORMS),
-        "pl_form": ["stagewise", "official"],
-        "reward_norm": list(sampling.REWARD_NORMS),
-        "n_factor": ["one", "n_minus_one"],
-        "shuffle": list(planning.SHUFFLES),
-    }
-    for key, allowed in choices.items():
-        if getattr(c, key) not in allowed:
-            raise ValueError(f"{key} = {getattr(c, key)!r} does not exist; choose one of {', '.join(allowed)}")
+    config.check_choices(
+        c,
+        loss=["preference", "sft", "reward"],
+        method=methods,
+        dtype=model.DTYPES,
+        truncate=tokens.TRUNCATE,
+        gamma_schedule=sampling.SCHEDULES,
+        hps_form=planning.FORMS,
+        pl_form=["stagewise", "official"],
+        reward_norm=sampling.REWARD_NORMS,
+        n_factor=["one", "n_minus_one"],
+        shuffle=planning.SHUFFLES,
+    )
     positive = ("epochs", "prompts_per_step", "positives", "tokens_per_micro_batch", "beta", "lr", "reward_scale")
     for key in (*positive, "sample_prompts", "timeout"):
         if not getattr(c, key) > 0:

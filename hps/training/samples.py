@@ -28,15 +28,13 @@ def sample(
     count = min(c.sample_prompts, len(examples))
     prompts = [(examples.id(i), examples.block(i, []).prompt.tolist()) for i in range(count)]
     room = generate.positions(policy.causal_lm.config) - max(len(ids) for _, ids in prompts)
-    how = dict(n=1, max_new_tokens=int(min(SAMPLE_TOKENS, room)), temperature=0.0, keep_unfinished=True)
-    how |= dict(counts=Counter(), eos_token_id=tokenizer.eos_token_id, progress=False)
+    how = dict(n=1, max_new_tokens=int(min(SAMPLE_TOKENS, room)), temperature=0.0, seed=0, counts=Counter())
     mode = policy.lm.training  # on where layers are checkpointed
     policy.lm.eval()
-    answers = list(generate.generate(policy.causal_lm, prompts, **how))
+    answers = list(generate.answer(policy.causal_lm, tokenizer, prompts, progress=False, **how))
     policy.lm.train(mode)
     records = []
-    for (id, ids), (_, [answer]) in zip(prompts, answers, strict=True):
-        response = tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
+    for (id, ids), (_, [response]) in zip(prompts, answers, strict=True):
         records.append({"step": step, "id": id, "prompt": tokenizer.decode(ids), "response": response})
     with (Path(c.out) / "samples.jsonl").open("a") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
