@@ -16,7 +16,7 @@ def resolve(model: str) -> tuple[str, str | None]:
     will say what is wrong.
 
     Raises:
-        ValueError: nothing stands before or behind the @.
+        ValueError: nothing stands before or behind the @; no such folder, and no hub within reach.
     """
     if Path(model).exists() or model.startswith((".", "/", "~")):
         return model, None
@@ -29,10 +29,14 @@ def resolve(model: str) -> tuple[str, str | None]:
 @functools.cache  # a branch may move between two calls of one run, and model and tokenizer belong together
 def _commit_of(name: str, revision: str) -> str:
     from huggingface_hub import hf_hub_download  # transformers brings it
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         commit = _commit(hf_hub_download(name, "config.json", revision=revision), "config.json")
+    except LocalEntryNotFoundError as error:  # loading it would try again, and wait as long again
+        raise ValueError(
+            f"{name!r} is no folder here, nor in the cache of the hub at {revision!r}, and the hub cannot be reached"
+        ) from error
     except (OSError, ValueError, HfHubHTTPError):
         return revision
     if commit != revision:

@@ -116,9 +116,9 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
         base = load_causal_lm(base_of(adapter), dtype=dtype)
         lm = PeftModel.from_pretrained(base, path).merge_and_unload()
         return lm.requires_grad_(True).eval()  # peft froze it
-    name, revision = hub.resolve(path)
-    how: dict[str, Any] = dict(dtype=dtype, attn_implementation="sdpa", revision=revision)
+    how: dict[str, Any] = dict(dtype=dtype, attn_implementation="sdpa")
     try:
+        name, how["revision"] = hub.resolve(path)
         lm = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **how)
     except (OSError, ValueError, SafetensorError) as e:
         raise ValueError(f"cannot load the model {path!r}: {why_not(path, e)}") from e

@@ -103,8 +103,8 @@ def load_reward_model(path: str, *, dtype: torch.dtype, objectives: str = "one",
             raise ValueError(f"{path} is the adapter of a policy, not of a reward model: train one with --loss reward")
         base = load_reward_model(base_of(about), dtype=dtype, objectives=objectives, begin=True)
         return cast(Any, PeftModel.from_pretrained(base, path)).merge_and_unload().requires_grad_(True).eval()
-    name, revision = hub.resolve(path)
     try:
+        name, revision = hub.resolve(path)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot load the reward model {path!r}: {why_not(path, e)}") from e

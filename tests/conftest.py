@@ -1,5 +1,6 @@
 """Shared test set-up: one thread, repeatable draws, the root importable, the real data where it exists."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test reaches the network, or waits for one
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

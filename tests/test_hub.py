@@ -129,9 +129,9 @@ def test_what_is_not_there_is_named(found):
 
 
 def test_names_and_revisions(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert hub.resolve("owner/name") == ("owner/name", "main")
-    assert hub.resolve("owner/name@v1.0") == ("owner/name", "v1.0")
+    for name, revision in (("owner/name", "main"), ("owner/name@v1.0", "v1.0")):
+        with pytest.raises(ValueError, match=f"'owner/name' is no folder here.*'{revision}', and the hub cannot"):
+            hub.resolve(name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs@home").mkdir()
     for path in ("runs@home", "./gone@home", "/gone@home"):

@@ -57,9 +57,9 @@ def test_splits_are_disjoint(plan):
             spans.append((o.skip, o.skip + o.limit))
     spans.sort()
     assert len(spans) == 5 and all(a[1] <= b[0] for a, b in pairwise(spans))
-    assert sum(b - a for a, b in spans) == 2 * realtext.SIZES[c.small]["reward"] + sum(
-        realtext.SIZES[c.small][key] for key in ("heldout", "train", "test")
-    )
+    size = realtext.SIZES[c.small]
+    more = [size[name] + -(-size[name] // 3) for name in ("train", "test")]  # a third more: some prompts are too long
+    assert [b - a for a, b in spans] == [size["reward"], size["reward"], size["heldout"], *more]
 
 
 def test_annotating_and_evaluating_reward_models_stay_apart(plan):
