@@ -94,8 +94,8 @@ space = os.open("/run/netns/{self.names[host]}", os.O_RDONLY)
 assert ctypes.CDLL(None).setns(space, {0x40000000}) == 0
 """
         env = {"GLOO_SOCKET_IFNAME": CABLE}
-        if ":" in nodes:  # torch 2.13: the first host keeps its store's address from the first round on, and never tells
-            env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # it to a host that comes later, unless it shares none
+        if ":" in nodes:  # or the first host keeps its store's address to itself from the second round on (torch 2.13)
+            env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         return jobs.job(argv, log, options=[*words, *more], env=env, setup=enter, **how)
 
 

@@ -1,6 +1,6 @@
 """A run at paper scale on paper: parameters, bytes a rank, tokens, FLOPs and hours, without running it.
 
-    python -m hps.lab.scale --config configs/llama3-8b.toml --world_size 4
+    python -m hps.lab.plan --config configs/llama3-8b.toml --world_size 4
 
 Premises. The model is a Llama: RMSNorm, rotary positions, grouped keys, gated MLP, no biases. The run is torchrun's,
 so all is sharded (hps.dist.shard). Every prompt has the mean length and every response too, and nothing is padded or
@@ -160,8 +160,9 @@ def activation_bytes(s: Shape, c: Options) -> dict[str, int]:
 
     With checkpointing a layer keeps its input alone, N D, and one layer at a time all that `layer_bytes` says. Both
     ways the last norm keeps its input in fp32 and the head T D.
-    head_chunk: a chunk's fp32 logits and log-softmax; of bf16 heads, which go to the Triton kernels on GPUs, their
-    buffer in bf16. A head that trains also has its fp32 gradient and one more product in the compute dtype.
+    head_chunk: a chunk's fp32 logits, which become their softmax and gradient in place; of bf16 heads, which go to the
+    Triton kernels on GPUs, their buffer in bf16. A head that trains also has its fp32 gradient and one more product in
+    the compute dtype.
     """
     # The budget counts a prompt once, also where plain rows repeat it.
     blocks = max(1, min(c.tokens_per_micro_batch // visit(c, shared=True)["N"], c.prompts_per_step // c.world_size))
@@ -170,7 +171,7 @@ def activation_bytes(s: Shape, c: Options) -> dict[str, int]:
     D, V, L, w = s.hidden_size, s.vocab_size, s.num_hidden_layers, width(c)
     layer = layer_bytes(s, c, N=N)
     rest = N * (4 * D + 4) + T * D * w
-    chunk = 2 * min(KERNEL_CHUNK, T) * V if c.dtype == "bf16" else 8 * min(chunk_for(V, "cuda"), T) * V
+    chunk = 2 * min(KERNEL_CHUNK, T) * V if c.dtype == "bf16" else 4 * min(chunk_for(V, "cuda"), T) * V
     chunk += 0 if c.lora_rank else (4 + w) * V * D
     return {"kept": L * layer + rest, "checkpointed": L * N * D * w + layer + rest, "head_chunk": chunk}
 
@@ -304,7 +305,7 @@ def table(found: dict) -> str:
 
 def main() -> None:
     c, _ = config.parse(
-        Options, prog="python -m hps.lab.scale", description="A run on paper, before it is rented.", foreign=True
+        Options, prog="python -m hps.lab.plan", description="A run on paper, before it is rented.", foreign=True
     )
     found = estimate(read_shape(c.shape), c)
     print(table(found))

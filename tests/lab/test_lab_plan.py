@@ -13,19 +13,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hps import attention, config, dist, model, products
-from hps.lab import scale
+from hps.lab import plan
 from hps.packing import Block, Packed, pack
 from hps.training.options import Config
 
-SMALL = scale.Shape(96, 64, 112, 3, 4, 2)
+SMALL = plan.Shape(96, 64, 112, 3, 4, 2)
 LORA = "q_proj,v_proj"
 
 
-def options(**changes) -> scale.Options:
-    return dataclasses.replace(scale.Options(), **changes)
+def options(**changes) -> plan.Options:
+    return dataclasses.replace(plan.Options(), **changes)
 
 
-def policy(s: scale.Shape, *, rank: int, targets: str, dtype=torch.float32, ckpt: bool = False) -> model.PolicyModel:
+def policy(s: plan.Shape, *, rank: int, targets: str, dtype=torch.float32, ckpt: bool = False) -> model.PolicyModel:
     """The model of train.py: as it computes, adapters in the compute dtype as FSDP casts them."""
     lm = LlamaForCausalLM(LlamaConfig(**dataclasses.asdict(s))).eval()
     lm = model.add_lora(lm, rank=rank, alpha=16, targets=targets.split(","), seed=0) if rank else lm
@@ -45,9 +45,9 @@ def test_parameters_of_llama_3_8b_by_hand():
     """A layer: q, o 2 * 4096^2, k, v 2 * 4096 * 1024, MLP 3 * 4096 * 14336, norms 2 * 4096 = 218,112,000. 32 of them,
     2 * 128256 * 4096 and a norm make 8,030,261,248. LoRA: (8 * 8192 + 8 * 5120) * 32 = 3,407,872."""
     assert 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096 == 218_112_000
-    base, lora = scale.parameter_shapes(scale.Shape(), rank=8, targets=LORA.split(","))
-    assert scale.elements(base) == 32 * 218_112_000 + 2 * 128_256 * 4096 + 4096 == 8_030_261_248
-    assert scale.elements(lora) == (8 * (4096 + 4096) + 8 * (4096 + 1024)) * 32 == 3_407_872
+    base, lora = plan.parameter_shapes(plan.Shape(), rank=8, targets=LORA.split(","))
+    assert plan.elements(base) == 32 * 218_112_000 + 2 * 128_256 * 4096 + 4096 == 8_030_261_248
+    assert plan.elements(lora) == (8 * (4096 + 4096) + 8 * (4096 + 1024)) * 32 == 3_407_872
 
 
 @pytest.mark.parametrize("world_size", [4, 64])
@@ -58,7 +58,7 @@ def test_bytes_of_rank_0_are_those_of_meta_shards(world_size, rank):
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         with torch.device("meta"):
-            lm = LlamaForCausalLM(LlamaConfig(**dataclasses.asdict(scale.Shape())))
+            lm = LlamaForCausalLM(LlamaConfig(**dataclasses.asdict(plan.Shape())))
             if rank:  # as train.py: a frozen bf16 base and fp32 adapters; full training is fp32
                 lm = model.add_lora(lm.to(torch.bfloat16), rank=rank, alpha=16, targets=LORA.split(","), seed=0)
         whole = model.PolicyModel(lm)
@@ -78,7 +78,7 @@ def test_bytes_of_rank_0_are_those_of_meta_shards(world_size, rank):
         found["optimizer"] = held(moments)
     finally:
         distributed.destroy_process_group()
-    assert scale.sharded_bytes(scale.Shape(), c) == found
+    assert plan.sharded_bytes(plan.Shape(), c) == found
 
 
 def attended(query, key, value, dropout=0.0, causal=False, **_) -> int:
@@ -105,15 +105,15 @@ def test_flops_are_the_counted_ones(monkeypatch, share_prompt, ckpt, rank, targe
     packed = batch((7, (5, 5, 5)), (7, (5, 5, 5)), share_prompt=share_prompt)
     c = options(lora_rank=rank, lora_targets=targets, gradient_checkpointing=ckpt)
     one = dataclasses.replace(c, prompt_tokens=7, response_tokens=5, responses=3)
-    sizes = {key: 2 * n for key, n in scale.visit(one, shared=share_prompt).items()}
+    sizes = {key: 2 * n for key, n in plan.visit(one, shared=share_prompt).items()}
     assert (sizes["N"], sizes["T"]) == (packed.input_ids.numel(), len(packed.targets))
     lm = policy(SMALL, rank=rank, targets=targets, ckpt=ckpt)
     with FlopCounterMode(display=False, custom_mapping=FLASH) as both:
         lm(packed).sum().backward()
     with FlopCounterMode(display=False, custom_mapping=FLASH) as forward, torch.no_grad():
         lm(packed)
-    assert scale.training_flops(SMALL, c, **sizes) == both.get_total_flops()
-    assert scale.forward_flops(SMALL, c, **sizes) == forward.get_total_flops()
+    assert plan.training_flops(SMALL, c, **sizes) == both.get_total_flops()
+    assert plan.forward_flops(SMALL, c, **sizes) == forward.get_total_flops()
 
 
 def test_pairs_of_attention_are_those_of_the_dense_mask():
@@ -123,10 +123,10 @@ def test_pairs_of_attention_are_those_of_the_dense_mask():
         mask = attention.block_mask(packed)
         assert mask is not None
         found = {"N": packed.input_ids.numel(), "T": len(packed.targets), "A": int(mask.sum())}
-        assert scale.counts(7, 5, K) == found
+        assert plan.counts(7, 5, K) == found
 
 
-def kept(s: scale.Shape, packed: Packed, *, rank: int, targets: str, dtype, ckpt: bool) -> int:
+def kept(s: plan.Shape, packed: Packed, *, rank: int, targets: str, dtype, ckpt: bool) -> int:
     """Bytes that autograd keeps from a forward, each storage once, parameters apart."""
     lm = policy(s, rank=rank, targets=targets, dtype=dtype, ckpt=ckpt)
     own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
@@ -158,7 +158,7 @@ def test_a_layer_keeps_what_autograd_keeps(monkeypatch, share_prompt, dtype, ran
     how = dict(rank=rank, targets=targets, dtype=model.DTYPES[dtype], ckpt=False)
     less = dataclasses.replace(SMALL, num_hidden_layers=2)
     measured = kept(SMALL, packed, **how) - kept(less, packed, **how)
-    assert scale.layer_bytes(SMALL, c, N=packed.input_ids.numel()) == measured
+    assert plan.layer_bytes(SMALL, c, N=packed.input_ids.numel()) == measured
 
 
 def test_bytes_of_a_micro_batch_by_hand():
@@ -166,21 +166,21 @@ def test_bytes_of_a_micro_batch_by_hand():
     layers a model keeps the last norm's input in fp32 with 1 / rms, and the states of 10 * 120 scored tokens. Of
     Llama-3's vocabulary the logits of 2^25 // 128256 = 261 tokens are alive, in bf16 those of 1024."""
     c = options(prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=2200, dtype="bf16")
-    layer = scale.layer_bytes(SMALL, c, N=2200)
+    layer = plan.layer_bytes(SMALL, c, N=2200)
     rest = 2200 * (4 * 64 + 4) + 1200 * 64 * 2
     found = {"kept": 3 * layer + rest, "checkpointed": 3 * 2200 * 64 * 2 + layer + rest, "head_chunk": 1024 * 96 * 2}
-    assert scale.activation_bytes(SMALL, c) == found
-    apart = scale.activation_bytes(SMALL, dataclasses.replace(c, share_prompt=False))
-    assert apart["kept"] == 3 * scale.layer_bytes(SMALL, c, N=3200) + rest + 1000 * (4 * 64 + 4)
-    whole = scale.activation_bytes(scale.Shape(), dataclasses.replace(c, dtype="fp32"))
-    assert whole["head_chunk"] == 261 * 128_256 * 8
+    assert plan.activation_bytes(SMALL, c) == found
+    apart = plan.activation_bytes(SMALL, dataclasses.replace(c, share_prompt=False))
+    assert apart["kept"] == 3 * plan.layer_bytes(SMALL, c, N=3200) + rest + 1000 * (4 * 64 + 4)
+    whole = plan.activation_bytes(plan.Shape(), dataclasses.replace(c, dtype="fp32"))
+    assert whole["head_chunk"] == 261 * 128_256 * 4
 
 
 def test_the_kernels_chunk_is_theirs():
     pytest.importorskip("triton", reason="Triton is for Linux only")
     from hps import kernels
 
-    assert scale.KERNEL_CHUNK == kernels.CHUNK
+    assert plan.KERNEL_CHUNK == kernels.CHUNK
 
 
 def test_tokens_by_hand():
@@ -188,38 +188,38 @@ def test_tokens_by_hand():
     a prompt: micro-batches of 256 hold (256 - 100) // 60 = 2, so 220 + 160 tokens shared and 3 * 160 apart. BT meets 2.
     Where all three fit into a micro-batch they take 280."""
     c = options(prompts=10, prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=256)
-    ways = [scale.run_work(SMALL, c, shared=s, cached=r) for s in (True, False) for r in (True, False)]
+    ways = [plan.run_work(SMALL, c, shared=s, cached=r) for s in (True, False) for r in (True, False)]
     assert [way["tokens"] for way in ways] == [4400, 4400, 6400, 6400]
     assert [way["reference_tokens"] for way in ways] == [3800, 4400, 4800, 6400]
-    bt = scale.run_work(SMALL, dataclasses.replace(c, method="dpo-bt"), shared=True, cached=True)
+    bt = plan.run_work(SMALL, dataclasses.replace(c, method="dpo-bt"), shared=True, cached=True)
     assert bt["reference_tokens"] == 2200
-    roomy = scale.run_work(SMALL, dataclasses.replace(c, tokens_per_micro_batch=280), shared=True, cached=True)
+    roomy = plan.run_work(SMALL, dataclasses.replace(c, tokens_per_micro_batch=280), shared=True, cached=True)
     assert roomy["reference_tokens"] == 2800
 
 
 def test_hours_by_hand():
     """hours * 3600 s * ranks * peak * share = FLOPs; without the cache a forward stands beside every visit."""
     c = options(prompts=10, prompt_tokens=100, response_tokens=60, world_size=5, tflops=2.0, mfu=0.25)
-    way = scale.run_work(SMALL, c, shared=True, cached=False)
+    way = plan.run_work(SMALL, c, shared=True, cached=False)
     sizes = dict(N=220, T=120, A=5050 + 2 * (60 * 100 + 1830))
-    flops = 20 * (scale.training_flops(SMALL, c, **sizes) + scale.forward_flops(SMALL, c, **sizes))
+    flops = 20 * (plan.training_flops(SMALL, c, **sizes) + plan.forward_flops(SMALL, c, **sizes))
     assert way["flops"] == flops
     assert way["hours"] * 3600 * 5 * 2e12 * 0.25 == pytest.approx(flops)
 
 
 def test_options_of_train_have_its_defaults():
     theirs = {f.name: f.default for f in dataclasses.fields(Config)}
-    shared = [f for f in dataclasses.fields(scale.Options) if f.name in theirs]
+    shared = [f for f in dataclasses.fields(plan.Options) if f.name in theirs]
     assert len(shared) == 9 and all(f.default == theirs[f.name] for f in shared)
 
 
 def test_reads_the_preset_and_a_config_json(tmp_path):
     argv = ["--config", str(ROOT / "configs/llama3-8b.toml"), "--world_size", "8"]
-    c, _ = config.parse(scale.Options, argv, prog="scale", description="", foreign=True)
+    c, _ = config.parse(plan.Options, argv, prog="plan", description="", foreign=True)
     assert (c.dtype, c.gradient_checkpointing, c.lora_rank, c.world_size) == ("bf16", True, 8, 8)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LlamaConfig(**dataclasses.asdict(SMALL)).to_dict()))
-    assert scale.read_shape(str(path)) == SMALL
+    assert plan.read_shape(str(path)) == SMALL
     path.write_text(json.dumps(LlamaConfig(**dataclasses.asdict(SMALL), head_dim=8).to_dict()))
     with pytest.raises(ValueError, match="head_dim"):
-        scale.read_shape(str(path))
+        plan.read_shape(str(path))
