@@ -40,8 +40,8 @@ def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Ten
     elif buffer is not None and weight.dtype == torch.float32:
         return torch.mm(hidden.float(), weight.T, out=buffer[: len(hidden)])
     else:
-        logits = (hidden.to(weight.dtype) @ weight.T).float()
-    return logits if buffer is None else buffer[: len(hidden)].copy_(logits)
+        logits = hidden.to(weight.dtype) @ weight.T
+    return logits.float() if buffer is None else buffer[: len(hidden)].copy_(logits)
 
 
 def _buffer(weight: Tensor, rows: int) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Started by torchrun from its own folder: the root must be on the path first.
 import train  # noqa: E402
 from hps import checkpoint, config, dist, files, reference  # noqa: E402
 
