@@ -124,8 +124,8 @@ def import_rows(c: Import) -> None:
         print(f"read from {name}", file=sys.stderr)
     if left_out:
         print(f"{c.input}: columns left out: {', '.join(left_out)}", file=sys.stderr)
-    more = {"hub": name} if name else {}
-    tell(dataclasses.replace(c, input=local), "import", counts, reasons, columns_left_out=left_out, **more)
+    options = dataclasses.replace(c, input=local)
+    tell(options, "import", counts, reasons, name=name, columns_left_out=left_out)
 
 
 def export_rows(c: Export) -> None:
@@ -134,13 +134,13 @@ def export_rows(c: Export) -> None:
     tell(c, "export", counts, reasons)
 
 
-def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], **more: Any) -> None:
-    """Print what was left out and why, and write it to the manifest."""
+def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], *, name: str = "", **more: Any) -> None:
+    """Print what was left out and why, and write it to the manifest; name: the input's on the hub."""
     for reason in reasons:
         print(reason, file=sys.stderr)
     options = {key: value for key, value in config.as_dict(c).items() if key not in ("input", "output")}
     facts = {"command": command, "options": options, "counts": counts, **more, "first_reasons": reasons}
-    importers.write_manifest(c.input, c.output, facts)
+    importers.write_manifest(c.input, c.output, facts, name=name)
     report(counts, c.output)
 
 

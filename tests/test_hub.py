@@ -114,7 +114,7 @@ def test_a_data_set_is_read_and_its_commit_recorded(found):
     _, _, folder = found
     for name, commit, kept in (("", SECOND, 2), ("@main", SECOND, 2), (f"@{FIRST}", FIRST, 1)):
         manifest = json.loads((folder / f"rows{name}.jsonl.manifest.json").read_text())
-        assert manifest["hub"] == f"hf://datasets/owner/pairs@{commit}/some/pairs.jsonl"
+        assert manifest["input"]["path"] == f"hf://datasets/owner/pairs@{commit}/some/pairs.jsonl"
         assert manifest["counts"]["rows_read"] == kept
 
 

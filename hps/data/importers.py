@@ -113,15 +113,18 @@ def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Exp
     return Exported(records, counts, reasons)
 
 
-def write_manifest(input: str | Path, output: str | Path, facts: dict[str, object]) -> Path:
+def write_manifest(input: str | Path, output: str | Path, facts: dict[str, object], *, name: str = "") -> Path:
     """Write OUTPUT.manifest.json: `facts` (options, counts) and what identifies both files; returns its path.
+
+    name: what the input is called instead of its path, which may be that of a cache.
 
     The hashes are SHA-256 of the files as they lie, so that `sha256sum` checks them. Equal files and facts give
     equal bytes: there is no time in it.
     """
     about = {}
-    for name, path in (("input", input), ("output", output)):
-        about[name] = {"path": str(path), "bytes": os.path.getsize(path), "sha256": files.sha256(Path(path))}
+    for key, path in (("input", input), ("output", output)):
+        about[key] = {"path": str(path), "bytes": os.path.getsize(path), "sha256": files.sha256(Path(path))}
+    about["input"]["path"] = name or str(input)
     manifest = Path(f"{output}.manifest.json")
     files.write_record(manifest, about | facts)
     return manifest

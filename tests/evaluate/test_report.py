@@ -14,42 +14,43 @@ def interval(mean, low, high):
     return {"mean": mean, "low": low, "high": high}
 
 
-def results():
+def results(sft="SFT", bt="DPO-BT", hps="HPS|x"):
+    """A results file of three methods, by names that may be hostile."""
     steps = list(range(1, 41))
     return {
         "suite": "tiny", "commit": "abc1234", "machine": "two cores", "seconds": 90.0,
         "settings": {"beta": 0.1, "prompts": 300},
         "rows": [
-            {"method": "SFT", "seeds": 1, "metrics": {
+            {"method": sft, "seeds": 1, "metrics": {
                 "rm2": interval(0, 0, 0), "kl_exact": interval(0, 0, 0), "harm": interval(32.7, 30, 35),
                 "true_reward": interval(0.59, 0.5, 0.7), "length": interval(17, 16, 18)}},
-            {"method": "DPO-BT", "seeds": 3, "metrics": {
+            {"method": bt, "seeds": 3, "metrics": {
                 "rm2": interval(0.512, 0.3, 0.7), "kl_exact": interval(6.1, 5.5, 6.6),
                 "harm": interval(2.84, 2, 4), "true_reward": interval(1.14, 1.0, 1.3),
                 "length": interval(19, 18, 20),
                 "win": interval(54.5, 51, 57)}},
-            {"method": "HPS|x", "seeds": 3, "metrics": {
+            {"method": hps, "seeds": 3, "metrics": {
                 "rm2": interval(0.6, 0.45, 0.77), "kl_exact": interval(5.2, 4.9, 5.6),
                 "harm": interval(3.6, 3, 4), "true_reward": interval(1.78, 1.6, 1.9),
                 "length": interval(18, 17, 19),
                 "win": interval(70.25, 68, 73)}},
         ],
         "comparisons": [
-            {"a": "HPS|x", "b": "DPO-BT", "metric": "true_reward", **interval(0.64, 0.5, 0.8), "p": 0.00321},
-            {"a": "HPS|x", "b": "DPO-BT", "metric": "rm2", **interval(-0.001, -0.2, 0.2)},
-            {"a": "HPS|x", "b": "SFT", "metric": "harm", **interval(-29.1, -32, -26)},
+            {"a": hps, "b": bt, "metric": "true_reward", **interval(0.64, 0.5, 0.8), "p": 0.00321},
+            {"a": hps, "b": bt, "metric": "rm2", **interval(-0.001, -0.2, 0.2)},
+            {"a": hps, "b": sft, "metric": "harm", **interval(-29.1, -32, -26)},
         ],
         "curves": {
             method: {"step": steps, "loss": [scale * math.exp(-0.1 * s) for s in steps],
                      "margin": [scale * s for s in steps]}
-            for method, scale in (("DPO-BT", 0.7), ("HPS|x", 9))},
+            for method, scale in ((bt, 0.7), (hps, 9))},
         "schedule": {"step": steps, "gamma": [-5.0 + s // 8 for s in steps],
                      "effective_negatives": [2.0 + s for s in steps]},
         "series": {
             "strength": {"x": {"metric": "kl_exact"}, "panels": ["rm2", "junk", "true_reward"],
-                         "lines": {"down": ["HPS|x", "DPO-BT", "SFT"], "one": ["DPO-BT"]}},
-            "n": {"x": {"label": "candidates", "values": {"DPO-BT": 5, "HPS|x": 20.5}}, "panels": ["win"],
-                  "lines": {"up": ["DPO-BT", "HPS|x"]}},
+                         "lines": {"down": [hps, bt, sft], "one": [bt]}},
+            "n": {"x": {"label": "candidates", "values": {bt: 5, hps: 20.5}}, "panels": ["win"],
+                  "lines": {"up": [bt, hps]}},
         },
         "claims": [
             {"claim": "a < b", "paper": "Table 2: 1 vs 2", "verdict": "holds", "kind": "difference",

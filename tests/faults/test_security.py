@@ -247,10 +247,9 @@ def test_no_id_leads_out_of_the_folder_of_the_output(tmp_path, monkeypatch, capf
         folder.mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "cwd")
     lm, scorer = save(tmp_path / "in/lm"), save(tmp_path / "in/scorer", labels=1)
-    data, hostile = tmp_path / "in/x.jsonl", results()
+    data = tmp_path / "in/x.jsonl"
     data.write_bytes(lines(*(ROW | {"id": id, "source": id} for id in IDS)))
-    names = {row["method"]: f"../{n}/../../x" for n, row in enumerate(hostile["rows"])}
-    hostile = json.loads(json.dumps(hostile).replace("HPS|x", names["HPS|x"]).replace("DPO-BT", names["DPO-BT"]))
+    hostile = results(*(f"../{n}/../../x" for n in range(3)))
     caches = dict(token_cache=out / "tokens", reference_cache=out / "references")
     sampled = dict(data=data, reference=lm, samples=2, max_new_tokens=4, scorer=scorer)
     samples = f"a={out}/eval/samples.jsonl,b={out}/eval2/samples.jsonl"
@@ -366,14 +365,8 @@ LINK = "![y](http://127.0.0.1:9/y.png) [x](javascript:window.ran=1) `` ` `` ![z]
 
 def hostile_results() -> dict:
     """Every text that a results file holds is one of those above."""
-    found = results() | {"suite": HOSTILE[0], "commit": f"{HOSTILE[1]} {LINK}", "machine": LINK}
+    found = results(*HOSTILE) | {"suite": HOSTILE[0], "commit": f"{HOSTILE[1]} {LINK}", "machine": LINK}
     found["settings"] = {HOSTILE[2]: LINK, LINK: {HOSTILE[1]: HOSTILE[0]}}
-    names = {row["method"]: name for row, name in zip(found["rows"], HOSTILE, strict=True)}
-    for row in found["rows"]:
-        row["method"] = names[row["method"]]
-    for item in found["comparisons"]:
-        item["a"], item["b"] = names[item["a"]], names[item["b"]]
-    found["curves"] = {names[method]: series for method, series in found["curves"].items()}
     found["claims"] = [{"claim": LINK, "paper": HOSTILE[2], "verdict": "not measured here", "reason": HOSTILE[0]}]
     x = {"label": HOSTILE[1], "values": {HOSTILE[0]: 1, HOSTILE[1]: 2}}
     found["series"] = {"n": {"x": x, "panels": ["rm2"], "lines": {f"{HOSTILE[2]} {LINK}": [HOSTILE[0], HOSTILE[1]]}}}
