@@ -91,7 +91,7 @@ def chat(c: Options, speakers: list[Speaker]) -> None:
 
 
 def answer(speaker: Speaker, history: History, c: Options) -> str:
-    """What a speaker says next; its random stream is that of the prompt id "turn N" (generate.prompt_seed)."""
+    """What a speaker says next; its random stream is that of the prompt id "turn N" (generate.answer)."""
     turn = f"turn {len(history) // 2 + 1}"
     [(_, [text])] = generate.answer(
         speaker.lm,

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import data_prep
 from hps import hub
 from hps.data import decode, journal, listwise
-from hps.data.generate import generate, load_vllm, prompt_seed
+from hps.data.generate import answer, generate, load_vllm, prompt_seed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EOS = 2
@@ -116,6 +116,17 @@ def test_whole_responses_follow_their_exact_probabilities():
 
 
 # --- what is kept ------------------------------------------------------------------------------------------
+
+
+def test_answers_are_not_the_candidates_once_more(llama):
+    """Of the same model with the same seed: BLEU against the best candidate would find it among them."""
+    tokenizer = SimpleNamespace(eos_token_id=EOS, decode=lambda ids, **_: " ".join(map(str, ids)))
+    settings = dict(n=4, counts=Counter(), max_new_tokens=12, temperature=0.9, seed=0, progress=False)
+    answers = dict(answer(llama, tokenizer, PROMPTS, **settings))
+    drawn, _ = run(llama, PROMPTS, seed=0, unique=False, keep_unfinished=True)
+    candidates = {name: [tokenizer.decode(one.token_ids) for one in some] for name, some in drawn.items()}
+    same = [len({*answers[name]} & {*candidates[name]}) for name, _ in PROMPTS]
+    assert len(answers) == len(PROMPTS) > 3 and sum(same) < len(PROMPTS)  # some are short and met by chance
 
 
 def test_samples_do_not_depend_on_grouping_order_or_sharding(llama):
