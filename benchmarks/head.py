@@ -73,7 +73,8 @@ def error(function, T: int, V: int, dtype: torch.dtype) -> float:
 def interpreted_error() -> float | None:
     """The Triton kernel's in bf16, in a process whose Triton interprets; None where Triton cannot be imported."""
     code = (
-        "import torch, sys; sys.path.insert(0, 'benchmarks'); import head; from hps import kernels;"
+        "import torch, sys; sys.path[:0] = ['benchmarks', 'tests']; import head, test_kernels; from hps import kernels;"
+        "test_kernels.exact_bf16_in_the_interpreter();"  # or it multiplies bit patterns
         f"print(head.error(kernels.token_logps, *{INTERPRETED}, torch.bfloat16))"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": "."}
