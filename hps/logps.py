@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from hps import products
 
-# Logits alive at once, (chunk, V): 32 MiB in fp32 on a CPU, which become exponentials and then their gradient in place.
-# The whole head is read for every chunk: half of that takes 1.25 to 1.4 times as long (V = 49152, 128256; two threads), twice
-# as much .8 to .9. A GPU wants more tokens in it still.
-CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**25}
+# Logits alive at once, (chunk, V): 24 MiB in fp32 on a CPU, which become exponentials and then their gradient in place.
+# The whole head is read for every chunk: 16 MiB take 1.1 to 1.2 times as long (V = 49152 and 128256, two threads), and
+# with 32 the libraries' buffers grow as well. A GPU wants more tokens in it still.
+CHUNK_LOGITS = {"cpu": 3 * 2**21, "cuda": 2**25}
 
 
 def dense_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
