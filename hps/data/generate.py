@@ -164,8 +164,8 @@ def answer(
     """Yields (prompt id, n texts): what a model says, equal and unfinished answers included. Arguments as `generate`.
 
     A policy that rambles or repeats itself must be seen to do so, by an evaluation as by a person. The streams are none
-    of `generate` with a seed of 0 or more: with those, the model that drew the candidates would draw them once more, and
-    BLEU against the best of them find them equal.
+    of `generate` with a seed of 0 or more: with those, the model that drew the candidates would draw them once more,
+    and BLEU against the best of them find them equal.
     """
     samples = generate(
         model,
