@@ -24,6 +24,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="tests/faults with all of their faults: make soak, hours")
 
 
+# Of a minute and more each. Two processes take a file at a time: with these first they end together, and not one alone
+# with the last file.
+LONGEST = ("test_train.py", "test_kill.py", "test_ranks.py", "test_generate.py", "test_kto.py", "test_resize.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def amount(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
     """amount(small, full): how many faults a test injects, in `make test` and in `make soak`."""
