@@ -176,7 +176,8 @@ def micro_batches(lengths: Sequence[int], *, budget: int, world_size: int) -> li
         batches[rank][i] = block indices; every rank has the same number of micro-batches, some perhaps empty,
         because sharded collectives hang when ranks disagree on how often they run.
     """
-    per_rank = -(-sum(lengths) // (budget * world_size))
+    # A longer block fills one, and no second one that would be empty.
+    per_rank = -(-sum(min(length, budget) for length in lengths) // (budget * world_size))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while True:
         bins: list[list[int]] = [[] for _ in range(per_rank * world_size)]

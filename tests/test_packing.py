@@ -116,3 +116,8 @@ def test_pieces_hold_all_responses_in_order():
     assert [y.tolist() for piece in cut for y in piece.responses] == [y.tolist() for y in block.responses]
     assert all(len(piece) <= 60 or len(piece.responses) == 1 for piece in cut)
     assert len(cut) < 29
+
+
+def test_blocks_longer_than_the_budget_bring_no_empty_micro_batches():
+    assert micro_batches([700] * 8, budget=512, world_size=1) == [[[i] for i in range(8)]]
+    assert [len(batches) for batches in micro_batches([30] * 7, budget=1, world_size=2)] == [4, 4]
