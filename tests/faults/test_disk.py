@@ -119,7 +119,7 @@ def test_a_read_only_disk(tiny_world, tmp_path, disk, what):
         train.main(arguments(tiny_world, out, **options))
     disk.remount("rw")
     train.main(arguments(tiny_world, out, **options))
-    train.main(arguments(tiny_world, tmp_path / "calm"))
+    train.main(arguments(tiny_world, tmp_path / "calm", reference_cache=tmp_path / "calm-cache"))
     assert harness.records(out / "metrics.jsonl") == harness.records(tmp_path / "calm/metrics.jsonl")
 
 
@@ -141,7 +141,7 @@ def test_caches(tiny_world, tmp_path, disk, monkeypatch, which):
     monkeypatch.undo()
     disk.empty()
     train.main(arguments(tiny_world, tmp_path / "run", **options))
-    train.main(arguments(tiny_world, tmp_path / "calm"))
+    train.main(arguments(tiny_world, tmp_path / "calm", reference_cache=tmp_path / "calm-cache"))
     assert harness.records(tmp_path / "run/metrics.jsonl") == harness.records(tmp_path / "calm/metrics.jsonl")
 
 
