@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hps import config, dist, files, hub, model, sampling
-from hps.data import doctor, generate, importers, journal, listwise, rewards, tokens
+from hps.data import doctor, generate, importers, journal, linear_reward, listwise, rewards, tokens
 from hps.lab import scorers, world
 
 
@@ -267,7 +267,7 @@ def fit_scorer(c: Fit) -> None:
     if not rows:
         raise ValueError(f"{c.input}: no row has a human pair (chosen, rejected) to fit a reward model on")
     pairs = [(str(row.prompt), row.responses[row.chosen], row.responses[row.rejected]) for row in rows]
-    rewards.save_linear(rewards.fit_linear(pairs), c.output)
+    linear_reward.save(linear_reward.fit(pairs), c.output)
     report({"pairs": len(rows)}, c.output)
 
 

@@ -16,8 +16,7 @@ from conftest import ROOT
 import data_prep
 import eval as evaluation
 import train
-from hps.data import listwise
-from hps.data.rewards import load_linear, score_linear
+from hps.data import linear_reward, listwise
 from hps.data.tokens import encode_prompt, encode_response, load_tokenizer
 from hps.lab.world import World
 from hps.model import load_causal_lm
@@ -254,9 +253,9 @@ def test_import_fit_annotate_and_doctor_on_hh_rlhf(hh_rlhf_path, tiny_world, tmp
     assert len(ids[0]) == 16 and len(ids[1]) == 200 and not ids[0] & ids[1]
     data_prep.main(["fit", *flags(input=rest, output=tmp_path / "r.safetensors")])
     data_prep.main(["annotate", *flags(scorer=tmp_path / "r.safetensors", input=rest, output=tmp_path / "s.jsonl")])
-    linear = load_linear(tmp_path / "r.safetensors")
+    linear = linear_reward.load(tmp_path / "r.safetensors")
     scored = listwise.read(tmp_path / "s.jsonl")
-    assert list(scored[0].rewards) == score_linear(linear, scored[0].prompt, list(scored[0].responses))
+    assert list(scored[0].rewards) == linear_reward.score(linear, scored[0].prompt, list(scored[0].responses))
     assert np.mean([r.rewards[0] > r.rewards[1] for r in scored]) > 0.8  # it was fitted on these very pairs
     data_prep.main(["annotate", *flags(scorer="human", input=train_file, output=tmp_path / "h.jsonl")])
     assert {r.rewards for r in listwise.read(tmp_path / "h.jsonl")} == {(1.0, 0.0)}

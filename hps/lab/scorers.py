@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from hps import model, reward_model
-from hps.data import rewards, tokens
+from hps.data import linear_reward, rewards, tokens
 from hps.data.listwise import Row
 from hps.lab.world import NOISE_STD, World
 
@@ -32,8 +32,8 @@ def load(name: str, *, device: torch.device | None = None) -> rewards.Scorer:
                 return found
 
             return score
-        linear = rewards.load_linear(name)
-        return lambda prompt, responses: rewards.score_linear(linear, prompt, responses)
+        linear = linear_reward.load(name)
+        return lambda prompt, responses: linear_reward.score(linear, prompt, responses)
     seed, noise = (*words, "", "")[:2]
     if len(words) > (1 if kind == "world-true" else 2) or not (seed or "0").isdigit():
         raise ValueError(f"scorer {name!r}: the world's seed must be a number, as in {kind}:3")

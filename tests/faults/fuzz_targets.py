@@ -26,7 +26,7 @@ import torch
 from safetensors.numpy import load, save
 
 from hps import config, dist, files, loggers, reference
-from hps.data import importers, journal, listwise, rewards, store
+from hps.data import importers, journal, linear_reward, listwise, store
 from hps.data.formats import FORMATS
 from hps.evaluate import export, judge, survey
 from hps.evaluate.endpoint import Endpoint
@@ -359,7 +359,7 @@ def key_file(data: bytes, folder: Path) -> None:
 
 SHARD = save({"keys": np.arange(32, dtype=np.uint8).reshape(2, 16), "logps": np.array([-1.5, -2], np.float32)})
 LINEAR = save({"weights": np.array([0.5, -1, 2, 0.25], np.float32)}, metadata={
-    "linear_reward": json.dumps({"format": rewards._FORMAT, "l2": 1e-3, "num_pairs": 5})})
+    "linear_reward": json.dumps({"format": linear_reward._FORMAT, "l2": 1e-3, "num_pairs": 5})})
 
 
 def header(data: bytes) -> Any:
@@ -404,7 +404,7 @@ def right_name(data: bytes) -> str:
 def linear(data: bytes, folder: Path) -> None:
     path = folder / "r.safetensors"
     path.write_bytes(data)
-    finite(rewards.score_linear(rewards.load_linear(path), "why", ["tea is hot", ""]))
+    finite(linear_reward.score(linear_reward.load(path), "why", ["tea is hot", ""]))
 
 
 config._options = functools.cache(config._options)  # it reads the source of a dataclass, which stays as it is
