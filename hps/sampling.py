@@ -165,4 +165,9 @@ def counter_uniform(seed: int, *counters: int | np.ndarray) -> np.ndarray:
     state = _mix(np.asarray(seed % 2**64, dtype=np.uint64).reshape(1))  # 1-D: numpy scalars warn on wrap-around
     for counter in counters:
         state = _mix(state ^ _mix(np.atleast_1d(np.asarray(counter, dtype=np.uint64))))
-    return ((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return _unit(state)
+
+
+def _unit(state: np.ndarray) -> np.ndarray:
+    """uint64 -> float64 in (0, 1), without its ends: of 53 bits and a half the largest would round up to 1."""
+    return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52

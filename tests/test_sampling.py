@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from hps.sampling import counter_uniform, gamma_at, log_q, normalise_rewards, window_log_q
+from hps.sampling import _unit, counter_uniform, gamma_at, log_q, normalise_rewards, window_log_q
 
 
 def test_log_q_is_eq_9():
@@ -45,6 +45,11 @@ def test_gamma_schedules():
     assert gamma_at(np.arange(10) / 10).tolist() == [-5, -5, -3, -3, -1, -1, 1, 1, 3, 3]
     with pytest.raises(ValueError, match="unknown gamma_schedule 'ramp'"):
         gamma_at(0.5, schedule="ramp")
+
+
+def test_uniform_numbers_exclude_both_ends():
+    """-log(-log u) of the Gumbel-max draw is infinite at either, and with a weight of log 0 no number at all."""
+    assert _unit(np.array([0, 2**64 - 1], dtype=np.uint64)).tolist() == [2.0**-53, 1 - 2.0**-53]
 
 
 def test_counter_uniform_is_uniform_and_independent_across_counters():
