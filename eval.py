@@ -8,6 +8,7 @@ Margins need candidates with rewards or a human pair; reward, harm and win rate 
 
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +59,15 @@ def main(argv: list[str] | None = None) -> None:
     if c.baseline and c.scorer == "none":
         raise ValueError("--baseline compares rewards of samples: it needs a --scorer")
     with dist.session() as ranks:
-        evaluate(c, ranks)
+        checkpoint.make_folder(Path(c.out))
+        advice = "wait until it ends, or choose another --out"
+        holds = files.lock(Path(c.out) / "lock", what="eval.py", advice=advice) if ranks.first else nullcontext()
+        with holds:
+            evaluate(c, ranks)
 
 
 def evaluate(c: Config, ranks: dist.Ranks) -> None:
     out = Path(c.out)
-    checkpoint.make_folder(out)
     score = None if c.scorer == "none" else scorers.load(c.scorer, device=ranks.device)
     rows = listwise.read(c.data)[: c.limit or None]
     if known := scorers.world_of(c.scorer):
@@ -228,7 +232,8 @@ def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
     for part in parts[1:]:  # what was tokenised is the same on all ranks, what was sampled is shared out
         counts |= {key: counts[key] + n for key, n in part["counts"].items() if key.startswith("samples_")}
     if c.samples:
-        drawn = [row for rank in range(world_size) for row in listwise.read(out / f"part-{rank}.jsonl")]
+        sharers = range(min(world_size, len(ids)))  # the ranks that had a prompt
+        drawn = [row for rank in sharers for row in listwise.read(out / f"part-{rank}.jsonl")]
         order = {id: i for i, id in enumerate(ids)}
         drawn.sort(key=lambda row: order[row.id])
         listwise.write(out / "samples.jsonl", drawn)

@@ -16,6 +16,7 @@ from conftest import ROOT
 import data_prep
 import eval as evaluation
 import train
+from hps import dist, files
 from hps.data import linear_reward, listwise
 from hps.data.tokens import encode_prompt, encode_response, load_tokenizer
 from hps.lab.world import World
@@ -170,6 +171,26 @@ def test_two_ranks_evaluate_what_one_does(tiny_world, tmp_path, policy):
     for name in one:
         assert two[name] == pytest.approx(one[name], abs=2e-4)
     assert (tmp_path / "two/samples.jsonl").read_bytes() == (tmp_path / "one/samples.jsonl").read_bytes()
+
+
+def test_a_rank_without_a_prompt(tiny_world, tmp_path, policy):
+    """One prompt on two ranks, of which the second has nothing to do and, as it happens, is done first."""
+    one = evaluate(tiny_world, policy, tmp_path / "one", limit=1)
+    paths = dict(model=str(policy), reference=str(tiny_world / "model"), data=str(tiny_world / "test.jsonl"))
+    how = dict(samples=3, max_new_tokens=12, scorer="world-true", max_length=128, limit=1)
+    c = evaluation.Config(**paths, **how, reference_cache=str(tiny_world / "cache"), out=str(tmp_path / "two"))
+    (tmp_path / "two").mkdir()
+    for rank in (1, 0):
+        evaluation.evaluate(c, dist.Ranks(rank=rank, world_size=2, device=torch.device("cpu"), sharded=False))
+    assert json.loads((tmp_path / "two/per_prompt.json").read_text()) == one
+    assert (tmp_path / "two/samples.jsonl").read_bytes() == (tmp_path / "one/samples.jsonl").read_bytes()
+
+
+def test_one_evaluation_a_folder(tiny_world, tmp_path):
+    """Two would put each other's shares together."""
+    message = r"eval\.py by process \d+ on .* is at work here; wait until it ends, or choose another --out"
+    with files.lock(tmp_path / "lock", what="eval.py", advice=""), pytest.raises(ValueError, match=message):
+        evaluate(tiny_world, tiny_world / "model", tmp_path)
 
 
 @pytest.mark.parametrize(
