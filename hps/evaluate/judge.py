@@ -122,8 +122,10 @@ def run(c: Options) -> None:
              "responses": c.responses}
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
-    answers = read_answers(out / "answers.jsonl", about, items)
-    refused = collect(judge, out / "answers.jsonl", answers, items, seed=c.seed)
+    # Two at a time would both pay for each answer.
+    with files.lock(out / "lock", what="judge", advice="wait until it ends, or choose another --out"):
+        answers = read_answers(out / "answers.jsonl", about, items)
+        refused = collect(judge, out / "answers.jsonl", answers, items, seed=c.seed)
 
     found = {key: first_scores(lines) for key, lines in answers.items()}
     listwise.write_lines(out / "scores.jsonl", (

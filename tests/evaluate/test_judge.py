@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hps import config
+from hps import config, files
 from hps.data import listwise
 from hps.evaluate import endpoint, judge
 from hps.evaluate.judge import CRITERIA, REMINDER, as_data, parse_scores, question
@@ -415,6 +415,16 @@ def test_a_key_given_for_its_variable_is_not_shown(tmp_path):
     with pytest.raises(ValueError, match="--key_variable: no environment variable") as caught:
         judge.main(flags(write(tmp_path), tmp_path / "out", **options))
     assert KEY not in str(caught.value)
+
+
+def test_one_judge_a_folder(tmp_path):
+    """Two would both pay for each answer."""
+    message = r"judge by process \d+ on .* is at work here; wait until it ends, or choose another --out"
+    (tmp_path / "out").mkdir()
+    with chat_server(good) as server, files.lock(tmp_path / "out/lock", what="judge", advice=""):
+        with pytest.raises(ValueError, match=message):
+            run(write(tmp_path), tmp_path / "out", server)
+    assert not server.requests
 
 
 # -- a user's mistakes --
