@@ -35,9 +35,9 @@ def load(name: str, *, device: torch.device | None = None) -> rewards.Scorer:
         linear = linear_reward.load(name)
         return lambda prompt, responses: linear_reward.score(linear, prompt, responses)
     seed, noise = (*words, "", "")[:2]
-    if len(words) > (1 if kind == "world-true" else 2) or not (seed or "0").isdigit():
+    if len(words) > (1 if kind == "world-true" else 2) or not (seed or "0").isdecimal():
         raise ValueError(f"scorer {name!r}: the world's seed must be a number, as in {kind}:3")
-    if noise and not noise.replace(".", "", 1).isdigit():
+    if noise and not noise.replace(".", "", 1).isdecimal():
         raise ValueError(f"scorer {name!r}: the noise must be a number not below 0, as in world-est:3:0.4")
     world = World(int(seed or 0))
     if kind == "world-true":
