@@ -98,10 +98,22 @@ def normalise_rewards(
         spread = np.where(valid, rewards, -np.inf).max(-1, keepdims=True) - low
         found = np.where(valid, found - low, 0.0) / np.where(spread > 0, spread, 1.0)
     elif norm == "percentile":
-        one, other = np.where(valid, rewards, -np.inf)[..., :, None], np.where(valid, rewards, -np.inf)[..., None, :]
-        rank = (other > one).sum(-1) + ((other == one).sum(-1) - 1) / 2
-        found = np.where(valid, 1 - rank / n, 0.0)
+        found = np.where(valid, 1 - _mean_rank(np.where(valid, rewards, -np.inf)) / n, 0.0)
     return scale * found
+
+
+def _mean_rank(values: np.ndarray) -> np.ndarray:
+    """(..., n) float64: how many are larger, and among equal ones the mean of their places."""
+    order = np.argsort(-values, axis=-1, kind="stable")
+    falling, place = np.take_along_axis(values, order, axis=-1), np.arange(values.shape[-1])
+    begins = np.ones(values.shape, dtype=bool)  # of a stretch of equal values
+    begins[..., 1:] = falling[..., 1:] != falling[..., :-1]
+    ends = np.roll(begins, -1, axis=-1)
+    first = np.maximum.accumulate(np.where(begins, place, 0), axis=-1)
+    last = np.minimum.accumulate(np.where(ends, place, len(place))[..., ::-1], axis=-1)[..., ::-1]
+    rank = np.empty(values.shape)
+    np.put_along_axis(rank, order, (first + last) / 2, axis=-1)
+    return rank
 
 
 def hps_log_q(rewards: np.ndarray, eligible: np.ndarray, gamma: np.ndarray) -> np.ndarray:

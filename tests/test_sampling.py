@@ -1,6 +1,7 @@
 """The sampler: q, the schedule of its hardness, and the numbers it is drawn with."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -76,6 +77,20 @@ def test_percentile_is_the_average_rank_over_n():
     r = np.array([3.0, 8.0, 3.0, -1e6, 1e6, 0.0])
     np.testing.assert_allclose(normalise_rewards(r, norm="percentile", scale=2.0), 2 * stats.rankdata(r) / 6)
     assert normalise_rewards(np.array([2.0, 2.0]), norm="percentile").tolist() == [0.75, 0.75]
+
+
+def test_percentile_of_ragged_rows_with_ties_takes_memory_by_the_candidate():
+    g = np.random.default_rng(0)
+    r = g.integers(0, 300, size=(64, 2000)).astype(float)
+    valid = np.arange(2000) < g.integers(1, 2001, size=64)[:, None]
+    tracemalloc.start()
+    found = normalise_rewards(r, norm="percentile", valid=valid)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * r.nbytes  # all pairs of a row's candidates would be 250 times as many bytes
+    for row, mine, there in zip(found, r, valid, strict=True):
+        assert row[there].tolist() == (1 - (there.sum() - stats.rankdata(mine[there])) / there.sum()).tolist()
+        assert not row[~there].any()
 
 
 def test_window_by_hand():
