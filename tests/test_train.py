@@ -108,11 +108,12 @@ def test_a_live_reference_gives_the_cached_trajectory(tiny_world, tmp_path, base
     np.testing.assert_allclose(run(tiny_world, tmp_path), base, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("budget", [100_000, 120])
-def test_two_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base, budget):
-    """Sharded on 2 gloo ranks, which share new caches; with the small budget some ranks get dummy micro-batches."""
+@pytest.mark.parametrize(("ranks", "budget"), [(2, 100_000), (3, 20)])
+def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base, ranks, budget):
+    """Sharded on gloo ranks, which share new caches. Three ranks share 8 prompts, each a micro-batch of its own: in every
+    step one of them has nothing left and repeats a block with weight 0."""
     caches = dict(token_cache=tmp_path / "tokens", reference_cache=tmp_path / "cache")
-    values = run_ranks(tiny_world, tmp_path / "run", 2, tokens_per_micro_batch=budget, **caches)
+    values = run_ranks(tiny_world, tmp_path / "run", ranks, tokens_per_micro_batch=budget, **caches)
     assert len(list((tmp_path / "tokens").iterdir())) == 1
     np.testing.assert_allclose(values, base, rtol=0, atol=1e-5)
 

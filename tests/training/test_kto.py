@@ -97,10 +97,10 @@ def test_micro_batches_do_not_change_the_trajectory(tiny_world, tmp_path, base, 
     np.testing.assert_allclose(losses(tmp_path, "kl"), base[1], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("budget", [100_000, 20])
-def test_two_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base, budget):
-    """The cache is full, so that the first pass is z0's; with the small budget some micro-batches are dummies."""
-    values = run_ranks(tiny_world, tmp_path, 2, tokens_per_micro_batch=budget, **KTO)
+@pytest.mark.parametrize(("ranks", "budget"), [(2, 100_000), (3, 20)])
+def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base, ranks, budget):
+    """The cache is full, so that the first pass is z0's; 8 prompts on three ranks leave one of them a dummy."""
+    values = run_ranks(tiny_world, tmp_path, ranks, tokens_per_micro_batch=budget, **KTO)
     np.testing.assert_allclose(values, base[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses(tmp_path, "kl"), base[1], rtol=0, atol=1e-3)
 
