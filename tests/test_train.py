@@ -110,8 +110,8 @@ def test_a_live_reference_gives_the_cached_trajectory(tiny_world, tmp_path, base
 
 @pytest.mark.parametrize(("ranks", "budget"), [(2, 100_000), (3, 20)])
 def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base, ranks, budget):
-    """Sharded on gloo ranks, which share new caches. Three ranks share 8 prompts, each a micro-batch of its own: in every
-    step one of them has nothing left and repeats a block with weight 0."""
+    """Sharded on gloo ranks, which share new caches. Three ranks share 8 prompts, each a micro-batch of its own: in
+    every step one of them has nothing left and repeats a block with weight 0."""
     caches = dict(token_cache=tmp_path / "tokens", reference_cache=tmp_path / "cache")
     values = run_ranks(tiny_world, tmp_path / "run", ranks, tokens_per_micro_batch=budget, **caches)
     assert len(list((tmp_path / "tokens").iterdir())) == 1
