@@ -103,7 +103,8 @@ def normalise_rewards(
 
 
 def _mean_rank(values: np.ndarray) -> np.ndarray:
-    """(..., n) float64: how many are larger, and among equal ones the mean of their places."""
+    """(..., n) float64: how many are larger, and among equal ones the mean of their places (scipy, which has
+    `rankdata`, is none of what training needs)."""
     order = np.argsort(-values, axis=-1, kind="stable")
     falling, place = np.take_along_axis(values, order, axis=-1), np.arange(values.shape[-1])
     begins = np.ones(values.shape, dtype=bool)  # of a stretch of equal values
