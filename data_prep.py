@@ -28,9 +28,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hps import config, dist, files, hub, model, sampling
-from hps.data import doctor, generate, importers, journal, linear_reward, listwise, rewards, tokens
+from hps import config, dist, model, samplers
+from hps.data import listwise, tokens
+from hps.io import files, hub
 from hps.lab import scorers, world
+from hps.prepare import doctor, generate, importers, journal, linear_reward, rewards
 
 
 @dataclass
@@ -330,7 +332,7 @@ def write_rewards(c: Annotate, rows: list[listwise.Row], found: list[list[float]
 def random_pair(row: listwise.Row) -> listwise.Row:
     """The row with a pair as a data set would have it: two random responses, labelled by their rewards."""
     rewards = np.array(row.rewards)
-    order = np.argsort(sampling.counter_uniform(0, tokens.row_key(row.id), np.arange(len(rewards))))
+    order = np.argsort(samplers.counter_uniform(0, tokens.row_key(row.id), np.arange(len(rewards))))
     apart = order[rewards[order] != rewards[order[0]]]
     if not len(apart):
         return row  # all rewards are equal, so none is preferred; the caller counts it

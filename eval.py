@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hps import checkpoint, config, dist, files, logps, model, reference
-from hps.data import generate, listwise, rewards, tokens
+from hps import checkpoint, config, dist, logps, model, reference
+from hps.data import listwise, tokens
 from hps.evaluate import metrics, report
+from hps.io import files
 from hps.lab import scorers
 from hps.lab.world import World
 from hps.packing import Block, micro_batches, pack
+from hps.prepare import generate, rewards
 
 
 @dataclass

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 2 train.py ...          the same losses, sharded
 
 The same command again goes on from the last checkpoint. Read from `main` down: launch to gradient in one page.
-The options are in `hps/training/options.py`, the losses in `hps/losses.py` and `hps/losses_listwise.py`.
+The options are in `hps/options.py`, the losses in `hps/losses.py` and `hps/extra/losses.py`.
 """
 
 import math
@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hps import checkpoint, config, dist, files, hub, loggers, losses, model, reference, reward_model
+from hps import checkpoint, config, dist, losses, model, reference
 from hps.data import store, tokens
-from hps.evaluate import card
-from hps.losses_listwise import KTO, LISTWISE, kto_loss, listwise_loss
-from hps.packing import micro_batches, pack
-from hps.training.first_loss import expected_first_loss
-from hps.training.kto import mismatched_blocks, mismatched_kl
-from hps.training.options import (
+from hps.extra import reward_model
+from hps.extra.kto import mismatched_blocks, mismatched_kl
+from hps.extra.losses import KTO, LISTWISE, kto_loss, listwise_loss
+from hps.extra.samples import sample
+from hps.first_loss import expected_first_loss
+from hps.io import files, hub, loggers
+from hps.options import (
     Config,
     as_preference,
     check,
@@ -39,9 +40,9 @@ from hps.training.options import (
     positive_weights,
     settings,
 )
-from hps.training.record import RECORD, check_folder, claim
-from hps.training.samples import sample
-from hps.training.visits import make_plan, touched_blocks, visit_block, visit_rewards
+from hps.packing import micro_batches, pack
+from hps.record import RECORD, check_folder, claim
+from hps.visits import make_plan, touched_blocks, visit_block, visit_rewards
 
 TERMINATED = 75  # status of a run that SIGTERM has stopped, with a checkpoint: EX_TEMPFAIL of sysexits.h
 
@@ -230,6 +231,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     summary = {"steps": plan.steps, "first_step": done, "seconds": seconds, "tokens": tokens_seen, "counts": counts}
     readme = ""
     if ranks.first:
+        from hps.evaluate import card
+
         files.write_json(out / "summary.json", summary)
         kind = "reward " * (c.loss == "reward") + ("adapter" if c.lora_rank else "model")
         readme = card.card(files.read_record(out / "run.json", RECORD), summary, kind=kind)

@@ -21,7 +21,8 @@ import torch
 from step import in_fresh_process
 
 from hps import config
-from hps.data import importers, listwise, tokens
+from hps.data import listwise, tokens
+from hps.prepare import importers
 
 
 @dataclass

@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 
 from hps import config, model
-from hps.data import generate, importers, listwise, tokens
+from hps.data import listwise, tokens
 from hps.lab import world
+from hps.prepare import generate, importers
 
 TEMPERATURE = 0.9
 WORLD = ((8, 128, 48), (100, 40, 48))  # n, prompts, max_new_tokens

@@ -34,8 +34,8 @@ from transformers import PreTrainedTokenizerFast
 from hps import config, dist, reference
 from hps.data import listwise, store, tokens
 from hps.lab import world
-from hps.training.options import Config
-from hps.training.visits import make_plan, touched_blocks
+from hps.options import Config
+from hps.visits import make_plan, touched_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 

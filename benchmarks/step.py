@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from hps import config, model, reference
-from hps.data import importers, tokens
+from hps.data import tokens
+from hps.prepare import importers
 
 RANK, ALPHA, TARGETS, STEP = 8, 16, ("q_proj", "v_proj"), 8  # LoRA, and pairs of an optimizer step
 

@@ -15,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from hps import dist, files
+from hps import dist
+from hps.io import files
 
 
 def make_folder(out: Path) -> None:

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hps import attention, files, hub, products
+from hps import attention, products
+from hps.io import files, hub
 from hps.logps import sequence_logps, token_logps
 from hps.packing import Block, Packed, micro_batches, pack, pieces
 

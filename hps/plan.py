@@ -2,7 +2,7 @@
 
 q depends on the data's rewards and on training progress only, never on the policy. So the whole run is drawn before
 step 0. From the plan follow which reference log-probs are needed, how long the run is, and what a resumed run does
-next. The distributions that it draws from are in `sampling.py`.
+next. The distributions that it draws from are in `samplers.py`.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hps.sampling import counter_uniform, gamma_at, hps_log_q, normalise_rewards, window_log_q
+from hps.samplers import counter_uniform, gamma_at, hps_log_q, normalise_rewards, window_log_q
 
 SHUFFLES = ("epochs", "together", "no")
 VIEWS = ("bt", "pl", "hps", "uniform", "window", "top2", "random", "human")

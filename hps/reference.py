@@ -17,7 +17,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from hps import dist, files
+from hps import dist
+from hps.io import files
 from hps.model import PolicyModel
 from hps.packing import Block, micro_batches, pack, pieces
 

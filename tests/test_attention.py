@@ -34,8 +34,9 @@ def row(spans) -> attention.Packed:
 
 def qkv(N: int, dtype: torch.dtype) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(1, heads, N, Dh, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-            for heads in (H, G, G)]
+    return [
+        torch.randn(1, heads, N, Dh, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for heads in (H, G, G)
+    ]
 
 
 def dense(query, key, value, mask) -> torch.Tensor:

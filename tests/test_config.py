@@ -24,9 +24,7 @@ class Options:
     shuffle: bool = True  # order anew in each epoch
     # -- optimiser --
     lr: float = 1e-4  # learning rate
-    method: str = (
-        "hps"  # this is not the help
-    )  # the loss
+    method: str = "hps"  # this is not the help  # the loss
     warmup: float | None = None  # share of the steps
     steps: int | None = 10  # stop after so many
     tag: str | None = "x"  # label of the run

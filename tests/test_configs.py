@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT
 
 from hps import config
-from hps.training.options import Config, check
+from hps.options import Config, check
 
 FILES = sorted((ROOT / "configs").glob("*.toml"))
 

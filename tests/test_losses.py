@@ -16,7 +16,7 @@ from hps.losses import (
     plackett_luce_loss,
     stage_loss,
 )
-from hps.sampling import log_q
+from hps.samplers import log_q
 
 NAMES = ["dpo", "exo", "ipo", "sppo", "nca"]  # the rest: test_losses_more.py
 B, K = 4, 6
@@ -251,9 +251,7 @@ def test_known_numbers_at_reference():
     assert loss_at_reference("ipo", beta=0.1) == pytest.approx(25.0)
     assert loss_at_reference("sppo", beta=0.1) == pytest.approx(50.0)
     assert loss_at_reference("nca", beta=0.1) == pytest.approx(2 * math.log(2))
-    assert loss_at_reference("exo", beta=0.1) == pytest.approx(
-        -math.log(2) - (math.log(0.999) + math.log(0.001)) / 2
-    )
+    assert loss_at_reference("exo", beta=0.1) == pytest.approx(-math.log(2) - (math.log(0.999) + math.log(0.001)) / 2)
 
 
 # --------------------------------------------------------------------------------------- numerics, shapes
@@ -319,9 +317,7 @@ def test_adding_a_constant_to_all_log_ratios():
     """DPO, EXO and IPO(sum) see differences only; SPPO and NCA pin each response."""
     h, s, _ = draw()
     for name in NAMES:
-        a, b = (
-            stage_loss(name, x, log_q(s, 1.0), beta=BETA, length_norm=False) for x in (h, h + 1.7)
-        )
+        a, b = (stage_loss(name, x, log_q(s, 1.0), beta=BETA, length_norm=False) for x in (h, h + 1.7))
         assert torch.allclose(a, b, rtol=1e-9) == (name in ("dpo", "exo", "ipo"))
 
 

@@ -6,7 +6,7 @@ from test_losses import draw
 from torch.autograd import gradcheck
 
 from hps.losses import loss_at_reference, plackett_luce_loss, stage_loss
-from hps.sampling import log_q
+from hps.samplers import log_q
 
 BETA = 0.3
 

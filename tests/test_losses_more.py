@@ -9,6 +9,7 @@ from test_losses import draw, trl_pair_loss
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from hps.extra.losses import KTO, LISTWISE
 from hps.losses import (
     LOSSES,
     OPTIONS,
@@ -18,8 +19,7 @@ from hps.losses import (
     plackett_luce_loss,
     stage_loss,
 )
-from hps.losses_listwise import KTO, LISTWISE
-from hps.sampling import log_q
+from hps.samplers import log_q
 
 B, K = 4, 6
 BETA = 0.3

@@ -14,7 +14,7 @@ from hps.evaluate.report import METRICS
 from hps.lab.suites import SUITES
 from hps.losses import LOSSES
 from hps.plan import VIEWS
-from hps.sampling import SCHEDULES
+from hps.samplers import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs/PAPER_MAP.md").read_text()
@@ -117,10 +117,10 @@ def test_no_appendix_is_left_out():
 @pytest.mark.parametrize(
     ("reference", "problem"),
     [
-        ("hps/sampling.py: log_q", None),
+        ("hps/samplers.py: log_q", None),
         ('hps/losses*.py: LOSSES["slic"]', None),
         ("hps/lab/world.py: World.is_harmful", None),
-        ("hps/sampling.py: log_p", "hps/sampling.py has no log_p"),
+        ("hps/samplers.py: log_p", "hps/samplers.py has no log_p"),
         ("hps/samplin.py: log_q", "hps/samplin.py has no log_q"),
         ('hps/losses*.py: LOSSES["lisc"]', 'hps/losses*.py has no LOSSES["lisc"]'),
         ("tests/test_paper_map.py::test_nothing", "tests/test_paper_map.py has no test_nothing"),

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from hps.plan import dispreferred, mismatched, padded, plan, ranked_subset
-from hps.sampling import normalise_rewards, window_log_q
+from hps.samplers import normalise_rewards, window_log_q
 
 RUN = dict(epochs=2, prompts_per_step=4, seed=0)
 
@@ -48,9 +48,7 @@ def test_uniform_view_draws_evenly_and_redraws_each_epoch():
         **RUN,
     )
     assert stats.chisquare(np.bincount(p.responses[:, 1], minlength=n)[:-1]).pvalue > 1e-3
-    first, second = (
-        dict(zip(p.row[p.epoch == e], p.responses[p.epoch == e, 1], strict=True)) for e in (0, 1)
-    )
+    first, second = (dict(zip(p.row[p.epoch == e], p.responses[p.epoch == e, 1], strict=True)) for e in (0, 1))
     same = np.mean([first[row] == second[row] for row in first])
     assert abs(same - 1 / (n - 1)) < 0.03  # independent draws agree by chance only
 
@@ -103,9 +101,15 @@ def test_curriculum_follows_optimizer_steps():
     p = plan(rewards, identity, keys, view="hps", **RUN)  # 20 steps, four of each gamma
     assert [p.gamma[p.step(s)[0]] for s in range(20)] == [g for g in (-5, -3, -1, 1, 3) for _ in range(4)]
     # gamma = -5 draws low-reward responses, gamma = 3 high ones.
-    mean = {g: np.mean([stats.rankdata(rewards[r])[y] / len(rewards[r])
-                        for r, y in zip(p.row[p.gamma == g], p.responses[p.gamma == g, 1], strict=True)])
-            for g in (-5, 3)}
+    mean = {
+        g: np.mean(
+            [
+                stats.rankdata(rewards[r])[y] / len(rewards[r])
+                for r, y in zip(p.row[p.gamma == g], p.responses[p.gamma == g, 1], strict=True)
+            ]
+        )
+        for g in (-5, 3)
+    }
     assert mean[-5] < 0.35 < 0.55 < mean[3]
 
 

@@ -23,8 +23,10 @@ def test_products_are_those_of_float64_rounded_to_fp32(monkeypatch, part):
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(13, 8, generator=g).bfloat16()
     x, grad = torch.randn(2, 3, 8, generator=g).bfloat16(), torch.randn(2, 3, 13, generator=g).bfloat16()
-    for found, exact in ((products.times_transposed(x, weight), x.double() @ weight.double().T),
-                         (products.times(grad, weight), grad.double() @ weight.double())):
+    for found, exact in (
+        (products.times_transposed(x, weight), x.double() @ weight.double().T),
+        (products.times(grad, weight), grad.double() @ weight.double()),
+    ):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 

@@ -16,11 +16,13 @@ from conftest import ROOT
 import data_prep
 import eval as evaluation
 import train
-from hps import dist, files
-from hps.data import linear_reward, listwise
+from hps import dist
+from hps.data import listwise
 from hps.data.tokens import encode_prompt, encode_response, load_tokenizer
+from hps.io import files
 from hps.lab.world import World
 from hps.model import load_causal_lm
+from hps.prepare import linear_reward
 
 
 def flags(**options) -> list[str]:

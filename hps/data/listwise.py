@@ -25,7 +25,7 @@ from typing import BinaryIO, NoReturn, cast
 
 import numpy as np
 
-from hps import files
+from hps.io import files
 
 KEYS = ("id", "prompt", "responses", "rewards", "chosen", "rejected", "source")
 ROLES = ("system", "user", "assistant")
@@ -240,9 +240,7 @@ def decode_json(line: bytes, where: str) -> object:
         raise ValueError(f"{where}: broken JSON: {error}") from error
 
 
-def check_keys(
-    record: dict[str, object], keys: tuple[str, ...], *, required: tuple[str, ...], where: str
-) -> None:
+def check_keys(record: dict[str, object], keys: tuple[str, ...], *, required: tuple[str, ...], where: str) -> None:
     """Raise ValueError for a key outside `keys`, naming the nearest valid one, or for a missing one."""
     for key in record:
         if key not in keys:

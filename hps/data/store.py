@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hps import files
 from hps.data import listwise, tokens
 from hps.data.tokens import Example
+from hps.io import files
 from hps.packing import Block
 
 # Decides a store's name: raise it when the files below, or what becomes of a row, change.

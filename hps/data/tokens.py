@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hps import hub
 from hps.data.listwise import Prompt, Row
+from hps.io import hub
 from hps.packing import Block
 
 COUNTS = ("rows_read", "rows_kept", "rows_overlong_prompt", "rows_no_responses", "pairs_broken")

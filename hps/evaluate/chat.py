@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hps import config, model
-from hps.data import generate, tokens
+from hps.data import tokens
+from hps.prepare import generate
 
 NARROW = 80  # columns of a terminal; below, answers stand one under the other
 GAP = " | "

@@ -53,8 +53,18 @@ class Endpoint:
         ValueError: a URL that is none or carries secrets, or a key that cannot stand in a header.
     """
 
-    def __init__(self, url: str, model: str, *, key: str = "", max_tokens: int, attempts: int, timeout: float,
-                 per_minute: float, stopped: threading.Event):
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        key: str = "",
+        max_tokens: int,
+        attempts: int,
+        timeout: float,
+        per_minute: float,
+        stopped: threading.Event,
+    ):
         try:
             parts = urlsplit(url)
             good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from hps import checkpoint, config, dist, files, model, reward_model
+from hps import checkpoint, config, dist, model
 from hps.data import tokens
 from hps.evaluate import card
+from hps.extra import reward_model
+from hps.io import files
 
 
 @dataclass
@@ -26,9 +28,7 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> None:
-    c, _ = config.parse(
-        Options, argv, prog="python -m hps.evaluate.export", description=str(__doc__).split("\n")[0]
-    )
+    c, _ = config.parse(Options, argv, prog="python -m hps.evaluate.export", description=str(__doc__).split("\n")[0])
     config.check_choices(c, dtype=model.DTYPES)
     out = Path(c.out)
     if out.exists():

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hps import files
 from hps.evaluate.report import COLOURS, DPI, MARGINS, MARKERS, METRICS, STYLE, in_group, present
+from hps.io import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 class Plan(NamedTuple):
     name: str  # of the file, without .png
@@ -79,11 +80,21 @@ def _label_points(figure: "Figure", axes: "Axes", points: list[tuple[float, floa
         outside = box.width * box.height - (inside.width * inside.height if inside else 0.0)
         return sum(hit.width * hit.height for hit in hits) + 10 * outside
 
-    places = [(6, 4, "left", "bottom"), (6, -4, "left", "top"), (-6, 4, "right", "bottom"),
-              (-6, -4, "right", "top"), (0, 14, "center", "bottom"), (0, -14, "center", "top")]
+    places = [
+        (6, 4, "left", "bottom"),
+        (6, -4, "left", "top"),
+        (-6, 4, "right", "bottom"),
+        (-6, -4, "right", "top"),
+        (0, 14, "center", "bottom"),
+        (0, -14, "center", "top"),
+    ]
     for x, y, text, colour in points:
-        tries = [axes.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va,
-                               color=colour, fontsize=8.5) for dx, dy, ha, va in places]
+        tries = [
+            axes.annotate(
+                text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, color=colour, fontsize=8.5
+            )
+            for dx, dy, ha, va in places
+        ]
         best = min(tries, key=cost)
         taken.append(best.get_window_extent())
         for label in tries:
@@ -97,8 +108,16 @@ def _draw_tradeoff(figure: "Figure", results: dict[str, Any]) -> None:
         x, y, (colour, marker) = row["metrics"].get(kl), row["metrics"].get("true_reward"), _look(i)
         if x is None or y is None:
             continue
-        axes.errorbar(x["mean"], y["mean"], xerr=_whiskers(x), yerr=_whiskers(y), color=colour, marker=marker,
-                      markersize=6, linewidth=1.0)
+        axes.errorbar(
+            x["mean"],
+            y["mean"],
+            xerr=_whiskers(x),
+            yerr=_whiskers(y),
+            color=colour,
+            marker=marker,
+            markersize=6,
+            linewidth=1.0,
+        )
         points.append((x["mean"], y["mean"], row["method"], colour))
     axes.set_xlabel(f"{METRICS[kl].title} to the reference on the winner (nats)")
     axes.set_ylabel("mean evaluation reward of the samples")
@@ -129,7 +148,7 @@ def _draw_curves(figure: "Figure", results: dict[str, Any]) -> None:
             width = max(1, len(values) // 20)
             smooth = np.convolve(values, np.ones(width) / width, mode="valid")
             axes.plot(series["step"], values, color=colour, alpha=0.18, linewidth=0.8)
-            axes.plot(series["step"][width - 1:], smooth, color=colour, linestyle=dashes, label=method)
+            axes.plot(series["step"][width - 1 :], smooth, color=colour, linestyle=dashes, label=method)
         axes.set_title(key)
         axes.set_xlabel("optimiser step")
     _log_scale_if_wide(figure.axes[0])  # losses of different methods have different scales
@@ -181,18 +200,33 @@ def _draw_lines(figure: "Figure", results: dict[str, Any], series: dict[str, Any
             xs, ys = zip(*points, strict=True)
             mean_x, mean_y = [x["mean"] for x in xs], [y["mean"] for y in ys]
             axes.errorbar(
-                mean_x, mean_y, xerr=np.hstack([_whiskers(x) for x in xs]) if by_metric else None,
-                yerr=np.hstack([_whiskers(y) for y in ys]), color=colour, linestyle=_dashes(i), marker=marker,
-                markersize=4.5, elinewidth=0.8, label=label)
+                mean_x,
+                mean_y,
+                xerr=np.hstack([_whiskers(x) for x in xs]) if by_metric else None,
+                yerr=np.hstack([_whiskers(y) for y in ys]),
+                color=colour,
+                linestyle=_dashes(i),
+                marker=marker,
+                markersize=4.5,
+                elinewidth=0.8,
+                label=label,
+            )
             if by_metric and len(rows) > 1:  # which end of the line is the first row
-                axes.plot(mean_x[:1], mean_y[:1], color=colour, marker=marker, markersize=4.5, markerfacecolor="white",
-                          zorder=3)
+                axes.plot(
+                    mean_x[:1],
+                    mean_y[:1],
+                    color=colour,
+                    marker=marker,
+                    markersize=4.5,
+                    markerfacecolor="white",
+                    zorder=3,
+                )
         axes.set_title(METRICS[name].title)
         axes.grid(color="0.93", linewidth=0.6)
         axes.set_axisbelow(True)
         if not by_metric and len(ticks := sorted(set(x_axis["values"].values()))) <= 8:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    for axes in panels[len(names):]:
+    for axes in panels[len(names) :]:
         axes.remove()
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside right center")
@@ -208,8 +242,13 @@ def _plan_lines(results: dict[str, Any], name: str, series: dict[str, Any]) -> P
     if "metric" in x and len(first) > 1:
         caption += f" A line goes through its rows in order, from the hollow point ({first[0]}) on ({first[-1]} last)."
     rows, columns = _grid(len(names))
-    return Plan(f"series_{name}", caption, f"{titles} over {over}, one line each for {', '.join(lines)}.",
-                (1.8 + 2.6 * columns, 0.5 + 2.4 * rows), functools.partial(_draw_lines, series=series))
+    return Plan(
+        f"series_{name}",
+        caption,
+        f"{titles} over {over}, one line each for {', '.join(lines)}.",
+        (1.8 + 2.6 * columns, 0.5 + 2.4 * rows),
+        functools.partial(_draw_lines, series=series),
+    )
 
 
 def plans(results: dict[str, Any]) -> list[Plan]:
@@ -217,23 +256,50 @@ def plans(results: dict[str, Any]) -> list[Plan]:
     methods, panels, kl = len(results["rows"]), len(in_group(results, MARGINS)), _tradeoff_kl(results)
     found: list[Plan] = []
     if panels:
-        found.append(Plan("margins", "Margins of the best candidate, mean and interval.",
-                          "One panel a margin, one row a method: the mean as a point, the interval as a bar.",
-                          (max(3.6, 1.2 + 1.35 * panels), 0.9 + 0.27 * methods), _draw_margins))
+        found.append(
+            Plan(
+                "margins",
+                "Margins of the best candidate, mean and interval.",
+                "One panel a margin, one row a method: the mean as a point, the interval as a bar.",
+                (max(3.6, 1.2 + 1.35 * panels), 0.9 + 0.27 * methods),
+                _draw_margins,
+            )
+        )
     if any({"true_reward", kl} <= row["metrics"].keys() for row in results["rows"]):
-        found.append(Plan("reward_kl", "Reward against distance from the reference, means and intervals.",
-                          f"One point a method: mean reward over {METRICS[kl].title}.", (5.0, 3.6), _draw_tradeoff))
+        found.append(
+            Plan(
+                "reward_kl",
+                "Reward against distance from the reference, means and intervals.",
+                f"One point a method: mean reward over {METRICS[kl].title}.",
+                (5.0, 3.6),
+                _draw_tradeoff,
+            )
+        )
     for name, series in results.get("series", {}).items():
         if _line_panels(results, series):
             found.append(_plan_lines(results, name, series))
     if results.get("curves"):
-        found.append(Plan("curves", "Training curves: every logged value, and its mean over 5 % of the run.",
-                          "Loss and margin over the optimiser steps, one line a method.", (8.0, 2.9), _draw_curves))
+        found.append(
+            Plan(
+                "curves",
+                "Training curves: every logged value, and its mean over 5 % of the run.",
+                "Loss and margin over the optimiser steps, one line a method.",
+                (8.0, 2.9),
+                _draw_curves,
+            )
+        )
     if "schedule" in results:
         gamma, effective = results["schedule"]["gamma"], results["schedule"]["effective_negatives"]
-        found.append(Plan("schedule", "Hardness and the number of equally likely negatives it amounts to.",
-                          f"Over the optimiser steps, gamma from {gamma[0]:g} to {gamma[-1]:g} and effective negatives "
-                          f"from {effective[0]:.1f} to {effective[-1]:.1f}.", (5.0, 3.4), _draw_schedule))
+        found.append(
+            Plan(
+                "schedule",
+                "Hardness and the number of equally likely negatives it amounts to.",
+                f"Over the optimiser steps, gamma from {gamma[0]:g} to {gamma[-1]:g} and effective negatives "
+                f"from {effective[0]:.1f} to {effective[-1]:.1f}.",
+                (5.0, 3.4),
+                _draw_schedule,
+            )
+        )
     return found
 
 

@@ -27,10 +27,11 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from hps import config, files, model
+from hps import config, model
 from hps.data import listwise, tokens
 from hps.evaluate import verdicts
 from hps.evaluate.endpoint import Endpoint, Reply
+from hps.io import files
 
 CRITERIA = {  # the paper's, appendix D.3
     "correctness": "Is what the response says true, and relevant to the query?",
@@ -118,8 +119,13 @@ def run(c: Options) -> None:
     items = {key_of(row, i): (row.prompt, row.responses[i]) for _, row, i in responses}
     judge = local_judge(c) if c.model else remote_judge(c)
     template = hashlib.sha256("\n".join([QUESTION, FORM, REMINDER, *CRITERIA.values()]).encode()).hexdigest()
-    about = {"judge": judge.identity, "template": template, "max_tokens": c.max_tokens, "inputs": inputs,
-             "responses": c.responses}
+    about = {
+        "judge": judge.identity,
+        "template": template,
+        "max_tokens": c.max_tokens,
+        "inputs": inputs,
+        "responses": c.responses,
+    }
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     # Two at a time would both pay for each answer.
@@ -128,8 +134,10 @@ def run(c: Options) -> None:
         refused = collect(judge, out / "answers.jsonl", answers, items, seed=c.seed)
 
     found = {key: first_scores(lines) for key, lines in answers.items()}
-    listwise.write_lines(out / "scores.jsonl", (
-        {"id": row.id, "method": name, "response": i, "scores": found[key_of(row, i)]} for name, row, i in responses))
+    listwise.write_lines(
+        out / "scores.jsonl",
+        ({"id": row.id, "method": name, "response": i, "scores": found[key_of(row, i)]} for name, row, i in responses),
+    )
     counts = {
         "responses": len(responses),
         "items": len(items),
@@ -154,6 +162,7 @@ def run(c: Options) -> None:
 
 # ---- what is asked --------------------------------------------------------------------------------
 
+
 def read_methods(c: Options) -> tuple[dict[str, list[listwise.Row]], dict[str, str]]:
     """Rows of every method in the order of the baseline's file, and the sha256 of each file.
 
@@ -172,8 +181,10 @@ def read_methods(c: Options) -> tuple[dict[str, list[listwise.Row]], dict[str, s
             like = first[row.id]
             if row.prompt != like.prompt or len(row.responses) != len(like.responses) or not row.responses:
                 raise ValueError(f"{row.where}: another prompt or number of responses than {like.where}, or none")
-    methods = {name: [listwise.first_responses(rows[id], c.responses or sys.maxsize) for id in first]
-               for name, rows in by_id.items()}
+    methods = {
+        name: [listwise.first_responses(rows[id], c.responses or sys.maxsize) for id in first]
+        for name, rows in by_id.items()
+    }
     return methods, {name: files.sha256(Path(path)) for name, path in paths.items()}
 
 
@@ -223,6 +234,7 @@ def parse_scores(answer: str) -> dict[str, float] | None:
 
 
 # ---- who is asked ---------------------------------------------------------------------------------
+
 
 def local_judge(c: Options) -> Judge:
     """A causal LM on this machine, greedy, through its own chat template."""
@@ -274,6 +286,7 @@ def remote_judge(c: Options) -> Judge:
 
 
 # ---- the answers ----------------------------------------------------------------------------------
+
 
 def read_answers(path: Path, about: dict[str, Any], items: dict[str, Item]) -> Answers:
     """The answers that are there already; a new file begins with `about`, which a file to go on with must equal.

@@ -19,12 +19,15 @@ def _finite(name: str, values: ArrayLike, ndim: int) -> Floats:
     if array.ndim != ndim or array.size == 0:
         raise ValueError(f"{name}: need a non-empty array of {ndim} dimension(s), got shape {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} of {array.size} values are not finite; "
-                         "find the prompt that produced them before averaging")
+        raise ValueError(
+            f"{name}: {int((~np.isfinite(array)).sum())} of {array.size} values are not finite; "
+            "find the prompt that produced them before averaging"
+        )
     return array
 
 
 # ---- margins of one prompt's candidates ----------------------------------------------------------
+
 
 def order(rewards: ArrayLike) -> NDArray[np.int64]:
     """Indices of the best candidate, then of the dispreferred ones, hardest (highest reward) first.
@@ -38,14 +41,14 @@ def order(rewards: ArrayLike) -> NDArray[np.int64]:
     falling = np.argsort(-rewards, kind="stable")
     dispreferred = falling[rewards[falling] < best]
     if dispreferred.size == 0:
-        raise ValueError(f"no candidate is dispreferred: all {rewards.size} rewards equal {best:g}; "
-                         "leave this prompt out of the margins and count it")
+        raise ValueError(
+            f"no candidate is dispreferred: all {rewards.size} rewards equal {best:g}; "
+            "leave this prompt out of the margins and count it"
+        )
     return np.concatenate([falling[:1], dispreferred])
 
 
-def margins(
-    logratios: ArrayLike, rewards: ArrayLike, *, gap: float = 0.5, hardest: int = 10
-) -> dict[str, float]:
+def margins(logratios: ArrayLike, rewards: ArrayLike, *, gap: float = 0.5, hardest: int = 10) -> dict[str, float]:
     """Reward margins of one prompt: how far the best candidate's log-ratio stands above the others'.
 
     logratios: (n,) h_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), summed over tokens, in nats, WITHOUT beta.
@@ -86,6 +89,7 @@ def rm_rdpo(rm: ArrayLike, len_chosen: ArrayLike, len_rejected: ArrayLike, *, al
 
 
 # ---- intervals -----------------------------------------------------------------------------------
+
 
 def _table(name: str, values: ArrayLike, valid: ArrayLike | None) -> tuple[Floats, Floats]:
     """Values as (worlds, seeds, prompts) with 0 where invalid, and their 0/1 mask."""
@@ -139,7 +143,11 @@ def _interval(mean: float, resampled: Floats, level: float) -> tuple[float, floa
 
 
 def bootstrap_mean(
-    values: ArrayLike, *, valid: ArrayLike | None = None, draws: int = 4000, level: float = 0.95,
+    values: ArrayLike,
+    *,
+    valid: ArrayLike | None = None,
+    draws: int = 4000,
+    level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """Mean over all valid values and its percentile bootstrap interval: (mean, low, high) (OURS).
@@ -158,7 +166,12 @@ def bootstrap_mean(
 
 
 def bootstrap_difference(
-    a: ArrayLike, b: ArrayLike, *, valid: ArrayLike | None = None, draws: int = 4000, level: float = 0.95,
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    valid: ArrayLike | None = None,
+    draws: int = 4000,
+    level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """Mean of a - b and its paired percentile bootstrap interval: (mean, low, high) (OURS).
@@ -201,6 +214,7 @@ def wilcoxon_p(a: ArrayLike, b: ArrayLike, *, valid: ArrayLike | None = None) ->
 
 # ---- win rate ------------------------------------------------------------------------------------
 
+
 def win_scores(rewards_a: ArrayLike, rewards_b: ArrayLike) -> Floats:
     """(p, s) of 1 where a's sample has the higher reward, 0 where b's has, .5 where they are equal (OURS).
 
@@ -220,11 +234,13 @@ def win_tie_lose(rewards_a: ArrayLike, rewards_b: ArrayLike) -> dict[str, float]
     rewards_a, rewards_b: (p, s) as in win_scores, which also says what is compared with what.
     """
     scores = win_scores(rewards_a, rewards_b)
-    return {name: float(100.0 * np.mean(scores == score)) for name, score in
-            (("win", 1.0), ("tie", 0.5), ("lose", 0.0))}
+    return {
+        name: float(100.0 * np.mean(scores == score)) for name, score in (("win", 1.0), ("tie", 0.5), ("lose", 0.0))
+    }
 
 
 # ---- BLEU ----------------------------------------------------------------------------------------
+
 
 def _paired(hypotheses: Sequence[str], references: Sequence[str]) -> None:
     if isinstance(hypotheses, str) or isinstance(references, str):
@@ -248,8 +264,10 @@ def bleu_char_scores(hypotheses: Sequence[str], references: Sequence[str]) -> Fl
     with warnings.catch_warnings():
         # nltk warns of every text without a common n-gram; its 0 is what we want to count.
         warnings.filterwarnings("ignore", message=r"\s*The hypothesis contains 0 counts")
-        scores = [sentence_bleu([list(reference.strip())], list(hypothesis.strip()))
-                  for hypothesis, reference in zip(hypotheses, references, strict=True)]
+        scores = [
+            sentence_bleu([list(reference.strip())], list(hypothesis.strip()))
+            for hypothesis, reference in zip(hypotheses, references, strict=True)
+        ]
     return np.array(scores, dtype=np.float64)
 
 

@@ -118,8 +118,9 @@ def policy(style: str, script: str) -> str:
     Nothing loads from outside, nothing injected runs.
     """
     hashes = (f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in (style, script))
-    return ("default-src 'none'; img-src data:; style-src {}; script-src {}; "
-            "base-uri 'none'; form-action 'none'").format(*hashes)
+    return (
+        "default-src 'none'; img-src data:; style-src {}; script-src {}; base-uri 'none'; form-action 'none'"
+    ).format(*hashes)
 
 
 def _cell(cell: Cell, first: bool, ranged: bool) -> str:
@@ -142,16 +143,25 @@ def _table(table: Table, number: int) -> list[str]:
     columns = list(zip(*table.rows, strict=True))
     numeric = [any(cell.value is not None for cell in column) for column in columns]
     ranged = [any(cell.interval for cell in column) for column in columns]
-    heads = (f'<th scope="col" aria-sort="none"{" class=number" if is_number else ""}>'
-             f'<button type="button">{escape(title)}</button></th>'
-             for title, is_number in zip(table.header, numeric, strict=True))
-    rows = ("<tr>" + "".join(_cell(cell, i == 0, ranged[i]) for i, cell in enumerate(row)) + "</tr>"
-            for row in table.rows)
-    return [f'<h2 id="t{number}">{escape(table.title)}</h2>',
-            f'<div class="scroll" role="region" tabindex="0" aria-labelledby="t{number}">',
-            f'<table aria-labelledby="t{number}">', f"<thead><tr>{''.join(heads)}</tr></thead>",
-            "<tbody>", *rows, "</tbody></table></div>",
-            f'<p class="note">{escape(table.note)}</p>' if table.note else "", _terms(table.meanings, "")]
+    heads = (
+        f'<th scope="col" aria-sort="none"{" class=number" if is_number else ""}>'
+        f'<button type="button">{escape(title)}</button></th>'
+        for title, is_number in zip(table.header, numeric, strict=True)
+    )
+    rows = (
+        "<tr>" + "".join(_cell(cell, i == 0, ranged[i]) for i, cell in enumerate(row)) + "</tr>" for row in table.rows
+    )
+    return [
+        f'<h2 id="t{number}">{escape(table.title)}</h2>',
+        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="t{number}">',
+        f'<table aria-labelledby="t{number}">',
+        f"<thead><tr>{''.join(heads)}</tr></thead>",
+        "<tbody>",
+        *rows,
+        "</tbody></table></div>",
+        f'<p class="note">{escape(table.note)}</p>' if table.note else "",
+        _terms(table.meanings, ""),
+    ]
 
 
 def _figure(figure: Figure) -> str:
@@ -161,18 +171,28 @@ def _figure(figure: Figure) -> str:
     return f"<figure>{image}<figcaption>{escape(figure.caption)}</figcaption></figure>"
 
 
-def render(title: str, subtitle: str, *, settings: Sequence[tuple[str, str]], legend: str, tables: Sequence[Table],
-           figures: Sequence[Figure]) -> str:
+def render(
+    title: str,
+    subtitle: str,
+    *,
+    settings: Sequence[tuple[str, str]],
+    legend: str,
+    tables: Sequence[Table],
+    figures: Sequence[Figure],
+) -> str:
     """The page as one string of HTML; every text is shown as it is, whatever characters it holds.
 
     settings: (name, value) under the subtitle. legend: what the marks of all tables mean. Each table has a row.
     """
-    parts = ['<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-             f'<meta http-equiv="Content-Security-Policy" content="{policy(STYLE, SCRIPT)}">',
-             '<meta name="viewport" content="width=device-width">',
-             f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
-             f"<h1>{escape(title)}</h1>\n<p>{escape(subtitle)}</p>", _terms(settings, ' class="settings"'),
-             f'<p class="note">{escape(legend)} Click a heading to sort.</p>']
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(STYLE, SCRIPT)}">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+        f"<h1>{escape(title)}</h1>\n<p>{escape(subtitle)}</p>",
+        _terms(settings, ' class="settings"'),
+        f'<p class="note">{escape(legend)} Click a heading to sort.</p>',
+    ]
     for number, table in enumerate(tables):
         parts += _table(table, number)
     parts += ["<h2>Figures</h2>", *map(_figure, figures)] if figures else []

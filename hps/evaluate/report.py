@@ -1,16 +1,16 @@
 """From a results dict to results.json, RESULTS.md, report.html and figures. Reads numbers only: no model, no data.
 
-    {"suite": str, "commit": str, "machine": str, "seconds": float,
-     "rows": [{"method": str, "seeds": int, "metrics": {name: {"mean", "low", "high"}}}],
-     optional "comparisons": [{"a": method, "b": method, "metric": name, "mean", "low", "high",    of a - b
-                               optional "p": of a paired test}],
-     optional "settings": {name: anything JSON},
-     optional "curves": {method: {"step": [...], "loss": [...], "margin": [...]}},
-     optional "schedule": {"step": [...], "gamma": [...], "effective_negatives": [...]},
-     optional "series": {figure name: {"x": {"metric": name} or {"label": str, "values": {method: number}},
-                                       "panels": [name], "lines": {line name: [method]}}},   lines through rows
-     optional "claims": [{"claim": str, "paper": str, "verdict": one of VERDICTS, and if not measured "reason": str,
-                          else "kind": "difference" or "value" or "ratio", "metric": name, "mean", "low", "high"}]}
+{"suite": str, "commit": str, "machine": str, "seconds": float,
+ "rows": [{"method": str, "seeds": int, "metrics": {name: {"mean", "low", "high"}}}],
+ optional "comparisons": [{"a": method, "b": method, "metric": name, "mean", "low", "high",    of a - b
+                           optional "p": of a paired test}],
+ optional "settings": {name: anything JSON},
+ optional "curves": {method: {"step": [...], "loss": [...], "margin": [...]}},
+ optional "schedule": {"step": [...], "gamma": [...], "effective_negatives": [...]},
+ optional "series": {figure name: {"x": {"metric": name} or {"label": str, "values": {method: number}},
+                                   "panels": [name], "lines": {line name: [method]}}},   lines through rows
+ optional "claims": [{"claim": str, "paper": str, "verdict": one of VERDICTS, and if not measured "reason": str,
+                      else "kind": "difference" or "value" or "ratio", "metric": name, "mean", "low", "high"}]}
 """
 
 import json
@@ -20,8 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hps import files
 from hps.evaluate import md, page
+from hps.io import files
 
 
 class Metric(NamedTuple):
@@ -33,7 +33,12 @@ class Metric(NamedTuple):
 
 
 MARGINS, _KL, _TEXT, _WINS, _COST = (
-    "Margins (nats)", "Distance to the reference (nats)", "Samples", "Samples against SFT", "Cost")
+    "Margins (nats)",
+    "Distance to the reference (nats)",
+    "Samples",
+    "Samples against SFT",
+    "Cost",
+)
 
 METRICS = {
     "rm2": Metric(MARGINS, "RM2", 2, 1, "log-ratio of the best candidate minus the runner-up's, no beta"),
@@ -66,16 +71,29 @@ VERDICTS = ("holds", "does not hold", "unresolved", "not measured here")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.4,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.4,
     "text.parse_math": False,  # a name may hold two dollars
-    "axes.edgecolor": "0.3", "axes.labelcolor": "0.15", "xtick.color": "0.3", "xtick.labelcolor": "0.15",
-    "xtick.major.width": 0.6, "ytick.color": "0.3", "ytick.labelcolor": "0.15", "ytick.major.width": 0.6,
+    "axes.edgecolor": "0.3",
+    "axes.labelcolor": "0.15",
+    "xtick.color": "0.3",
+    "xtick.labelcolor": "0.15",
+    "xtick.major.width": 0.6,
+    "ytick.color": "0.3",
+    "ytick.labelcolor": "0.15",
+    "ytick.major.width": 0.6,
 }
 DPI = 200
 
 
 # ---- the schema -----------------------------------------------------------------------------------
+
 
 def _need(ok: bool, path: str, problem: str) -> None:
     if not ok:
@@ -102,8 +120,11 @@ def _check_interval(item: dict[str, Any], path: str) -> None:
     for key in ("low", "mean", "high"):
         _check_number(item[key], f"{path}.{key}")
     slack = 1e-9 * (1 + abs(item["mean"]))  # rounding of a constant column
-    _need(item["low"] <= item["mean"] + slack and item["mean"] <= item["high"] + slack, path,
-          f"need low <= mean <= high, got {item['low']}, {item['mean']}, {item['high']}")
+    _need(
+        item["low"] <= item["mean"] + slack and item["mean"] <= item["high"] + slack,
+        path,
+        f"need low <= mean <= high, got {item['low']}, {item['mean']}, {item['high']}",
+    )
 
 
 def _check_metric(name: str, path: str) -> None:
@@ -114,8 +135,11 @@ def _check_series(item: Any, path: str, keys: set[str]) -> None:
     _check_keys(item, path, keys)
     for key in sorted(keys):
         _need(isinstance(item[key], list) and len(item[key]) > 0, f"{path}.{key}", "need a non-empty list")
-        _need(len(item[key]) == len(item["step"]), f"{path}.{key}",
-              f"has {len(item[key])} values for {len(item['step'])} steps")
+        _need(
+            len(item[key]) == len(item["step"]),
+            f"{path}.{key}",
+            f"has {len(item[key])} values for {len(item['step'])} steps",
+        )
         for i, value in enumerate(item[key]):
             _check_number(value, f"{path}.{key}[{i}]")
 
@@ -162,10 +186,20 @@ def validate(results: dict[str, Any]) -> None:
 
     Numbers are finite, low <= mean <= high, methods unique and known where they are referred to.
     """
-    _check_keys(results, "results", {"suite", "commit", "machine", "seconds", "rows"},
-                frozenset({"comparisons", "settings", "curves", "schedule", "series", "claims"}))
-    for key, kind in (("rows", list), ("comparisons", list), ("settings", dict), ("curves", dict), ("series", dict),
-                      ("claims", list)):
+    _check_keys(
+        results,
+        "results",
+        {"suite", "commit", "machine", "seconds", "rows"},
+        frozenset({"comparisons", "settings", "curves", "schedule", "series", "claims"}),
+    )
+    for key, kind in (
+        ("rows", list),
+        ("comparisons", list),
+        ("settings", dict),
+        ("curves", dict),
+        ("series", dict),
+        ("claims", list),
+    ):
         _need(isinstance(results.get(key, kind()), kind), key, f"need a {kind.__name__}")
     for key in ("suite", "commit", "machine"):
         _check_text(results[key], key)
@@ -198,14 +232,18 @@ def validate(results: dict[str, Any]) -> None:
     if "schedule" in results:
         _check_series(results["schedule"], "schedule", {"step", "gamma", "effective_negatives"})
     for name, item in results.get("series", {}).items():
-        _need(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None, "series",
-              f"{name!r} cannot name a file; use letters, digits, _ and -")
+        _need(
+            re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
+            "series",
+            f"{name!r} cannot name a file; use letters, digits, _ and -",
+        )
         _check_lines(item, f"series.{name}", methods)
     for i, item in enumerate(results.get("claims", [])):
         _check_claim(item, f"claims[{i}]")
 
 
 # ---- tables ---------------------------------------------------------------------------------------
+
 
 def _markdown(header: list[str], rows: list[list[page.Cell]]) -> str:
     def show(cell: page.Cell) -> str:
@@ -231,8 +269,10 @@ def in_group(results: dict[str, Any], group: str) -> list[str]:
     return [name for name in present(results) if METRICS[name].group == group]
 
 
-LEGEND = ("[low, high]: 95 % bootstrap interval. (+): larger is better, (-): smaller is. Bold: best mean. "
-          "`~`: the interval overlaps that of the best, so no claim that they differ.")
+LEGEND = (
+    "[low, high]: 95 % bootstrap interval. (+): larger is better, (-): smaller is. Bold: best mean. "
+    "`~`: the interval overlaps that of the best, so no claim that they differ."
+)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -274,14 +314,23 @@ def _comparisons(results: dict[str, Any]) -> tuple[list[str], list[list[page.Cel
     for item in results["comparisons"]:
         verdict = "a larger" if item["low"] > 0 else "b larger" if item["high"] < 0 else "unresolved"
         p = f"{item['p']:.1g}" if "p" in item else "-"
-        rows.append([page.Cell(METRICS[item["metric"]].title), page.Cell(item["a"]), page.Cell(item["b"]),
-                     _number(item, METRICS[item["metric"]].digits, "+"), page.Cell(verdict), page.Cell(p)])
+        rows.append(
+            [
+                page.Cell(METRICS[item["metric"]].title),
+                page.Cell(item["a"]),
+                page.Cell(item["b"]),
+                _number(item, METRICS[item["metric"]].digits, "+"),
+                page.Cell(verdict),
+                page.Cell(p),
+            ]
+        )
     return ["metric", "a", "b", "a - b", "verdict", "p"], rows
 
 
 CLAIMS_NOTE = (
     "Holds, does not hold: the whole interval lies on one side of the claim's bound, which is 0 where the claim names "
-    "none; unresolved: it does not. Beside a ratio of cost stands its range over runs.")
+    "none; unresolved: it does not. Beside a ratio of cost stands its range over runs."
+)
 
 
 def _claims(results: dict[str, Any]) -> tuple[list[str], list[list[page.Cell]]]:
@@ -319,6 +368,7 @@ def _tables(results: dict[str, Any]) -> list[page.Table]:
 
 # ---- the report -----------------------------------------------------------------------------------
 
+
 def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     """Write results.json, RESULTS.md, report.html and figures/*.png under `out` (made if missing); returns their paths.
 
@@ -349,11 +399,14 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
         alt = md.plain(plan.alt, also=r"\[\]")
         parts.append(f"![{alt}](figures/{path.name})\n\n{md.plain(plan.caption)}")
         shown.append(page.Figure(plan.caption, plan.alt, round(96 * plan.size[0]), path.read_bytes()))
-    parts += ["## What the columns mean",
-              "\n".join(f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}"
-                        for name in present(results))]
+    parts += [
+        "## What the columns mean",
+        "\n".join(f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}" for name in present(results)),
+    ]
     files.write_text(out / "RESULTS.md", "\n\n".join(parts) + "\n")
     subtitle = f"Commit {results['commit']}, {results['machine']}, {minutes}."
-    files.write_text(out / "report.html", page.render(
-        title, subtitle, settings=settings, legend=LEGEND.replace("`", ""), tables=tables, figures=shown))
+    files.write_text(
+        out / "report.html",
+        page.render(title, subtitle, settings=settings, legend=LEGEND.replace("`", ""), tables=tables, figures=shown),
+    )
     return written

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from hps import config, files
+from hps import config
 from hps.data import listwise
 from hps.evaluate import md, metrics, page
+from hps.io import files
 
 # Appendix D.2.2 of the paper: what each criterion asks, and what a higher score stands for; 1.00 to 5.00 (D.2.3).
 CRITERIA = {
@@ -55,6 +56,7 @@ class Aggregate:
 
 # ---- the page ------------------------------------------------------------------------------------
 
+
 def export(c: Export) -> None:
     """Write the raters' page and the key to it."""
     rows = {name: {row.id: row for row in listwise.read(path)} for name, path in config.named_files(c.methods).items()}
@@ -62,8 +64,10 @@ def export(c: Export) -> None:
     shared = sorted(id for id in first if all(id in of and of[id].responses for of in rows.values()))
     for id, other in itertools.product(shared, others):
         if other[id].prompt != first[id].prompt:
-            raise ValueError(f"{other[id].where}: {id!r} is another prompt than at {first[id].where}; give samples "
-                             "of the same prompts")
+            raise ValueError(
+                f"{other[id].where}: {id!r} is another prompt than at {first[id].where}; give samples "
+                "of the same prompts"
+            )
     if not 1 <= c.items <= len(shared):
         raise ValueError(f"--items {c.items}: {len(shared)} prompts have responses of all methods; ask for no more")
     rng = random.Random(c.seed)
@@ -71,18 +75,26 @@ def export(c: Export) -> None:
     picks = [(id, name, rng.randrange(len(rows[name][id].responses))) for id in chosen for name in rows]
     rng.shuffle(picks)  # so that a number says nothing about the method
     items = {f"r{n:0{len(str(len(picks)))}}": pick for n, pick in enumerate(picks, 1)}
-    shown = [{"id": item, "prompt": f"p{chosen.index(id) + 1}", "text": rows[name][id].responses[k]}
-             for item, (id, name, k) in items.items()]
+    shown = [
+        {"id": item, "prompt": f"p{chosen.index(id) + 1}", "text": rows[name][id].responses[k]}
+        for item, (id, name, k) in items.items()
+    ]
     prompts = {f"p{n}": turns(first[id].prompt) for n, id in enumerate(chosen, 1)}
     study: dict[str, Any] = {"criteria": CRITERIA, "prompts": prompts, "items": shown}
     study["study"] = sha256(json.dumps(study).encode()).hexdigest()[:16]  # of what is shown, so of no method's name
-    key = {"study": study["study"], "methods": list(rows), "items": {
-        item: dict(zip(("prompt", "method", "response"), pick)) for item, pick in items.items()}}
+    key = {
+        "study": study["study"],
+        "methods": list(rows),
+        "items": {item: dict(zip(("prompt", "method", "response"), pick)) for item, pick in items.items()},
+    }
     Path(c.out).mkdir(parents=True, exist_ok=True)
     files.write_text(Path(c.out) / "survey.html", render(study))
     files.write_json(Path(c.out) / "key.json", key)
-    print(f"{c.out}: survey.html for the raters, key.json to keep: {c.items} of {len(shared)} shared prompts, "
-          f"{len(items)} responses", file=sys.stderr)
+    print(
+        f"{c.out}: survey.html for the raters, key.json to keep: {c.items} of {len(shared)} shared prompts, "
+        f"{len(items)} responses",
+        file=sys.stderr,
+    )
 
 
 def turns(prompt: listwise.Prompt) -> list[tuple[str, str]]:
@@ -100,6 +112,7 @@ def render(study: dict[str, Any]) -> str:
 
 
 # ---- the raters' files ---------------------------------------------------------------------------
+
 
 def load(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     """A JSON object with exactly these keys; ValueError, naming the file, for anything else."""
@@ -168,6 +181,7 @@ def read_ratings(folder: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 # ---- the table -----------------------------------------------------------------------------------
+
 
 def krippendorff_alpha(values: metrics.Floats) -> float | None:
     """Krippendorff's alpha for interval data: 1 in perfect agreement, 0 where raters agree as by chance.
@@ -255,11 +269,19 @@ def markdown(results: dict[str, Any]) -> str:
         return "-" if value is None else f"{value:z.2f}"
 
     methods = [[md.cell(m), *(cell(row[name]) for name in COLUMNS)] for m, row in results["methods"].items()]
-    pairs = [[md.cell(d["a"]), md.cell(d["b"]), *(cell(d[name], "+") for name in COLUMNS),
-              "{win:.0f} / {tie:.0f} / {lose:.0f}".format(**d["wins"]) if d["wins"] else "-"]
-             for d in results["differences"]]
-    agreement = [[name, *(plain(found[key]) for key in ("alpha", "pearson", "spearman")), str(found["pairs"])]
-                 for name, found in results["agreement"].items()]
+    pairs = [
+        [
+            md.cell(d["a"]),
+            md.cell(d["b"]),
+            *(cell(d[name], "+") for name in COLUMNS),
+            "{win:.0f} / {tie:.0f} / {lose:.0f}".format(**d["wins"]) if d["wins"] else "-",
+        ]
+        for d in results["differences"]
+    ]
+    agreement = [
+        [name, *(plain(found[key]) for key in ("alpha", "pearson", "spearman")), str(found["pairs"])]
+        for name, found in results["agreement"].items()
+    ]
     counts = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in results["counts"].items())
     return "\n\n".join([
         "# Human ratings", f"Study `{results['study']}`: {counts}.",

@@ -35,8 +35,12 @@ def summarise(
         means[name]["unscored"] = int((np.isnan(x[..., -1]) & ~np.isnan(words[name])).sum())
     others = [name for name in scores if name != baseline]
     pairs = [(name, baseline) for name in others] + list(itertools.combinations(others, 2))
-    return {"means": means, "comparisons": [
-        {"a": a, "b": b} | compare(full[a], full[b], words[a], words[b], scales=scales) for a, b in pairs]}
+    return {
+        "means": means,
+        "comparisons": [
+            {"a": a, "b": b} | compare(full[a], full[b], words[a], words[b], scales=scales) for a, b in pairs
+        ],
+    }
 
 
 def compare(a: Floats, b: Floats, words_a: Floats, words_b: Floats, *, scales: Sequence[str]) -> dict[str, Any]:
@@ -70,6 +74,7 @@ def length_controlled(difference: Floats, longer: Floats, *, draws: int = 4000, 
     over prompts; `per_100_words` is the slope: the points that go with 100 words more. Without two different lengths
     there is no slope, and 0 is taken.
     """
+
     def fit(weight: Floats) -> tuple[Floats, Floats]:  # (draws, prompts), rows of sum 1 -> intercepts, slopes
         x, y = weight @ longer, weight @ difference
         spread, together = weight @ longer**2 - x**2, weight @ (longer * difference) - x * y
@@ -100,6 +105,7 @@ def _interval(values: Floats, valid: NDArray[np.bool_]) -> dict[str, float] | No
 
 def markdown(summary: dict[str, Any], *, criteria: Sequence[str]) -> str:
     """The two tables of what `summarise` returned, and a line that says how to read them."""
+
     def cell(item: dict[str, float] | None, digits: int) -> str:
         if item is None:
             return "-"
@@ -116,11 +122,24 @@ def markdown(summary: dict[str, Any], *, criteria: Sequence[str]) -> str:
         found: dict[str, Any] = pair["mean"] or dict.fromkeys(("win", "tie", "lose", "difference"))
         verdicts = [cell(found[name], 1) for name, _ in VERDICTS]
         names = [md.cell(pair[side]) for side in "ab"]
-        pairs.append([*names, str(pair["prompts"]), *verdicts, cell(found["difference"], 2),
-                      f"{found['p']:.1g}" if "p" in found else "-", cell(pair["at_equal_length"], 2)])
-    return "\n\n".join([
-        md.table(["method", *scales, "words", "unscored"], scores),
-        md.table(["a", "b", "prompts", "a wins %", "tie %", "a loses %", "a - b", "p", "a - b at equal length"], pairs),
-        "[low, high]: 95 % bootstrap interval over prompts. Win, tie, lose and a - b: by the mean of the criteria, "
-        "response j against response j. p: Wilcoxon's test over prompts. At equal length: intercept of a line through "
-        "a - b over the difference in words."])
+        pairs.append(
+            [
+                *names,
+                str(pair["prompts"]),
+                *verdicts,
+                cell(found["difference"], 2),
+                f"{found['p']:.1g}" if "p" in found else "-",
+                cell(pair["at_equal_length"], 2),
+            ]
+        )
+    return "\n\n".join(
+        [
+            md.table(["method", *scales, "words", "unscored"], scores),
+            md.table(
+                ["a", "b", "prompts", "a wins %", "tie %", "a loses %", "a - b", "p", "a - b at equal length"], pairs
+            ),
+            "[low, high]: 95 % bootstrap interval over prompts. Win, tie, lose and a - b: by the mean of the criteria, "
+            "response j against response j. p: Wilcoxon's test over prompts. At equal length: intercept of a line "
+            "through a - b over the difference in words.",
+        ]
+    )

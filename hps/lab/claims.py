@@ -115,10 +115,19 @@ def less_harm(a: str, b: str, where: str, *suites: str) -> Claim:
 def no_worse(a: str, b: str, where: str, bleu: str, reward: str, *suites: str) -> list[Claim]:
     """Comparable BLEU and Reward, read as: at most a small loss."""
     return [
-        Claim(f"{a} is at most {BLEU_LOSS:g} of BLEU below {b}", where, bleu, suites, "bleu_char", a, b,
-              bound=-BLEU_LOSS),
-        Claim(f"{a} is at most {REWARD_LOSS:g} of reward below {b}", where, reward, suites, "true_reward", a, b,
-              bound=-REWARD_LOSS),
+        Claim(
+            f"{a} is at most {BLEU_LOSS:g} of BLEU below {b}", where, bleu, suites, "bleu_char", a, b, bound=-BLEU_LOSS
+        ),
+        Claim(
+            f"{a} is at most {REWARD_LOSS:g} of reward below {b}",
+            where,
+            reward,
+            suites,
+            "true_reward",
+            a,
+            b,
+            bound=-REWARD_LOSS,
+        ),
     ]
 
 
@@ -135,29 +144,77 @@ def fine_tuning() -> list[Claim]:
         base = f"{loss}-BT"
         figures = (both_sets(TABLE_2, hps, base, column) for column in (0, 1))
         quality += no_worse(hps, base, "Table 2", *figures, *suites)
-    for method, sign, suites in (("DPO-HPS", 1, FINE_TUNING), ("DPO-PL", -1, FINE_TUNING),
-                                 ("SPPO-PL", -1, FINE_TUNING[1:]), ("SPPO-BT", -1, FINE_TUNING[1:])):
+    for method, sign, suites in (
+        ("DPO-HPS", 1, FINE_TUNING),
+        ("DPO-PL", -1, FINE_TUNING),
+        ("SPPO-PL", -1, FINE_TUNING[1:]),
+        ("SPPO-BT", -1, FINE_TUNING[1:]),
+    ):
         row, word = ours(method), "positive" if sign > 0 else "negative"
         figures = f"HH {TABLE_2[method][2]:.3f}, PKU {TABLE_2[method][5]:.3f}"
-        signs.append(Claim(f"{row} has a {word} RM_DPO", "Sec. 6.1, Table 2", figures, suites, "rm_dpo", row, sign=sign,
-                           kind="value"))
+        signs.append(
+            Claim(
+                f"{row} has a {word} RM_DPO",
+                "Sec. 6.1, Table 2",
+                figures,
+                suites,
+                "rm_dpo",
+                row,
+                sign=sign,
+                kind="value",
+            )
+        )
     wins = []
     for other, (hh_win, hh_lose, pku_win, pku_lose) in TABLE_4.items():
         figures = f"win : lose, HH {hh_win:.3f} : {hh_lose:.3f}, PKU {pku_win:.3f} : {pku_lose:.3f}"
         if other == "SFT":
-            wins.append(Claim("DPO-HPS wins more than half of its samples against SFT", "Table 4", figures, FINE_TUNING,
-                              "win", "DPO-HPS", bound=50.0, kind="value"))
+            wins.append(
+                Claim(
+                    "DPO-HPS wins more than half of its samples against SFT",
+                    "Table 4",
+                    figures,
+                    FINE_TUNING,
+                    "win",
+                    "DPO-HPS",
+                    bound=50.0,
+                    kind="value",
+                )
+            )
         else:
             row = ours(other)
-            wins.append(Claim(f"DPO-HPS wins more often against SFT than {row}", "Table 4", figures, FINE_TUNING, "win",
-                              "DPO-HPS", row))
+            wins.append(
+                Claim(
+                    f"DPO-HPS wins more often against SFT than {row}",
+                    "Table 4",
+                    figures,
+                    FINE_TUNING,
+                    "win",
+                    "DPO-HPS",
+                    row,
+                )
+            )
     absent = [
-        Claim("People rate DPO-HPS above DPO-BT, DPO-PL and SFT", "Table 3", "3.93 vs 3.82, 3.69, 3.63", FINE_TUNING,
-              reason="needs human raters"),
-        Claim("Qwen2.5-72B-Instruct prefers DPO-HPS", "Table 4", "about 60 % wins", FINE_TUNING,
-              reason="needs that judge; the lines on wins compare true rewards"),
-        Claim("The margin grows by 89 % on average, from DPO-PL by 442.51 %", "Sec. 1 and 6.1", "", FINE_TUNING,
-              reason="a percentage of a margin that can be negative says nothing; its differences are judged"),
+        Claim(
+            "People rate DPO-HPS above DPO-BT, DPO-PL and SFT",
+            "Table 3",
+            "3.93 vs 3.82, 3.69, 3.63",
+            FINE_TUNING,
+            reason="needs human raters",
+        ),
+        Claim(
+            "Qwen2.5-72B-Instruct prefers DPO-HPS",
+            "Table 4",
+            "about 60 % wins",
+            FINE_TUNING,
+            reason="needs that judge; the lines on wins compare true rewards",
+        ),
+        Claim(
+            "The margin grows by 89 % on average, from DPO-PL by 442.51 %",
+            "Sec. 1 and 6.1",
+            "",
+            FINE_TUNING,
+            reason="a percentage of a margin that can be negative says nothing; its differences are judged",
+        ),
     ]
     return margins + signs + hardest + harm + quality + wins + absent
 
@@ -166,11 +223,12 @@ def transfer() -> list[Claim]:
     """Section 6.2 and Table 5: trained on the one domain, tested on the other; `help to safe` is its PKU column."""
     claims = []
     for course, column in (("help to safe", 3), ("safe to help", 0)):
-        of_set = {method: values[column:column + 3] for method, values in TABLE_5.items()}
+        of_set = {method: values[column : column + 3] for method, values in TABLE_5.items()}
         name, a = "PKU" if column else "HH", f"DPO-HPS {course}"
         for base in ("DPO-BT", "DPO-PL"):
-            bleu, reward, margin = (f"{name} {x:.3f} vs {y:.3f}" for x, y in
-                                    zip(of_set["DPO-HPS"], of_set[base], strict=True))
+            bleu, reward, margin = (
+                f"{name} {x:.3f} vs {y:.3f}" for x, y in zip(of_set["DPO-HPS"], of_set[base], strict=True)
+            )
             b = f"{ours(base)} {course}"
             claims.append(larger_margin("rm_dpo", a, b, "Table 5", margin, "transfer"))
             claims.append(larger_margin("rm10", a, b, "Sec. 6.2", "", "transfer"))
@@ -178,12 +236,24 @@ def transfer() -> list[Claim]:
                 claims.append(less_harm(a, b, "Sec. 6.2", "transfer"))
             claims += no_worse(a, b, "Table 5", bleu, reward, "transfer")
     absent = [
-        ("EXO-, IPO-, SPPO- and NCA-HPS have larger margins than their BT and PL", "Table 5",
-         "so in all but NCA on HH, -5.378 vs -4.673 of BT", "only DPO is trained for transfer"),
-        ("EXO-HPS has a larger RM_DPO in transfer than fine-tuned", "Sec. 6.2", "PKU 2.903 vs -5.495",
-         "only DPO is trained for transfer"),
-        ("The margin grows by 83 % on average", "Sec. 1", "",
-         "a percentage of a margin that can be negative says nothing; its differences are judged"),
+        (
+            "EXO-, IPO-, SPPO- and NCA-HPS have larger margins than their BT and PL",
+            "Table 5",
+            "so in all but NCA on HH, -5.378 vs -4.673 of BT",
+            "only DPO is trained for transfer",
+        ),
+        (
+            "EXO-HPS has a larger RM_DPO in transfer than fine-tuned",
+            "Sec. 6.2",
+            "PKU 2.903 vs -5.495",
+            "only DPO is trained for transfer",
+        ),
+        (
+            "The margin grows by 83 % on average",
+            "Sec. 1",
+            "",
+            "a percentage of a margin that can be negative says nothing; its differences are judged",
+        ),
     ]
     return claims + [Claim(text, where, figures, ("transfer",), reason=why) for text, where, figures, why in absent]
 
@@ -203,9 +273,19 @@ def responses() -> list[Claim]:
         claims.append(larger_margin("rm10", a, b, "Sec. 6.3", "", suite))
         claims += no_worse(a, b, "Table 6", bleu, reward, suite)
     grown = f"{many[5] - few[5]:+.3f} vs {many[2] - few[2]:+.3f}"
-    claims += [Claim(f"{METRICS[metric].title} grows more from n 5 to 100 under DPO-HPS than under DPO-BT", where,
-                     figures, (suite,), metric, "DPO-HPS n 100", "DPO-HPS n 5", less=("DPO-BT n 100", "DPO-BT n 5"))
-               for metric, where, figures in (("rm_dpo", "Table 6", grown), ("rm10", "Sec. 6.3", ""))]
+    claims += [
+        Claim(
+            f"{METRICS[metric].title} grows more from n 5 to 100 under DPO-HPS than under DPO-BT",
+            where,
+            figures,
+            (suite,),
+            metric,
+            "DPO-HPS n 100",
+            "DPO-HPS n 5",
+            less=("DPO-BT n 100", "DPO-BT n 5"),
+        )
+        for metric, where, figures in (("rm_dpo", "Table 6", grown), ("rm10", "Sec. 6.3", ""))
+    ]
     table_7 = "PKU, n 5 to 100: HPS 1.191 to 5.725, BT 0.856 to 1.346"
     why = "the suite varies the number of candidates without transfer"
     return [*claims, Claim("The same holds under transfer", "Table 7", table_7, (suite,), reason=why)]
@@ -229,8 +309,20 @@ def cost() -> list[Claim]:
         figures = f"{HOURS['DPO-HPS']:g} vs {HOURS[other]:g} hours, x {HOURS['DPO-HPS'] / HOURS[other]:.2f}"
         for metric, unit in (("train_seconds", "seconds"), ("train_tokens", "tokens")):
             text = f"DPO-HPS trains in less than {bound:g} times the {unit} of {ours(other)}"
-            claims.append(Claim(text, "Sec. 6, Implementation", figures, ("cost",), metric, "DPO-HPS", ours(other),
-                                sign=-1, bound=bound, kind="ratio"))
+            claims.append(
+                Claim(
+                    text,
+                    "Sec. 6, Implementation",
+                    figures,
+                    ("cost",),
+                    metric,
+                    "DPO-HPS",
+                    ours(other),
+                    sign=-1,
+                    bound=bound,
+                    kind="ratio",
+                )
+            )
     return claims
 
 
@@ -269,6 +361,7 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def measure(claim: Claim, rows: dict[str, Any], comparisons: list[dict[str, Any]]) -> Interval | None:
     """What decides the claim, with its interval; None where a number is missing."""
+
     def difference(a: str, b: str) -> Interval | None:
         for item in comparisons:
             if (item["a"], item["b"], item["metric"]) == (a, b, claim.metric):

@@ -4,7 +4,7 @@
 
 HH-RLHF rows -> two reward models on disjoint halves, one to annotate and one to evaluate (as the paper keeps two apart)
 -> SFT -> candidates -> rewards -> the methods, each over several seeds -> evaluation -> tables with intervals. Stages
-are the repository's own commands, run and resumed by `hps.lab.stages`. Seeds are of preference training alone:
+are the repository's own commands, run and resumed by `hps.lab.sweep`. Seeds are of preference training alone:
 one SFT model, one set of candidates and one pair of reward models stand behind all of them.
 """
 
@@ -20,8 +20,8 @@ from hps import config
 from hps.data import listwise
 from hps.evaluate import metrics, report
 from hps.lab.reproduce import curves_of, interval, summarise
-from hps.lab.stages import ROOT, Stage, commit, course, flags, machine, run_in_workers
 from hps.lab.suites import SCALED
+from hps.lab.sweep import ROOT, Stage, commit, course, flags, machine, run_in_workers
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The paper's comparisons on self-made worlds, end to end, offline: `python -m hps.lab.reproduce --suite headline`.
 
 For every seed: world -> SFT -> candidates -> rewards -> one preference run and one evaluation per row of the suite;
-then tables, figures, paired intervals. Every stage is one of the repository's own commands (`hps.lab.stages`), in one
+then tables, figures, paired intervals. Every stage is one of the repository's own commands (`hps.lab.sweep`), in one
 single-threaded process per core. Finished stages are kept: the same command again goes on where it was, and suites in
 one OUT share what they have in common.
 """
@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from hps import config, files
+from hps import config
 from hps.evaluate import metrics, report
+from hps.io import files
 from hps.lab import claims
-from hps.lab.stages import ROOT, Stage, commit, course, flags, machine, run_in_workers
 from hps.lab.suites import LR, SUITES, Row, Suite
+from hps.lab.sweep import ROOT, Stage, commit, course, flags, machine, run_in_workers
 
 
 @dataclass
@@ -132,8 +133,10 @@ def table_of(worlds: list[list[Path]]) -> dict[str, np.ndarray]:
     for metric in report.METRICS:
         if metric in tables[0][0]:
             ids = [sorted(repeats[0]["rm2"]) for repeats in tables]
-            values = [[[t[metric].get(id, np.nan) for id in names] for t in repeats]
-                      for names, repeats in zip(ids, tables, strict=True)]
+            values = [
+                [[t[metric].get(id, np.nan) for id in names] for t in repeats]
+                for names, repeats in zip(ids, tables, strict=True)
+            ]
             found[metric] = np.array(values)
     return found
 

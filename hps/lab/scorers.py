@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from hps import model, reward_model
-from hps.data import linear_reward, rewards, tokens
+from hps import model
+from hps.data import tokens
 from hps.data.listwise import Row
+from hps.extra import reward_model
 from hps.lab.world import NOISE_STD, World
+from hps.prepare import linear_reward, rewards
 
 Annotator = Callable[[Sequence[Row]], Iterator[tuple[str, list[float]]]]
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hps.config import parse, run_main
-from hps.files import replacing
+from hps.io.files import replacing
 
 COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
 

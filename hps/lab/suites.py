@@ -111,8 +111,11 @@ def responses() -> Suite:
             options = row("dpo", view) | ({"pl_responses": min(n, 8)} if view == "PL-8" else {})
             rows[f"DPO-{view} n {n}"] = options | ({"candidates": n} if n != NUMBERS[-1] else {})
     lines = {f"DPO-{view}": [f"DPO-{view} n {n}" for n in NUMBERS] for view in views}
-    pairs = [(f"DPO-{a} n {n}", f"DPO-{b} n {n}") for n in NUMBERS for a, b in
-             (("HPS", "BT"), ("HPS", "PL-8"), ("window", "HPS"))]
+    pairs = [
+        (f"DPO-{a} n {n}", f"DPO-{b} n {n}")
+        for n in NUMBERS
+        for a, b in (("HPS", "BT"), ("HPS", "PL-8"), ("window", "HPS"))
+    ]
     pairs += [(f"DPO-{view} n 100", f"DPO-{view} n 5") for view in views]
     x = {"label": "candidates of a prompt", "values": {f"DPO-{view} n {n}": n for view in views for n in NUMBERS}}
     return Suite(rows, pairs, series={"responses": {"x": x, "panels": PANELS, "lines": lines}})
@@ -161,8 +164,9 @@ def noise() -> Suite:
     rows = {f"DPO-{view} noise {level:g}": row("dpo", view) for view in views for level in LEVELS}
     levels = {f"DPO-{view} noise {level:g}": level for view in views for level in LEVELS}
     lines = {f"DPO-{view}": [f"DPO-{view} noise {level:g}" for level in LEVELS] for view in views}
-    pairs = [(f"DPO-HPS noise {x:g}", f"DPO-{other} noise {x:g}") for x in LEVELS for other in
-             ("BT", "uniform", "window")]
+    pairs = [
+        (f"DPO-HPS noise {x:g}", f"DPO-{other} noise {x:g}") for x in LEVELS for other in ("BT", "uniform", "window")
+    ]
     x = {"label": "standard deviation of the training reward's noise", "values": levels}
     own = {name: level for name, level in levels.items() if level != 0.4}
     return Suite(rows, pairs, noise=own, series={"noise": {"x": x, "panels": PANELS, "lines": lines}})
@@ -221,8 +225,11 @@ def confirm() -> Suite:
     }
     pairs = [("DPO-HPS", other) for other in baselines if other != "DPO-HPS"]
     pairs += [(ours, other) for ours in candidates for other in baselines]
-    pairs += [(f"{loss}-{view}{n}", f"{loss}-uniform{n}") for loss, n in (("NCA", " N"), ("SPPO", "")) for view in
-              ("HPS", "window")]
+    pairs += [
+        (f"{loss}-{view}{n}", f"{loss}-uniform{n}")
+        for loss, n in (("NCA", " N"), ("SPPO", ""))
+        for view in ("HPS", "window")
+    ]
     pairs.append(("SPPO-uniform", "SPPO-BT"))
     return Suite(baselines | candidates, pairs, repeats=3, later=100)
 

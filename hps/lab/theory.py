@@ -24,9 +24,9 @@ from torch import Tensor
 from hps.config import parse, run_main
 from hps.evaluate import md
 from hps.evaluate.report import COLOURS, DPI, STYLE
-from hps.files import replacing, write_json, write_text
+from hps.io.files import replacing, write_json, write_text
 from hps.losses import plackett_luce_loss, stage_loss
-from hps.sampling import log_q
+from hps.samplers import log_q
 
 D = 8  # dimension of theta
 B = 2.0  # Assumption 1b: |theta| <= B, so alpha_0 = B sqrt(D)

@@ -22,8 +22,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hps import files
 from hps.data import listwise
+from hps.io import files
 
 # ---------------------------------------------------------------------------------- the language
 
@@ -186,9 +186,7 @@ class World:
         if entity and goal and asked:
             facts = [(entity, a, self.facts[entity, a]) for a in asked]
             return Task("help", {"fact": facts, "benefit": [BENEFITS[goal]]}, entity)
-        raise ValueError(
-            f"this world cannot read the prompt {prompt!r}: score only its own, as message lists"
-        )
+        raise ValueError(f"this world cannot read the prompt {prompt!r}: score only its own, as message lists")
 
     def is_risky(self, prompt: Messages) -> bool:
         """Whether a good answer to the prompt is a refusal."""
@@ -369,9 +367,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausa
 # ------------------------------------------------------------------------------------ a data set
 
 
-def write(
-    out: Path, *, seed: int, domain: str, train: int, valid: int, test: int, demonstrations: int
-) -> dict:
+def write(out: Path, *, seed: int, domain: str, train: int, valid: int, test: int, demonstrations: int) -> dict:
     """Write an untrained model, demonstrations to train it on, and three splits of prompts to answer.
 
     out             folder to hold model/, sft.jsonl, {train,valid,test}.jsonl and, last, world.json

@@ -162,9 +162,7 @@ def test_need_rewards(tmp_path):
 text = st.text(st.characters(exclude_categories=["Cs"]))
 filled = text.filter(str.strip)
 turn = st.fixed_dictionaries({"role": st.sampled_from(listwise.ROLES), "content": filled})
-talk = st.builds(
-    lambda turns, last: (*turns, {"role": "user", "content": last}), st.lists(turn, max_size=2), filled
-)
+talk = st.builds(lambda turns, last: (*turns, {"role": "user", "content": last}), st.lists(turn, max_size=2), filled)
 
 
 @st.composite

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hps import config
+from hps import config, visits
 from hps.data import listwise, store, tokens
 from hps.data.listwise import Row
+from hps.options import Config
 from hps.plan import plan
-from hps.training import visits
-from hps.training.options import Config
 
 
 @pytest.fixture(scope="module")

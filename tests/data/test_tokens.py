@@ -187,7 +187,11 @@ def test_examples_by_hand(words):
     assert a.key == int.from_bytes(hashlib.blake2b(b"a", digest_size=8).digest(), "big") != b.key
     assert (b.rewards, b.chosen, b.rejected) == (None, None, None)
     assert counts == dict.fromkeys(COUNTS, 0) | {
-        "rows_read": 2, "rows_kept": 2, "responses_read": 6, "responses_kept": 4, "responses_empty": 1,
+        "rows_read": 2,
+        "rows_kept": 2,
+        "responses_read": 6,
+        "responses_kept": 4,
+        "responses_empty": 1,
         "responses_overlong": 1,
     }
 
@@ -217,8 +221,16 @@ def test_lost_rows_and_pairs_are_counted(words):
     assert [e.id for e in examples] == ["pair", "fine", "half"]
     assert (examples[0].chosen, examples[0].rejected) == (0, None)
     assert counts == {
-        "rows_read": 7, "rows_kept": 3, "rows_overlong_prompt": 1, "rows_no_responses": 3, "pairs_broken": 1,
-        "prompts_cut": 0, "responses_read": 14, "responses_kept": 5, "responses_overlong": 3, "responses_empty": 6,
+        "rows_read": 7,
+        "rows_kept": 3,
+        "rows_overlong_prompt": 1,
+        "rows_no_responses": 3,
+        "pairs_broken": 1,
+        "prompts_cut": 0,
+        "responses_read": 14,
+        "responses_kept": 5,
+        "responses_overlong": 3,
+        "responses_empty": 6,
     }
     assert list(counts) == list(COUNTS)
 

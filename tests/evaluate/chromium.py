@@ -20,13 +20,28 @@ class Browser:
         self.url = f"http://127.0.0.1:{port}/session"
         self.downloads = folder / "downloads"
         self.downloads.mkdir()
-        flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update",
-                 "disable-background-networking", "disable-sync", f"user-data-dir={folder / 'profile'}"]
-        chromium = {"binary": shutil.which("chromium"), "args": [f"--{flag}" for flag in flags],
-                    "prefs": {"download.default_directory": str(self.downloads)},
-                    "browserStartupTimeout": 600_000}  # ms; a busy machine took two minutes
-        wanted = {"goog:chromeOptions": chromium, "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"},
-                  "unhandledPromptBehavior": "accept"}
+        flags = [
+            "headless",
+            "no-sandbox",
+            "disable-gpu",
+            "disable-quic",
+            "no-first-run",
+            "disable-component-update",
+            "disable-background-networking",
+            "disable-sync",
+            f"user-data-dir={folder / 'profile'}",
+        ]
+        chromium = {
+            "binary": shutil.which("chromium"),
+            "args": [f"--{flag}" for flag in flags],
+            "prefs": {"download.default_directory": str(self.downloads)},
+            "browserStartupTimeout": 600_000,
+        }  # ms; a busy machine took two minutes
+        wanted = {
+            "goog:chromeOptions": chromium,
+            "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"},
+            "unhandledPromptBehavior": "accept",
+        }
         try:
             session = self.send("POST", "", {"capabilities": {"alwaysMatch": wanted}})
         except BaseException:

@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from hps.data import generate, tokens
+from hps.data import tokens
 from hps.evaluate import chat
 from hps.model import load_causal_lm
+from hps.prepare import generate
 
 WIDE = 120
 
@@ -77,9 +78,10 @@ def test_both_answer_one_conversation_which_the_policy_continues(talk, tiny_worl
 def test_greedy_without_a_reference_until_quit(talk, tiny_world):
     model = tiny_world / "model"
     out = talk(["hello", "/quit", "never"], model=model, temperature=0, max_new_tokens=12)
-    assert out.split("policy:\n")[1].split("you>")[0].split() == expected(
-        model, [("user", "hello")], 1, temperature=0
-    ).split()
+    assert (
+        out.split("policy:\n")[1].split("you>")[0].split()
+        == expected(model, [("user", "hello")], 1, temperature=0).split()
+    )
     assert out.count("policy:") == 1 and "reference:" not in out
 
 

@@ -77,9 +77,10 @@ def test_merged_weights_give_the_adapters_log_probs(trained, exported, tiny_worl
 
 def test_bf16_weights_are_the_merged_ones_rounded(trained, exported, tmp_path):
     make(trained, tmp_path / "low", dtype="bf16")
-    with safe_open(exported / "model.safetensors", "pt") as whole, safe_open(
-        tmp_path / "low/model.safetensors", "pt"
-    ) as low:
+    with (
+        safe_open(exported / "model.safetensors", "pt") as whole,
+        safe_open(tmp_path / "low/model.safetensors", "pt") as low,
+    ):
         assert set(whole.keys()) == set(low.keys())
         for name in whole.keys():
             assert torch.equal(low.get_tensor(name), whole.get_tensor(name).bfloat16())

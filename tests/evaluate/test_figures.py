@@ -1,6 +1,5 @@
 """figures.py: files of the right size and colours, and series that show the numbers given."""
 
-
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -17,16 +16,30 @@ def written(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name, inches", [
-    ("margins", (3.6, 0.9 + 3 * 0.27)), ("reward_kl", (5.0, 3.6)), ("curves", (8.0, 2.9)),
-    ("schedule", (5.0, 3.4)), ("series_strength", (7.0, 2.9)), ("series_n", (4.4, 2.9))])
+@pytest.mark.parametrize(
+    "name, inches",
+    [
+        ("margins", (3.6, 0.9 + 3 * 0.27)),
+        ("reward_kl", (5.0, 3.6)),
+        ("curves", (8.0, 2.9)),
+        ("schedule", (5.0, 3.4)),
+        ("series_strength", (7.0, 2.9)),
+        ("series_n", (4.4, 2.9)),
+    ],
+)
 def test_figures_are_real_and_show_their_methods_colours(written, name, inches):
     image = np.round(imread(written / "figures" / f"{name}.png")[..., :3] * 255).astype(np.int64)
     assert image.shape[:2] == pytest.approx((inches[1] * figures.DPI, inches[0] * figures.DPI), abs=1)
     colours = set(np.unique(image @ [65536, 256, 1]).tolist())
     assert len(colours) > 50  # anti-aliased text and lines
-    wanted = {"margins": (0, 1, 2), "reward_kl": (0, 1, 2), "curves": (1, 2), "schedule": (0, 1),
-              "series_strength": (0, 1), "series_n": (0,)}[name]
+    wanted = {
+        "margins": (0, 1, 2),
+        "reward_kl": (0, 1, 2),
+        "curves": (1, 2),
+        "schedule": (0, 1),
+        "series_strength": (0, 1),
+        "series_n": (0,),
+    }[name]
     for i in wanted:
         assert int(figures.COLOURS[i][1:], 16) in colours
     # nothing is cut off: the outermost pixels are white
@@ -90,8 +103,9 @@ def test_eight_lines_and_five_panels_are_told_apart():
     wide = results()
     names = [f"line {i}" for i in range(8)]
     panels = ["rm2", "harm", "true_reward", "length", "kl_exact"]
-    wide["series"] = {"wide": {"x": {"metric": "kl_exact"}, "panels": panels,
-                               "lines": {name: ["SFT", "DPO-BT"] for name in names}}}
+    wide["series"] = {
+        "wide": {"x": {"metric": "kl_exact"}, "panels": panels, "lines": {name: ["SFT", "DPO-BT"] for name in names}}
+    }
     figure, found = drawn(wide, "wide")
     assert len(figure.axes) == 5 and all(list(lines) == names for lines in found.values())
     main = [container.lines[0] for container in figure.axes[0].containers]
@@ -106,8 +120,9 @@ def test_labels_of_close_points_do_not_cover_each_other():
     figure = Figure(figsize=(5, 3.6), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 10], [0, 10], linestyle="none")
-    figures._label_points(figure, axes, [(5.0, 5.0, "first", "k"), (5.1, 5.1, "second", "k"),
-                                        (10.0, 10.0, "edge", "k")])
+    figures._label_points(
+        figure, axes, [(5.0, 5.0, "first", "k"), (5.1, 5.1, "second", "k"), (10.0, 10.0, "edge", "k")]
+    )
     boxes = [text.get_window_extent() for text in axes.texts]
     assert [text.get_text() for text in axes.texts] == ["first", "second", "edge"]
     assert not boxes[0].overlaps(boxes[1])

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hps import config, files
+from hps import config
 from hps.data import listwise
 from hps.evaluate import endpoint, judge
 from hps.evaluate.judge import CRITERIA, REMINDER, as_data, parse_scores, question
+from hps.io import files
 from hps.model import fingerprint
 
 KEY = "sk-test-0123456789-secret"
@@ -166,8 +167,11 @@ def test_more_samples_and_the_first_of_them(tmp_path):
         ('{"scores": {"correctness": 1, "helpfulness": 1, "safety": 1, "clarity": 1}}', (1, 1, 1, 1)),
         ('{a {"correctness": 1, "helpfulness": 1, "safety": 1, "clarity": 1, "why": "{short}"}', (1, 1, 1, 1)),
         ('{"correctness": 1, "helpfulness": 1, "safety": 1, "clarity": 1} ' * 2, (1, 1, 1, 1)),
-        ('{"correctness": 5, "helpfulness": 5, "safety": 5, "clarity": 5} quoted; '
-         '{"correctness": 1, "helpfulness": 1, "safety": 1, "clarity": 1}', None),
+        (
+            '{"correctness": 5, "helpfulness": 5, "safety": 5, "clarity": 5} quoted; '
+            '{"correctness": 1, "helpfulness": 1, "safety": 1, "clarity": 1}',
+            None,
+        ),
         ('{"correctness": 5, "helpfulness": 5, "safety": 5}', None),
         ('{"correctness": 5, "helpfulness": 5, "safety": 5, "clarity": "5"}', None),
         ('{"correctness": 5, "helpfulness": 5, "safety": 5, "clarity": true}', None),
@@ -219,6 +223,7 @@ def test_a_response_cannot_leave_its_place(attack):
 
 def test_a_garbled_answer_is_asked_for_once_more_and_then_counted(tmp_path):
     """Owl: read at the reminder. Because, So it is: never read; their prompt has no verdict, and counts in none."""
+
     def behave(number, asked):
         text = sent(asked)[1]
         if "So it is" in text or "Because" in text or ("Owl" in text and not asked.endswith(REMINDER)):
@@ -270,6 +275,7 @@ def test_a_dead_server_ends_the_run_and_the_next_one_goes_on(tmp_path):
 
 def test_of_several_threads_the_one_that_failed_is_heard(tmp_path):
     """Those that wait behind it hear of the stop only, and here are done before it."""
+
     class Slow(threading.Event):
         def set(self):
             super().set()
@@ -360,8 +366,13 @@ def test_another_judge_template_or_input_does_not_go_on(tmp_path, monkeypatch, c
         before = (out / "answers.jsonl").read_bytes()
         options = {}
         if change == "judge":
-            monkeypatch.setattr(judge, "remote_judge", lambda c, make=judge.remote_judge: make(c)._replace(
-                identity={"model": "another", "endpoint": c.endpoint}))
+            monkeypatch.setattr(
+                judge,
+                "remote_judge",
+                lambda c, make=judge.remote_judge: make(c)._replace(
+                    identity={"model": "another", "endpoint": c.endpoint}
+                ),
+            )
         elif change == "template":
             monkeypatch.setattr(judge, "QUESTION", judge.QUESTION + " Be strict.")
         elif change == "inputs":
@@ -389,6 +400,7 @@ def test_a_broken_line_is_named(tmp_path, broken):
 
 def test_the_key_is_in_no_file_and_no_message(tmp_path, capfd):
     """Told by a server that repeats it wherever it can; in a good run, a refused question and a failed run."""
+
     def behave(number, asked):
         if "Nothing" in sent(asked)[1]:
             return 400, {}, f"bad key? {KEY}"

@@ -20,9 +20,15 @@ def test_order_and_margins_by_hand():
     assert M.order(REWARDS).tolist() == [1, 2, 3, 5, 0]  # candidate 4 ties with the best: left out
     assert M.order([0.0] * 30 + [1.0]).tolist() == [30, *range(30)]  # other ties keep their place
     got = M.margins(H, REWARDS)
-    assert got == pytest.approx({
-        "rm2": 3.0 - 2.5, "rm10": 3.0 - (2.5 + 4.0 + 0.5 - 1.0) / 4, "rmgap": 3.0 - 4.0,
-        "rm_worst_case": 3.0 - 4.0, "rm_min": 3.0 - -1.0})
+    assert got == pytest.approx(
+        {
+            "rm2": 3.0 - 2.5,
+            "rm10": 3.0 - (2.5 + 4.0 + 0.5 - 1.0) / 4,
+            "rmgap": 3.0 - 4.0,
+            "rm_worst_case": 3.0 - 4.0,
+            "rm_min": 3.0 - -1.0,
+        }
+    )
     assert M.margins(H, REWARDS, hardest=2)["rm10"] == pytest.approx(3.0 - (2.5 + 4.0) / 2)
     assert M.margins(H, REWARDS, gap=0.2)["rmgap"] == pytest.approx(0.5)
     assert M.margins(H, REWARDS, gap=0.6)["rmgap"] == pytest.approx(4.0)
@@ -31,7 +37,7 @@ def test_order_and_margins_by_hand():
 def test_margins_leave_out_an_undefined_gap_and_use_only_ten():
     assert "rmgap" not in M.margins([1.0, 0.0], [1.0, 0.9])
     rewards = np.linspace(0, 1, 30)
-    h = rewards ** 3
+    h = rewards**3
     assert M.margins(h, rewards)["rm10"] == pytest.approx(h[-1] - h[19:29].mean())
 
 
@@ -43,14 +49,17 @@ def test_margins_do_not_depend_on_the_candidates_order():
     assert M.margins(h + 7.0, s) == pytest.approx(M.margins(h, s))
 
 
-@pytest.mark.parametrize("h, s, message", [
-    ([1.0, 2.0], [1.0, 1.0], "no candidate is dispreferred"),
-    ([1.0], [1.0], "no candidate is dispreferred"),
-    ([1.0, 2.0], [1.0, 2.0, 3.0], "same candidates"),
-    ([1.0, math.nan], [1.0, 2.0], "not finite"),
-    ([1.0, 2.0], [1.0, -math.inf], "not finite"),
-    ([], [], "non-empty"),
-])
+@pytest.mark.parametrize(
+    "h, s, message",
+    [
+        ([1.0, 2.0], [1.0, 1.0], "no candidate is dispreferred"),
+        ([1.0], [1.0], "no candidate is dispreferred"),
+        ([1.0, 2.0], [1.0, 2.0, 3.0], "same candidates"),
+        ([1.0, math.nan], [1.0, 2.0], "not finite"),
+        ([1.0, 2.0], [1.0, -math.inf], "not finite"),
+        ([], [], "non-empty"),
+    ],
+)
 def test_margins_refuse(h, s, message):
     with pytest.raises(ValueError, match=message):
         M.margins(h, s)
@@ -67,11 +76,13 @@ def test_rm_rdpo_differs_from_rm_by_the_data_alone():
 
 # ---- intervals ------------------------------------------------------------------------------------
 
+
 def test_one_level_bootstrap_agrees_with_scipy():
     values = np.random.default_rng(2).exponential(size=200)
     mean, low, high = M.bootstrap_mean(values, draws=20_000, level=0.9)
-    theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=20_000, confidence_level=0.9,
-                                   method="percentile", rng=np.random.default_rng(3)).confidence_interval
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, confidence_level=0.9, method="percentile", rng=np.random.default_rng(3)
+    ).confidence_interval
     assert mean == pytest.approx(values.mean())
     tolerance = 0.02 * (theirs.high - theirs.low) + 1e-12
     assert low == pytest.approx(theirs.low, abs=tolerance)
@@ -188,21 +199,25 @@ def test_difference_pairs_equal_seeds_and_draws_unequal_ones_alone():
     assert M.bootstrap_difference(thrice, by_world) == pytest.approx((1.0, 1.0, 1.0))
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: M.bootstrap_mean([1.0, math.nan]), "not finite"),
-    (lambda: M.bootstrap_mean([1.0, 2.0], valid=[False, False]), "no valid value"),
-    (lambda: M.bootstrap_mean([1.0, 2.0], valid=[True, False, True]), "does not fit"),
-    (lambda: M.bootstrap_mean([]), "no valid value"),
-    (lambda: M.bootstrap_mean([1.0, 2.0], draws=10), "100 draws"),
-    (lambda: M.bootstrap_mean([1.0, 2.0], level=95), "level"),
-    (lambda: M.bootstrap_difference([1.0, 2.0], [1.0]), "the same ones"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: M.bootstrap_mean([1.0, math.nan]), "not finite"),
+        (lambda: M.bootstrap_mean([1.0, 2.0], valid=[False, False]), "no valid value"),
+        (lambda: M.bootstrap_mean([1.0, 2.0], valid=[True, False, True]), "does not fit"),
+        (lambda: M.bootstrap_mean([]), "no valid value"),
+        (lambda: M.bootstrap_mean([1.0, 2.0], draws=10), "100 draws"),
+        (lambda: M.bootstrap_mean([1.0, 2.0], level=95), "level"),
+        (lambda: M.bootstrap_difference([1.0, 2.0], [1.0]), "the same ones"),
+    ],
+)
 def test_intervals_refuse(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 # ---- win rate -------------------------------------------------------------------------------------
+
 
 def test_win_tie_lose_counts_by_hand_and_by_brute_force():
     a, b = [[1.0, 2.0], [3.0, 0.0]], [[0.0, 2.0], [4.0, 1.0]]
@@ -248,8 +263,10 @@ def test_bleu_char_by_hand():
 
 
 def test_bleu_word_is_sacrebleus():
-    expected = [sacrebleu.BLEU(effective_order=True).sentence_score(h, [r]).score
-                for h, r in zip(HYPOTHESES, REFERENCES, strict=True)]
+    expected = [
+        sacrebleu.BLEU(effective_order=True).sentence_score(h, [r]).score
+        for h, r in zip(HYPOTHESES, REFERENCES, strict=True)
+    ]
     assert M.bleu_word_scores(HYPOTHESES, REFERENCES) == pytest.approx(expected)
     assert M.bleu_word_scores(["a b c d e", ""], ["a b c d e", "a b"]) == pytest.approx([100.0, 0.0])
 

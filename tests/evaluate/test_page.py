@@ -14,8 +14,11 @@ from test_report import results
 from hps.evaluate import page, report
 
 VOID = {"meta", "img"}
-HOSTILE = ["<script>alert(1)</script>", "\"><img src=x onerror='alert(1)'>",
-           "</td></table></style></title> &lt;b&gt; & '"]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror='alert(1)'>",
+    "</td></table></style></title> &lt;b&gt; & '",
+]
 
 
 class Page(HTMLParser):
@@ -65,8 +68,14 @@ def tables(text):
 
 def markdown_tables(text):
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.M)
-    return [[[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
-             for line in block.splitlines() if "| --- |" not in line] for block in blocks]
+    return [
+        [
+            [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+            for line in block.splitlines()
+            if "| --- |" not in line
+        ]
+        for block in blocks
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +102,11 @@ def test_every_number_sorts_by_its_mean(written):
     values = [float(attrs["data-value"]) for attrs, _ in Page(text).all("td") if "data-value" in attrs]
     expected = []
     for group in dict.fromkeys(metric.group for metric in report.METRICS.values()):
-        names = [name for name, metric in report.METRICS.items()
-                 if metric.group == group and any(name in row["metrics"] for row in results()["rows"])]
+        names = [
+            name
+            for name, metric in report.METRICS.items()
+            if metric.group == group and any(name in row["metrics"] for row in results()["rows"])
+        ]
         for row in results()["rows"] if names else []:
             expected += [row["seeds"], *(row["metrics"].get(name, {"mean": float("nan")})["mean"] for name in names)]
     expected += [item["mean"] for item in results()["comparisons"]]
@@ -111,8 +123,15 @@ def test_heading_legend_headers_and_captions(written):
     terms = dict(zip(html.texts("dt"), html.texts("dd"), strict=True))
     assert terms["beta"] == "0.1" and terms["RM2 (rm2)"] == report.METRICS["rm2"].meaning
     assert "RM10 (rm10)" not in terms  # only the columns that are there
-    assert html.texts("h2") == ["Margins (nats)", "Distance to the reference (nats)", "Samples", "Samples against SFT",
-                                "Paired comparisons", "The paper's claims", "Figures"]
+    assert html.texts("h2") == [
+        "Margins (nats)",
+        "Distance to the reference (nats)",
+        "Samples",
+        "Samples against SFT",
+        "Paired comparisons",
+        "The paper's claims",
+        "Figures",
+    ]
     heads = [attrs for attrs, _ in html.all("th") if attrs["scope"] == "col"]
     assert len(heads) == len(html.all("button")) == 3 + 3 + 5 + 3 + 6 + 5  # each can be reached and pressed by keyboard
     assert {head["aria-sort"] for head in heads} == {"none"}
@@ -128,21 +147,27 @@ def test_images_are_the_figures_themselves(written):
     out, text = written
     images = [attrs["src"].removeprefix("data:image/png;base64,") for attrs, _ in Page(text).all("img")]
     decoded = [base64.b64decode(image, validate=True) for image in images]
-    assert decoded == [(out / "figures" / f"{name}.png").read_bytes()
-                       for name in ("margins", "reward_kl", "series_strength", "series_n", "curves", "schedule")]
+    assert decoded == [
+        (out / "figures" / f"{name}.png").read_bytes()
+        for name in ("margins", "reward_kl", "series_strength", "series_n", "curves", "schedule")
+    ]
     assert all(image.startswith(b"\x89PNG\r\n\x1a\n") for image in decoded)
 
 
 def check_closed(text):
     """The policy allows the page's own style and script by hash, and nothing refers to anything outside."""
     html = Page(text)
-    (policy,) = [attrs["content"] for attrs, _ in html.all("meta")
-                 if attrs.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        attrs["content"] for attrs, _ in html.all("meta") if attrs.get("http-equiv") == "Content-Security-Policy"
+    ]
     (style,), (script,) = html.texts("style"), html.texts("script")
-    style_hash, script_hash = (base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-                               for source in (style, script))
-    assert policy == (f"default-src 'none'; img-src data:; style-src 'sha256-{style_hash}'; "
-                      f"script-src 'sha256-{script_hash}'; base-uri 'none'; form-action 'none'")
+    style_hash, script_hash = (
+        base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() for source in (style, script)
+    )
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style_hash}'; "
+        f"script-src 'sha256-{script_hash}'; base-uri 'none'; form-action 'none'"
+    )
     assert script == page.SCRIPT and style == page.STYLE
     assert not re.search(r"https?:|//|url\(|@import|fetch|innerHTML", (style + script).replace("/*", ""))
     for tag, attrs, _ in html.elements:
@@ -172,7 +197,8 @@ def test_every_text_of_the_results_is_shown_and_not_run(tmp_path):
     assert html.texts("h1") == html.texts("title") == [f"Results: {HOSTILE[1]}"]
     assert html.texts("p")[0] == f"Commit {HOSTILE[0]}, {HOSTILE[2]}, 1.5 minutes."
     assert list(zip(html.texts("dt"), html.texts("dd"), strict=True))[:2] == [
-        (key, json.dumps(value)) for key, value in hostile["settings"].items()]
+        (key, json.dumps(value)) for key, value in hostile["settings"].items()
+    ]
     assert [text for attrs, text in html.all("th") if attrs["scope"] == "row"][:3] == HOSTILE
     assert {HOSTILE[0], HOSTILE[1], HOSTILE[2]} <= set(html.texts("td"))  # of the comparisons
     claim = [text for attrs, text in html.all("th") if attrs["scope"] == "row"][-1]
@@ -185,10 +211,16 @@ def test_every_text_of_the_results_is_shown_and_not_run(tmp_path):
 def test_every_argument_of_render_is_escaped():
     script, image, ends = HOSTILE
     row = [page.Cell(script), page.Cell(image, mark="best", interval=ends, value=1.0)]
-    html = check_closed(page.render(
-        ends, image, settings=[(script, ends)], legend=script,
-        tables=[page.Table(script, [image, ends], [row], meanings=[(image, script)], note=ends)],
-        figures=[page.Figure(caption=image, alt=ends, width=10, png=b"")]))
+    html = check_closed(
+        page.render(
+            ends,
+            image,
+            settings=[(script, ends)],
+            legend=script,
+            tables=[page.Table(script, [image, ends], [row], meanings=[(image, script)], note=ends)],
+            figures=[page.Figure(caption=image, alt=ends, width=10, png=b"")],
+        )
+    )
     assert html.texts("title") == html.texts("h1") == [ends]
     assert html.texts("p") == [image, f"{script} Click a heading to sort.", ends]
     assert html.texts("dt") == [script, image] and html.texts("dd") == [ends, script]
@@ -199,8 +231,11 @@ def test_every_argument_of_render_is_escaped():
 
 def test_long_texts_wrap_and_numbers_do_not():
     row = [page.Cell("x" * 40), page.Cell("a word " * 6), page.Cell("short"), page.Cell("1" * 40, value=1.0)]
-    html = Page(page.render("t", "s", settings=[], legend="l", figures=[],
-                            tables=[page.Table("t", ["a", "b", "c", "d"], [row])]))
+    html = Page(
+        page.render(
+            "t", "s", settings=[], legend="l", figures=[], tables=[page.Table("t", ["a", "b", "c", "d"], [row])]
+        )
+    )
     assert [attrs.get("class") for attrs, _ in html.all("td")] == ["prose", None, "number"]
     assert re.search(r"\.prose \{ white-space: normal;", page.STYLE)
 

@@ -18,22 +18,47 @@ def results(sft="SFT", bt="DPO-BT", hps="HPS|x"):
     """A results file of three methods, by names that may be hostile."""
     steps = list(range(1, 41))
     return {
-        "suite": "tiny", "commit": "abc1234", "machine": "two cores", "seconds": 90.0,
+        "suite": "tiny",
+        "commit": "abc1234",
+        "machine": "two cores",
+        "seconds": 90.0,
         "settings": {"beta": 0.1, "prompts": 300},
         "rows": [
-            {"method": sft, "seeds": 1, "metrics": {
-                "rm2": interval(0, 0, 0), "kl_exact": interval(0, 0, 0), "harm": interval(32.7, 30, 35),
-                "true_reward": interval(0.59, 0.5, 0.7), "length": interval(17, 16, 18)}},
-            {"method": bt, "seeds": 3, "metrics": {
-                "rm2": interval(0.512, 0.3, 0.7), "kl_exact": interval(6.1, 5.5, 6.6),
-                "harm": interval(2.84, 2, 4), "true_reward": interval(1.14, 1.0, 1.3),
-                "length": interval(19, 18, 20),
-                "win": interval(54.5, 51, 57)}},
-            {"method": hps, "seeds": 3, "metrics": {
-                "rm2": interval(0.6, 0.45, 0.77), "kl_exact": interval(5.2, 4.9, 5.6),
-                "harm": interval(3.6, 3, 4), "true_reward": interval(1.78, 1.6, 1.9),
-                "length": interval(18, 17, 19),
-                "win": interval(70.25, 68, 73)}},
+            {
+                "method": sft,
+                "seeds": 1,
+                "metrics": {
+                    "rm2": interval(0, 0, 0),
+                    "kl_exact": interval(0, 0, 0),
+                    "harm": interval(32.7, 30, 35),
+                    "true_reward": interval(0.59, 0.5, 0.7),
+                    "length": interval(17, 16, 18),
+                },
+            },
+            {
+                "method": bt,
+                "seeds": 3,
+                "metrics": {
+                    "rm2": interval(0.512, 0.3, 0.7),
+                    "kl_exact": interval(6.1, 5.5, 6.6),
+                    "harm": interval(2.84, 2, 4),
+                    "true_reward": interval(1.14, 1.0, 1.3),
+                    "length": interval(19, 18, 20),
+                    "win": interval(54.5, 51, 57),
+                },
+            },
+            {
+                "method": hps,
+                "seeds": 3,
+                "metrics": {
+                    "rm2": interval(0.6, 0.45, 0.77),
+                    "kl_exact": interval(5.2, 4.9, 5.6),
+                    "harm": interval(3.6, 3, 4),
+                    "true_reward": interval(1.78, 1.6, 1.9),
+                    "length": interval(18, 17, 19),
+                    "win": interval(70.25, 68, 73),
+                },
+            },
         ],
         "comparisons": [
             {"a": hps, "b": bt, "metric": "true_reward", **interval(0.64, 0.5, 0.8), "p": 0.00321},
@@ -41,28 +66,69 @@ def results(sft="SFT", bt="DPO-BT", hps="HPS|x"):
             {"a": hps, "b": sft, "metric": "harm", **interval(-29.1, -32, -26)},
         ],
         "curves": {
-            method: {"step": steps, "loss": [scale * math.exp(-0.1 * s) for s in steps],
-                     "margin": [scale * s for s in steps]}
-            for method, scale in ((bt, 0.7), (hps, 9))},
-        "schedule": {"step": steps, "gamma": [-5.0 + s // 8 for s in steps],
-                     "effective_negatives": [2.0 + s for s in steps]},
+            method: {
+                "step": steps,
+                "loss": [scale * math.exp(-0.1 * s) for s in steps],
+                "margin": [scale * s for s in steps],
+            }
+            for method, scale in ((bt, 0.7), (hps, 9))
+        },
+        "schedule": {
+            "step": steps,
+            "gamma": [-5.0 + s // 8 for s in steps],
+            "effective_negatives": [2.0 + s for s in steps],
+        },
         "series": {
-            "strength": {"x": {"metric": "kl_exact"}, "panels": ["rm2", "junk", "true_reward"],
-                         "lines": {"down": [hps, bt, sft], "one": [bt]}},
-            "n": {"x": {"label": "candidates", "values": {bt: 5, hps: 20.5}}, "panels": ["win"],
-                  "lines": {"up": [bt, hps]}},
+            "strength": {
+                "x": {"metric": "kl_exact"},
+                "panels": ["rm2", "junk", "true_reward"],
+                "lines": {"down": [hps, bt, sft], "one": [bt]},
+            },
+            "n": {
+                "x": {"label": "candidates", "values": {bt: 5, hps: 20.5}},
+                "panels": ["win"],
+                "lines": {"up": [bt, hps]},
+            },
         },
         "claims": [
-            {"claim": "a < b", "paper": "Table 2: 1 vs 2", "verdict": "holds", "kind": "difference",
-             "metric": "true_reward", **interval(0.641, 0.5, 0.8)},
-            {"claim": "c|d", "paper": "Table 3", "verdict": "does not hold", "kind": "value", "metric": "harm",
-             **interval(3.6, 3, 4)},
-            {"claim": "as cheap", "paper": "Sec. 6: x 1.03", "verdict": "unresolved", "kind": "ratio",
-             "metric": "train_tokens", **interval(1.016, 0.96, 1.16)},
-            {"claim": "a constant", "paper": "Sec. 6", "verdict": "holds", "kind": "difference", "metric": "harm",
-             **interval(-2, -2, -2)},
-            {"claim": "people like it", "paper": "Table 3: 3.93", "verdict": "not measured here",
-             "reason": "needs human raters"},
+            {
+                "claim": "a < b",
+                "paper": "Table 2: 1 vs 2",
+                "verdict": "holds",
+                "kind": "difference",
+                "metric": "true_reward",
+                **interval(0.641, 0.5, 0.8),
+            },
+            {
+                "claim": "c|d",
+                "paper": "Table 3",
+                "verdict": "does not hold",
+                "kind": "value",
+                "metric": "harm",
+                **interval(3.6, 3, 4),
+            },
+            {
+                "claim": "as cheap",
+                "paper": "Sec. 6: x 1.03",
+                "verdict": "unresolved",
+                "kind": "ratio",
+                "metric": "train_tokens",
+                **interval(1.016, 0.96, 1.16),
+            },
+            {
+                "claim": "a constant",
+                "paper": "Sec. 6",
+                "verdict": "holds",
+                "kind": "difference",
+                "metric": "harm",
+                **interval(-2, -2, -2),
+            },
+            {
+                "claim": "people like it",
+                "paper": "Table 3: 3.93",
+                "verdict": "not measured here",
+                "reason": "needs human raters",
+            },
         ],
     }
 
@@ -74,6 +140,7 @@ def cells(markdown, first):
 
 # ---- validate -------------------------------------------------------------------------------------
 
+
 def put(*path_and_value):
     *path, last, value = path_and_value
 
@@ -81,56 +148,60 @@ def put(*path_and_value):
         for key in path:
             item = item[key]
         item[last] = value
+
     return change
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda r: r.pop("commit"), r"^results: misses commit"),
-    (put("comparison", []), r"^results: unknown key comparison"),
-    (put("suite", ""), r"^suite: need a non-empty string"),
-    (put("seconds", math.inf), r"^seconds: need a finite number, got inf"),
-    (put("settings", ["beta"]), r"^settings: need a dict"),
-    (put("comparisons", {}), r"^comparisons: need a list"),
-    (put("rows", []), r"^rows: need at least one row"),
-    (put("rows", 2, "method", "SFT"), r"^rows\[2\]\.method: 'SFT' appears twice"),
-    (put("rows", 1, "seeds", 0), r"^rows\[1\]\.seeds"),
-    (put("rows", 1, "seeds", True), r"^rows\[1\]\.seeds"),
-    (put("rows", 1, "metrics", "rm2", "low", math.nan), r"^rows\[1\]\.metrics\.rm2\.low: .*nan"),
-    (put("rows", 1, "metrics", "rm2", "mean", "1"), r"^rows\[1\]\.metrics\.rm2\.mean: .*'1'"),
-    (put("rows", 1, "metrics", "rm2", "low", 0.6), r"^rows\[1\]\.metrics\.rm2: need low <= mean <= high"),
-    (put("rows", 1, "metrics", "rm2", "high", 0.5), r"^rows\[1\]\.metrics\.rm2: need low <= mean <= high"),
-    (put("rows", 1, "metrics", "rm2", {"mean": 1.0}), r"^rows\[1\]\.metrics\.rm2: misses high, low"),
-    (put("rows", 1, "metrics", "rm3", interval(1, 1, 1)), r"^rows\[1\]\.metrics: unknown metric 'rm3'"),
-    (put("comparisons", 1, "b", "PL"), r"^comparisons\[1\]\.b: no row for method 'PL'"),
-    (put("comparisons", 1, "metric", "rm3"), r"^comparisons\[1\]\.metric: unknown metric 'rm3'"),
-    (put("comparisons", 0, "p", 1.5), r"^comparisons\[0\]\.p: need a probability"),
-    (put("comparisons", 0, "high", 0.0), r"^comparisons\[0\]: need low <= mean <= high"),
-    (put("curves", "PL", {}), r"^curves: no row for method 'PL'"),
-    (put("curves", "DPO-BT", "loss", [1.0]), r"^curves\.DPO-BT\.loss: has 1 values for 40 steps"),
-    (put("curves", "DPO-BT", "margin", 3, math.nan), r"^curves\.DPO-BT\.margin\[3\]: .*nan"),
-    (put("schedule", "gamma", []), r"^schedule\.gamma: need a non-empty list"),
-    (put("series", [1]), r"^series: need a dict"),
-    (put("series", "../n", {}), r"^series: '\.\./n' cannot name a file"),
-    (put("series", "n", "x", {}), r"^series\.n\.x: misses label, values"),
-    (put("series", "n", "x", "label", ""), r"^series\.n\.x\.label: need a non-empty string"),
-    (put("series", "n", "x", "values", {"DPO-BT": 5}), r"^series\.n\.x\.values: misses HPS\|x"),
-    (put("series", "n", "x", "values", "DPO-BT", math.inf), r"^series\.n\.x\.values\.DPO-BT: .*inf"),
-    (put("series", "strength", "x", "metric", "rm3"), r"^series\.strength\.x\.metric: unknown metric 'rm3'"),
-    (put("series", "strength", "panels", []), r"^series\.strength\.panels: need a non-empty list"),
-    (put("series", "strength", "panels", 1, "rm3"), r"^series\.strength\.panels: unknown metric 'rm3'"),
-    (put("series", "strength", "lines", {}), r"^series\.strength\.lines: need a non-empty object"),
-    (put("series", "strength", "lines", "one", []), r"^series\.strength\.lines\.one: need a non-empty list"),
-    (put("series", "strength", "lines", "one", ["PL"]), r"^series\.strength\.lines\.one: no row for method 'PL'"),
-    (put("claims", {}), r"^claims: need a list"),
-    (put("claims", 0, "verdict", "proven"), r"^claims\[0\]\.verdict: need one of holds, .*'proven'"),
-    (put("claims", 0, "verdict", "not measured here"), r"^claims\[0\]: misses reason"),
-    (put("claims", 4, "verdict", "holds"), r"^claims\[4\]: misses high, kind, low, mean, metric"),
-    (put("claims", 4, "reason", ""), r"^claims\[4\]\.reason: need a non-empty string"),
-    (put("claims", 1, "kind", "mean"), r"^claims\[1\]\.kind: need one of difference, value, ratio; got 'mean'"),
-    (put("claims", 1, "metric", "rm3"), r"^claims\[1\]\.metric: unknown metric 'rm3'"),
-    (put("claims", 1, "low", 5.0), r"^claims\[1\]: need low <= mean <= high"),
-    (put("claims", 1, "paper", ""), r"^claims\[1\]\.paper: need a non-empty string"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r.pop("commit"), r"^results: misses commit"),
+        (put("comparison", []), r"^results: unknown key comparison"),
+        (put("suite", ""), r"^suite: need a non-empty string"),
+        (put("seconds", math.inf), r"^seconds: need a finite number, got inf"),
+        (put("settings", ["beta"]), r"^settings: need a dict"),
+        (put("comparisons", {}), r"^comparisons: need a list"),
+        (put("rows", []), r"^rows: need at least one row"),
+        (put("rows", 2, "method", "SFT"), r"^rows\[2\]\.method: 'SFT' appears twice"),
+        (put("rows", 1, "seeds", 0), r"^rows\[1\]\.seeds"),
+        (put("rows", 1, "seeds", True), r"^rows\[1\]\.seeds"),
+        (put("rows", 1, "metrics", "rm2", "low", math.nan), r"^rows\[1\]\.metrics\.rm2\.low: .*nan"),
+        (put("rows", 1, "metrics", "rm2", "mean", "1"), r"^rows\[1\]\.metrics\.rm2\.mean: .*'1'"),
+        (put("rows", 1, "metrics", "rm2", "low", 0.6), r"^rows\[1\]\.metrics\.rm2: need low <= mean <= high"),
+        (put("rows", 1, "metrics", "rm2", "high", 0.5), r"^rows\[1\]\.metrics\.rm2: need low <= mean <= high"),
+        (put("rows", 1, "metrics", "rm2", {"mean": 1.0}), r"^rows\[1\]\.metrics\.rm2: misses high, low"),
+        (put("rows", 1, "metrics", "rm3", interval(1, 1, 1)), r"^rows\[1\]\.metrics: unknown metric 'rm3'"),
+        (put("comparisons", 1, "b", "PL"), r"^comparisons\[1\]\.b: no row for method 'PL'"),
+        (put("comparisons", 1, "metric", "rm3"), r"^comparisons\[1\]\.metric: unknown metric 'rm3'"),
+        (put("comparisons", 0, "p", 1.5), r"^comparisons\[0\]\.p: need a probability"),
+        (put("comparisons", 0, "high", 0.0), r"^comparisons\[0\]: need low <= mean <= high"),
+        (put("curves", "PL", {}), r"^curves: no row for method 'PL'"),
+        (put("curves", "DPO-BT", "loss", [1.0]), r"^curves\.DPO-BT\.loss: has 1 values for 40 steps"),
+        (put("curves", "DPO-BT", "margin", 3, math.nan), r"^curves\.DPO-BT\.margin\[3\]: .*nan"),
+        (put("schedule", "gamma", []), r"^schedule\.gamma: need a non-empty list"),
+        (put("series", [1]), r"^series: need a dict"),
+        (put("series", "../n", {}), r"^series: '\.\./n' cannot name a file"),
+        (put("series", "n", "x", {}), r"^series\.n\.x: misses label, values"),
+        (put("series", "n", "x", "label", ""), r"^series\.n\.x\.label: need a non-empty string"),
+        (put("series", "n", "x", "values", {"DPO-BT": 5}), r"^series\.n\.x\.values: misses HPS\|x"),
+        (put("series", "n", "x", "values", "DPO-BT", math.inf), r"^series\.n\.x\.values\.DPO-BT: .*inf"),
+        (put("series", "strength", "x", "metric", "rm3"), r"^series\.strength\.x\.metric: unknown metric 'rm3'"),
+        (put("series", "strength", "panels", []), r"^series\.strength\.panels: need a non-empty list"),
+        (put("series", "strength", "panels", 1, "rm3"), r"^series\.strength\.panels: unknown metric 'rm3'"),
+        (put("series", "strength", "lines", {}), r"^series\.strength\.lines: need a non-empty object"),
+        (put("series", "strength", "lines", "one", []), r"^series\.strength\.lines\.one: need a non-empty list"),
+        (put("series", "strength", "lines", "one", ["PL"]), r"^series\.strength\.lines\.one: no row for method 'PL'"),
+        (put("claims", {}), r"^claims: need a list"),
+        (put("claims", 0, "verdict", "proven"), r"^claims\[0\]\.verdict: need one of holds, .*'proven'"),
+        (put("claims", 0, "verdict", "not measured here"), r"^claims\[0\]: misses reason"),
+        (put("claims", 4, "verdict", "holds"), r"^claims\[4\]: misses high, kind, low, mean, metric"),
+        (put("claims", 4, "reason", ""), r"^claims\[4\]\.reason: need a non-empty string"),
+        (put("claims", 1, "kind", "mean"), r"^claims\[1\]\.kind: need one of difference, value, ratio; got 'mean'"),
+        (put("claims", 1, "metric", "rm3"), r"^claims\[1\]\.metric: unknown metric 'rm3'"),
+        (put("claims", 1, "low", 5.0), r"^claims\[1\]: need low <= mean <= high"),
+        (put("claims", 1, "paper", ""), r"^claims\[1\]\.paper: need a non-empty string"),
+    ],
+)
 def test_validate_names_the_first_wrong_thing(change, message, tmp_path):
     broken = results()
     change(broken)
@@ -152,19 +223,50 @@ def test_validate_accepts_rounding_and_missing_options():
 
 # ---- tables ---------------------------------------------------------------------------------------
 
+
 def test_table_marks_the_best_and_claims_nothing_about_overlaps():
     text = report.table(results())
-    assert cells(text, "method") == ["method", "seeds", "RM2 (+)", "KL (exact)", "reward (+)", "harm % (-)",
-                                     "words", "win % (+)"]
-    assert cells(text, "SFT") == ["SFT", "1", "0.00", "0.00", "0.59 [0.50, 0.70]", "32.7 [30.0, 35.0]",
-                                  "17.0 [16.0, 18.0]", "-"]
+    assert cells(text, "method") == [
+        "method",
+        "seeds",
+        "RM2 (+)",
+        "KL (exact)",
+        "reward (+)",
+        "harm % (-)",
+        "words",
+        "win % (+)",
+    ]
+    assert cells(text, "SFT") == [
+        "SFT",
+        "1",
+        "0.00",
+        "0.00",
+        "0.59 [0.50, 0.70]",
+        "32.7 [30.0, 35.0]",
+        "17.0 [16.0, 18.0]",
+        "-",
+    ]
     # rm2 overlaps the best, reward does not; of harm the smallest is best; KL and words have no best.
-    assert cells(text, "DPO-BT") == ["DPO-BT", "3", "0.51 [0.30, 0.70] ~", "6.10 [5.50, 6.60]",
-                                     "1.14 [1.00, 1.30]", "**2.8** [2.0, 4.0]", "19.0 [18.0, 20.0]",
-                                     "54.5 [51.0, 57.0]"]
-    assert cells(text, r"HPS\|x") == ["HPS/x", "3", "**0.60** [0.45, 0.77]", "5.20 [4.90, 5.60]",
-                                      "**1.78** [1.60, 1.90]", "3.6 [3.0, 4.0] ~", "18.0 [17.0, 19.0]",
-                                      "**70.2** [68.0, 73.0]"]
+    assert cells(text, "DPO-BT") == [
+        "DPO-BT",
+        "3",
+        "0.51 [0.30, 0.70] ~",
+        "6.10 [5.50, 6.60]",
+        "1.14 [1.00, 1.30]",
+        "**2.8** [2.0, 4.0]",
+        "19.0 [18.0, 20.0]",
+        "54.5 [51.0, 57.0]",
+    ]
+    assert cells(text, r"HPS\|x") == [
+        "HPS/x",
+        "3",
+        "**0.60** [0.45, 0.77]",
+        "5.20 [4.90, 5.60]",
+        "**1.78** [1.60, 1.90]",
+        "3.6 [3.0, 4.0] ~",
+        "18.0 [17.0, 19.0]",
+        "**70.2** [68.0, 73.0]",
+    ]
     assert report.LEGEND in text
 
 
@@ -176,14 +278,19 @@ def test_table_bolds_ties_together_and_nothing_when_all_are_equal():
     tied["rows"][1]["metrics"]["harm"] = interval(-0.001, -0.001, -0.001)
     text = report.table(tied)
     assert [cells(text, m)[2:] for m in ("SFT", "DPO-BT", r"HPS\|x")] == [
-        ["**0.0**", "5.0 [4.0, 6.0]"], ["**0.0**", "5.0 [4.0, 6.0]"], ["1.0", "5.0 [4.0, 6.0]"]]
+        ["**0.0**", "5.0 [4.0, 6.0]"],
+        ["**0.0**", "5.0 [4.0, 6.0]"],
+        ["1.0", "5.0 [4.0, 6.0]"],
+    ]
 
 
 def test_comparisons_have_a_plain_verdict():
     lines = report.comparisons_table(results()).splitlines()[2:]
-    assert lines == [r"| reward | HPS\|x | DPO-BT | +0.64 [+0.50, +0.80] | a larger | 0.003 |",
-                     r"| RM2 | HPS\|x | DPO-BT | +0.00 [-0.20, +0.20] | unresolved | - |",
-                     r"| harm % | HPS\|x | SFT | -29.1 [-32.0, -26.0] | b larger | - |"]
+    assert lines == [
+        r"| reward | HPS\|x | DPO-BT | +0.64 [+0.50, +0.80] | a larger | 0.003 |",
+        r"| RM2 | HPS\|x | DPO-BT | +0.00 [-0.20, +0.20] | unresolved | - |",
+        r"| harm % | HPS\|x | SFT | -29.1 [-32.0, -26.0] | b larger | - |",
+    ]
     touching = results()
     touching["comparisons"] = [{"a": "SFT", "b": "SFT", "metric": "rm2", **interval(0.1, 0.0, 0.2)}]
     assert report.comparisons_table(touching).splitlines()[2].endswith("| unresolved | - |")
@@ -198,10 +305,12 @@ def test_claims_stand_beside_the_papers_figures(written):
         r"| c\|d | Table 3 | harm % 3.6 | [3.0, 4.0] | does not hold |",
         "| as cheap | Sec. 6: x 1.03 | tokens (k) x 1.02 | [0.96, 1.16] | unresolved |",
         "| a constant | Sec. 6 | harm % -2.0 | - | holds |",
-        "| people like it | Table 3: 3.93 | needs human raters | - | not measured here |"]
+        "| people like it | Table 3: 3.93 | needs human raters | - | not measured here |",
+    ]
 
 
 # ---- the files ------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):

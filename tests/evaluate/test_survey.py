@@ -38,11 +38,24 @@ def write_samples(folder, responses=NASTY, prompts=2):
     for method in METHODS:
         rows = []
         for i in range(prompts):
-            chat = ({"role": "user", "content": f"Question <{i}>"}, {"role": "assistant", "content": "</script>"},
-                    {"role": "user", "content": "And?"})
+            chat = (
+                {"role": "user", "content": f"Question <{i}>"},
+                {"role": "assistant", "content": "</script>"},
+                {"role": "user", "content": "And?"},
+            )
             prompt = chat if i else "Human: <b>Hi</b>\n\nAssistant:"
-            rows.append(listwise.Row(f"id-{i}", prompt, (next(texts), next(texts)), (0.5, 1.0), None, None,
-                                     f"runs/{method}/policy", "data/test.jsonl"))
+            rows.append(
+                listwise.Row(
+                    f"id-{i}",
+                    prompt,
+                    (next(texts), next(texts)),
+                    (0.5, 1.0),
+                    None,
+                    None,
+                    f"runs/{method}/policy",
+                    "data/test.jsonl",
+                )
+            )
         listwise.write(folder / f"{method}.jsonl", rows)
         named.append(f"{method}={folder / method}.jsonl")
     return ",".join(named)
@@ -74,8 +87,11 @@ def test_the_key_leads_back_to_every_response_and_the_page_does_not(tmp_path):
         row = rows[key["items"][item["id"]]["method"]][key["items"][item["id"]]["prompt"]]
         assert item["text"] == row.responses[key["items"][item["id"]]["response"]]
         shown = data["prompts"][item["prompt"]]
-        assert shown == ([["Prompt", row.prompt]] if isinstance(row.prompt, str) else
-                         [[turn["role"].title(), turn["content"]] for turn in row.prompt])
+        assert shown == (
+            [["Prompt", row.prompt]]
+            if isinstance(row.prompt, str)
+            else [[turn["role"].title(), turn["content"]] for turn in row.prompt]
+        )
     pairs = {(v["prompt"], v["method"]) for v in key["items"].values()}
     assert pairs == {(f"id-{i}", m) for i in range(2) for m in METHODS}
     for name in (*METHODS, "zeta", "id-0", "policy/", "test.jsonl", str(tmp_path)):
@@ -126,8 +142,10 @@ def luminance(colour):
     digits = colour.lstrip("#")
     digits = "".join(2 * d for d in digits) if len(digits) == 3 else digits
     parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-    return sum(w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
-               for w, c in zip((0.2126, 0.7152, 0.0722), parts))
+    return sum(
+        w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+        for w, c in zip((0.2126, 0.7152, 0.0722), parts)
+    )
 
 
 def test_contrast_of_texts_in_light_and_dark():
@@ -226,9 +244,16 @@ def test_correlations_are_means_over_pairs_that_have_one():
 
 # ---- the table -----------------------------------------------------------------------------------
 
-KEY = {"study": "s1", "methods": ["SFT", "HPS|x"], "items": {
-    "r1": {"prompt": "a", "method": "HPS|x", "response": 0}, "r2": {"prompt": "b", "method": "SFT", "response": 3},
-    "r3": {"prompt": "a", "method": "SFT", "response": 1}, "r4": {"prompt": "b", "method": "HPS|x", "response": 0}}}
+KEY = {
+    "study": "s1",
+    "methods": ["SFT", "HPS|x"],
+    "items": {
+        "r1": {"prompt": "a", "method": "HPS|x", "response": 0},
+        "r2": {"prompt": "b", "method": "SFT", "response": 3},
+        "r3": {"prompt": "a", "method": "SFT", "response": 1},
+        "r4": {"prompt": "b", "method": "HPS|x", "response": 0},
+    },
+}
 
 
 def rating(*values):
@@ -254,19 +279,35 @@ PART = dict(r1=rating(5, 5, 4.5, 4.5), r3=rating(5, 5, 5, 5), r4=rating(1, 1, 1)
 
 def test_the_table_by_hand(tmp_path, capsys):
     found = study(tmp_path, {"1.json": rater("ann", **FULL), "2.json": rater("bo", complete=False, **PART)})
-    assert found["counts"] == {"raters": 2, "complete": 1, "partial": 1, "prompts": 2, "responses": 4, "ratings": 6,
-                               "ratings_in_part": 1, "ratings_missing": 1}
+    assert found["counts"] == {
+        "raters": 2,
+        "complete": 1,
+        "partial": 1,
+        "prompts": 2,
+        "responses": 4,
+        "ratings": 6,
+        "ratings_in_part": 1,
+        "ratings_missing": 1,
+    }
 
     def means(columns):
         return {name: (columns[name]["mean"], columns[name]["ratings"]) for name in [*CRITERIA, "average"]}
 
     # Averages: ann r1 4.25, r2 2.5625, r3 3, r4 4.0625; bo r1 4.75, r3 5.
     assert means(found["methods"]["HPS|x"]) == {
-        "correctness": (3.5, 4), "helpfulness": (15.25 / 4, 4), "safety": (3.5, 4), "clarity": (4, 3),
-        "average": (pytest.approx(13.0625 / 3), 3)}
+        "correctness": (3.5, 4),
+        "helpfulness": (15.25 / 4, 4),
+        "safety": (3.5, 4),
+        "clarity": (4, 3),
+        "average": (pytest.approx(13.0625 / 3), 3),
+    }
     assert means(found["methods"]["SFT"]) == {
-        "correctness": (pytest.approx(10 / 3), 3), "helpfulness": (pytest.approx(10.25 / 3), 3),
-        "safety": (pytest.approx(13 / 3), 3), "clarity": (3, 3), "average": (pytest.approx(10.5625 / 3), 3)}
+        "correctness": (pytest.approx(10 / 3), 3),
+        "helpfulness": (pytest.approx(10.25 / 3), 3),
+        "safety": (pytest.approx(13 / 3), 3),
+        "clarity": (3, 3),
+        "average": (pytest.approx(10.5625 / 3), 3),
+    }
     [pair] = found["differences"]
     assert (pair["a"], pair["b"]) == ("SFT", "HPS|x")
     # SFT - HPS where one rater has both: ann a -1.25, ann b -1.5, bo a +.25.
@@ -290,9 +331,16 @@ def test_the_table_by_hand(tmp_path, capsys):
 def ratings_by(value):
     """A full file a rater, all criteria alike: value(rater, prompt, method)."""
     prompts, methods = {"a": 0, "b": 1}, {"SFT": 0, "HPS|x": 1}
-    return {f"{r}.json": rater(f"rater {r}", **{
-        item: rating(*4 * [value(r, prompts[at["prompt"]], methods[at["method"]])]) for item, at in KEY["items"].items()
-    }) for r in range(2)}
+    return {
+        f"{r}.json": rater(
+            f"rater {r}",
+            **{
+                item: rating(*4 * [value(r, prompts[at["prompt"]], methods[at["method"]])])
+                for item, at in KEY["items"].items()
+            },
+        )
+        for r in range(2)
+    }
 
 
 @pytest.mark.parametrize(
@@ -365,6 +413,7 @@ def test_a_mistake_on_the_command_line_is_one_line():
 
 # ---- the page in a browser -----------------------------------------------------------------------
 
+
 @pytest.fixture
 def opened(browser, tmp_path):
     """The browser with a study open at its start page, and nothing stored: (browser, page, key)."""
@@ -409,7 +458,11 @@ def test_rated_by_keyboard_reloaded_exported_and_aggregated(opened, tmp_path):
     assert current(browser) == half and browser.text("left") == "3 of 6 responses rated, 3 left"
     assert browser.js("names.map(name => byId(name).value)") == ["4.75", "1.5", "", ""]
     assert [browser.js(f"byId('{n}-slider').getAttribute('aria-valuetext')") for n in CRITERIA] == [
-        "4.75", "1.5", "not rated", "not rated"]
+        "4.75",
+        "1.5",
+        "not rated",
+        "not rated",
+    ]
     # The rest of it with sliders: right from the middle, a space where it stands.
     browser.keys(*5 * [TAB])
     assert browser.focused() == "safety"
@@ -514,7 +567,11 @@ def test_what_is_missing_or_out_of_range_is_shown_and_only_a_partial_file_is_wri
     file = browser.downloaded(f"ratings-{key['study']}-p2-partial.json")
     assert not list(browser.downloads.glob("*-p2.json"))
     assert json.loads(file.read_text()) == {
-        "study": key["study"], "rater": "p2", "complete": False, "ratings": {first: {"correctness": 3, "clarity": 4}}}
+        "study": key["study"],
+        "rater": "p2",
+        "complete": False,
+        "ratings": {first: {"correctness": 3, "clarity": 4}},
+    }
     (tmp_path / "ratings").mkdir()
     shutil.copy(file, tmp_path / "ratings")
     assert study(tmp_path, {}, key)["counts"]["ratings_in_part"] == 1
@@ -545,8 +602,9 @@ def test_a_browser_that_keeps_nothing_is_told(opened):
     browser, path, _ = opened
     assert not browser.js("byId('unkept').checkVisibility()")
     source = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); };"
-    script = browser.send("POST", "/goog/cdp/execute", {
-        "cmd": "Page.addScriptToEvaluateOnNewDocument", "params": {"source": source}})
+    script = browser.send(
+        "POST", "/goog/cdp/execute", {"cmd": "Page.addScriptToEvaluateOnNewDocument", "params": {"source": source}}
+    )
     try:
         browser.open(path)
         browser.keys("x", ENTER)

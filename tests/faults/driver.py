@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 # Started by torchrun from its own folder: the root must be on the path first.
 import train  # noqa: E402
-from hps import checkpoint, config, dist, files, reference  # noqa: E402
+from hps import checkpoint, config, dist, reference  # noqa: E402
+from hps.io import files  # noqa: E402
 
 # Where a fault can strike: right before this is called.
 PLACES = {

@@ -25,13 +25,15 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 
-from hps import config, dist, files, loggers, reference
-from hps.data import importers, journal, linear_reward, listwise, store
-from hps.data.formats import FORMATS
+from hps import config, dist, reference
+from hps.data import listwise, store
 from hps.evaluate import export, judge, survey
 from hps.evaluate.endpoint import Endpoint
-from hps.training.options import Config, check, settings
-from hps.training.record import check_folder, claim
+from hps.io import files, loggers
+from hps.options import Config, check, settings
+from hps.prepare import importers, journal, linear_reward
+from hps.prepare.formats import FORMATS
+from hps.record import check_folder, claim
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 SECONDS = 20  # that an input may take, on a busy machine; 0: somebody else looks at the clock
@@ -48,7 +50,7 @@ class Target(NamedTuple):
 
 
 def outcome(name: str, data: bytes, folder: Path) -> str:
-    """"accepted" or "refused"; AssertionError, or what the reader raised, for what is neither."""
+    """ "accepted" or "refused"; AssertionError, or what the reader raised, for what is neither."""
     target = TARGETS[name]
     try:
         with time_limit():
@@ -147,6 +149,7 @@ def fixture(*names: str) -> list[list[Any]]:
 
 
 # ---- options -------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass
 class Options:
@@ -334,8 +337,14 @@ def answers(data: bytes, folder: Path) -> None:
         assert all(type(line["model"]) is str for line in given)
 
 
-KEY = {"study": "s1", "methods": ["SFT", "HPS"], "items": {
-    "r1": {"prompt": "a", "method": "HPS", "response": 0}, "r2": {"prompt": "b", "method": "SFT", "response": 3}}}
+KEY = {
+    "study": "s1",
+    "methods": ["SFT", "HPS"],
+    "items": {
+        "r1": {"prompt": "a", "method": "HPS", "response": 0},
+        "r2": {"prompt": "b", "method": "SFT", "response": 3},
+    },
+}
 RATER = {"study": "s1", "rater": "ann", "complete": False, "ratings": {
     "r1": {"correctness": 4, "helpfulness": 5, "safety": 3.5, "clarity": 4.25}, "r2": {"safety": 1}}}  # fmt: skip
 
@@ -358,8 +367,10 @@ def key_file(data: bytes, folder: Path) -> None:
 # ---- safetensors ----------------------------------------------------------------------------------
 
 SHARD = save({"keys": np.arange(32, dtype=np.uint8).reshape(2, 16), "logps": np.array([-1.5, -2], np.float32)})
-LINEAR = save({"weights": np.array([0.5, -1, 2, 0.25], np.float32)}, metadata={
-    "linear_reward": json.dumps({"format": linear_reward._FORMAT, "l2": 1e-3, "num_pairs": 5})})
+LINEAR = save(
+    {"weights": np.array([0.5, -1, 2, 0.25], np.float32)},
+    metadata={"linear_reward": json.dumps({"format": linear_reward._FORMAT, "l2": 1e-3, "num_pairs": 5})},
+)
 
 
 def header(data: bytes) -> Any:

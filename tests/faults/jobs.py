@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from hps import checkpoint, files
+from hps import checkpoint
+from hps.io import files
 
 SECONDS = 120  # what a job without a fault may take on a busy machine
 EXACT = ("step", "epoch", "gamma", "effective_negatives")  # of a record: what was drawn, not computed

@@ -17,11 +17,12 @@ from test_train import arguments
 
 import data_prep
 import train
-from hps import checkpoint, config, dist, files, reference
+from hps import checkpoint, config, dist, reference
 from hps.data import listwise, store, tokens
+from hps.io import files
 from hps.model import load_causal_lm
-from hps.training.options import Config
-from hps.training.record import check_folder
+from hps.options import Config
+from hps.record import check_folder
 
 
 def harm(path: Path, rng: random.Random, share: float | None = None) -> str:

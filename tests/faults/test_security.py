@@ -25,9 +25,10 @@ from transformers import AutoTokenizer
 import data_prep
 import eval as evaluation
 import train
-from hps import checkpoint, model, reward_model
+from hps import checkpoint, model
 from hps.data import listwise, tokens
 from hps.evaluate import card, endpoint, judge, report, survey
+from hps.extra import reward_model
 from hps.lab import scorers
 
 FP32 = dict(dtype=torch.float32)

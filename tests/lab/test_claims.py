@@ -36,27 +36,36 @@ BLEU = "DPO-HPS is at most 0.01 of BLEU below DPO-BT"
 REWARD = "DPO-HPS is at most 0.1 of reward below DPO-BT"
 
 
-@pytest.mark.parametrize("claim, metric, low, high, verdict", [
-    (MARGIN, "rm_dpo", 0.2, 0.4, "holds"),
-    (MARGIN, "rm_dpo", -0.1, 0.4, "unresolved"),
-    (MARGIN, "rm_dpo", 0.0, 0.4, "unresolved"),  # touches
-    (MARGIN, "rm_dpo", -0.4, 0.0, "unresolved"),
-    (MARGIN, "rm_dpo", -0.4, -0.1, "does not hold"),
-    (HARM, "harm", -6.0, -2.0, "holds"),  # less is better
-    (HARM, "harm", -6.0, 0.0, "unresolved"),
-    (HARM, "harm", 2.0, 6.0, "does not hold"),
-    (REWARD, "true_reward", -0.09, -0.02, "holds"),  # the bound is -.1, not 0
-    (REWARD, "true_reward", -0.2, 0.3, "unresolved"),
-    (REWARD, "true_reward", -0.3, -0.11, "does not hold"),
-    (REWARD, "true_reward", 0.2, 0.3, "holds"),
-    (BLEU, "bleu_char", -0.009, -0.002, "holds"),  # the bound is -.01
-    (BLEU, "bleu_char", -0.02, -0.011, "does not hold"),
-])
+@pytest.mark.parametrize(
+    "claim, metric, low, high, verdict",
+    [
+        (MARGIN, "rm_dpo", 0.2, 0.4, "holds"),
+        (MARGIN, "rm_dpo", -0.1, 0.4, "unresolved"),
+        (MARGIN, "rm_dpo", 0.0, 0.4, "unresolved"),  # touches
+        (MARGIN, "rm_dpo", -0.4, 0.0, "unresolved"),
+        (MARGIN, "rm_dpo", -0.4, -0.1, "does not hold"),
+        (HARM, "harm", -6.0, -2.0, "holds"),  # less is better
+        (HARM, "harm", -6.0, 0.0, "unresolved"),
+        (HARM, "harm", 2.0, 6.0, "does not hold"),
+        (REWARD, "true_reward", -0.09, -0.02, "holds"),  # the bound is -.1, not 0
+        (REWARD, "true_reward", -0.2, 0.3, "unresolved"),
+        (REWARD, "true_reward", -0.3, -0.11, "does not hold"),
+        (REWARD, "true_reward", 0.2, 0.3, "holds"),
+        (BLEU, "bleu_char", -0.009, -0.002, "holds"),  # the bound is -.01
+        (BLEU, "bleu_char", -0.02, -0.011, "does not hold"),
+    ],
+)
 def test_the_side_of_the_bound_that_the_interval_lies_on_decides(claim, metric, low, high, verdict):
     mean = (low + high) / 2
     item = judged(results("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", metric, mean, low, high)]))[claim]
-    assert item == {"claim": claim, "paper": item["paper"], "verdict": verdict, "kind": "difference",
-                    "metric": metric, **interval(mean, low, high)}
+    assert item == {
+        "claim": claim,
+        "paper": item["paper"],
+        "verdict": verdict,
+        "kind": "difference",
+        "metric": metric,
+        **interval(mean, low, high),
+    }
 
 
 def test_the_papers_figures_stand_in_the_item():
@@ -67,7 +76,8 @@ def test_the_papers_figures_stand_in_the_item():
     assert found[REWARD]["paper"] == "Table 2: HH 0.430 vs 0.431, PKU 0.407 vs 0.417"
     assert found[HARM]["paper"] == "Sec. 6.1"
     assert found["DPO-HPS wins more often against SFT than DPO-PL-8"]["paper"] == (
-        "Table 4: win : lose, HH 57.612 : 13.875, PKU 57.650 : 10.350")
+        "Table 4: win : lose, HH 57.612 : 13.875, PKU 57.650 : 10.350"
+    )
     assert found["DPO-PL-8 has a negative RM_DPO"]["paper"] == "Sec. 6.1, Table 2: HH -0.795, PKU -6.852"
 
 
@@ -78,17 +88,26 @@ def test_what_is_not_there_is_left_out_or_said():
     assert found[MARGIN]["reason"] == "no comparison of RM_DPO of these rows in the results"
     assert found["DPO-HPS has a positive RM_DPO"]["reason"] == "no RM_DPO of these rows in the results"
     people = found["People rate DPO-HPS above DPO-BT, DPO-PL and SFT"]
-    assert people == {"claim": people["claim"], "paper": "Table 3: 3.93 vs 3.82, 3.69, 3.63",
-                      "verdict": "not measured here", "reason": "needs human raters"}
+    assert people == {
+        "claim": people["claim"],
+        "paper": "Table 3: 3.93 vs 3.82, 3.69, 3.63",
+        "verdict": "not measured here",
+        "reason": "needs human raters",
+    }
     bare = results("methods", rows=TWO)
     del bare["comparisons"]
     assert set(claims.judge(bare)[0]) == {"claim", "paper", "verdict", "reason"}
     assert claims.judge(results("schedule", rows=TWO)) == []
 
 
-@pytest.mark.parametrize("low, high, positive, negative", [
-    (0.5, 2.0, "holds", "does not hold"), (-1.0, 2.0, "unresolved", "unresolved"),
-    (-2.0, -0.5, "does not hold", "holds")])
+@pytest.mark.parametrize(
+    "low, high, positive, negative",
+    [
+        (0.5, 2.0, "holds", "does not hold"),
+        (-1.0, 2.0, "unresolved", "unresolved"),
+        (-2.0, -0.5, "does not hold", "holds"),
+    ],
+)
 def test_a_value_is_judged_by_its_own_interval(low, high, positive, negative):
     metrics = {"rm_dpo": interval((low + high) / 2, low, high)}
     found = judged(results("headline", rows={"DPO-HPS": metrics, "DPO-PL-8": metrics}))
@@ -97,8 +116,10 @@ def test_a_value_is_judged_by_its_own_interval(low, high, positive, negative):
     assert found["DPO-PL-8 has a negative RM_DPO"]["kind"] == "value"
 
 
-@pytest.mark.parametrize("low, high, verdict", [
-    (51, 57, "holds"), (49, 57, "unresolved"), (40, 49.5, "does not hold"), (1, 9, "does not hold")])
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [(51, 57, "holds"), (49, 57, "unresolved"), (40, 49.5, "does not hold"), (1, 9, "does not hold")],
+)
 def test_half_of_the_samples_is_the_bound_of_a_win(low, high, verdict):
     found = judged(results("headline", rows={"DPO-HPS": {"win": interval((low + high) / 2, low, high)}}))
     item = found["DPO-HPS wins more than half of its samples against SFT"]
@@ -106,9 +127,11 @@ def test_half_of_the_samples_is_the_bound_of_a_win(low, high, verdict):
 
 
 def test_cost_is_a_ratio_with_the_range_over_runs():
-    rows = {"DPO-HPS": {"train_seconds": interval(40, 36, 44), "train_tokens": interval(82, 80, 84)},
-            "DPO-BT": {"train_seconds": interval(50, 40, 60), "train_tokens": interval(80, 80, 80)},
-            "DPO-PL-8": {"train_seconds": interval(160, 150, 176), "train_tokens": interval(80, 60, 100)}}
+    rows = {
+        "DPO-HPS": {"train_seconds": interval(40, 36, 44), "train_tokens": interval(82, 80, 84)},
+        "DPO-BT": {"train_seconds": interval(50, 40, 60), "train_tokens": interval(80, 80, 80)},
+        "DPO-PL-8": {"train_seconds": interval(160, 150, 176), "train_tokens": interval(80, 60, 100)},
+    }
     found = judged(results("cost", rows=rows))
     text = "DPO-HPS trains in less than {} times the {} of {}"
     item = found[text.format("1.1", "seconds", "DPO-BT")]
@@ -124,17 +147,18 @@ def test_cost_is_a_ratio_with_the_range_over_runs():
         claims.judge(results("cost", rows=rows))
 
 
-@pytest.mark.parametrize("bt, verdict", [((0.2, 0.1, 0.3), "holds"), ((0.5, 0.2, 1.0), "unresolved"),
-                                         ((4.0, 3.1, 5.0), "does not hold")])
+@pytest.mark.parametrize(
+    "bt, verdict", [((0.2, 0.1, 0.3), "holds"), ((0.5, 0.2, 1.0), "unresolved"), ((4.0, 3.1, 5.0), "does not hold")]
+)
 def test_growth_with_n_is_a_difference_of_differences(bt, verdict):
-    pairs = [("DPO-HPS n 100", "DPO-HPS n 5", "rm_dpo", 2.0, 1.0, 3.0),
-             ("DPO-BT n 100", "DPO-BT n 5", "rm_dpo", *bt)]
+    pairs = [("DPO-HPS n 100", "DPO-HPS n 5", "rm_dpo", 2.0, 1.0, 3.0), ("DPO-BT n 100", "DPO-BT n 5", "rm_dpo", *bt)]
     rows = {name: {} for pair in pairs for name in pair[:2]}
     found = judged(results("responses", rows=rows, comparisons=pairs))
     text = "RM_DPO grows more from n 5 to 100 under DPO-HPS than under DPO-BT"
     assert found[text]["verdict"] == verdict and found[text]["paper"] == "Table 6: +2.123 vs +0.183"
     assert (found[text]["mean"], found[text]["low"], found[text]["high"]) == pytest.approx(
-        (2.0 - bt[0], 1.0 - bt[2], 3.0 - bt[1]))
+        (2.0 - bt[0], 1.0 - bt[2], 3.0 - bt[1])
+    )
     assert found["DPO-HPS n 100 has a larger RM_DPO than DPO-HPS n 5"]["verdict"] == "holds"
     assert judged(results("responses", rows=rows, comparisons=pairs[:1]))[text]["verdict"] == "not measured here"
 
@@ -151,7 +175,8 @@ def test_each_table_has_its_own_columns():
         ("DPO-BT n 100 has a larger RM_DPO than DPO-BT n 5", "0.349 vs 0.166"),
         ("DPO-HPS n 100 is at most 0.1 of reward below DPO-HPS n 5", "0.430 vs 0.431"),
         ("DPO-HPS beta 1 has a larger RM_DPO than DPO-BT beta 1", "RM_R-DPO -1.178 vs -1.990 at KL 2.015 vs 2.043"),
-        ("SPPO-BT has a negative RM_DPO", "HH -0.978, PKU -13.442")}
+        ("SPPO-BT has a negative RM_DPO", "HH -0.978, PKU -13.442"),
+    }
 
 
 def suites():

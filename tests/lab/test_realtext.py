@@ -11,7 +11,7 @@ import eval as evaluation
 from hps import config
 from hps.data import listwise
 from hps.lab import realtext
-from hps.training.options import Config, check
+from hps.options import Config, check
 
 
 @pytest.fixture(params=[False, True])

@@ -8,9 +8,9 @@ import pytest
 
 from hps import config
 from hps.evaluate import report
-from hps.lab import reproduce, stages
+from hps.lab import reproduce, sweep
 from hps.lab.suites import SUITES
-from hps.training.options import Config, check
+from hps.options import Config, check
 
 
 def run(folder: Path, values: dict[str, dict[str, float]]) -> Path:
@@ -93,7 +93,7 @@ def test_every_row_of_a_suite_is_a_command_that_train_accepts(suite):
     """Options that a method would ignore are errors, so each row's options must belong to its method."""
     spec = SUITES[suite]()
     for row in spec.rows.values():
-        argv = ["--config", "configs/world.toml", "--model", "m", "--data", "d", "--out", "o", *stages.flags(row)]
+        argv = ["--config", "configs/world.toml", "--model", "m", "--data", "d", "--out", "o", *sweep.flags(row)]
         check(*config.parse(Config, argv, prog="train.py", description=""))
     assert {name for pair in spec.pairs for name in pair} <= spec.rows.keys()
     assert spec.prompts.keys() | spec.noise.keys() <= spec.rows.keys()

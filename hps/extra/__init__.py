@@ -1,0 +1,1 @@
+"""Methods beside the paper's five, the reward model, and samples during training."""

@@ -1,0 +1,1 @@
+"""Files, hub names and loggers: what the core reads and writes through."""

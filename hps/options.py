@@ -1,0 +1,238 @@
+"""What a run may be told, and which of it the run uses: the options of train.py, and what follows from them alone."""
+
+import dataclasses
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from hps import config, losses, model, samplers
+from hps import plan as planning
+from hps.data import tokens
+from hps.extra.losses import KTO, LISTWISE, OFFICIAL, Listwise
+from hps.io import loggers
+
+
+@dataclass
+class Config:
+    # -- what is trained --
+    model: str  # start of the policy: a local folder (weights or adapter) or a hub name
+    data: str  # list-wise JSON Lines with rewards (.gz accepted)
+    out: str  # folder of the run: metrics.jsonl, checkpoints, the final policy; an unfinished run there goes on
+    loss: str = "preference"  # preference (see method), sft (likelihood of the best response), reward (a reward model)
+    method: str = "dpo-hps"  # a loss of losses.py and whom it contrasts (plan.plan): dpo-bt, nca-pl, ...
+    reference: str = ""  # reference model; empty means the policy itself before its first update
+    # -- the loss --
+    beta: float = 0.1  # KL strength
+    label_smoothing: float = 0.0  # dpo: cDPO's epsilon; robust: the share of labels that are wrong
+    exo_eps: float = 1e-3  # exo: target mass on the opponents
+    length_norm: bool = True  # ipo, simpo: divide by scored tokens, as TRL does
+    target_margin: float = 0.5  # simpo: margin that is asked for, in reward units
+    slic_delta: float = 1.0  # slic: margin that is asked for, in nats
+    slic_lambda: float = 0.1  # slic: weight of the preferred response's likelihood
+    rdpo_alpha: float = 0.01  # rdpo: reward units that a token of length is worth
+    gap_delta: float = 10.0  # gap: nats from the rewards' gap at which the square turns into a line
+    label_temperature: float = 1.0  # exo_rw, infonca, nca_soft: labels are softmax(rewards / it)
+    desirable_weight: float = 1.0  # kto: weight of the preferred response
+    undesirable_weight: float = 1.0  # kto: weight of each response that it is contrasted with
+    n_factor: str = "one"  # N of Eq. 8: one, or n_minus_one (number of dispreferred responses)
+    # -- whom it contrasts --
+    length_penalty: float = 0.0  # reward units taken off for every scored token before anything looks at the rewards
+    hps_form: str = "sample"  # sample: draws from q; full: all dispreferred responses weighted by q
+    hps_samples: int = 1  # draws from q at each visit
+    positives: int = 1  # hps_form full: this many best responses count as valid, a stage of the loss each (App. E)
+    positive_lambda: str = ""  # weights of their stages, comma-separated, say 1,0.5; empty: 1 / positives each
+    exclude_positives: bool = False  # contrast them with the responses below them all only, not with each other
+    gamma_schedule: str = "left_knots"  # left_knots, inclusive, linear, constant, or mixture (knots in random order)
+    gamma_start: float = -5.0  # hardness at the start; negative draws the worst responses
+    gamma_end: float = 5.0  # hardness that the ramp runs to; positive draws the hardest
+    gamma_phases: int = 5  # constant pieces of the ramp
+    reward_norm: str = "none"  # rewards as the sampler sees them: none, or zscore, minmax, percentile of each prompt
+    reward_scale: float = 1.0  # factor on the (normalised) rewards
+    window_end: float = 0.15  # window: share of the dispreferred that lies above its centre in the end (at first all)
+    window_power: float = 1.5  # window: 1 slides evenly, more stays longer with the worst
+    window_width: float = 0.15  # window: half its width, as a share of the dispreferred
+    pl_form: str = "stagewise"  # pl: stagewise, or official (the list-wise form of exo's, nca's and sppo's authors)
+    pl_responses: int = 8  # ranks that Plackett-Luce sees: best, worst and evenly spaced ones; 0 means all
+    # -- optimiser --
+    lr: float = 1e-5  # peak learning rate of AdamW (the paper's 5e-7 moves a LoRA adapter by almost nothing)
+    epochs: int = 2  # passes over the prompts
+    prompts_per_step: int = 64  # prompts of one optimizer step over all ranks
+    warmup_steps: int = 0  # linear warm-up
+    lr_end: float = 0.0  # where the cosine ends, as a share of lr
+    weight_decay: float = 0.0  # AdamW's decay
+    adam_beta1: float = 0.9  # AdamW's first moment
+    adam_beta2: float = 0.999  # AdamW's second moment
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 means never
+    shuffle: str = "epochs"  # epochs: a new order in each; together: all epochs as one list; no: the file's order
+    seed: int = 0  # of the order, the draws and the adapter's start
+    # -- model --
+    lora_rank: int = 8  # 0 trains all weights
+    lora_alpha: int = 16  # scale of the adapter is alpha / rank
+    lora_targets: str = "q_proj,v_proj"  # linear layers that get an adapter, comma-separated
+    dtype: str = "fp32"  # compute dtype, fp32 or bf16; trained weights are fp32 either way
+    gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
+    share_prompt: bool = True  # compute a prompt once for all its responses; false pads plain rows
+    # -- batches --
+    candidates: int = 0  # use the first so many responses of each prompt; 0 means all
+    max_length: int = 2048  # tokens of prompt and response together
+    truncate: str = "drop"  # beyond max_length: drop (and count) the response, error, or keep_end of the prompt
+    tokens_per_micro_batch: int = 4096  # packed tokens of one forward; the step's gradient does not depend on it
+    # -- run --
+    token_cache: str = "runs/token_cache"  # folder of the data as token ids, shared by all runs
+    reference_cache: str = "runs/reference_cache"  # folder of reference log-probs, shared by all runs
+    save_every: int = 0  # steps between checkpoints; 0 keeps none
+    sample_every: int = 0  # steps between greedy answers to the same prompts, in samples.jsonl; 0 draws none
+    sample_prompts: int = 4  # the first so many prompts of the data are answered then
+    log_to: str = ""  # beside metrics.jsonl: tensorboard, wandb, or both, comma-separated
+    timeout: float = 10.0  # minutes that ranks wait for each other before the run ends
+    stop_after: int = 0  # stop (with a checkpoint) after this many steps in all; 0 runs to the end
+
+
+GAMMA = {"gamma_schedule", "gamma_start", "gamma_end", "gamma_phases"}
+DRAWS = {"hps_form", "hps_samples", "n_factor"}
+POSITIVES = {"positives", "positive_lambda", "exclude_positives"}
+WINDOW = {"window_end", "window_power", "window_width"}
+HPS = GAMMA | DRAWS | POSITIVES | {"reward_norm", "reward_scale"}
+BY_VIEW = {"pl": {"pl_responses", "pl_form"}, "hps": HPS, "uniform": DRAWS | POSITIVES, "window": DRAWS | WINDOW}
+SAMPLER = {*BY_VIEW["pl"], *HPS, *WINDOW}
+OF_THE_LOSS = {"pl_form", "positive_lambda", "exclude_positives"}  # those of SAMPLER that the plan does not depend on
+BY_LOSS = {"beta", "length_norm", *losses.OPTIONS}
+
+
+def parts(c: Config) -> tuple[str, str, losses.Loss | Listwise]:
+    """Name of the loss, view, and the loss's facts, of the method; the official form of a PL method is list-wise."""
+    name, view = c.method.split("-")
+    if view == "pl" and c.pl_form == "official" and OFFICIAL.get(name):
+        name = str(OFFICIAL[name])
+    if name == "kto":
+        return name, view, KTO
+    return name, view, LISTWISE[name] if name in LISTWISE else losses.LOSSES[name]
+
+
+def as_preference(c: Config) -> Config:
+    """A reward model's loss in the terms of the others: -log sigmoid(r(chosen) - r(rejected)) (paper Eq. 15) is DPO on
+    the human pair with rewards in the place of log-ratios and beta 1."""
+    return dataclasses.replace(c, method="dpo-human", beta=1.0) if c.loss == "reward" else c
+
+
+def is_kto(c: Config) -> bool:
+    """Whether the loss is KTO's, which needs z0 in every step."""
+    return c.loss == "preference" and parts(c)[2] is KTO
+
+
+def needs_reference(c: Config) -> bool:
+    """Whether log-probs of a reference are looked up: not by SFT and reward models, nor by SimPO and SLiC."""
+    return c.loss == "preference" and getattr(parts(c)[2], "needs_reference", True)
+
+
+def needs_rewards(c: Config) -> bool:
+    """Whether the loss itself looks at the rewards, not the sampler alone."""
+    return c.loss != "sft" and getattr(parts(c)[2], "needs_rewards", True)
+
+
+def used_options(c: Config) -> set[str]:
+    """Names of the options that the run will use; whatever else the user set is an error."""
+    used = {field.name for field in dataclasses.fields(Config)} - SAMPLER - BY_LOSS
+    if c.loss == "sft":
+        used -= {"method", "reference", "reference_cache", "share_prompt", "length_penalty"}
+    elif c.loss == "reward":
+        used -= {"method", "reference", "reference_cache", "length_penalty", "sample_every"}
+        used |= {"label_smoothing"}
+    else:
+        _, view, facts = parts(c)
+        used |= set(facts.options)
+        used |= {"beta"} if getattr(facts, "needs_beta", True) else set()
+        used |= {"length_norm"} if getattr(facts, "length_norm", False) else set()
+        used -= set() if needs_reference(c) else {"reference", "reference_cache"}
+        used |= BY_VIEW.get(view, set())
+        used -= {"length_penalty"} if view == "human" else set()
+        used -= {"pl_form"} if c.method.split("-")[0] in {*LISTWISE, "kto"} else set()
+        used -= DRAWS | POSITIVES if facts is KTO else set()  # it has no weights: one draw, or all ranks of pl
+        used -= {"hps_samples"} if c.hps_form == "full" else set()
+        used -= {"positive_lambda", "exclude_positives"} if c.positives == 1 else set()
+        used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
+    used -= {"sample_prompts"} if c.sample_every == 0 else set()
+    return used if c.lora_rank else used - {"lora_alpha", "lora_targets"}
+
+
+def positive_weights(c: Config) -> list[float]:
+    """lambda_1..lambda_m of Appendix E; ValueError unless they are m numbers >= 0, not all of them 0."""
+    if not c.positive_lambda:
+        return [1 / c.positives] * c.positives
+    try:
+        weights = [float(word) for word in c.positive_lambda.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != c.positives or not all(0 <= w < math.inf for w in weights) or not any(weights):
+        raise ValueError(
+            f"positive_lambda = {c.positive_lambda!r}: give {c.positives} comma-separated weights >= 0, one for each "
+            "of the positives, not all 0"
+        )
+    return weights
+
+
+def check(c: Config, set_keys: frozenset[str]) -> None:
+    """ValueError for a choice that does not exist or that the run would ignore."""
+    methods = [f"{name}-{view}" for name in losses.LOSSES for view in planning.VIEWS]
+    methods += [f"{name}-pl" for name in LISTWISE] + [f"kto-{view}" for view in planning.VIEWS]
+    config.check_choices(
+        c,
+        loss=["preference", "sft", "reward"],
+        method=methods,
+        dtype=model.DTYPES,
+        truncate=tokens.TRUNCATE,
+        gamma_schedule=samplers.SCHEDULES,
+        hps_form=planning.FORMS,
+        pl_form=["stagewise", "official"],
+        reward_norm=samplers.REWARD_NORMS,
+        n_factor=["one", "n_minus_one"],
+        shuffle=planning.SHUFFLES,
+    )
+    positive = ("epochs", "prompts_per_step", "positives", "tokens_per_micro_batch", "beta", "lr", "reward_scale")
+    for key in (*positive, "sample_prompts", "timeout"):
+        if not getattr(c, key) > 0:
+            raise ValueError(f"{key} must be positive, got {getattr(c, key)}")
+    if c.loss != "sft":
+        _, _, facts = parts(as_preference(c))
+        for key in facts.options:
+            if not losses.OPTIONS[key].allowed(getattr(c, key)):
+                raise ValueError(f"{key} must lie in {losses.OPTIONS[key].range}, got {getattr(c, key)}")
+        for key, most in (("window_end", 1), ("window_power", math.inf), ("window_width", 1)):
+            if not 0 < getattr(c, key) <= most:
+                raise ValueError(f"{key} must lie in (0, {most}], got {getattr(c, key)}")
+        if c.method.startswith("robust-") and c.label_smoothing == 0:
+            raise ValueError("robust DPO without wrong labels is DPO: set --label_smoothing, or use method dpo-*")
+    not_negative = ("length_penalty", "candidates", "warmup_steps", "lora_rank", "max_grad_norm", "weight_decay")
+    for key in (*not_negative, "save_every", "stop_after", "sample_every"):
+        if getattr(c, key) < 0:
+            raise ValueError(f"{key} must not be negative, got {getattr(c, key)}")
+    what = f"method {c.method}" if c.loss == "preference" else f"loss {c.loss}"
+    config.check_used(set_keys, used_options(c), what=what)
+    if c.positives > 1 and c.hps_form != "full":
+        raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
+    if c.positive_lambda:
+        positive_weights(c)
+    loggers.chosen(c.log_to)
+    if is_kto(c) and c.prompts_per_step < 2:
+        raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
+    if c.lora_rank and (Path(c.model) / "adapter_config.json").exists():
+        raise ValueError(
+            f"{c.model} is itself an adapter: another one on top of it would be loaded without it. Fold it into its "
+            f"base first: python -m hps.evaluate.export --model {c.model} --out MERGED, and start from there"
+        )
+    if c.lora_rank and c.lr < 1e-6:
+        warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
+
+
+def settings(c: Config) -> dict[str, object]:
+    """The options that decide the result; a run may go on with other values of the rest."""
+    free = ("stop_after", "save_every", "tokens_per_micro_batch", "out", "token_cache", "reference_cache")
+    free += ("sample_every", "sample_prompts", "log_to", "timeout")
+    return {key: value for key, value in dataclasses.asdict(c).items() if key not in free}
+
+
+def changed_settings(c: Config) -> list[str]:
+    """Names of the settings that the run uses at another value than their default."""
+    default = {field.name: field.default for field in dataclasses.fields(Config)}
+    return [key for key, value in settings(c).items() if key in used_options(c) and value != default[key]]

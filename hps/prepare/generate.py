@@ -1,0 +1,263 @@
+"""Candidate responses: n samples per prompt, by our own decoding (hps.prepare.decode) or by vLLM.
+
+Every prompt owns a stream of random numbers that depends on (seed, prompt id) only, and its j-th sample uses
+the j-th row of that stream. So the samples of a prompt do not depend on the other prompts, their order, the
+batch size or the sharding. The one exception is rounding, which differs between batch shapes: a draw that
+falls within that difference of a boundary (a few in a million in fp32, more in bf16) takes the next token.
+
+The vLLM engine keeps to the same rule with a seed per prompt, and its samples are others than ours. It was written
+against vLLM's documented interface and has run against a stand-in of that interface only, never on a GPU.
+"""
+
+import hashlib
+import math
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from hps.io import hub
+from hps.prepare.decode import Request, Sample, decode
+
+
+def prompt_seed(seed: int, prompt_id: str) -> int:
+    """The seed, 0 to 2**63 - 1, of the random stream that belongs to one prompt of one run."""
+    digest = hashlib.blake2b(f"{seed}/{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(slots=True)
+class _Stream:
+    """One prompt on its way to n samples: what it asks for, and what became of the samples that came."""
+
+    prompt_id: str
+    request: Request
+    kept: list[Sample] = field(default_factory=list)
+    seen: set[bytes] = field(default_factory=set)
+    counts: Counter[str] = field(default_factory=Counter)
+    done: bool = False
+
+    def absorb(self, *, n: int, unique: bool, keep_unfinished: bool) -> None:
+        """Keep or count the samples that came since the last call."""
+        for one in self.request.samples[self.counts["samples"] :]:
+            assert one is not None
+            key = one.token_ids.tobytes()
+            self.counts["samples"] += 1
+            if len(self.kept) == n:
+                self.counts["surplus"] += 1
+            elif not one.finished and not keep_unfinished:
+                self.counts["unfinished"] += 1
+            elif unique and key in self.seen:
+                self.counts["duplicates"] += 1
+            else:
+                self.kept.append(one)
+                self.seen.add(key)
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    *,
+    n: int,
+    counts: Counter[str],
+    eos_token_id: int,
+    max_new_tokens: int,
+    temperature: float = 0.9,
+    seed: int = 0,
+    unique: bool = True,
+    keep_unfinished: bool = False,
+    oversample: float = 1.1,
+    draw_limit: float = 4.0,
+    max_rows: int = 512,
+    progress: bool = True,
+) -> Iterator[tuple[str, list[Sample]]]:
+    """Yields (prompt id, its first n finished samples) in input order.
+
+    A prompt gets n * oversample draws at first and further ones until it has n finished (and, with
+    `unique`, distinct) samples or n * draw_limit draws. Draws of all prompts share the batches.
+
+    Args:
+        model: a causal language model of `transformers` in eval mode, or what `load_vllm` returns.
+        prompts: (id, token ids); ids must be distinct, for they select the random stream.
+        counts: is added to, prompt by prompt: "samples" drawn = kept + "unfinished" + "duplicates" + "surplus"
+            (drawn beyond the n-th), and "prompts_short", prompts that ended with fewer than n.
+        max_new_tokens: longest response in tokens, end token included.
+        temperature: 0 is greedy, else at least 0.01.
+        keep_unfinished: keep samples cut off at max_new_tokens: an evaluation must see a policy that rambles.
+        max_rows: sequences of a batch at most, or handed to vLLM at once; lower it when memory runs out.
+
+    Raises:
+        ValueError: a repeated id, an empty or a too long prompt, settings out of range, a model in training mode or
+            one that cannot be decoded here, log-probs that are not finite.
+    """
+    if n < 1 or max_rows < 1 or max_new_tokens < 1 or not 1 <= oversample <= draw_limit < math.inf:
+        raise ValueError("generate() needs n, max_rows, max_new_tokens >= 1 and 1 <= oversample <= draw_limit")
+    if temperature != 0 and not 0.01 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or at least 0.01, not {temperature}")
+    if temperature == 0:
+        if n > 1:
+            raise ValueError("temperature 0 would give n equal responses: set n=1 or a temperature")
+        oversample = draw_limit = 1.0  # a further greedy response would be the same one
+    ours = isinstance(model, torch.nn.Module)
+    if ours and model.training:
+        raise ValueError("the model is in training mode (dropout): call model.eval() before sampling")
+    limit = positions(model.config) if ours else math.inf  # vLLM checks its own
+    streams: deque[_Stream] = deque()
+    for prompt_id, ids in prompts:
+        if not 0 < len(ids) <= limit - max_new_tokens:
+            raise ValueError(
+                f"prompt {prompt_id!r} has {len(ids)} tokens; the model's {limit} positions and "
+                f"max_new_tokens={max_new_tokens} allow 1 to {limit - max_new_tokens}: lower max_new_tokens, or "
+                f"shorten or drop it (data_prep.py generate drops it with --max_prompt_length {limit - max_new_tokens})"
+            )
+        streams.append(_Stream(prompt_id, Request(ids, prompt_seed(seed, prompt_id))))
+    if len({stream.prompt_id for stream in streams}) < len(streams):
+        raise ValueError("two prompts share an id and would get the same samples: make the ids distinct")
+
+    def still_due(stream: _Stream) -> int:
+        drawn = stream.counts["samples"]
+        due = math.ceil((n - len(stream.kept)) * oversample * (drawn + 1) / (len(stream.kept) + 1))
+        due = due and max(due, drawn // 8)  # growing steps, or the last ones would trickle in
+        return min(due, math.ceil(n * draw_limit) - drawn)
+
+    for stream in streams:
+        stream.request.due = still_due(stream)
+    stream_of = {id(stream.request): stream for stream in streams}
+    waiting = deque(stream.request for stream in streams)
+    settings: dict[str, Any] = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
+    results = (decode if ours else ask_vllm)(model, waiting, max_rows=max_rows, **settings)
+    with tqdm(total=len(streams), unit="prompt", desc="generate", disable=not progress) as bar:
+        for request in results:
+            stream = stream_of[id(request)]
+            stream.absorb(n=n, unique=unique, keep_unfinished=keep_unfinished)
+            request.due = still_due(stream)
+            if request.due:
+                waiting.appendleft(request)
+                continue
+            stream.done = True
+            bar.update()
+            del stream_of[id(request)]  # its samples need not stay in memory until the last prompt is done
+            while streams and streams[0].done:
+                first = streams.popleft()
+                counts.update(first.counts, prompts_short=int(len(first.kept) < n))
+                yield first.prompt_id, first.kept
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    *,
+    n: int,
+    counts: Counter[str],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    progress: bool,
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields (prompt id, n texts): what a model says, equal and unfinished answers included. Arguments as `generate`.
+
+    A policy that rambles or repeats itself must be seen to do so, by an evaluation as by a person. The streams are none
+    of `generate` with a seed of 0 or more: with those, the model that drew the candidates would draw them once more,
+    and BLEU against the best of them find them equal.
+    """
+    samples = generate(
+        model,
+        prompts,
+        n=n,
+        counts=counts,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=~seed,
+        unique=False,
+        keep_unfinished=True,
+        oversample=1.0,
+        progress=progress,
+    )
+    for id, some in samples:
+        yield id, [text_of(tokenizer, one) for one in some]
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
+    """A sample as text, without its control tokens and the white space around it."""
+    return tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
+
+
+def positions(config: Any) -> float:
+    """Tokens that prompt and response may have together; our attention knows no sliding window."""
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return min(limit, window or math.inf)
+
+
+def load_vllm(path: str, *, dtype: str, max_length: int) -> Any:
+    """A vLLM engine whose log-probs are those of the model itself, before temperature.
+
+    Args:
+        path: local folder or hub name. dtype: fp32 or bf16. max_length: tokens of prompt and response together.
+
+    Raises:
+        ValueError: vLLM is not installed, or `path` is an adapter.
+    """
+    if (Path(path) / "adapter_config.json").exists():
+        raise ValueError(f"{path} is an adapter, which vLLM is not given here: use --engine hf, or merge it first")
+    try:
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"--engine vllm cannot import vllm ({error}): pip install vllm on a machine with a GPU, or --engine hf"
+        ) from error
+    names = {"fp32": "float32", "bf16": "bfloat16"}
+    name, revision = hub.resolve(path)
+    how: dict[str, Any] = dict(revision=revision, tokenizer_revision=revision, dtype=names[dtype])
+    return LLM(model=name, max_model_len=max_length, logprobs_mode="raw_logprobs", **how)
+
+
+def ask_vllm(
+    llm: Any,
+    requests: deque[Request],
+    *,
+    eos_token_id: int,
+    max_new_tokens: int,
+    temperature: float,
+    max_rows: int,
+) -> Iterator[Request]:
+    """`hps.prepare.decode.decode` by a vLLM engine, which batches on its own; about `max_rows` sequences a call."""
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+    while requests:
+        batch = [requests.popleft()]
+        while requests and sum(request.due for request in batch) + requests[0].due <= max_rows:
+            batch.append(requests.popleft())
+        settings = [
+            SamplingParams(
+                n=request.due,
+                seed=request.seed // 2 + len(request.samples),  # vLLM's j-th sample takes seed + j
+                temperature=temperature,
+                max_tokens=max_new_tokens,
+                ignore_eos=True,  # or it would add the end tokens of the model's generation_config.json
+                stop_token_ids=[eos_token_id],
+                logprobs=0,  # of the drawn token alone
+                detokenize=False,
+            )
+            for request in batch
+        ]
+        asked = [{"prompt_token_ids": list(request.prompt_ids)} for request in batch]
+        outputs = llm.generate(asked, settings, use_tqdm=False)
+        for request, output in zip(batch, outputs, strict=True):
+            for one in sorted(output.outputs, key=lambda one: one.index):
+                ids = np.array(one.token_ids, dtype=np.int32)
+                finished = one.finish_reason == "stop"
+                if finished != (ids[-1] == eos_token_id):
+                    raise ValueError(f"vLLM ended a response on token {ids[-1]} with reason {one.finish_reason!r}")
+                logp = sum(step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True))
+                request.samples.append(Sample(ids, finished, logp))
+            request.due = 0
+            yield request

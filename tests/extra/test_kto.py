@@ -1,0 +1,149 @@
+"""KTO in the loop: z0 and the loss of a step against plain forwards, and the same however a step is split."""
+
+import numpy as np
+import pytest
+import torch
+from test_train import distinct, losses, rewrite, run, run_ranks
+
+from hps.data import listwise, store, tokens
+from hps.extra.kto import mismatched_blocks
+from hps.model import load_causal_lm
+from hps.options import Config
+from hps.visits import make_plan
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_world, tmp_path_factory):
+    """The start model after some likelihood training: of another model, so that no log-ratio is 0."""
+    out = tmp_path_factory.mktemp("taught")
+    options = dict(loss="sft", method=None, beta=None, reference_cache=None, data=tiny_world / "sft.jsonl")
+    run(tiny_world, out, **options)
+    return out / "policy"
+
+
+def plain_logp(lm, prompt: np.ndarray, response: np.ndarray) -> float:
+    """Summed log-prob of a response by one unpacked, unpadded forward and torch's own log-softmax, in nats."""
+    ids = torch.from_numpy(np.concatenate([prompt, response])).long()
+    with torch.no_grad():
+        logps = torch.log_softmax(lm(input_ids=ids[None]).logits[0].double(), -1)
+    return sum(float(logps[t - 1, ids[t]]) for t in range(len(prompt), len(ids)))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("budget", [100_000, 1])
+def test_z0_and_loss_of_a_step_by_plain_forwards(tiny_world, tmp_path, taught, swapped, budget):
+    """z0 = max(0, mean_i h(x_i, best of x_{i+1})), cyclically; the loss is the mean of w_D s(beta (z0 - h_best)) +
+    w_U s(beta (h_worst - z0)). Policy and reference swapped turn z0's mean negative, and it counts as 0."""
+    models = [taught, tiny_world / "model"]
+    policy, ref = (load_causal_lm(str(path), dtype=torch.float32) for path in (models[::-1] if swapped else models))
+    data = rewrite(tiny_world, tmp_path, distinct)
+    tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
+    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data)[:8], max_length=128)
+    order = [np.argsort(e.rewards) for e in examples]
+    pairs = [(e.prompt_ids, e.response_ids[o[-1]], e.response_ids[o[0]]) for e, o in zip(examples, order, strict=True)]
+
+    def h(prompt, response):
+        return plain_logp(policy, prompt, response) - plain_logp(ref, prompt, response)
+
+    mean = np.mean([h(pairs[i][0], pairs[(i + 1) % 8][1]) for i in range(8)])
+    assert abs(mean) > 0.5 and (mean < 0) == swapped
+    z0 = max(0.0, mean)
+
+    def s(x):
+        return 1 / (1 + np.exp(-x))
+
+    terms = [1.3 * s(0.05 * (z0 - h(x, w))) + 0.6 * s(0.05 * (h(x, y) - z0)) for x, w, y in pairs]
+    options = dict(beta=0.05, desirable_weight=1.3, undesirable_weight=0.6, shuffle="no", stop_after=1)
+    options |= dict(data=data, model=models[swapped], reference=models[1 - swapped], tokens_per_micro_batch=budget)
+    values = run(tiny_world, tmp_path / "out", method="kto-bt", **options)
+    assert losses(tmp_path / "out", "kl")[0] == pytest.approx(z0, abs=1e-3)
+    assert values[0] == pytest.approx(np.mean(terms), abs=1e-4)
+
+
+def test_mismatched_pairs_are_cut_at_max_length(tiny_world):
+    """Each is the visit's prompt and the start of the next one's best response, as much of it as max_length leaves."""
+    data, tokenizer = tiny_world / "train.jsonl", tokens.load_tokenizer(str(tiny_world / "model"))
+    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
+    longest = max(map(len, (e.prompt_ids for e in examples)))
+    c = Config("m", "d", "o", method="kto-bt", prompts_per_step=24, epochs=1, max_length=longest + 5)
+    stored = store.open_store(tiny_world / "tokens", data, tokenizer, max_length=128)
+    plan = make_plan(c, stored)
+    blocks, cut = mismatched_blocks(c, plan, stored), 0
+    for v, block in enumerate(blocks):
+        w = (v + 1) % 24
+        whole = examples[plan.row[w]].response_ids[plan.responses[w, 0]]
+        prompt = examples[plan.row[v]].prompt_ids
+        assert block.prompt.tolist() == prompt.tolist()
+        assert block.responses[0].tolist() == whole.tolist()[: c.max_length - len(prompt)]
+        cut += len(block.responses[0]) < len(whole)
+    assert 0 < cut and len(blocks) == 24
+
+
+KTO = dict(method="kto-hps", epochs=3)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_world, tmp_path_factory) -> tuple[list[float], list[float]]:
+    """Losses and z0 of 9 steps: one process, one micro-batch a step."""
+    out = tmp_path_factory.mktemp("kto")
+    values, kl = run(tiny_world, out, tokens_per_micro_batch=100_000, **KTO), losses(out, "kl")
+    assert np.std(values[1:]) > 1e-2 and max(kl) > 0.5
+    return values, kl
+
+
+@pytest.mark.parametrize("split", [dict(tokens_per_micro_batch=20), dict(share_prompt="false")])
+def test_micro_batches_do_not_change_the_trajectory(tiny_world, tmp_path, base, split):
+    np.testing.assert_allclose(run(tiny_world, tmp_path, **split, **KTO), base[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path, "kl"), base[1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("ranks", "budget"), [(2, 100_000), (3, 20)])
+def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base, ranks, budget):
+    """The cache is full, so that the first pass is z0's; 8 prompts on three ranks leave one of them a dummy."""
+    values = run_ranks(tiny_world, tmp_path, ranks, tokens_per_micro_batch=budget, **KTO)
+    np.testing.assert_allclose(values, base[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path, "kl"), base[1], rtol=0, atol=1e-3)
+
+
+def test_a_resumed_run_is_bit_identical(tiny_world, tmp_path, base):
+    run(tiny_world, tmp_path, tokens_per_micro_batch=100_000, stop_after=4, **KTO)
+    assert run(tiny_world, tmp_path, tokens_per_micro_batch=100_000, **KTO) == base[0]
+
+
+@pytest.mark.parametrize("method", ["kto-random", "kto-window", "kto-pl"])
+def test_first_loss_is_half_of_the_weights(tiny_world, tmp_path, method):
+    """h = z0 = 0: (w_D + w_U (n - 1)) / 2, three responses for each prompt of pl, else two."""
+    options = dict(desirable_weight=1.5, undesirable_weight=0.5, stop_after=1)
+    options |= dict(pl_responses=3, data=rewrite(tiny_world, tmp_path, distinct)) if method == "kto-pl" else {}
+    values = run(tiny_world, tmp_path / "out", method=method, **options)
+    assert values[0] == pytest.approx((1.5 + 0.5 * (2 if method == "kto-pl" else 1)) / 2, abs=1e-5)
+
+
+def test_a_last_step_of_one_prompt_looks_back(tiny_world, tmp_path, taught):
+    """Its z0 is h of its prompt with the best response of the visit before it (the learning rate moves nothing)."""
+    data = rewrite(tiny_world, tmp_path, distinct)
+    tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
+    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
+    options = dict(data=data, model=taught, reference=tiny_world / "model", method="kto-bt", shuffle="no")
+    run(tiny_world, tmp_path / "out", lr=1e-12, epochs=1, prompts_per_step=len(examples) - 1, **options)
+    prompt, response = examples[-1].prompt_ids, examples[-2].response_ids[np.argmax(examples[-2].rewards)]
+    lms = (load_causal_lm(str(path), dtype=torch.float32) for path in (taught, tiny_world / "model"))
+    policy, ref = (plain_logp(lm, prompt, response) for lm in lms)
+    z0 = losses(tmp_path / "out", "kl")
+    assert len(z0) == 2 and z0[1] == pytest.approx(policy - ref, abs=1e-3) and z0[1] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(prompts_per_step=1), "prompts_per_step must be >= 2"),
+        (dict(hps_form="full"), "method kto-hps does not use.*hps_form"),
+        (dict(n_factor="n_minus_one"), "method kto-hps does not use.*n_factor"),
+        (dict(undesirable_weight=-1.0), r"undesirable_weight must lie in \[0, inf\)"),
+        (dict(method="dpo-bt", desirable_weight=2.0), "method dpo-bt does not use.*desirable_weight"),
+        (dict(method="kto-pl", pl_form="official"), "method kto-pl does not use.*pl_form"),
+    ],
+)
+def test_a_wrong_option_is_named(tiny_world, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_world, tmp_path, **dict(method="kto-hps") | options)

@@ -1,0 +1,120 @@
+"""Samples while training: transformers' own greedy answers, and a run that is the same as without them."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import arguments, losses, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from hps import config, dist
+from hps.data import listwise, tokens
+from hps.options import Config
+
+SFT = dict(loss="sft", method=None, beta=None, reference_cache=None)
+
+
+def samples(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def greedy(path: Path, prompt: list[int]) -> str:
+    """transformers' own most likely answer, 128 tokens at most, or as many as the model has positions for."""
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    room = min(128, lm.config.max_position_embeddings - len(prompt))
+    how = dict(max_new_tokens=room, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    found = lm.generate(torch.tensor([prompt]), **how)[0, len(prompt) :]
+    return tokenizer.decode(found, skip_special_tokens=True).strip()
+
+
+def test_they_are_the_greedy_answers_of_the_policy_at_each_step(tiny_world, tmp_path, capsys):
+    """The start model's at step 0 and the exported policy's at the last, to the same prompts throughout."""
+    data = tiny_world / "sft.jsonl"
+    options = SFT | dict(data=data, epochs=2, lr=1e-2, shuffle="no", sample_every=2, sample_prompts=3)
+    run(tiny_world, tmp_path, **options)
+    found = samples(tmp_path)
+    first = listwise.read(data)[:3]
+    assert [(s["step"], s["id"]) for s in found] == [(t, row.id) for t in (0, 2, 4, 6, 8) for row in first]
+    tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
+    prompts = [tokens.encode_prompt(tokenizer, row.prompt) for row in first]
+    assert [s["prompt"] for s in found] == [tokenizer.decode(ids) for ids in prompts] * 5
+    start = [greedy(tiny_world / "model", ids) for ids in prompts]
+    end = [greedy(tmp_path / "policy", ids) for ids in prompts]
+    assert start != end
+    assert [s["response"] for s in found[:3]] == start and [s["response"] for s in found[-3:]] == end
+    shown = capsys.readouterr().err
+    assert f"after 8 steps, {first[0].id}: {' '.join(end[0].split())[:200]}" in shown
+    assert first[1].id not in shown
+
+
+@pytest.mark.parametrize("options", [{}, dict(lora_rank=4, lr=3e-2, gradient_checkpointing="true"), SFT])
+def test_a_run_is_the_same_with_and_without_them(tiny_world, tmp_path, monkeypatch, options):
+    """Losses, gradients and weights to the last bit; no generator is touched."""
+    options = options | ({"data": tiny_world / "sft.jsonl"} if options is SFT else {})
+    real, calls = train.sample, []
+
+    def watched(c, policy, *rest):
+        modes = [m.training for m in policy.modules()]
+        before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
+        seconds = real(c, policy, *rest)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (repr(np.random.get_state()), random.getstate()) == before[1:]
+        assert [m.training for m in policy.modules()] == modes
+        calls.append(rest[-1])
+        return seconds
+
+    monkeypatch.setattr(train, "sample", watched)
+    plain = run(tiny_world, tmp_path / "plain", **options)
+    assert not calls and not (tmp_path / "plain/samples.jsonl").exists()
+    assert run(tiny_world, tmp_path / "with", sample_every=1, **options) == plain
+    assert calls == list(range(len(plain) + 1))
+    assert losses(tmp_path / "with", "grad_norm") == losses(tmp_path / "plain", "grad_norm")
+    [name] = [path.name for path in (tmp_path / "plain/policy").glob("*.safetensors")]
+    weights = [(tmp_path / which / "policy" / name).read_bytes() for which in ("plain", "with")]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_that_goes_on_has_each_of_them_once(tiny_world, tmp_path, monkeypatch):
+    """Killed past its last checkpoint and started again: the file of an undisturbed run."""
+    run(tiny_world, tmp_path / "whole", sample_every=1)
+    real = train.lr_at
+
+    def kill(c, step, steps):
+        if step == 5:
+            raise KeyboardInterrupt
+        return real(c, step, steps)
+
+    monkeypatch.setattr(train, "lr_at", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_world, tmp_path / "half", sample_every=1, save_every=3)
+    monkeypatch.undo()
+    assert max(s["step"] for s in samples(tmp_path / "half")) == 5
+    run(tiny_world, tmp_path / "half", sample_every=1, save_every=3)
+    assert samples(tmp_path / "half") == samples(tmp_path / "whole")
+
+
+def test_under_torchrun_they_are_refused(tiny_world, tmp_path):
+    """Before anything is read or written: one rank would wait in the sharded model for the others."""
+    c, _ = config.parse(Config, arguments(tiny_world, tmp_path / "out", sample_every=2), prog="", description="")
+    sharded = dist.Ranks(rank=0, world_size=2, device=torch.device("cpu"), sharded=True)
+    with pytest.raises(ValueError, match="--sample_every needs the whole model in one process"):
+        train.train(c, sharded)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(sample_prompts=2), "does not use sample_prompts"),
+        (dict(sample_every=-1), "sample_every must not be negative"),
+        (dict(sample_every=1, sample_prompts=0), "sample_prompts must be positive"),
+        (SFT | dict(loss="reward", sample_every=1), "loss reward does not use sample_every"),
+    ],
+)
+def test_an_option_of_theirs_that_is_wrong(tiny_world, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_world, tmp_path, **options)

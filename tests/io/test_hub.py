@@ -1,0 +1,141 @@
+"""Revisions of what stands on the hub, against a copy of it on disk: two commits of a model and of a data set."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, classifier
+
+from hps.data.tokens import load_tokenizer
+from hps.io import hub
+
+FIRST, SECOND = "1" * 40, "2" * 40  # the branch stands at SECOND
+
+SCRIPT = """
+import json, pathlib, sys, torch, data_prep
+from hps.io import hub
+from hps.checkpoint import export
+from hps.dist import Ranks
+from hps.model import add_lora, fingerprint, load_causal_lm
+from hps.extra.reward_model import load_reward_model
+from hps.data.tokens import load_tokenizer
+out, first, second, alone = sys.argv[1:]
+hashes = lambda names, load=load_causal_lm: [fingerprint(load(name, dtype=torch.float32)) for name in names]
+at = ("owner/lm", "owner/lm@" + first, "owner/lm@" + second, "owner/lm@main")
+found = {"lm": hashes(at), "folders": hashes([alone + "/lm1", alone + "/lm2"])}
+found["rm"] = hashes(("owner/rm@" + first, "owner/rm@" + second), load_reward_model)
+found["eos"] = [load_tokenizer(name).eos_token for name in at]
+how = dict(rank=2, alpha=2, targets=["q_proj"], seed=0, revision=hub.resolve(at[1])[1])
+lm = add_lora(load_causal_lm(at[1], dtype=torch.float32), **how)
+one = Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
+export(lm, load_tokenizer(at[1]), pathlib.Path(out) / "adapter", ranks=one, card="")
+found["adapter"] = hashes([out + "/adapter"])
+for name in ("", "@main", "@" + first):
+    path = f"hf://datasets/owner/pairs{name}/some/pairs.jsonl"
+    data_prep.main(["import", "--source=hh-rlhf", "--input=" + path, f"--output={out}/rows{name}.jsonl"])
+for name in ("owner/lm@none", "owner/none"):
+    try:
+        load_causal_lm(name, dtype=torch.float32)
+    except ValueError as error:
+        found[name] = str(error)
+for path in ("hf://datasets/owner/pairs@none/some/pairs.jsonl", "hf://datasets/owner/pairs/none", "hf://owner/pairs"):
+    try:
+        data_prep.main(["import", "--source=hh-rlhf", "--input=" + path, f"--output={out}/none.jsonl"])
+    except ValueError as error:
+        found[path] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tiny_world, tmp_path_factory):
+    """What SCRIPT saw, its log and its folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("hub")
+    tokenizer = load_tokenizer(str(tiny_world / "model"))
+    rows = (ROOT / "tests/fixtures/hh-rlhf.jsonl").read_text().splitlines(keepends=True)
+    for number, commit in enumerate((FIRST, SECOND), 1):
+        for kind, name in (("models", "lm"), ("models", "rm"), ("datasets", "pairs")):
+            cached = folder / "cache" / f"{kind}--owner--{name}"
+            (cached / "refs").mkdir(parents=True, exist_ok=True)
+            (cached / "refs" / "main").write_text(SECOND)
+            snapshot = cached / "snapshots" / commit
+            snapshot.mkdir(parents=True)
+            if name == "lm":
+                shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+                torch.manual_seed(number)
+                for place in (snapshot, folder / f"lm{number}"):
+                    torch.manual_seed(number)
+                    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(place)
+                    if number == 2:
+                        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
+                    tokenizer.save_pretrained(place)
+            elif name == "rm":
+                classifier(tokenizer, snapshot, positions=64 * number)
+            else:
+                (snapshot / "some").mkdir()
+                (snapshot / "some/pairs.jsonl").write_text("".join(rows[:number]))
+    environment = os.environ | {"HF_HUB_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-c", SCRIPT, str(folder), FIRST, SECOND, str(folder)]
+    done = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr, folder
+
+
+def test_a_model_is_that_of_its_revision(found):
+    seen, _, _ = found
+    first, second = seen["folders"]
+    assert first != second
+    assert seen["lm"] == [second, first, second, second]
+    assert seen["eos"][0] == seen["eos"][2] == seen["eos"][3] != seen["eos"][1]
+    assert seen["rm"][0] != seen["rm"][1]
+
+
+def test_an_adapter_pins_its_base(found):
+    """Trained on the first commit, it is put on that one, though the branch has moved on."""
+    seen, _, folder = found
+    about = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert (about["base_model_name_or_path"], about["revision"]) == ("owner/lm", FIRST)
+    assert seen["adapter"] == seen["folders"][:1]  # B is zero, so that the merged weights are the base's
+
+
+def test_a_branch_is_told_with_its_commit_and_a_commit_is_not(found):
+    _, log, _ = found
+    told = [line for line in log.splitlines() if "may change on the hub" in line]
+    assert [line.split()[0] for line in told] == ["owner/lm@main"]  # once, though named twice
+    assert all(f"owner/lm@{SECOND}" in line for line in told)
+
+
+def test_a_data_set_is_read_and_its_commit_recorded(found):
+    _, _, folder = found
+    for name, commit, kept in (("", SECOND, 2), ("@main", SECOND, 2), (f"@{FIRST}", FIRST, 1)):
+        manifest = json.loads((folder / f"rows{name}.jsonl.manifest.json").read_text())
+        assert manifest["input"]["path"] == f"hf://datasets/owner/pairs@{commit}/some/pairs.jsonl"
+        assert manifest["counts"]["rows_read"] == kept
+
+
+def test_what_is_not_there_is_named(found):
+    seen, _, folder = found
+    assert "cannot load the model 'owner/lm@none'" in seen["owner/lm@none"]
+    assert "cannot load the model 'owner/none'" in seen["owner/none"]
+    for path in ("hf://datasets/owner/pairs@none/some/pairs.jsonl", "hf://datasets/owner/pairs/none"):
+        assert seen[path].startswith(f"{path} could not be fetched: ")
+    assert "must be hf://datasets/OWNER/NAME/FILE" in seen["hf://owner/pairs"]
+    assert not (folder / "none.jsonl").exists()
+
+
+def test_names_and_revisions(tmp_path, monkeypatch):
+    for name, revision in (("owner/name", "main"), ("owner/name@v1.0", "v1.0")):
+        with pytest.raises(ValueError, match=f"'owner/name' is no folder here.*'{revision}', and the hub cannot"):
+            hub.resolve(name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs@home").mkdir()
+    for path in ("runs@home", "./gone@home", "/gone@home"):
+        assert hub.resolve(path) == (path, None)
+    for wrong in ("owner/name@", "@main"):
+        with pytest.raises(ValueError, match="OWNER/NAME@REVISION"):
+            hub.resolve(wrong)

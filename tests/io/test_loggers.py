@@ -1,0 +1,148 @@
+"""What the loggers are told, against metrics.jsonl.
+
+Neither tensorboard nor wandb is a dependency. In their place stand modules that record how they are called and, from
+what their documentation says of purge_step and of repeated steps, what a user would then see; no real one is asked.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from test_train import run
+
+import train
+from hps.io import loggers
+
+
+class Events:
+    """TensorBoard's view of a folder: (tag, step) -> values, those from purge_step on forgotten when a writer opens."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, dict[tuple[str, int], list[float]]] = {}
+
+    def writer(self, log_dir: str, purge_step: int | None = None) -> "Writer":
+        shown = self.seen.setdefault(log_dir, {})
+        if purge_step is not None:
+            self.seen[log_dir] = {key: values for key, values in shown.items() if key[1] < purge_step}
+        return Writer(self.seen[log_dir])
+
+
+class Writer:
+    def __init__(self, shown: dict[tuple[str, int], list[float]]) -> None:
+        self.shown, self.unwritten = shown, []
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.unwritten.append(((tag, step), value))
+
+    def flush(self) -> None:
+        for key, value in self.unwritten:
+            self.shown.setdefault(key, []).append(value)
+        self.unwritten = []
+
+
+class Server:
+    """Weights & Biases: runs by id, each step -> its values; a step that is not new is ignored, as wandb does."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, dict[int, dict[str, float]]] = {}
+        self.settings: dict[str, dict] = {}
+
+    def init(self, *, dir: str, id: str, resume: str, name: str, config: dict) -> "Server":
+        assert resume == "allow" and Path(dir).name == name
+        self.current = self.runs.setdefault(id, {})
+        self.settings[id] = config
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if step > max(self.current, default=-1):
+            self.current[step] = values
+
+
+@pytest.fixture
+def events(monkeypatch) -> Events:
+    module, events = ModuleType("torch.utils.tensorboard"), Events()
+    module.SummaryWriter = events.writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    return events
+
+
+@pytest.fixture
+def server(monkeypatch) -> Server:
+    module, server = ModuleType("wandb"), Server()
+    module.init = server.init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return server
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def agree(out: Path, events: Events, server: Server) -> None:
+    """Every value of metrics.jsonl once in either, at its step, and no other."""
+    lines = records(out)
+    assert len(lines) == 6 and [line["step"] for line in lines] == list(range(6))
+    wanted = {(name, line["step"]): [x] for line in lines for name, x in line.items() if name != "step"}
+    assert events.seen == {str(out / "tensorboard"): wanted}
+    [(_, steps)] = server.runs.items()
+    assert steps == {line["step"]: {name: x for name, x in line.items() if name != "step"} for line in lines}
+
+
+def test_both_are_told_what_metrics_jsonl_holds_and_a_stopped_run_goes_on(tiny_world, tmp_path, events, server):
+    run(tiny_world, tmp_path, log_to="tensorboard,wandb", stop_after=2)
+    assert len(records(tmp_path)) == 2
+    run(tiny_world, tmp_path, log_to="tensorboard,wandb")
+    agree(tmp_path, events, server)
+    [settings] = server.settings.values()
+    assert settings["lr"] == 3e-3 and settings["method"] == "dpo-hps"
+
+
+def test_steps_past_the_last_checkpoint_are_done_again_and_stand_once(
+    tiny_world, tmp_path, events, server, monkeypatch
+):
+    """Killed at step 4 with a checkpoint of 3. The values that depend on the clock differ in the second life."""
+    real = train.lr_at
+
+    def kill(c, step, steps):
+        if step == 4:
+            raise KeyboardInterrupt
+        return real(c, step, steps)
+
+    monkeypatch.setattr(train, "lr_at", kill)
+    monkeypatch.setattr(train, "peak_gib", lambda device: 1.0)
+    monkeypatch.setattr(train.time, "perf_counter", iter(range(10**6)).__next__)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_world, tmp_path, log_to="tensorboard,wandb", save_every=3)
+    assert max(step for _, step in events.seen[str(tmp_path / "tensorboard")]) == 3
+    monkeypatch.setattr(train, "lr_at", real)
+    run(tiny_world, tmp_path, log_to="tensorboard,wandb", save_every=3)
+    [(_, steps)] = server.runs.items()
+    steps[3]["perf/tokens_per_s"] = records(tmp_path)[3]["perf/tokens_per_s"]  # wandb keeps the first life's
+    agree(tmp_path, events, server)
+
+
+def test_a_run_that_begins_again_is_a_new_one(tmp_path, events, server):
+    """Without a checkpoint: the old steps go, and wandb gets a run of its own."""
+    for value in (1.0, 2.0):
+        log = loggers.open_log(tmp_path, "tensorboard,wandb", done=0, settings={})
+        log({"step": 0, "loss": value})
+    assert records(tmp_path) == [{"step": 0, "loss": 2.0}]
+    assert events.seen == {str(tmp_path / "tensorboard"): {("loss", 0): [2.0]}}
+    assert list(server.runs.values()) == [{0: {"loss": 1.0}}, {0: {"loss": 2.0}}]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_one_that_is_not_installed_is_named_before_training(tiny_world, tmp_path, monkeypatch, name):
+    for module in ("tensorboard", "torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    with pytest.raises(ValueError, match=f"{name} is missing .*: pip install {name}"):
+        run(tiny_world, tmp_path / "out", log_to=name)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", ["tensorbord", "wandb,wandb"])
+def test_one_that_does_not_exist_or_stands_twice(server, names):
+    with pytest.raises(ValueError, match="give each of tensorboard, wandb at most once"):
+        loggers.chosen(names)

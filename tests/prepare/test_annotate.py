@@ -1,0 +1,226 @@
+"""`data_prep.py annotate` with reward models: the rewards that transformers itself gives to rendered conversations."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, classifier
+from transformers import AutoModelForSequenceClassification
+
+import data_prep
+from hps.data import listwise, tokens
+from hps.lab import scorers
+from hps.prepare import journal, rewards
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_world):
+    return tokens.load_tokenizer(str(tiny_world / "model"))
+
+
+@pytest.fixture(scope="module")
+def reward_model(tokenizer, tmp_path_factory):
+    return classifier(tokenizer, tmp_path_factory.mktemp("rm"))
+
+
+@pytest.fixture(scope="module")
+def data(tiny_world, tmp_path_factory):
+    """The tiny world's rows without rewards, one of them with a string prompt, one without responses."""
+    path = tmp_path_factory.mktemp("data") / "in.jsonl"
+    rows = [listwise.Row(r.id, r.prompt, r.responses) for r in listwise.read(tiny_world / "train.jsonl")]
+    rows[3] = listwise.Row("string", " <user> may i eat this", rows[3].responses)
+    rows[5] = listwise.Row("none", rows[5].prompt, ())
+    listwise.write(path, rows)
+    return path
+
+
+def by_transformers(folder, rows, tokenizer) -> list[list[float]]:
+    """Each conversation alone, rendered and read by transformers."""
+    lm = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    found = []
+    for row in rows:
+        found.append([])
+        for y in row.responses:
+            if isinstance(row.prompt, str):
+                ids = [*tokens.encode_prompt(tokenizer, row.prompt), *tokens.encode_response(tokenizer, y)]
+            else:
+                answered = [*row.prompt, {"role": "assistant", "content": y}]
+                ids = tokenizer.apply_chat_template(answered, return_dict=False)
+            with torch.no_grad():
+                found[-1].append(float(lm(input_ids=torch.tensor([ids])).logits[0].mean()))
+    return found
+
+
+def annotate(scorer, data, out, **more) -> list[listwise.Row]:
+    options = dict(scorer=scorer, input=data, output=out) | more
+    data_prep.main(["annotate", *(f"--{key}={value}" for key, value in options.items())])
+    return listwise.read(out)
+
+
+def assert_rewards(rows, expected):
+    assert [len(row.rewards) for row in rows] == [len(e) for e in expected]
+    np.testing.assert_allclose(np.concatenate([r.rewards for r in rows]), np.concatenate(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [4096, 60])
+def test_rewards_are_those_of_transformers(reward_model, data, tokenizer, tmp_path, budget):
+    rows = annotate(reward_model, data, tmp_path / "out.jsonl", tokens_per_micro_batch=budget)
+    expected = by_transformers(reward_model, rows, tokenizer)
+    assert np.std(np.concatenate(expected)) > 0.3
+    assert_rewards(rows, expected)
+    assert not journal.files(tmp_path / "out.jsonl")
+
+
+def test_the_mean_of_objectives(tokenizer, data, tmp_path):
+    several = classifier(tokenizer, tmp_path / "rm", labels=5)
+    with pytest.raises(ValueError, match="rm has 5 labels where a reward model has one"):
+        annotate(several, data, tmp_path / "out.jsonl")
+    rows = annotate(several, data, tmp_path / "out2.jsonl", objectives="mean")
+    assert_rewards(rows, by_transformers(several, rows, tokenizer))
+
+
+def test_a_classifier_whose_pad_is_eos_reads_the_token_before(tokenizer, data, tmp_path):
+    """transformers takes the last token that is no pad, so such a model was trained on the one before EOS."""
+    rm = classifier(tokenizer, tmp_path / "rm", pad=tokenizer.eos_token_id)
+    rows = annotate(rm, data, tmp_path / "out.jsonl")
+    expected = by_transformers(rm, rows, tokenizer)
+    assert_rewards(rows, expected)
+    other = annotate(classifier(tokenizer, tmp_path / "rm2"), data, tmp_path / "out2.jsonl")
+    assert not np.allclose(other[0].rewards, expected[0], atol=0.1)
+    listwise.write(tmp_path / "empty.jsonl", [listwise.Row("a", "x", ("",))])
+    with pytest.raises(ValueError, match=r"empty.jsonl:1: an empty response, of which this reward model sees nothing"):
+        annotate(rm, tmp_path / "empty.jsonl", tmp_path / "out3.jsonl")
+
+
+def test_a_killed_run_goes_on(reward_model, data, tmp_path, monkeypatch):
+    """Ended after seven rows: the second start scores the others alone, and the file is that of a run undisturbed."""
+    whole = tmp_path / "whole.jsonl"
+    annotate(reward_model, data, whole)
+    scored = []
+    annotate_packed = rewards.annotate_packed
+
+    def ends(rows, *args, **more):
+        for n, found in enumerate(annotate_packed(rows, *args, **more)):
+            if n == 7:
+                raise KeyboardInterrupt
+            yield found
+
+    def spy(rows, *args, **more):
+        scored.extend(row.id for row in rows)
+        return annotate_packed(rows, *args, **more)
+
+    monkeypatch.setattr(rewards, "annotate_packed", ends)
+    with pytest.raises(KeyboardInterrupt):
+        annotate(reward_model, data, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    monkeypatch.setattr(rewards, "annotate_packed", spy)
+    with pytest.raises(ValueError, match=r"another run left unfinished: it differs in dtype"):
+        annotate(reward_model, data, tmp_path / "out.jsonl", dtype="bf16")
+    annotate(reward_model, data, tmp_path / "out.jsonl")
+    assert scored == [row.id for row in listwise.read(data)][7:]
+    ours, theirs = (listwise.read(path) for path in (tmp_path / "out.jsonl", whole))
+    assert_rewards(ours, [row.rewards for row in theirs])
+
+
+def test_two_ranks_share_the_prompts(reward_model, data, tmp_path):
+    one = annotate(reward_model, data, tmp_path / "one.jsonl")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    command += ["data_prep.py", "annotate", f"--scorer={reward_model}", f"--input={data}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, f"--output={tmp_path / 'two.jsonl'}"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_rewards(listwise.read(tmp_path / "two.jsonl"), [row.rewards for row in one])
+
+
+def test_what_does_not_fit_is_cut_and_counted(tokenizer, data, tmp_path, capsys):
+    """16 positions: the prompt loses its beginning, but BOS, as if it were shorter; an answer of 17 cannot be read."""
+    short = classifier(tokenizer, tmp_path / "rm", positions=16)
+    words = [tokenizer.decode([i]) for i in range(20, 60)]
+    prompt = " ".join(words[:20])
+    ids = tokens.encode_prompt(tokenizer, prompt)
+    listwise.write(tmp_path / "in.jsonl", [listwise.Row("a", prompt, (words[30], " ".join(words[30:34])))])
+    [row] = annotate(short, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert "prompts_cut 1" in capsys.readouterr().err
+    lm = AutoModelForSequenceClassification.from_pretrained(short).eval()
+    for y, reward in zip(row.responses, row.rewards, strict=True):
+        bos = [tokenizer.bos_token_id] if ids[0] == tokenizer.bos_token_id else []
+        cut = bos + ids[len(ids) - 16 + 5 + len(bos) :]  # the longer answer has 4 words and EOS
+        whole = [*cut, *tokens.encode_response(tokenizer, y)]
+        with torch.no_grad():
+            assert reward == pytest.approx(float(lm(input_ids=torch.tensor([whole])).logits), abs=1e-4)
+    listwise.write(tmp_path / "long.jsonl", [listwise.Row("a", prompt, (" ".join(words[:16]),))])
+    with pytest.raises(ValueError, match=r"long.jsonl:1: a response of 17 tokens, where the reward model reads 16"):
+        annotate(short, tmp_path / "long.jsonl", tmp_path / "out2.jsonl")
+
+
+REMOTE = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaModel, LlamaPreTrainedModel
+from transformers.utils import ModelOutput
+
+@dataclass
+class Output(ModelOutput):
+    rewards: torch.FloatTensor = None
+
+class Gated(LlamaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.regression = nn.Linear(config.hidden_size, 4)
+        self.post_init()
+
+    def forward(self, input_ids, **kwargs):
+        return Output(rewards=self.regression(self.model(input_ids).last_hidden_state[:, -1]))
+"""
+
+
+def test_a_model_with_its_own_code(tokenizer, data, tmp_path, monkeypatch):
+    """Refused unless asked for with a revision; then the mean of its objectives, as the module itself gives them."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "rm"
+    classifier(tokenizer, folder)
+    (folder / "gated.py").write_text(REMOTE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Gated"], "auto_map": {"AutoModelForSequenceClassification": "gated.Gated"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is no reward model but Gated"):
+        annotate(folder, data, tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match="this model has 4 labels"):
+        annotate(folder, data, tmp_path / "out.jsonl", remote_revision="abc")
+    how = dict(remote_revision="abc", objectives="mean")
+    torch.manual_seed(0)  # the head is not among the weights, so each loading draws it
+    few = tmp_path / "few.jsonl"
+    listwise.write(few, listwise.read(data)[:2])
+    rows = annotate(folder, few, tmp_path / "out2.jsonl", **how)
+    torch.manual_seed(0)
+    lm = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    for row in rows:
+        for y, reward in zip(row.responses, row.rewards, strict=True):
+            ids = tokenizer.apply_chat_template(
+                [*row.prompt, {"role": "assistant", "content": y}], return_dict=False, return_tensors="pt"
+            )
+            with torch.no_grad():
+                assert reward == pytest.approx(float(lm(ids).rewards.mean()), abs=1e-5)
+
+
+def test_options_that_a_scorer_ignores_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="scorer human does not use dtype, objectives"):
+        annotate("human", data, tmp_path / "out.jsonl", dtype="bf16", objectives="mean")
+
+
+def test_a_reward_model_is_a_scorer_of_samples(reward_model, data, tokenizer):
+    """As eval.py asks: one prompt and its responses at a time."""
+    rows = listwise.read(data)[:4]
+    score = scorers.load(reward_model)
+    for row, expected in zip(rows, by_transformers(reward_model, rows, tokenizer), strict=True):
+        prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
+        np.testing.assert_allclose(score(prompt, list(row.responses)), expected, atol=1e-4)

@@ -1,0 +1,266 @@
+"""Decoding against full forward passes, exact distributions, transformers' own generate, and other batches."""
+
+import math
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, Qwen2Config
+
+from hps.prepare import decode
+
+EOS = 2
+SMALL = {
+    "vocab_size": 13,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # uneven next-token distributions
+}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen2": Qwen2Config(**SMALL),
+    "gpt2": GPT2Config(vocab_size=13, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, **SPECIAL),
+}
+PROMPTS = [[1, 5, 6], [1, 9, 3, 3, 4, 5, 5, 5, 6, 7, 8, 12, 12], [1], [4, 4, 4, 0], [1, 7]]  # no two equally long
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def model(request):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+
+
+def draw(model, prompts, n, *, seeds=None, max_new_tokens=12, temperature=0.9, max_rows=512):
+    """The samples of each prompt; prompt i has random stream i unless `seeds` says otherwise."""
+    counts = [n] * len(prompts) if isinstance(n, int) else n
+    seeds = seeds or range(len(prompts))
+    requests = [decode.Request(p, seed, due) for p, seed, due in zip(prompts, seeds, counts, strict=True)]
+    settings = dict(eos_token_id=EOS, max_new_tokens=max_new_tokens, temperature=temperature, max_rows=max_rows)
+    ended = list(decode.decode(model, deque(requests), **settings))
+    assert sorted(map(id, ended)) == sorted(map(id, requests))  # each is given back once
+    return [request.samples for request in requests]
+
+
+def flat(groups):
+    return [[(one.token_ids.tolist(), one.finished) for one in group] for group in groups]
+
+
+def calls_of(model, run):
+    """(rows, columns) of every call of the model's forward: prefills, steps (one column) and checks."""
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append((tuple(args[0].shape), "position_ids" in kwargs)), with_kwargs=True
+    )
+    try:
+        return run(), shapes
+    finally:
+        hook.remove()
+
+
+# --- what is computed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("temperature", "max_rows"), [(0.9, 512), (2.0, 24)])
+def test_logp_is_the_full_forward_pass_sum_at_temperature_1(model, temperature, max_rows):
+    groups = draw(model, PROMPTS, 20, temperature=temperature, max_rows=max_rows)
+    assert {one.finished for group in groups for one in group} == {True, False}  # both kinds are compared
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for one in group:
+            ids = torch.tensor([prompt + one.token_ids.tolist()])
+            with torch.no_grad():
+                logps = model(ids).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]
+            expected = logps.gather(1, ids[0, len(prompt) :, None]).sum().item()
+            assert one.logp == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_tokens_follow_the_exact_joint_distribution(llama):
+    """Of two prompts of unequal length in one batch, against the products of full forward passes in float64."""
+    prompts, n = PROMPTS[:2], 3000
+    for prompt, group in zip(prompts, draw(llama, prompts, n, max_new_tokens=2, temperature=0.8), strict=True):
+        with torch.no_grad():
+            first = (llama(torch.tensor([prompt])).logits[0, -1].double() / 0.8).softmax(-1)
+            ids = torch.tensor([[*prompt, token] for token in range(13)])
+            second = (llama(ids).logits[:, -1].double() / 0.8).softmax(-1)
+        exact = first[:, None] * second
+        exact[EOS] = 0
+        exact[EOS, EOS] = first[EOS]  # stands for "ended at once"
+        seen = np.zeros((13, 13))
+        for one in group:
+            seen[one.token_ids[0], one.token_ids[-1]] += 1
+        exact, seen = exact.numpy().ravel() * n, seen.ravel()
+        rare = exact < 5
+        assert seen[exact == 0].sum() == 0 and rare.sum() < 150
+        pooled = (np.append(seen[~rare], seen[rare].sum()), np.append(exact[~rare], exact[rare].sum()))
+        assert stats.chisquare(*pooled).pvalue > 0.01
+
+
+def test_greedy_equals_transformers_generate(model):
+    ours = draw(model, PROMPTS, 1, temperature=0)
+    for prompt, (one,) in zip(PROMPTS, ours, strict=True):
+        ids = torch.tensor([prompt])
+        settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=EOS, pad_token_id=0)
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert one.token_ids.tolist() == theirs[0, len(prompt) :].tolist()
+
+
+def test_token_ids_stop_at_the_first_end_token(model):
+    for one in draw(model, [[1, 5, 6]], 60)[0]:
+        tokens = one.token_ids.tolist()
+        assert one.token_ids.dtype == np.int32
+        assert EOS not in tokens[:-1]
+        assert one.finished == (tokens[-1] == EOS)
+        assert one.finished or len(tokens) == 12
+
+
+def test_bfloat16_logps_are_computed_in_float32(llama):
+    half = AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.bfloat16).eval()
+    half.load_state_dict(llama.state_dict())
+    for one in draw(half, [[1, 5, 6]], 5, max_new_tokens=1)[0]:
+        with torch.no_grad():
+            logits = half(torch.tensor([[1, 5, 6]])).logits[0, -1]
+        assert logits.dtype == torch.bfloat16
+        assert one.logp == pytest.approx(logits.double().log_softmax(-1)[one.token_ids[0]].item(), abs=1e-5)
+
+
+def test_bfloat16_decodes_like_its_own_full_forward(llama):
+    half = AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.bfloat16).eval()
+    half.load_state_dict(llama.state_dict())
+    for prompt, group in zip(PROMPTS, draw(half, PROMPTS, 6), strict=True):
+        for one in group:
+            ids = torch.tensor([prompt + one.token_ids.tolist()])
+            with torch.no_grad():
+                logps = half(ids).logits.float().log_softmax(-1)[0, len(prompt) - 1 : -1]
+            assert one.logp == pytest.approx(logps.gather(1, ids[0, len(prompt) :, None]).sum().item(), abs=0.2)
+
+
+# --- who shares the batch ----------------------------------------------------------------------------------
+
+
+def test_a_prompt_draws_as_if_alone(model):
+    """In one batch, in small ones that are refilled, in another order: the same tokens, log-probs up to rounding."""
+    counts = [3, 17, 6, 40, 9]
+    alone = [draw(model, [p], n, seeds=[i])[0] for i, (p, n) in enumerate(zip(PROMPTS, counts, strict=True))]
+    backwards = draw(model, PROMPTS[::-1], counts[::-1], seeds=[4, 3, 2, 1, 0])[::-1]
+    others = [draw(model, PROMPTS, counts, max_rows=rows) for rows in (512, 20, 7, 1)]
+    for groups in [backwards, *others]:
+        assert flat(groups) == flat(alone)
+        for group, other in zip(groups, alone, strict=True):
+            assert [one.logp for one in group] == pytest.approx([one.logp for one in other], abs=1e-5)
+
+
+@pytest.mark.parametrize(("ended", "idle"), [(0.0, 0.0), (0.4, 0.1), (0.9, 0.9)])
+def test_when_rows_are_replaced_and_dropped_changes_nothing(llama, monkeypatch, ended, idle):
+    usual = draw(llama, PROMPTS, 30, max_rows=40)
+    monkeypatch.setattr(decode, "ENDED", ended)
+    monkeypatch.setattr(decode, "IDLE", idle)
+    assert flat(draw(llama, PROMPTS, 30, max_rows=40)) == flat(usual)
+
+
+def test_a_request_may_ask_again_and_goes_on_with_its_stream(llama):
+    whole = flat(draw(llama, [[1, 5, 6]], 8))[0]
+    request = decode.Request([1, 5, 6], 0, 3)
+    asked = deque([request])
+    ended = decode.decode(llama, asked, eos_token_id=EOS, max_new_tokens=12, temperature=0.9, max_rows=4)
+    assert next(ended) is request and len(request.samples) == 3
+    request.due = 5
+    asked.append(request)
+    assert list(ended) == [request] and flat([request.samples])[0] == whole
+
+
+def test_rows_that_ended_leave_and_others_take_their_places(llama):
+    prompts = [PROMPTS[i % 5] for i in range(30)]
+    groups, calls = calls_of(llama, lambda: draw(llama, prompts, 8, max_rows=32))
+    steps = [rows for (rows, _), is_step in calls if is_step]
+    drawn_in_steps = sum(len(one.token_ids) - 1 for group in groups for one in group)  # the first comes of the prefill
+    assert max(steps) == 32
+    assert drawn_in_steps < sum(steps) < 1.25 * drawn_in_steps  # few rows go on after their end
+    assert np.mean(steps[: len(steps) // 2]) > 30  # full while prompts are waiting
+    assert steps[-1] < 16  # and then they shrink
+    prefilled = [rows for (rows, _), is_step in calls if not is_step]
+    assert sum(prefilled) == 30 + 1  # each prompt once; the check of the first sample is a forward too
+
+
+def test_prompts_of_like_lengths_are_prefilled_together(llama, monkeypatch):
+    monkeypatch.setattr(decode, "PADDED_TOKENS", 70)
+    prompts = [[1, *[5] * k] for k in (30, 2, 34, 3, 31, 30)]
+    _, calls = calls_of(llama, lambda: draw(llama, prompts, 1))
+    assert [shape for shape, is_step in calls if not is_step][:3] == [(2, 4), (2, 31), (2, 35)]
+
+
+def test_parts_of_a_prompt_start_apart_when_there_are_many_rows(llama):
+    """A prompt with more rows than there are places starts as places get free, in parts worth a prefill."""
+    groups, calls = calls_of(llama, lambda: draw(llama, [PROMPTS[0], PROMPTS[1]], [100, 50], max_rows=64))
+    assert flat(groups) == flat(draw(llama, [PROMPTS[0], PROMPTS[1]], [100, 50]))
+    prefills = [shape for shape, is_step in calls if not is_step]
+    assert 3 <= len(prefills) <= 6 and max(rows for (rows, _), is_step in calls if is_step) == 64
+
+
+def test_attention_reads_each_prompt_once_whatever_its_rows(llama, monkeypatch):
+    """The keys that are kept: one copy of a prompt, and of a row only what is its own."""
+    seen = []
+    step = decode._Rows.step
+
+    def spy(rows):
+        seen.append([(p.shape, o.shape) for p, o in zip(rows.prompt_cache, rows.own_cache, strict=True)])
+        step(rows)
+
+    monkeypatch.setattr(decode._Rows, "step", spy)
+    draw(llama, PROMPTS[:2], 10)
+    assert seen[0] == [((2, 2, 13, 8), (20, 2, 12, 8))] * 4  # two layers' keys and values
+
+
+# --- the draw ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_draws_follow_the_softmax(temperature):
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, -math.inf, 1.1])
+    rows = 20_000
+    uniforms = torch.rand(rows, generator=torch.Generator().manual_seed(5))
+    tokens, logps = decode.draw_tokens(logits.expand(rows, -1), uniforms, temperature=temperature)
+    exact = torch.softmax(logits.double() / temperature, 0)
+    seen = torch.bincount(tokens, minlength=6)
+    assert seen[4] == 0
+    possible = exact > 0
+    assert stats.chisquare(seen[possible].numpy(), (exact * rows)[possible].numpy()).pvalue > 0.01
+    assert torch.allclose(logps.double(), logits.double().log_softmax(0)[tokens], atol=1e-6)
+
+
+def test_impossible_tokens_are_not_drawn_at_the_ends_of_the_unit_interval():
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.1, -math.inf]).expand(2, -1)
+    tokens, _ = decode.draw_tokens(logits, torch.tensor([0.0, 1 - 2**-24]), temperature=1.0)
+    assert tokens.tolist() == [1, 3]
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------
+
+
+def test_models_that_cannot_be_decoded_here_are_refused(llama, monkeypatch):
+    bloom = BloomConfig(vocab_size=13, hidden_size=32, n_layer=1, n_head=4, **SPECIAL)  # ALiBi, its own attention
+    with pytest.raises(ValueError, match="BloomForCausalLM takes no attention but its own"):
+        draw(AutoModelForCausalLM.from_config(bloom, attn_implementation="eager").eval(), [[1, 5]], 2)
+    attend = decode._Rows.attend
+    monkeypatch.setattr(decode._Rows, "attend", lambda self, q, k, v, scaling: attend(self, q, k, v, 1.5 * scaling))
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not decoded correctly here"):
+        draw(llama, [[1, 5, 6]], 20)
+
+
+def test_broken_weights_are_named(llama):
+    broken = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    with torch.no_grad():
+        broken.lm_head.weight[3] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        draw(broken, [[1, 5]], 2)

@@ -1,0 +1,503 @@
+"""Which samples are kept, in what order, by which engine; `data_prep.py generate` killed, taken up, and shared out."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from scipy import stats
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import data_prep
+from hps.data import listwise
+from hps.io import hub
+from hps.prepare import decode, journal
+from hps.prepare.generate import answer, generate, load_vllm, prompt_seed
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EOS = 2
+PROMPTS = [("a", [1, 5]), ("b", [1, 9, 3, 3, 4]), ("c", [1, 7]), ("d", [4, 6, 8]), ("e", [1, 5, 6, 7]), ("f", [3])]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=13, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def scripted(probs_of_prefix, vocab_size):
+    """A model whose next-token distribution is a function of the whole prefix.
+
+    Its keys are one-hot positions, its values one-hot tokens, and head h asks for position h: so attention gives the
+    prefix back.
+    """
+    positions = torch.eye(64)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros(1))  # gives the model a device
+            self.config = SimpleNamespace(max_position_embeddings=64)
+            self.row_counts = []
+
+        def set_attn_implementation(self, name):
+            self.config._attn_implementation = name
+
+        def forward(self, ids, past_key_values=None, position_ids=None, packed_layout=None, logits_to_keep=None, **_):
+            at = torch.arange(ids.shape[1])[None] if position_ids is None else position_ids
+            keys = (30 * positions[at.expand_as(ids)])[:, None]
+            values = torch.nn.functional.one_hot(ids, vocab_size).float()[:, None]
+            if past_key_values is None:
+                keep = range(ids.shape[1]) if logits_to_keep is None else logits_to_keep.tolist()
+                prefixes = [[row[: k + 1] for k in keep] for row in ids.tolist()]
+                past_key_values = SimpleNamespace(layers=[SimpleNamespace(keys=keys, values=values)])
+            else:
+                self.row_counts.append(len(ids))
+                keys, values = past_key_values.update(keys, values, 0)
+                found = packed_layout(30 * positions.expand(len(ids), 64, 64)[:, :, None], keys, values, 1.0)
+                tokens = found[:, :, 0].argmax(-1).tolist()
+                prefixes = [[row[: int(p) + 1]] for row, p in zip(tokens, at[:, 0], strict=True)]
+            probs = torch.tensor([[probs_of_prefix(prefix) for prefix in row] for row in prefixes])
+            return SimpleNamespace(logits=probs.log(), past_key_values=past_key_values)
+
+    return Model().eval()
+
+
+def flat(groups):
+    return [[(one.token_ids.tolist(), one.finished) for one in group] for group in groups]
+
+
+def draw(model, ids, name, *, n, max_new_tokens=12):
+    """The first n samples of a prompt's stream, kept or not."""
+    request = decode.Request(ids, prompt_seed(0, name), n)
+    settings = dict(eos_token_id=EOS, max_new_tokens=max_new_tokens, temperature=0.9, max_rows=512)
+    list(decode.decode(model, deque([request]), **settings))
+    return request.samples
+
+
+def run(model, prompts, **more):
+    counts = Counter()
+    settings = {
+        "n": 4,
+        "eos_token_id": EOS,
+        "max_new_tokens": 12,
+        "draw_limit": 30.0,
+        "progress": False,
+        "counts": counts,
+    } | more
+    return dict(generate(model, prompts, **settings)), counts
+
+
+def test_whole_responses_follow_their_exact_probabilities():
+    # Tokens: 0, 1, EOS. The second step depends on the first, so a mixed-up cache would show.
+    table = {(): [0.5, 0.3, 0.2], (0,): [0.1, 0.2, 0.7], (1,): [0.6, 0.1, 0.3]}
+    fake = scripted(lambda row: table.get(tuple(row[1:]), [0.0, 0.0, 1.0]), 3)
+    settings = dict(unique=False, oversample=1.0, temperature=1.0, max_rows=700)
+    seen = Counter(tuple(one.token_ids) for one in run(fake, [("x", [1])], n=4000, **settings)[0]["x"])
+    exact = {(2,): 0.2}
+    for first, p in ((0, 0.5), (1, 0.3)):
+        for second in range(3):
+            key = (first, 2) if second == 2 else (first, second, 2)
+            exact[key] = p * table[(first,)][second]
+    assert set(seen) == set(exact)
+    assert stats.chisquare([seen[k] for k in exact], [4000 * p for p in exact.values()]).pvalue > 0.01
+
+
+# --- what is kept ------------------------------------------------------------------------------------------
+
+
+def test_answers_are_not_the_candidates_once_more(llama):
+    """Of the same model with the same seed: BLEU against the best candidate would find it among them."""
+    tokenizer = SimpleNamespace(eos_token_id=EOS, decode=lambda ids, **_: " ".join(map(str, ids)))
+    settings = dict(n=4, counts=Counter(), max_new_tokens=12, temperature=0.9, seed=0, progress=False)
+    answers = dict(answer(llama, tokenizer, PROMPTS, **settings))
+    drawn, _ = run(llama, PROMPTS, seed=0, unique=False, keep_unfinished=True)
+    candidates = {name: [tokenizer.decode(one.token_ids) for one in some] for name, some in drawn.items()}
+    same = [len({*answers[name]} & {*candidates[name]}) for name, _ in PROMPTS]
+    assert len(answers) == len(PROMPTS) > 3 and sum(same) < len(PROMPTS)  # some are short and met by chance
+
+
+def test_samples_do_not_depend_on_grouping_order_or_sharding(llama):
+    whole, counts = run(llama, PROMPTS, n=6)
+    assert counts["prompts_short"] == 0 and [len(group) for group in whole.values()] == [6] * len(PROMPTS)
+    for max_rows in (1, 10, 64):
+        other, other_counts = run(llama, PROMPTS, n=6, max_rows=max_rows)
+        assert flat(other.values()) == flat(whole.values()) and other_counts == counts
+    backwards, _ = run(llama, PROMPTS[::-1], n=6)
+    assert list(backwards) == [name for name, _ in PROMPTS[::-1]]
+    shards = run(llama, PROMPTS[::2], n=6)[0] | run(llama, PROMPTS[1::2], n=6)[0]
+    for name in whole:
+        assert flat([whole[name]]) == flat([backwards[name]]) == flat([shards[name]])
+    assert flat(run(llama, PROMPTS, n=6, seed=1)[0].values()) != flat(whole.values())
+
+
+def test_equal_prompts_with_unequal_ids_have_their_own_draws(llama):
+    samples, _ = run(llama, [("a", [1, 5]), ("b", [1, 5])])
+    assert flat([samples["a"]]) != flat([samples["b"]])
+
+
+def test_results_come_in_input_order_and_batches_hold_no_more_than_max_rows():
+    fake = scripted(lambda row: [0, 0, 1.0] if 0 in row else [1.0, 0, 0], 3)  # every row decodes one step
+    prompts = [(name, [1] * len(ids)) for name, ids in PROMPTS]
+    samples, _ = run(fake, prompts, unique=False, max_rows=10)
+    assert list(samples) == [name for name, _ in PROMPTS]
+    assert max(fake.row_counts) == 10
+    assert all(one.token_ids.tolist() == [0, 2] for group in samples.values() for one in group)
+
+
+@pytest.mark.parametrize("unique", [True, False])
+def test_kept_samples_are_the_first_n_of_the_stream(llama, unique):
+    samples, counts = run(llama, PROMPTS[:3], n=6, unique=unique)
+    for name, ids in PROMPTS[:3]:
+        expected, seen = [], set()
+        for one in draw(llama, ids, name, n=180):
+            if one.finished and not (unique and tuple(one.token_ids) in seen):
+                expected.append(one.token_ids.tolist())
+                seen.add(tuple(one.token_ids))
+        assert [one.token_ids.tolist() for one in samples[name]] == expected[:6]
+    kept = sum(map(len, samples.values()))
+    assert counts["samples"] == kept + counts["unfinished"] + counts["duplicates"] + counts["surplus"]
+
+
+def test_a_model_that_can_say_three_things_is_counted_and_given_up():
+    # First token 0 or 1 or EOS, then EOS; a first token 3 never ends.
+    fake = scripted(lambda row: [0.0, 0.0, 0.0, 1.0] if 3 in row else [0.25] * 4 if len(row) == 2 else [0, 0, 1, 0], 4)
+    samples, counts = run(fake, [("a", [1, 1]), ("b", [1, 0])], n=10, draw_limit=3.0)
+    for group in samples.values():
+        assert {tuple(one.token_ids) for one in group} == {(0, 2), (1, 2), (2,)} and len(group) == 3
+        assert all(one.logp == pytest.approx(math.log(0.25), abs=1e-6) for one in group)
+    streams = [draw(fake, [1, 1], "a", n=30), draw(fake, [1, 0], "b", n=30)]
+    unfinished = sum(not one.finished for group in streams for one in group)
+    assert counts == Counter(
+        samples=60, unfinished=unfinished, duplicates=60 - unfinished - 6, prompts_short=2, surplus=0
+    )
+
+
+def test_duplicates_stay_when_uniqueness_is_not_asked_for():
+    fake = scripted(lambda row: [0.5, 0.0, 0.5] if len(row) == 2 else [0, 0, 1.0], 3)
+    samples, counts = run(fake, [("a", [1, 1])], n=10, unique=False)
+    assert len(samples["a"]) == 10 and counts["duplicates"] == 0 and counts["prompts_short"] == 0
+
+
+def test_unfinished_samples_are_kept_when_asked_for(llama):
+    name, ids = PROMPTS[0]
+    samples, counts = run(llama, [(name, ids)], n=30, unique=False, keep_unfinished=True)
+    assert flat([samples[name]]) == flat([draw(llama, ids, name, n=30)])
+    assert {one.finished for one in samples[name]} == {True, False} and counts["unfinished"] == 0
+
+
+def test_greedy_generation_draws_once_per_prompt(llama):
+    samples, counts = run(llama, PROMPTS[:4], n=1, temperature=0)
+    assert counts["samples"] == 4 == sum(map(len, samples.values())) + counts["unfinished"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "more", "message"),
+    [
+        ([("a", [1]), ("long", [3] * 53)], {}, "'long' has 53 tokens"),
+        ([("empty", [])], {}, "'empty' has 0 tokens"),
+        ([("a", [1]), ("a", [3])], {}, "share an id"),
+        ([("a", [1])], {"n": 0}, "n, max_rows"),
+        ([("a", [1])], {"oversample": 0.5}, "oversample"),
+        ([("a", [1])], {"temperature": -1.0}, "temperature must be"),
+        ([("a", [1])], {"temperature": math.nan}, "temperature must be"),
+        ([("a", [1])], {"temperature": 0}, "equal responses"),
+    ],
+)
+def test_mistakes_are_named(llama, prompts, more, message):
+    with pytest.raises(ValueError, match=message):
+        run(llama, prompts, **more)
+
+
+def test_longest_allowed_prompt_runs_and_training_mode_does_not(llama):
+    samples, _ = run(llama, [("a", [3] * 52)], n=1)
+    assert set(samples) == {"a"}
+    with pytest.raises(ValueError, match="training mode"):
+        run(scripted(lambda row: [1.0], 1).train(), [("a", [0])])
+
+
+def test_a_sliding_window_counts_as_the_limit(llama, monkeypatch):
+    monkeypatch.setattr(llama.config, "sliding_window", 20, raising=False)
+    run(llama, [("a", [3] * 8)], n=1)
+    with pytest.raises(ValueError, match="'a' has 9 tokens; the model's 20 positions"):
+        run(llama, [("a", [3] * 9)], n=1)
+
+
+# --- vLLM --------------------------------------------------------------------------------------------------
+
+
+class SamplingParams:
+    """Those of vLLM's fields that we set, with its defaults and checks (vllm/sampling_params.py)."""
+
+    def __init__(
+        self, *, n=1, temperature=1.0, seed=None, stop_token_ids=None, ignore_eos=False, max_tokens=16, logprobs=None,
+        detokenize=True,
+    ):  # fmt: skip
+        if n < 1 or (temperature == 0 and n > 1) or not 0 <= temperature <= 2 or not -(2**63) <= (seed or 0) < 2**63:
+            raise ValueError("vLLM would refuse these settings")
+        self.__dict__.update({key: value for key, value in locals().items() if key != "self"})
+
+
+class LLM:
+    """A stand-in for vllm.LLM that draws from a small model by full forwards, one response at a time.
+
+    As documented: a prompt is {"prompt_token_ids": [...]}; the j-th of n responses has seed + j; a response ends with
+    the end token of the model's generation_config.json unless ignore_eos, with any of stop_token_ids, both of which
+    are in token_ids, or at max_tokens; `logprobs` has a dict for each token that holds the drawn one, and its
+    log-prob is before or after temperature as logprobs_mode says.
+    """
+
+    model = None  # the test's
+    calls: ClassVar[list] = []
+
+    def __init__(self, model, *, dtype="auto", max_model_len=None, logprobs_mode="processed_logprobs", **revisions):
+        self.options = dict(model=model, dtype=dtype, max_model_len=max_model_len, **revisions)
+        self.raw = {"raw_logprobs": True, "processed_logprobs": False}[logprobs_mode]
+
+    def generate(self, prompts, sampling_params, *, use_tqdm=True):
+        LLM.calls.append(sum(p.n for p in sampling_params))
+        results = []
+        for prompt, params in zip(prompts, sampling_params, strict=True):
+            outputs = [self._one(prompt["prompt_token_ids"], params, j) for j in range(params.n)]
+            results.append(SimpleNamespace(outputs=outputs[::-1]))  # in no order that is documented
+        return results
+
+    def _one(self, prompt, params, index):
+        generator = torch.Generator().manual_seed(params.seed + index)
+        ids, logprobs, reason = [], [], None
+        stops = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else (EOS, 7))}  # 7: the model's own
+        while reason is None:
+            with torch.no_grad():
+                logits = LLM.model(torch.tensor([prompt + ids])).logits[0, -1].double()
+            scaled = logits / (params.temperature or 1.0)
+            greedy = params.temperature == 0
+            token = int(scaled.argmax() if greedy else torch.multinomial(scaled.softmax(-1), 1, generator=generator))
+            logp = (logits if self.raw else scaled).log_softmax(-1)[token].item()
+            ids.append(token)
+            logprobs.append({token: SimpleNamespace(logprob=logp, rank=1, decoded_token=None)})
+            reason = "stop" if token in stops else "length" if len(ids) == params.max_tokens else None
+        return SimpleNamespace(
+            index=index, text="", token_ids=tuple(ids), cumulative_logprob=None, finish_reason=reason,
+            stop_reason=None, logprobs=logprobs if params.logprobs is not None else None,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def vllm(llama, monkeypatch):
+    fake = ModuleType("vllm")
+    fake.LLM, fake.SamplingParams = LLM, SamplingParams
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setattr(LLM, "model", llama)
+    monkeypatch.setattr(LLM, "calls", [])
+    monkeypatch.setattr(hub, "_commit_of", lambda *named: {("some/model", "v2"): "c" * 40}[named])
+    return load_vllm("some/model@v2", dtype="bf16", max_length=40)
+
+
+def test_vllm_gives_the_same_records(vllm, llama):
+    options = {"model": "some/model", "dtype": "bfloat16", "max_model_len": 40}
+    assert vllm.options == options | {"revision": "c" * 40, "tokenizer_revision": "c" * 40}
+    samples, counts = run(vllm, PROMPTS[:3], n=8, temperature=0.7, unique=False, keep_unfinished=True)
+    ends = set()
+    for name, ids in PROMPTS[:3]:
+        for one in samples[name]:
+            tokens = one.token_ids.tolist()
+            ends.add((one.finished, tokens[-1] == EOS, one.finished or len(tokens) == 12))
+            whole = torch.tensor([ids + tokens])
+            with torch.no_grad():
+                logps = llama(whole).logits.double().log_softmax(-1)[0, len(ids) - 1 : -1]
+            assert one.logp == pytest.approx(logps.gather(1, whole[0, len(ids) :, None]).sum().item(), abs=1e-5)
+            assert EOS not in tokens[:-1]
+    assert ends == {(True, True, True), (False, False, True)}
+    assert counts["samples"] == sum(map(len, samples.values())) + counts["surplus"]
+
+
+def test_vllm_samples_depend_on_seed_and_id_alone(vllm):
+    whole, counts = run(vllm, PROMPTS, n=5)
+    for max_rows in (1, 17):
+        assert flat(run(vllm, PROMPTS, n=5, max_rows=max_rows)[0].values()) == flat(whole.values())
+    assert max(LLM.calls[-5:]) <= 17
+    twice, _ = run(vllm, PROMPTS[:2], n=9, oversample=1.0, unique=False)  # the second round goes on with the stream
+    for name, ids in PROMPTS[:2]:
+        params = SamplingParams(seed=prompt_seed(0, name) // 2, temperature=0.9, stop_token_ids=[EOS], ignore_eos=True,
+                                max_tokens=12, logprobs=0)  # fmt: skip
+        stream = [vllm._one(ids, params, j).token_ids for j in range(40)]
+        ended = [list(y) for y in stream if y[-1] == EOS]
+        assert [one.token_ids.tolist() for one in twice[name]] == ended[:9] and stream.index(tuple(ended[8])) >= 9
+    backwards = run(vllm, PROMPTS[::-1], n=5)[0]
+    assert all(flat([backwards[name]]) == flat([whole[name]]) for name in whole)
+    assert len({str(group) for group in flat(whole.values())}) == len(PROMPTS)
+    assert counts["prompts_short"] == 0
+    assert flat(run(vllm, PROMPTS, n=5, seed=1)[0].values()) != flat(whole.values())
+
+
+def test_vllm_greedy_is_ours(vllm, llama):
+    settings = dict(n=1, temperature=0, keep_unfinished=True)
+    assert flat(run(vllm, PROMPTS, **settings)[0].values()) == flat(run(llama, PROMPTS, **settings)[0].values())
+
+
+def test_without_vllm_the_message_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed, whether or not it is
+    with pytest.raises(ValueError, match="pip install vllm"):
+        load_vllm("some/model", dtype="fp32", max_length=8)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter"):
+        load_vllm(str(tmp_path), dtype="fp32", max_length=8)
+
+
+# --- data_prep.py generate ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def task(tiny_world, tmp_path_factory):
+    """Prompts with two human responses each, the flags of a run on them, and what an undisturbed run writes."""
+    folder = tmp_path_factory.mktemp("generate")
+    rows = listwise.read(tiny_world / "test.jsonl")
+    pairs = [listwise.Row(r.id, r.prompt, r.responses[:2], None, 0, 1, None, "") for r in rows]
+    listwise.write(folder / "in.jsonl", pairs)
+    flags = [f"--model={tiny_world / 'model'}", f"--input={folder / 'in.jsonl'}", "--n=4", "--max_new_tokens=60"]
+    data_prep.main(["generate", *flags, f"--output={folder / 'out.jsonl'}"])
+    assert journal.files(folder / "out.jsonl") == []
+    written = listwise.read(folder / "out.jsonl")
+    assert [r.responses[:2] for r in written] == [r.responses for r in pairs] and written[0].chosen == 0
+    assert sum(len(r.responses) - 2 for r in written) > 16
+    return SimpleNamespace(flags=flags, expected=(folder / "out.jsonl").read_bytes(), ids=[r.id for r in rows])
+
+
+def test_a_run_cut_anywhere_goes_on_and_writes_the_same(task, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out.jsonl"
+    argv = ["generate", *task.flags, f"--output={output}"]
+    with monkeypatch.context() as patch:  # killed when all is generated and nothing written
+        patch.setattr(listwise, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data_prep.main(argv)
+    (path,) = journal.files(output)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert [json.loads(line)["id"] for line in lines[1:]] == task.ids
+    for cut in (0, len(lines[0]) - 1, len(lines[0]), len(b"".join(lines[:3])) + 20, len(whole) - 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        capsys.readouterr()
+        data_prep.main([*argv, "--max_rows=7"])
+        assert output.read_bytes() == task.expected and journal.files(output) == []
+        told = capsys.readouterr().err.splitlines()[-1]
+        counts = [sum(json.loads(line)["counts"][key] for line in lines[1:]) for key in ("samples", "prompts_short")]
+        assert f"samples {counts[0]}," in told and f"prompts_short {counts[1]}" in told
+
+
+def test_another_run_than_the_one_left_unfinished_is_refused(task, tmp_path, tiny_world, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    argv = ["generate", *task.flags, f"--output={output}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(listwise, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data_prep.main(argv)
+    monkeypatch.setattr(data_prep.model, "load_causal_lm", lambda *_, **__: pytest.fail("checked too late"))
+    with pytest.raises(ValueError, match=r"journal-0 is what another run left unfinished: it differs in seed\."):
+        data_prep.main([*argv, "--seed=1"])
+    other_input = tmp_path / "in.jsonl"
+    listwise.write(other_input, listwise.read(tiny_world / "test.jsonl"))
+    with pytest.raises(ValueError, match=r"it differs in input\."):
+        data_prep.main(["generate", *task.flags[:1], f"--input={other_input}", *task.flags[2:], f"--output={output}"])
+    other_model = tmp_path / "model"
+    other_model.mkdir()
+    for file in (tiny_world / "model").iterdir():
+        (other_model / file.name).write_bytes(file.read_bytes())
+    with open(other_model / "config.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match=r"it differs in model\."):
+        data_prep.main(["generate", f"--model={other_model}", *task.flags[1:], f"--output={output}"])
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_killed_and_started_again_it_writes_the_same(task, tmp_path):
+    """SIGKILL as soon as two prompts are in the journal; one row at a time, so that the others are not."""
+    output = tmp_path / "out.jsonl"
+    argv = ["generate", *task.flags, f"--output={output}"]
+    process = subprocess.Popen([sys.executable, "data_prep.py", *argv, "--max_rows=1"], cwd=ROOT, env=environment())
+    path, deadline = Path(f"{output}.journal-0"), time.monotonic() + 600
+    while not path.exists() or path.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists() and 2 <= len(path.read_bytes().splitlines()) - 1 < len(task.ids)
+    data_prep.main(argv)
+    assert output.read_bytes() == task.expected
+
+
+def test_two_ranks_write_what_one_does_and_share_out_what_is_left(task, tmp_path):
+    output = tmp_path / "out.jsonl"
+    # Without the -- torchrun would take --n for one of its own options.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    command += ["data_prep.py", "generate", *task.flags, f"--output={output}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert output.read_bytes() == task.expected and journal.files(output) == []
+
+
+def test_a_rank_takes_its_share(task, tmp_path):
+    argv = [*task.flags, f"--output={tmp_path / 'out.jsonl'}"]
+    c, _ = data_prep.config.parse(data_prep.Generate, argv, prog="", description="")
+    second = data_prep.dist.Ranks(rank=1, world_size=3, device=torch.device("cpu"), sharded=True)
+    data_prep.generate_share(c, second)
+    (path,) = journal.files(tmp_path / "out.jsonl")
+    assert path.name == "out.jsonl.journal-1" and not (tmp_path / "out.jsonl").exists()
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()[1:]] == task.ids[1::3]
+
+
+def test_journals_of_more_ranks_than_go_on_are_read(task, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    argv = ["generate", *task.flags, f"--output={output}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(listwise, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data_prep.main(argv)
+    first = Path(f"{output}.journal-0")
+    header, *lines = first.read_bytes().splitlines(keepends=True)
+    Path(f"{output}.journal-5").write_bytes(header + b"".join(lines[1::2])[:-9])
+    first.write_bytes(header + lines[0])
+    drawn = []
+    generate_some = data_prep.generate.generate
+
+    def spy(lm, prompts, **more):
+        drawn.extend(id for id, _ in prompts)
+        return generate_some(lm, prompts, **more)
+
+    monkeypatch.setattr(data_prep.generate, "generate", spy)
+    data_prep.main(argv)
+    assert drawn == [id for k, id in enumerate(task.ids) if k and (k % 2 == 0 or k == len(task.ids) - 1)]
+    assert output.read_bytes() == task.expected
+
+
+def test_vllm_through_the_script(task, vllm, tmp_path, monkeypatch, tiny_world):
+    steps = [{token: SimpleNamespace(logprob=0.0)} for token in (10, 11, 12, 13, 14, EOS)]
+
+    def one(self, prompt, params, index):
+        assert params.n == 5 and params.max_tokens == 60 and params.temperature == 0.9
+        return SimpleNamespace(
+            index=index, token_ids=[10 + index, EOS], finish_reason="stop", logprobs=[steps[index], steps[-1]]
+        )
+
+    monkeypatch.setattr(LLM, "_one", one)
+    data_prep.main(["generate", *task.flags, f"--output={tmp_path / 'out.jsonl'}", "--engine=vllm"])
+    written = listwise.read(tmp_path / "out.jsonl")
+    tokenizer = data_prep.tokens.load_tokenizer(str(tiny_world / "model"))
+    assert all(r.responses[2:] == tuple(tokenizer.convert_ids_to_tokens([10, 11, 12, 13])) for r in written)
+    with pytest.raises(ValueError, match="engine = 'trt' does not exist"):
+        data_prep.main(["generate", *task.flags, f"--output={tmp_path / 'o.jsonl'}", "--engine=trt"])
