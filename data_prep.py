@@ -160,7 +160,7 @@ def in_shares(c: Any, work: Callable[..., None], *arguments: Any) -> None:
         lock = files.lock(Path(f"{c.output}.lock"), what=work.__name__, advice=advice) if ranks.first else nullcontext()
         with lock:
             if ranks.first:
-                files.sweep(Path(c.output).parent, Path(c.output).name)
+                files.remove_stale_temporaries(Path(c.output).parent, Path(c.output).name)
             work(c, *arguments, ranks)
             for path in journal.files(c.output) if ranks.first else ():
                 path.unlink()

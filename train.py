@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             holds = files.lock(Path(c.out) / "lock", what="train.py", advice=advice) if ranks.first else nullcontext()
             with holds:
                 if ranks.first:
-                    files.sweep(Path(c.out))
+                    files.remove_stale_temporaries(Path(c.out))
                 train(as_preference(c), ranks)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -58,7 +58,7 @@ def save(
     """
     final = folder / f"step-{state['step']:08d}"
     partial = final.with_suffix(".tmp")
-    with files.writing(final, "the checkpoint before is whole, and the same command goes on from it"):
+    with files.explain_disk_errors(final, "the checkpoint before is whole, and the same command goes on from it"):
         if ranks.first:
             for left in folder.glob("step-*.tmp"):  # of runs that were killed while they wrote
                 shutil.rmtree(left)
@@ -110,7 +110,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, rank
     advice = "restore it, or delete this checkpoint to go on from the start"
     about = files.read_record(path / "state.json", advice, files=dict, step=int)
     sums = about.pop("files")
-    if why := files.harmed(path, {name: sums[name] for name in sorted(sums)[ranks.rank :: ranks.world_size]}):
+    if why := files.first_corrupt_file(
+        path, {name: sums[name] for name in sorted(sums)[ranks.rank :: ranks.world_size]}
+    ):
         raise ValueError(f"{path}: {why}; {advice}")
     dist.barrier()
     state = _state(model, optimizer)  # the tensors themselves: loading fills them in place

@@ -34,7 +34,7 @@ def open_cache(root: str | Path, *, weights: str, tokenizer: str, dtype: str) ->
     """
     identity = {"weights": weights, "tokenizer": tokenizer, "dtype": dtype}
     cache = Path(root) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    with files.writing(cache):
+    with files.explain_disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
     description = cache / "reference.json"
     if not description.exists():

@@ -199,7 +199,7 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
 
     about: `identity`, `counts` and `without_rewards` for the header, looked at after the last example.
     """
-    with files.writing(folder):
+    with files.explain_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     examples, longest = iter(examples), 0
     offsets, cuts = np.zeros(1, dtype=np.int64), np.zeros((1, 2), dtype=np.int64)
@@ -236,6 +236,6 @@ def _read_header(folder: Path) -> dict[str, Any]:
     """The content of `store.json`; ValueError unless it and every file that it names are what was written."""
     advice = "delete the folder of this token store, it will be made again"
     header = files.read_record(folder / "store.json", advice, files=dict, identity=dict, counts=dict, longest=int)
-    if why := files.harmed(folder, header["files"]):
+    if why := files.first_corrupt_file(folder, header["files"]):
         raise ValueError(f"{folder}: {why}; {advice}")
     return header

@@ -24,7 +24,7 @@ BROKEN = {errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 @contextmanager
-def writing(path: str | Path, keeps: str = "what stood there before is untouched") -> Iterator[None]:
+def explain_disk_errors(path: str | Path, keeps: str = "what stood there before is untouched") -> Iterator[None]:
     """Turn what a disk refuses inside into a ValueError with `path`, what to do, and what is not lost (`keeps`).
 
     The errors of libraries that wrap the system's are recognised by its number in their text.
@@ -53,7 +53,7 @@ def replacing(path: str | Path, *, over: bool = True) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(path):
+        with explain_disk_errors(path):
             _remove(partial)
             yield partial
             sync(partial)
@@ -82,7 +82,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(folder: Path, name: str = "") -> None:
+def remove_stale_temporaries(folder: Path, name: str = "") -> None:
     """Remove what killed processes have left half-written in `replacing`, of the file `name` or of all in the folder.
 
     Nobody else may be at work on them: whoever calls this holds their lock. Other files that end in .tmp stay.
@@ -101,7 +101,7 @@ def _remove(path: Path) -> None:
 
 def append(file: io.FileIO, data: bytes) -> None:
     """Add to an unbuffered file, so that it holds the whole of `data` on return; ValueError for a full disk."""
-    with writing(str(file.name), "what it holds is kept, and the same command goes on from there"):
+    with explain_disk_errors(str(file.name), "what it holds is kept, and the same command goes on from there"):
         while data:
             data = data[file.write(data) :]
 
@@ -164,7 +164,7 @@ def sha256(path: Path) -> str:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def harmed(folder: Path, sums: dict[str, str]) -> str:
+def first_corrupt_file(folder: Path, sums: dict[str, str]) -> str:
     """Which of a folder's files is not the one that `sums` (name -> sha256) was made of, or the empty string."""
     for name, expected in sums.items():
         if not (folder / name).is_file():
@@ -181,7 +181,7 @@ def lock(path: Path, *, what: str, advice: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds it: says which, what it does (`what`, as it has put it) and `advice`.
     """
-    with writing(path):
+    with explain_disk_errors(path):
         file = _take(path, lambda holder: f"{path.parent}: {holder}; {advice}")
     try:
         file.truncate(0)

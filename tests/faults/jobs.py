@@ -117,7 +117,7 @@ def checkpoint_of(out: Path) -> int:
     if path is None:
         return 0
     about = files.read_record(path / "state.json", "")
-    assert files.harmed(path, about["files"]) == ""
+    assert files.first_corrupt_file(path, about["files"]) == ""
     return about["step"]
 
 

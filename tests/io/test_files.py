@@ -69,14 +69,14 @@ def test_what_gets_its_name_is_on_the_disk_and_then_its_name_is(tmp_path, monkey
     ],
 )
 def test_what_a_disk_refuses_is_said_with_what_to_do(tmp_path, error, words):
-    with pytest.raises(ValueError) as caught, files.writing(tmp_path / "x"):
+    with pytest.raises(ValueError) as caught, files.explain_disk_errors(tmp_path / "x"):
         raise error
     assert all(word in str(caught.value) for word in [*words, str(tmp_path / "x")])
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), FileNotFoundError(errno.ENOENT, "x"), ValueError("row 28")])
 def test_other_errors_stay_what_they_are(tmp_path, error):
-    with pytest.raises(type(error)) as caught, files.writing(tmp_path / "x"):
+    with pytest.raises(type(error)) as caught, files.explain_disk_errors(tmp_path / "x"):
         raise error
     assert caught.value is error
 
@@ -105,11 +105,11 @@ def test_a_harmed_file_is_named(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(name)
     sums = {name: files.sha256(tmp_path / name) for name in "ab"}
-    assert files.harmed(tmp_path, sums) == ""
+    assert files.first_corrupt_file(tmp_path, sums) == ""
     (tmp_path / "b").write_text("c")
-    assert "b is not what was written" in files.harmed(tmp_path, sums)
+    assert "b is not what was written" in files.first_corrupt_file(tmp_path, sums)
     (tmp_path / "a").unlink()
-    assert files.harmed(tmp_path, sums) == "a is missing"
+    assert files.first_corrupt_file(tmp_path, sums) == "a is missing"
 
 
 def test_what_killed_processes_left_is_swept(tmp_path):
@@ -117,12 +117,12 @@ def test_what_killed_processes_left_is_swept(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "a.3.tmp").mkdir()
     (tmp_path / "a.3.tmp" / "x").touch()
-    files.sweep(tmp_path, "a")  # the temporary of a.json may be another output's, at work now
+    files.remove_stale_temporaries(tmp_path, "a")  # the temporary of a.json may be another output's, at work now
     others = ["a-json.5.tmp", "a.json", "b.2.tmp", "mine.tmp"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "a.json.4.tmp"])
-    files.sweep(tmp_path, "a.json")
+    files.remove_stale_temporaries(tmp_path, "a.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == others
-    files.sweep(tmp_path)
+    files.remove_stale_temporaries(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "mine.tmp"]
 
 
