@@ -12,6 +12,12 @@ CLOSURE_LINES = 5370  # of all files that `import train` loads; may only fall
 OF_OURS_LINES = 13450  # of hps and the scripts; may only fall but for what the docs explain
 # Rooms from the inside out: a module may import its own room and those before it.
 ROOMS = ("core", "hps.data", "hps.extra", "hps.prepare", "hps.evaluate", "hps.lab")
+# A method's facts are looked up by its name, and answers during training are those of the decoder.
+OUTWARDS = {
+    ("hps.options", "hps.extra.losses"),
+    ("hps.first_loss", "hps.extra.losses"),
+    ("hps.extra.samples", "hps.prepare.generate"),
+}
 
 
 def modules_of(root: Path) -> dict[str, Path]:
@@ -87,9 +93,8 @@ def test_rooms_import_inwards():
     wrong = []
     for name, path in MODULES.items():
         for imported in imports(path, MODULES, anywhere=True):
-            if imported in SCRIPTS or (
-                name not in SCRIPTS and ROOMS.index(room(imported)) > max(1, ROOMS.index(room(name)))
-            ):
+            outwards = name not in SCRIPTS and ROOMS.index(room(imported)) > max(1, ROOMS.index(room(name)))
+            if imported in SCRIPTS or (outwards and (name, imported) not in OUTWARDS):
                 wrong.append(f"{name} imports {imported}")
     assert not wrong, wrong
 
