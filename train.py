@@ -301,7 +301,6 @@ def preference_loss(c: Config, logratios, rewards, log_q, kappa, valid, num_toke
     if name in LISTWISE:
         return listwise_loss(name, logratios, rewards, **options)
     options |= {"length_norm": c.length_norm} if facts.length_norm else {}
-    options |= {"rewards": rewards} if facts.needs_rewards else {}
     if view == "pl":
         return losses.plackett_luce_loss(name, logratios, **options)
     if c.positives > 1:

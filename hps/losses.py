@@ -45,7 +45,6 @@ OPTIONS: dict[str, Option] = {
     "slic_lambda": Option(0.1, lambda x: 0 <= x < math.inf, "[0, inf)"),
     "rdpo_alpha": Option(0.01, lambda x: 0 <= x < math.inf, "[0, inf)"),
     "label_temperature": Option(1.0, lambda x: 0 < x < math.inf, "(0, inf)"),
-    "gap_delta": Option(10.0, lambda x: 0 < x < math.inf, "(0, inf)"),
     "desirable_weight": Option(1.0, lambda x: 0 <= x < math.inf, "[0, inf)"),
     "undesirable_weight": Option(1.0, lambda x: 0 <= x < math.inf, "[0, inf)"),
 }
@@ -95,25 +94,6 @@ def _nca(h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: fl
     return F.softplus(-r[:, 0]) + (F.softplus(r[:, 0]) + kappa * opponents) / (1 + kappa)
 
 
-def _hinge(h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: float) -> Tensor:
-    """max(0, 1 - D): RSO's hinge, which is SLiC's with a reference and delta = 1 / beta."""
-    return F.relu(1 - _margin(beta * h, log_q, log_kappa))
-
-
-def _unsmoothing(flip_rate: float) -> float:
-    """Robust DPO is sp(-D) - e D / (1 - 2e): cDPO with this coefficient of D."""
-    if flip_rate == 0:
-        raise ValueError("robust needs label_smoothing in (0, 0.5), the share of flipped labels; with 0 use dpo")
-    return -flip_rate / (1 - 2 * flip_rate)
-
-
-def _robust(
-    h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: float, label_smoothing: float
-) -> Tensor:
-    """((1 - e) sp(-D) - e sp(D)) / (1 - 2e): unbiased for DPO on clean labels where a share e is flipped."""
-    return _dpo(h, log_q, log_kappa, valid, beta=beta, label_smoothing=_unsmoothing(label_smoothing))
-
-
 def _simpo(h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: float, target_margin: float) -> Tensor:
     """softplus(target_margin - D) on r = (beta / L) log pi (Eq. 19); its authors name target_margin / beta."""
     return F.softplus(target_margin - _margin(beta * h, log_q, log_kappa))
@@ -135,24 +115,8 @@ def _rdpo(
     return F.softplus(-_margin(beta * h + rdpo_alpha * num_tokens.to(h.dtype), log_q, log_kappa))
 
 
-def _gap(
-    h: Tensor, log_q: Tensor, log_kappa: Tensor, valid: Tensor, *, beta: float, gap_delta: float, rewards: Tensor
-) -> Tensor:
-    """sum_k q_k Huber(h_w - h_k - (s_w - s_k) / beta): the margin regressed on the rewards' gap; kappa plays no part.
-
-    OURS in this place: REBEL's square (Gao et al. 2024) on off-policy pairs, bent to a line `gap_delta` nats off.
-    """
-    error = h[:, :1] - h[:, 1:] - (rewards[:, :1] - rewards[:, 1:]) / beta
-    huber = F.huber_loss(error, torch.zeros_like(error), delta=gap_delta, reduction="none")
-    return torch.where(valid, log_q.exp() * huber, 0.0).sum(1)
-
-
 def _dpo_at_reference(kappa: float, *, beta: float, label_smoothing: float) -> float:
     return math.log1p(kappa) - label_smoothing * math.log(kappa)
-
-
-def _robust_at_reference(kappa: float, *, beta: float, label_smoothing: float) -> float:
-    return _dpo_at_reference(kappa, beta=beta, label_smoothing=_unsmoothing(label_smoothing))
 
 
 def _exo_at_reference(kappa: float, *, beta: float, exo_eps: float) -> float:
@@ -166,11 +130,9 @@ class Loss:
 
     `stage(h, log_q, log_kappa, valid, *, beta, <options>) -> (B,)`; `at_reference(kappa, *, beta, <options>)`
     is the stage's value where policy = reference (all h = 0), which every run checks at step 0, and None where
-    that is unknown before training: without a reference h is log pi itself, R-DPO's depends on lengths and the gap
-    regression's on rewards;
+    that is unknown before training: without a reference h is log pi itself, and R-DPO's depends on lengths;
     `options` are the keys of `OPTIONS` that it takes beside beta; `length_norm` says whether h is divided by
-    `num_tokens` unless told otherwise, `needs_length` whether the stage takes `num_tokens` (B, K) itself,
-    `needs_rewards` whether it takes `rewards` (B, K);
+    `num_tokens` unless told otherwise, `needs_length` whether the stage takes `num_tokens` (B, K) itself;
     without `needs_reference`, h is the policy's summed log-prob; without `needs_beta`, beta plays no part.
     """
 
@@ -179,7 +141,6 @@ class Loss:
     options: tuple[str, ...] = ()
     length_norm: bool = False
     needs_length: bool = False
-    needs_rewards: bool = False
     needs_reference: bool = True
     needs_beta: bool = True
 
@@ -190,12 +151,9 @@ LOSSES: dict[str, Loss] = {
     "ipo": Loss(_ipo, lambda kappa, *, beta: 1 / (4 * beta**2), length_norm=True),
     "sppo": Loss(_sppo, lambda kappa, *, beta: 1 / (2 * beta**2)),
     "nca": Loss(_nca, lambda kappa, *, beta: 2 * math.log(2)),
-    "hinge": Loss(_hinge, lambda kappa, *, beta: max(0.0, 1 + math.log(kappa))),
-    "robust": Loss(_robust, _robust_at_reference, options=("label_smoothing",)),
     "rdpo": Loss(_rdpo, None, options=("rdpo_alpha",), needs_length=True),
     "simpo": Loss(_simpo, None, options=("target_margin",), length_norm=True, needs_reference=False),
     "slic": Loss(_slic, None, options=("slic_delta", "slic_lambda"), needs_reference=False, needs_beta=False),
-    "gap": Loss(_gap, None, options=("gap_delta",), needs_rewards=True),
 }
 
 
@@ -237,7 +195,6 @@ def stage_loss(
     kappa: float | Tensor = 1.0,
     valid: Tensor | None = None,
     num_tokens: Tensor | None = None,
-    rewards: Tensor | None = None,
     length_norm: bool | None = None,
     **options: float,
 ) -> Tensor:
@@ -252,18 +209,16 @@ def stage_loss(
         kappa: the N factor, a float or (B,): 1, or the number of dispreferred responses (Eq. 8).
         valid: (B, K) bool, False where a ragged row has no response; None means all.
         num_tokens: (B, K) int, scored tokens; needed where h is divided by length, and by R-DPO.
-        rewards: (B, K) float, external rewards; needed by the gap regression.
         length_norm: divide h by `num_tokens` first; None takes the loss's convention (IPO yes, as in TRL).
-        options: those of `OPTIONS` that the loss takes, with their defaults: label_smoothing (cDPO's epsilon, or robust
-            DPO's), exo_eps (EXO's target mass on the opponents), target_margin (SimPO, units of reward), slic_delta
-            and slic_lambda (nats), rdpo_alpha (reward per token), gap_delta (nats).
+        options: those of `OPTIONS` that the loss takes, with their defaults: label_smoothing (cDPO's epsilon), exo_eps
+            (EXO's target mass on the opponents), target_margin (SimPO, units of reward), slic_delta and slic_lambda
+            (nats), rdpo_alpha (reward per token).
 
     Returns:
         (B,) float, nats. A row without a valid opponent gives DPO's limit 0; leave such rows out.
 
     Raises:
-        ValueError: unknown name, an option out of range or ignored, or `num_tokens` or `rewards` missing where the
-            loss needs them.
+        ValueError: unknown name, an option out of range or ignored, or `num_tokens` missing where the loss needs it.
     """
     B, K = logratios.shape
     assert log_q.shape == (B, K - 1), (log_q.shape, logratios.shape)
@@ -273,10 +228,6 @@ def stage_loss(
     if loss.needs_length and num_tokens is None:
         raise ValueError(f"loss {name!r} adds a term for length: pass num_tokens")
     more: dict[str, Any] = {"num_tokens": num_tokens} if loss.needs_length else {}
-    if loss.needs_rewards:
-        if rewards is None:
-            raise ValueError(f"loss {name!r} is a regression on rewards: pass them")
-        more["rewards"] = torch.where(valid, rewards.to(h.dtype), 0.0)
     log_q = torch.where(valid[:, 1:], log_q, LOG_ZERO)
     log_kappa = torch.as_tensor(kappa, dtype=h.dtype, device=h.device).log().expand(B)
     return loss.stage(h, log_q, log_kappa, valid[:, 1:], beta=beta, **taken, **more)
@@ -321,7 +272,6 @@ def multi_positive_loss(
     exclude_positives: bool = False,
     valid: Tensor | None = None,
     num_tokens: Tensor | None = None,
-    rewards: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Per-prompt loss with m valid responses, L = sum_j lambda_j L_j (App. E); L_j has the winner j.
@@ -365,7 +315,6 @@ def multi_positive_loss(
             kappa=u if n_factor == "n_minus_one" else 1.0,
             valid=valid[:, columns],
             num_tokens=None if num_tokens is None else num_tokens[:, columns],
-            rewards=None if rewards is None else rewards[:, columns],
             **options,
         )
         total = total + torch.where(opponents > 0, weight * stage, 0.0)
@@ -376,13 +325,13 @@ def loss_at_reference(name: str, *, beta: float, kappa: float = 1.0, **options: 
     """The stage loss where policy = reference, in closed form: log(1 + kappa) for DPO, 1/(4 beta^2) for IPO ...
 
     Raises:
-        ValueError: a loss whose value is unknown before training (simpo, slic, rdpo, gap), or as `stage_loss`.
+        ValueError: a loss whose value is unknown before training (simpo, slic, rdpo), or as `stage_loss`.
     """
     loss, taken = look_up(LOSSES, name, options)
     if loss.at_reference is None:
         why = "has no reference, so it depends on the policy"
         if loss.needs_reference:
-            why = f"depends on the {'lengths' if loss.needs_length else 'rewards'}"
+            why = "depends on the lengths"
         raise ValueError(f"loss {name!r} {why}: its value is unknown before training, make no check against it")
     return loss.at_reference(kappa, beta=beta, **taken)
 

@@ -24,14 +24,13 @@ class Config:
     reference: str = ""  # reference model; empty means the policy itself before its first update
     # -- the loss --
     beta: float = 0.1  # KL strength
-    label_smoothing: float = 0.0  # dpo: cDPO's epsilon; robust: the share of labels that are wrong
+    label_smoothing: float = 0.0  # dpo: cDPO's epsilon, the share of labels that are wrong
     exo_eps: float = 1e-3  # exo: target mass on the opponents
     length_norm: bool = True  # ipo, simpo: divide by scored tokens, as TRL does
     target_margin: float = 0.5  # simpo: margin that is asked for, in reward units
     slic_delta: float = 1.0  # slic: margin that is asked for, in nats
     slic_lambda: float = 0.1  # slic: weight of the preferred response's likelihood
     rdpo_alpha: float = 0.01  # rdpo: reward units that a token of length is worth
-    gap_delta: float = 10.0  # gap: nats from the rewards' gap at which the square turns into a line
     label_temperature: float = 1.0  # exo_rw, infonca, nca_soft: labels are softmax(rewards / it)
     desirable_weight: float = 1.0  # kto: weight of the preferred response
     undesirable_weight: float = 1.0  # kto: weight of each response that it is contrasted with
@@ -47,11 +46,8 @@ class Config:
     gamma_start: float = -5.0  # hardness at the start; negative draws the worst responses
     gamma_end: float = 5.0  # hardness that the ramp runs to; positive draws the hardest
     gamma_phases: int = 5  # constant pieces of the ramp
-    reward_norm: str = "none"  # rewards as the sampler sees them: none, or zscore, minmax, percentile of each prompt
+    reward_norm: str = "none"  # rewards as the sampler sees them: none (raw), or zscore of each prompt
     reward_scale: float = 1.0  # factor on the (normalised) rewards
-    window_end: float = 0.15  # window: share of the dispreferred that lies above its centre in the end (at first all)
-    window_power: float = 1.5  # window: 1 slides evenly, more stays longer with the worst
-    window_width: float = 0.15  # window: half its width, as a share of the dispreferred
     pl_form: str = "stagewise"  # pl: stagewise, or official (the list-wise form of exo's, nca's and sppo's authors)
     pl_responses: int = 8  # ranks that Plackett-Luce sees: best, worst and evenly spaced ones; 0 means all
     # -- optimiser --
@@ -92,10 +88,9 @@ class Config:
 GAMMA = {"gamma_schedule", "gamma_start", "gamma_end", "gamma_phases"}
 DRAWS = {"hps_form", "hps_samples", "n_factor"}
 POSITIVES = {"positives", "positive_lambda", "exclude_positives"}
-WINDOW = {"window_end", "window_power", "window_width"}
 HPS = GAMMA | DRAWS | POSITIVES | {"reward_norm", "reward_scale"}
-BY_VIEW = {"pl": {"pl_responses", "pl_form"}, "hps": HPS, "uniform": DRAWS | POSITIVES, "window": DRAWS | WINDOW}
-SAMPLER = {*BY_VIEW["pl"], *HPS, *WINDOW}
+BY_VIEW = {"pl": {"pl_responses", "pl_form"}, "hps": HPS, "uniform": DRAWS | POSITIVES}
+SAMPLER = BY_VIEW["pl"] | HPS
 OF_THE_LOSS = {"pl_form", "positive_lambda", "exclude_positives"}  # those of SAMPLER that the plan does not depend on
 BY_LOSS = {"beta", "length_norm", *losses.OPTIONS}
 
@@ -128,7 +123,7 @@ def needs_reference(c: Config) -> bool:
 
 def needs_rewards(c: Config) -> bool:
     """Whether the loss itself looks at the rewards, not the sampler alone."""
-    return c.loss != "sft" and getattr(parts(c)[2], "needs_rewards", True)
+    return c.loss == "preference" and isinstance(parts(c)[2], Listwise)
 
 
 def used_options(c: Config) -> set[str]:
@@ -198,11 +193,6 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         for key in facts.options:
             if not losses.OPTIONS[key].allowed(getattr(c, key)):
                 raise ValueError(f"{key} must lie in {losses.OPTIONS[key].range}, got {getattr(c, key)}")
-        for key, most in (("window_end", 1), ("window_power", math.inf), ("window_width", 1)):
-            if not 0 < getattr(c, key) <= most:
-                raise ValueError(f"{key} must lie in (0, {most}], got {getattr(c, key)}")
-        if c.method.startswith("robust-") and c.label_smoothing == 0:
-            raise ValueError("robust DPO without wrong labels is DPO: set --label_smoothing, or use method dpo-*")
     not_negative = ("length_penalty", "candidates", "warmup_steps", "lora_rank", "max_grad_norm", "weight_decay")
     for key in (*not_negative, "save_every", "stop_after", "sample_every"):
         if getattr(c, key) < 0:

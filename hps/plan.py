@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hps.samplers import counter_uniform, gamma_at, hps_log_q, normalise_rewards, window_log_q
+from hps.samplers import counter_uniform, gamma_at, hps_log_q, normalise_rewards
 
 SHUFFLES = ("epochs", "together", "no")
-VIEWS = ("bt", "pl", "hps", "uniform", "window", "top2", "random", "human")
+VIEWS = ("bt", "pl", "hps", "uniform", "random", "human")
 FORMS = ("sample", "full")
 
 # The first counter of each kind of draw, so that no two kinds share numbers; draw d > 0 of a visit is _DRAW + 16 d.
@@ -237,9 +237,6 @@ def plan(
     positives: int = 1,
     reward_norm: str = "none",
     reward_scale: float = 1.0,
-    window_end: float = 0.15,
-    window_power: float = 1.5,
-    window_width: float = 0.15,
     pl_responses: int = 8,
     shuffle: str = "epochs",
     human: np.ndarray | None = None,
@@ -252,10 +249,9 @@ def plan(
         identity: one (n,) int array a prompt, read in the same way; equal numbers mark equal texts.
         keys: (R,) uint64, stable identity of each prompt (a hash of its id), which the draws are keyed by.
         view: whom the preferred response is contrasted with.
-            `bt` the worst; `top2` the runner-up; `pl` `pl_responses` ranks (0: all of them);
+            `bt` the worst; `pl` `pl_responses` ranks (0: all of them);
             `hps` draws from q (Eq. 9), made anew at every visit, or all responses weighted by q (`hps_form`);
             `uniform` the same with gamma = 0, the control that any claim for q must beat;
-            `window` the same from a window of ranks that slides from the worst to the hard (`window_log_q`);
             `random` the better of two random responses against the other, drawn anew at every visit;
             `human` the pair in `human`.
         n_factor: `one` (kappa = 1) or `n_minus_one` (kappa = number of dispreferred responses, Eq. 8).
@@ -345,18 +341,13 @@ def plan(
             if view == "random":
                 first, other = _random_pair(r, counters, seed)
                 others = other[:, None]
-            elif view in ("bt", "top2", "pl"):
-                others = ranked_subset(r, eligible, same, {"bt": 2, "top2": 0, "pl": pl_responses}[view])
-                others = others[:, :1] if view == "top2" else others
-            if view in ("random", "bt", "top2", "pl"):
+            elif view in ("bt", "pl"):
+                others = ranked_subset(r, eligible, same, {"bt": 2, "pl": pl_responses}[view])
+            if view in ("random", "bt", "pl"):
                 log_weights = np.zeros(others.shape)
             else:
-                if view == "window":
-                    window = dict(end=window_end, power=window_power, width=window_width)
-                    weights = window_log_q(r, eligible, progress[at], **window)
-                else:
-                    scaled = normalise_rewards(r, norm=reward_norm, scale=reward_scale, valid=r > -np.inf)
-                    weights = hps_log_q(scaled, eligible, gamma[at])
+                scaled = normalise_rewards(r, norm=reward_norm, scale=reward_scale, valid=r > -np.inf)
+                weights = hps_log_q(scaled, eligible, gamma[at])
                 effective[at] = np.exp(-(np.exp(weights) * np.where(weights > -np.inf, weights, 0.0)).sum(1))
                 others, log_weights = _draw(weights, counters, seed, form=hps_form, samples=hps_samples)
                 if n_factor == "n_minus_one":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SCHEDULES = ("left_knots", "inclusive", "linear", "constant", "mixture")
-REWARD_NORMS = ("none", "zscore", "minmax", "percentile")
+REWARD_NORMS = ("none", "zscore")
 
 
 def log_q(rewards: Tensor, gamma: float | Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -74,8 +74,7 @@ def normalise_rewards(
 ) -> np.ndarray:
     """Rewards of prompts as q sees them: as they are or put on a common scale, times `scale`.
 
-    `zscore` and `minmax` are over the prompt; `percentile` is 1 - rank / n, rank 0 the best, equal rewards sharing
-    their mean rank: no outlier and no unit of the reward model then decides how hard gamma = 5 is.
+    `zscore` is over the prompt, so that no unit of the reward model decides how hard gamma = 5 is.
     OURS: the paper uses raw rewards; gamma = 5 on raw rewards of a wide scale is nearly an argmax.
 
     Args:
@@ -93,28 +92,7 @@ def normalise_rewards(
         centred = np.where(valid, found - found.sum(-1, keepdims=True) / n, 0.0)
         spread = np.sqrt((centred**2).sum(-1, keepdims=True) / n)
         found = centred / np.where(spread > 0, spread, 1.0)
-    elif norm == "minmax":
-        low = np.where(valid, rewards, np.inf).min(-1, keepdims=True)
-        spread = np.where(valid, rewards, -np.inf).max(-1, keepdims=True) - low
-        found = np.where(valid, found - low, 0.0) / np.where(spread > 0, spread, 1.0)
-    elif norm == "percentile":
-        found = np.where(valid, 1 - _mean_rank(np.where(valid, rewards, -np.inf)) / n, 0.0)
     return scale * found
-
-
-def _mean_rank(values: np.ndarray) -> np.ndarray:
-    """(..., n) float64: how many are larger, and among equal ones the mean of their places (scipy, which has
-    `rankdata`, is none of what training needs)."""
-    order = np.argsort(-values, axis=-1, kind="stable")
-    falling, place = np.take_along_axis(values, order, axis=-1), np.arange(values.shape[-1])
-    begins = np.ones(values.shape, dtype=bool)  # of a stretch of equal values
-    begins[..., 1:] = falling[..., 1:] != falling[..., :-1]
-    ends = np.roll(begins, -1, axis=-1)
-    first = np.maximum.accumulate(np.where(begins, place, 0), axis=-1)
-    last = np.minimum.accumulate(np.where(ends, place, len(place))[..., ::-1], axis=-1)[..., ::-1]
-    rank = np.empty(values.shape)
-    np.put_along_axis(rank, order, (first + last) / 2, axis=-1)
-    return rank
 
 
 def hps_log_q(rewards: np.ndarray, eligible: np.ndarray, gamma: np.ndarray) -> np.ndarray:
@@ -129,40 +107,6 @@ def hps_log_q(rewards: np.ndarray, eligible: np.ndarray, gamma: np.ndarray) -> n
     none = np.zeros((len(rewards), 1))  # what `log_q` takes for the preferred column
     r, valid = np.hstack([none, rewards]), np.hstack([none > 0, eligible])
     return log_q(torch.from_numpy(r), torch.from_numpy(gamma), valid=torch.from_numpy(valid)).numpy()
-
-
-def window_log_q(
-    rewards: np.ndarray,
-    eligible: np.ndarray,
-    progress: np.ndarray,
-    *,
-    end: float = 0.15,
-    power: float = 1.5,
-    width: float = 0.15,
-) -> np.ndarray:
-    """Log-weights of a window that slides over the ranks of the dispreferred, from the worst to the hard. OURS.
-
-    The dispreferred share [0, 1] evenly, the hardest at 0 and the worst at 1. The window is what lies within `width`
-    of c = 1 - (1 - end) progress^power, and a response's weight the part of the window that its share takes. Like
-    Eq. 9 with gamma rising it goes from easy to hard, but by ranks alone, and it stops short of the near-ties.
-
-    Args:
-        rewards: (C, n) float. Equal ones rank in the order of the data.
-        eligible: (C, n) bool, the dispreferred; at least one of each prompt.
-        progress: (C,) share of the optimizer steps already taken, in [0, 1).
-        end, power, width: the centre's last place, the bend of its way there, half of the window's width.
-
-    Returns:
-        (C, n) float64, -inf outside the window; logsumexp 0.
-    """
-    order = np.argsort(np.where(eligible, -rewards, np.inf), axis=1, kind="stable")
-    rank = np.argsort(order, axis=1)
-    count = eligible.sum(1, keepdims=True)
-    centre = 1 - (1 - end) * progress[:, None] ** power
-    low, high = np.maximum(0.0, centre - width), np.minimum(1.0, centre + width)
-    shares = (np.clip((rank + 1) / count, low, high) - np.clip(rank / count, low, high)) / (high - low)
-    inside = eligible & (shares > 1e-9)  # not what rounding leaves of a share that only touches the window
-    return np.log(np.where(inside, shares, 1.0), where=inside, out=np.full(rewards.shape, -np.inf))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -1,14 +1,13 @@
 """The sampler: q, the schedule of its hardness, and the numbers it is drawn with."""
 
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from hps.samplers import _unit, counter_uniform, gamma_at, log_q, normalise_rewards, window_log_q
+from hps.samplers import _unit, counter_uniform, gamma_at, log_q, normalise_rewards
 
 
 def test_log_q_is_eq_9():
@@ -71,62 +70,3 @@ def test_reward_normalisation():
     assert normalise_rewards(np.array([2.0, 2.0]), norm="zscore").tolist() == [0.0, 0.0]
     with pytest.raises(ValueError, match="unknown reward_norm 'rank'"):
         normalise_rewards(r, norm="rank")
-
-
-def test_percentile_is_the_average_rank_over_n():
-    r = np.array([3.0, 8.0, 3.0, -1e6, 1e6, 0.0])
-    np.testing.assert_allclose(normalise_rewards(r, norm="percentile", scale=2.0), 2 * stats.rankdata(r) / 6)
-    assert normalise_rewards(np.array([2.0, 2.0]), norm="percentile").tolist() == [0.75, 0.75]
-
-
-def test_percentile_of_ragged_rows_with_ties_takes_memory_by_the_candidate():
-    g = np.random.default_rng(0)
-    r = g.integers(0, 300, size=(64, 2000)).astype(float)
-    valid = np.arange(2000) < g.integers(1, 2001, size=64)[:, None]
-    tracemalloc.start()
-    found = normalise_rewards(r, norm="percentile", valid=valid)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 20 * r.nbytes  # all pairs of a row's candidates would be 250 times as many bytes
-    for row, mine, there in zip(found, r, valid, strict=True):
-        assert row[there].tolist() == (1 - (there.sum() - stats.rankdata(mine[there])) / there.sum()).tolist()
-        assert not row[~there].any()
-
-
-def test_window_by_hand():
-    """Ten dispreferred take .1 each. At first the window is [.85, 1]: all of the worst's, half of the next one's; at
-    the end [0, .3]: the three hardest; on the way, at .5^1.5 = .354 of it, c = 1 - .85 * .354 = .699, [.549, .849]."""
-    rewards = np.array([3.0, 1.0, 12.0, 9.0, 2.0, 5.0, 4.0, 8.0, 7.0, 6.0, 10.0, 11.0])  # 12.0 is preferred
-    eligible = ~np.isin(rewards, (12.0, 11.0))  # 11.0: a copy of it
-
-    def window(t):
-        (weights,) = np.exp(window_log_q(rewards[None], eligible[None], np.array([t])))
-        return dict(zip(rewards.tolist(), weights.tolist(), strict=True))
-
-    first, middle, last = window(0.0), window(0.5), window(1.0)
-    assert {r: w for r, w in first.items() if w} == pytest.approx({1.0: 2 / 3, 2.0: 1 / 3})
-    assert {r: w for r, w in last.items() if w} == pytest.approx({10.0: 1 / 3, 9.0: 1 / 3, 8.0: 1 / 3})
-    c = 1 - 0.85 * 0.5**1.5
-    edges = {5.0: 0.6 - (c - 0.15), 4.0: 0.1, 3.0: 0.1, 2.0: c + 0.15 - 0.8}
-    assert {r: w for r, w in middle.items() if w} == pytest.approx({r: w / 0.3 for r, w in edges.items()})
-
-
-@pytest.mark.parametrize("n", [2, 3, 7, 40])
-@pytest.mark.parametrize("progress", [0.0, 0.3, 0.99])
-def test_window_is_a_uniform_point_of_the_window(n, progress):
-    """u uniform on [c - d, c + d] within [0, 1], the response of rank floor(u (n - 1)): how it was first defined."""
-    g = np.random.default_rng(n)
-    rewards = g.permutation(n).astype(float)
-    options = dict(end=0.3, power=0.7, width=0.2)
-    c = 1 - (1 - 0.3) * progress**0.7
-    u = g.uniform(max(0, c - 0.2), min(1, c + 0.2), size=40_000)
-    ranks = np.minimum(np.floor(u * (n - 1)).astype(int), n - 2)  # 0 is the hardest, whose reward is n - 2
-    by_draw = np.bincount(n - 2 - ranks, minlength=n) / len(u)  # by reward
-    (weights,) = np.exp(window_log_q(rewards[None], rewards[None] < n - 1, np.array([progress]), **options))
-    assert weights.sum() == pytest.approx(1.0)
-    np.testing.assert_allclose(weights[np.argsort(rewards)], by_draw, atol=0.01)
-
-
-def test_minmax():
-    np.testing.assert_allclose(normalise_rewards(np.array([1.0, 2.0, 6.0]), norm="minmax", scale=2.0), [0, 0.4, 2])
-    assert normalise_rewards(np.array([2.0, 2.0]), norm="minmax").tolist() == [0.0, 0.0]

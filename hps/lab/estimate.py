@@ -244,7 +244,7 @@ def scored_once(c: Options, *, shared: bool) -> list[dict[str, int]]:
     the same ones. hps.reference scores them in pieces of at most a micro-batch's tokens, each with the whole prompt.
     """
     P, Y = c.prompt_tokens, c.response_tokens
-    draws = c.method.split("-")[1] in ("hps", "uniform", "window")
+    draws = c.method.split("-")[1] in ("hps", "uniform")
     left = 1 + (c.epochs if draws else 1) * (c.responses - 1)
     most = max(1, (max(c.tokens_per_micro_batch, 2 * P) - P) // Y) if shared else 1
     return [counts(P, Y, min(most, left - done)) for done in range(0, left, most)]

@@ -20,7 +20,6 @@ VIEWS: dict[str, tuple[str, Row]] = {  # as rows are named: view of train.py and
     "PL-8": ("pl", {"pl_responses": 8}),
     "uniform": ("uniform", {}),
     "HPS": ("hps", SCALED),
-    "window": ("window", {}),
 }
 N = {"n_factor": "n_minus_one"}
 
@@ -58,10 +57,7 @@ class Suite:
 # The samplers of ours that stand beside the paper's, at BT's cost, and the row that the search settled on.
 BEST: Row = row("nca", "uniform", lr=1.6e-3, **N)
 OURS: dict[str, Row] = {
-    "DPO-HPS percentile": {"method": "dpo-hps", "reward_norm": "percentile"},
     "DPO-HPS mixture": row("dpo", "HPS", gamma_schedule="mixture"),
-    "DPO-window": row("dpo", "window"),
-    "GAP-window": row("gap", "window", beta=1 / 3),
     "NCA-uniform N tuned": BEST,
 }
 
@@ -72,16 +68,16 @@ def headline() -> Suite:
     rows |= {"DPO-HPS raw": {"method": "dpo-hps"}, **OURS}
     paper = [("DPO-HPS", other) for other in ("DPO-BT", "DPO-PL-8", "DPO-uniform", "DPO-HPS raw")]
     others = ("DPO-BT", "DPO-PL-8", "DPO-uniform", "DPO-HPS")
-    return Suite(rows, paper + [(ours, other) for ours in ("DPO-window", "NCA-uniform N tuned") for other in others])
+    return Suite(rows, paper + [("NCA-uniform N tuned", other) for other in others])
 
 
 def methods() -> Suite:
-    """The paper's Table 2: five losses under three preference models, and our window beside them."""
+    """The paper's Table 2: five losses under three preference models."""
     rows, pairs = {}, []
     for loss in LOSSES:
         name = loss.upper()
-        rows |= {f"{name}-{view}": row(loss, view) for view in ("BT", "PL-8", "HPS", "window")}
-        pairs += [(f"{name}-HPS", f"{name}-BT"), (f"{name}-HPS", f"{name}-PL-8"), (f"{name}-window", f"{name}-HPS")]
+        rows |= {f"{name}-{view}": row(loss, view) for view in ("BT", "PL-8", "HPS")}
+        pairs += [(f"{name}-HPS", f"{name}-BT"), (f"{name}-HPS", f"{name}-PL-8")]
     return Suite(rows | OURS, pairs)
 
 
@@ -104,18 +100,14 @@ NUMBERS = (5, 20, 50, 100)
 
 def responses() -> Suite:
     """The paper's Tables 6 and 7: how many candidates a prompt has in training."""
-    views = ("BT", "PL-8", "HPS", "window")
+    views = ("BT", "PL-8", "HPS")
     rows: dict[str, Row] = {}
     for view in views:
         for n in NUMBERS:
             options = row("dpo", view) | ({"pl_responses": min(n, 8)} if view == "PL-8" else {})
             rows[f"DPO-{view} n {n}"] = options | ({"candidates": n} if n != NUMBERS[-1] else {})
     lines = {f"DPO-{view}": [f"DPO-{view} n {n}" for n in NUMBERS] for view in views}
-    pairs = [
-        (f"DPO-{a} n {n}", f"DPO-{b} n {n}")
-        for n in NUMBERS
-        for a, b in (("HPS", "BT"), ("HPS", "PL-8"), ("window", "HPS"))
-    ]
+    pairs = [(f"DPO-HPS n {n}", f"DPO-{other} n {n}") for n in NUMBERS for other in ("BT", "PL-8")]
     pairs += [(f"DPO-{view} n 100", f"DPO-{view} n 5") for view in views]
     x = {"label": "candidates of a prompt", "values": {f"DPO-{view} n {n}": n for view in views for n in NUMBERS}}
     return Suite(rows, pairs, series={"responses": {"x": x, "panels": PANELS, "lines": lines}})
@@ -149,7 +141,6 @@ def schedule() -> Suite:
         "DPO-HPS mixture": {**hps, "gamma_schedule": "mixture"},
         "N factor n - 1": {**hps, "n_factor": "n_minus_one"},
         "DPO-HPS 8 draws": {**hps, "hps_samples": 8},
-        "runner-up": {"method": "dpo-top2"},
         "random pairs": {"method": "dpo-random"},
     }
     return Suite(rows, [(other, "DPO-HPS") for other in rows if other != "DPO-HPS"])
@@ -160,13 +151,11 @@ LEVELS = (0.0, 0.4, 1.0, 2.0)
 
 def noise() -> Suite:
     """How much noise in the training reward the samplers bear (the world's own is .4, and a liking for length)."""
-    views = ("BT", "uniform", "HPS", "window")
+    views = ("BT", "uniform", "HPS")
     rows = {f"DPO-{view} noise {level:g}": row("dpo", view) for view in views for level in LEVELS}
     levels = {f"DPO-{view} noise {level:g}": level for view in views for level in LEVELS}
     lines = {f"DPO-{view}": [f"DPO-{view} noise {level:g}" for level in LEVELS] for view in views}
-    pairs = [
-        (f"DPO-HPS noise {x:g}", f"DPO-{other} noise {x:g}") for x in LEVELS for other in ("BT", "uniform", "window")
-    ]
+    pairs = [(f"DPO-HPS noise {x:g}", f"DPO-{other} noise {x:g}") for x in LEVELS for other in ("BT", "uniform")]
     x = {"label": "standard deviation of the training reward's noise", "values": levels}
     own = {name: level for name, level in levels.items() if level != 0.4}
     return Suite(rows, pairs, noise=own, series={"noise": {"x": x, "panels": PANELS, "lines": lines}})
@@ -174,7 +163,7 @@ def noise() -> Suite:
 
 def cost() -> Suite:
     """The paper's 62.8 : 64.4 : 168.4 hours: seconds and packed tokens of training by preference model."""
-    rows: dict[str, Row] = {f"DPO-{view}": row("dpo", view) for view in ("BT", "HPS", "PL-8", "window")}
+    rows: dict[str, Row] = {f"DPO-{view}": row("dpo", view) for view in ("BT", "HPS", "PL-8")}
     rows["DPO-HPS 8 draws"] = row("dpo", "HPS", hps_samples=8)
     rows["DPO-PL-5"] = {"method": "dpo-pl", "pl_responses": 5}
     return Suite(rows, [(other, "DPO-BT") for other in rows if other != "DPO-BT"])
@@ -187,16 +176,14 @@ GRIDS = {
     "ipo": ((0.5, 2.0), (4e-4, 8e-4)),
     "sppo": ((0.02, 0.1), (8e-4, 1.6e-3)),
     "nca": ((0.1, 0.2), (8e-4, 1.6e-3)),
-    "gap": ((0.2, 0.5), (4e-4, 8e-4)),
 }
 
 
 def tune() -> Suite:
     """Every method at every beta and lr of a grid, on validation prompts: where the settings of `confirm` are from."""
-    swept = {f"{loss.upper()}-{view}": row(loss, view) for loss in LOSSES for view in ("BT", "PL-8", "HPS", "window")}
+    swept = {f"{loss.upper()}-{view}": row(loss, view) for loss in LOSSES for view in ("BT", "PL-8", "HPS")}
     swept |= {f"{loss.upper()}-uniform": row(loss, "uniform") for loss in ("dpo", "sppo", "nca")}
-    swept |= {f"NCA-{view} N": row("nca", view, **N) for view in ("uniform", "HPS", "window")}
-    swept |= {"DPO-HPS percentile": OURS["DPO-HPS percentile"], "GAP-window": row("gap", "window")}
+    swept |= {f"NCA-{view} N": row("nca", view, **N) for view in ("uniform", "HPS")}
     rows: dict[str, Row] = {}
     figures: dict[str, Any] = {}  # one a loss: all lines in one are past reading
     panels = ["rm10", "true_reward", "harm", "junk"]
@@ -219,18 +206,12 @@ def confirm() -> Suite:
         "DPO-HPS": row("dpo", "HPS", beta=0.5, lr=4e-4),
     }
     candidates = {
-        "DPO-window": row("dpo", "window", beta=0.5, lr=4e-4),
-        **{f"NCA-{view} N": row("nca", view, lr=1.6e-3, **N) for view in ("uniform", "HPS", "window")},
-        **{f"SPPO-{view}": row("sppo", view, beta=0.02, lr=1.6e-3) for view in ("BT", "uniform", "HPS", "window")},
+        **{f"NCA-{view} N": row("nca", view, lr=1.6e-3, **N) for view in ("uniform", "HPS")},
+        **{f"SPPO-{view}": row("sppo", view, beta=0.02, lr=1.6e-3) for view in ("BT", "uniform", "HPS")},
     }
     pairs = [("DPO-HPS", other) for other in baselines if other != "DPO-HPS"]
     pairs += [(ours, other) for ours in candidates for other in baselines]
-    pairs += [
-        (f"{loss}-{view}{n}", f"{loss}-uniform{n}")
-        for loss, n in (("NCA", " N"), ("SPPO", ""))
-        for view in ("HPS", "window")
-    ]
-    pairs.append(("SPPO-uniform", "SPPO-BT"))
+    pairs += [("NCA-HPS N", "NCA-uniform N"), ("SPPO-HPS", "SPPO-uniform"), ("SPPO-uniform", "SPPO-BT")]
     return Suite(baselines | candidates, pairs, repeats=3, later=100)
 
 
