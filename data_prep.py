@@ -4,7 +4,6 @@
     python data_prep.py import   --source hh-rlhf --input FILE --output FILE.jsonl  a foreign format
     python data_prep.py export   --format trl --input FILE --output FILE.jsonl      pairs for other trainers
     python data_prep.py generate --model M --input IN --output OUT --n 8            candidate responses
-    python data_prep.py fit      --input PAIRS --output R.safetensors               a linear reward model
     python data_prep.py annotate --scorer R --input IN --output OUT                 rewards by a reward model
     python data_prep.py doctor   --model M --input IN                               what to know before training
 
@@ -32,7 +31,7 @@ from hps import config, dist, model, samplers
 from hps.data import listwise, tokens
 from hps.io import files, hub
 from hps.lab import scorers, world
-from hps.prepare import doctor, generate, importers, journal, linear_reward, rewards
+from hps.prepare import doctor, generate, importers, journal, rewards
 
 
 @dataclass
@@ -81,14 +80,8 @@ class Generate:
 
 
 @dataclass
-class Fit:
-    input: str  # list-wise JSON Lines with human pairs (chosen, rejected)
-    output: str  # reward model to write, .safetensors
-
-
-@dataclass
 class Annotate:
-    scorer: str  # world-est[:SEED[:NOISE]], world-true[:SEED], human (1, 0), or a reward model: folder, file, hub name
+    scorer: str  # world-est[:SEED[:NOISE]], world-true[:SEED], human (1, 0), or a reward model: folder or hub name
     input: str  # list-wise JSON Lines
     output: str  # the same with rewards
     pairs: bool = False  # give rows without a human pair one: two random responses, the one of higher reward chosen
@@ -264,22 +257,13 @@ def digest(path: str) -> str:
     return hashlib.sha256(bytes.fromhex(sums)).hexdigest()
 
 
-def fit_scorer(c: Fit) -> None:
-    rows = [row for row in listwise.read(c.input) if row.chosen is not None and row.rejected is not None]
-    if not rows:
-        raise ValueError(f"{c.input}: no row has a human pair (chosen, rejected) to fit a reward model on")
-    pairs = [(str(row.prompt), row.responses[row.chosen], row.responses[row.rejected]) for row in rows]
-    linear_reward.save(linear_reward.fit(pairs), c.output)
-    report({"pairs": len(rows)}, c.output)
-
-
 OF_REWARD_MODELS = ("dtype", "objectives", "remote_revision", "tokens_per_micro_batch")
 
 
 def annotate_rows(c: Annotate) -> None:
     """Give every response a reward; by a reward model, a killed run goes on, and torchrun shares the prompts out."""
     rows = listwise.read(c.input)
-    ours = c.scorer == "human" or c.scorer.split(":")[0] in ("world-true", "world-est") or scorers.is_linear(c.scorer)
+    ours = c.scorer == "human" or c.scorer.split(":")[0] in ("world-true", "world-est")
     if ours:
         unused = [key for key in OF_REWARD_MODELS if getattr(c, key) != getattr(Annotate, key)]
         if unused:
@@ -362,7 +346,6 @@ COMMANDS = {
     "import": (Import, import_rows),
     "export": (Export, export_rows),
     "generate": (Generate, generate_candidates),
-    "fit": (Fit, fit_scorer),
     "annotate": (Annotate, annotate_rows),
     "doctor": (Doctor, diagnose),
 }

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 
@@ -11,7 +10,7 @@ from hps.data import tokens
 from hps.data.listwise import Row
 from hps.extra import reward_model
 from hps.lab.world import NOISE_STD, World
-from hps.prepare import linear_reward, rewards
+from hps.prepare import rewards
 
 Annotator = Callable[[Sequence[Row]], Iterator[tuple[str, list[float]]]]
 
@@ -20,22 +19,19 @@ def load(name: str, *, device: torch.device | None = None) -> rewards.Scorer:
     """The function (prompt, responses) -> rewards called `name`.
 
     `world-true[:SEED]` is the self-made world's own reward, `world-est[:SEED[:NOISE]]` the noisy, length-biased one
-    that training sees (NOISE its standard deviation); `FILE.safetensors` is a linear reward model, anything else a
-    reward model by its folder or hub name, which runs on `device`, the CPU by default.
+    that training sees (NOISE its standard deviation); anything else is a reward model by its folder or hub name, which
+    runs on `device`, the CPU by default.
     """
     kind, *words = name.split(":")
     if kind not in ("world-true", "world-est"):
-        if not is_linear(name):
-            annotate = load_reward_model(name, device=device)
+        annotate = load_reward_model(name, device=device)
 
-            def score(prompt: rewards.Prompt, responses: list[str]) -> list[float]:
-                row = Row("", prompt if isinstance(prompt, str) else tuple(prompt), tuple(responses), where="a sample")
-                [(_, found)] = annotate([row])
-                return found
+        def score(prompt: rewards.Prompt, responses: list[str]) -> list[float]:
+            row = Row("", prompt if isinstance(prompt, str) else tuple(prompt), tuple(responses), where="a sample")
+            [(_, found)] = annotate([row])
+            return found
 
-            return score
-        linear = linear_reward.load(name)
-        return lambda prompt, responses: linear_reward.score(linear, prompt, responses)
+        return score
     seed, noise = (*words, "", "")[:2]
     if len(words) > (1 if kind == "world-true" else 2) or not (seed or "0").isdecimal():
         raise ValueError(f"scorer {name!r}: the world's seed must be a number, as in {kind}:3")
@@ -46,11 +42,6 @@ def load(name: str, *, device: torch.device | None = None) -> rewards.Scorer:
         return lambda prompt, responses: [world.true_reward(list(prompt), y) for y in responses]
     level = float(noise) if noise else NOISE_STD
     return lambda prompt, responses: [world.train_reward(list(prompt), y, noise_std=level) for y in responses]
-
-
-def is_linear(name: str) -> bool:
-    """Whether a scorer that is none of the world's is a linear reward model's file."""
-    return name.endswith(".safetensors") or Path(name).is_file()
 
 
 def load_reward_model(

@@ -2,7 +2,7 @@
 
 A scorer is any callable (prompt, responses) -> one float per response; the prompt is a string or a list of
 chat messages. `annotate` applies one to a data set and checks what comes back. `annotate_packed` does so with a
-reward model, many prompts in a micro-batch. A scorer that needs no reward model is in `hps/prepare/linear_reward.py`.
+reward model, many prompts in a micro-batch.
 """
 
 import math

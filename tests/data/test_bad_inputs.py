@@ -66,7 +66,6 @@ def command(name: str, data: Path, out: Path, folders: Path, more: dict) -> tupl
     options = {
         "export": dict(format="trl", input=data, output=output),
         "generate": dict(model=model, input=data, output=output, max_new_tokens=4),
-        "fit": dict(input=data, output=out / "r.safetensors"),
         "annotate": dict(scorer="human", input=data, output=output),
         "doctor": dict(model=model, input=data),
         "import": dict(source="hh-rlhf", input=data, output=output),
@@ -101,7 +100,7 @@ def lines(*rows: dict | bytes) -> bytes:
 
 # -- files that are no list-wise data: every command that reads one says the same --
 
-LISTWISE = ("export", "generate", "fit", "annotate", "doctor", "train", "eval")
+LISTWISE = ("export", "generate", "annotate", "doctor", "train", "eval")
 SECOND = {  # what stands in line 2, behind a good row
     "broken JSON": (b'{"id": "b"', "broken JSON at character 12: Expecting ',' delimiter"),
     "a list": (b"[1]", "a row must be a JSON object, not a list"),
@@ -299,8 +298,8 @@ FITS = [  # what it is; what is in line 2; commands and options that meet it; me
         "{path}:2: the prompt is a list of messages but the tokenizer has no chat template",
     ),
     (
-        "a text for a linear reward model", {}, ("annotate",), dict(scorer="file"),
-        "{folders}/file is not a safetensors file (",
+        "a text for a reward model", {}, ("annotate",), dict(scorer="file"),
+        "no tokenizer could be loaded from '{folders}/file': this is a file; name the folder of a model",
     ),
     (
         "a prompt that is not the world's", {}, ("annotate",), dict(scorer="world-est"),
@@ -399,7 +398,7 @@ def test_a_bad_foreign_file(more, name, content, message, tmp_path, folders):
 # -- outputs that cannot be written: below a regular file, which root may not either, and over a folder --
 
 
-@pytest.mark.parametrize("name", ["import", "export", "generate", "fit", "annotate", "eval", "train"])
+@pytest.mark.parametrize("name", ["import", "export", "generate", "annotate", "eval", "train"])
 def test_an_output_below_a_file(name, tmp_path, folders):
     data, file = tmp_path / "x.jsonl", tmp_path / "file"
     data.write_bytes(lines(ROW))
@@ -420,7 +419,7 @@ def test_a_world_below_a_file(tmp_path):
         data_prep.main(["world", f"--out={tmp_path / 'file/world'}", *sizes])
 
 
-@pytest.mark.parametrize("name", ["export", "fit", "annotate"])
+@pytest.mark.parametrize("name", ["export", "annotate"])
 def test_a_folder_for_an_output(name, tmp_path, folders):
     data, folder = tmp_path / "x.jsonl", tmp_path / "folder"
     data.write_bytes(lines(ROW))
@@ -430,7 +429,7 @@ def test_a_folder_for_an_output(name, tmp_path, folders):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")
-@pytest.mark.parametrize("name", ["export", "generate", "fit", "annotate", "eval"])
+@pytest.mark.parametrize("name", ["export", "generate", "annotate", "eval"])
 def test_a_folder_without_the_right_to_write(name, tmp_path, folders):
     data, folder = tmp_path / "x.jsonl", tmp_path / "folder"
     data.write_bytes(lines(ROW))

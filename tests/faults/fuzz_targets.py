@@ -31,7 +31,7 @@ from hps.evaluate import export, judge, survey
 from hps.evaluate.endpoint import Endpoint
 from hps.io import files, loggers
 from hps.options import Config, check, settings
-from hps.prepare import importers, journal, linear_reward
+from hps.prepare import importers, journal
 from hps.prepare.formats import FORMATS
 from hps.record import check_folder, claim
 
@@ -367,10 +367,6 @@ def key_file(data: bytes, folder: Path) -> None:
 # ---- safetensors ----------------------------------------------------------------------------------
 
 SHARD = save({"keys": np.arange(32, dtype=np.uint8).reshape(2, 16), "logps": np.array([-1.5, -2], np.float32)})
-LINEAR = save(
-    {"weights": np.array([0.5, -1, 2, 0.25], np.float32)},
-    metadata={"linear_reward": json.dumps({"format": linear_reward._FORMAT, "l2": 1e-3, "num_pairs": 5})},
-)
 
 
 def header(data: bytes) -> Any:
@@ -412,12 +408,6 @@ def right_name(data: bytes) -> str:
         return NAME
 
 
-def linear(data: bytes, folder: Path) -> None:
-    path = folder / "r.safetensors"
-    path.write_bytes(data)
-    finite(linear_reward.score(linear_reward.load(path), "why", ["tea is hot", ""]))
-
-
 config._options = functools.cache(config._options)  # it reads the source of a dataclass, which stays as it is
 NAMES = "|".join(field.name for field in dataclasses.fields(Config))
 TARGETS: dict[str, Target] = {
@@ -450,6 +440,5 @@ TARGETS: dict[str, Target] = {
     "key.json": Target([[KEY]], whole, key_file),
     "shard": Target([[header(SHARD)]], tensors(SHARD), shard(lambda data: NAME)),
     "named shard": Target([[header(SHARD)]], tensors(SHARD), shard(right_name)),
-    "linear reward model": Target([[header(LINEAR)]], tensors(LINEAR), linear),
 }  # fmt: skip
 NEVER_REFUSE = {"judge's answer", "completion"}  # what a judge says is no mistake of the user's: None stands for none

@@ -29,7 +29,6 @@ from hps import checkpoint, model
 from hps.data import listwise, tokens
 from hps.evaluate import card, endpoint, judge, report, survey
 from hps.extra import reward_model
-from hps.lab import scorers
 
 FP32 = dict(dtype=torch.float32)
 
@@ -264,7 +263,6 @@ def test_no_id_leads_out_of_the_folder_of_the_output(tmp_path, monkeypatch, capf
             "generate": lambda: data_prep.main(
                 ["generate", *flags(model=lm, input=data, output=made, n=2, max_new_tokens=4)]),
             "annotate": lambda: data_prep.main(["annotate", *flags(scorer=scorer, input=data, output=out / "a.jsonl")]),
-            "fit": lambda: data_prep.main(["fit", *flags(input=data, output=out / "r.safetensors")]),
             "export": lambda: data_prep.main(["export", *flags(format="trl", input=data, output=out / "t.jsonl")]),
             "train": lambda: train.main(flags(
                 model=lm, data=data, out=out / "run", method="dpo-bt", lora_rank=0, lr=1e-3, epochs=1, max_length=16,
@@ -480,12 +478,3 @@ def test_the_browser_would_have_told(browser, tmp_path):
     assert browser.js("window.ran") == 1
     browser.log("browser")
     browser.requests()
-
-
-def test_scorers_load_no_pickle_either(tmp_path, bombs):
-    """A file for a linear reward model that is a pickle is refused unread."""
-    bombs(tmp_path)
-    (tmp_path / "r.safetensors").write_bytes((tmp_path / "optimizer.pt").read_bytes())
-    for name in ("r.safetensors", "optimizer.pt"):
-        with pytest.raises(ValueError, match="is not a safetensors file"):
-            scorers.load(str(tmp_path / name))
