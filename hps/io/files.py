@@ -1,43 +1,43 @@
-"""Files that appear whole or not at all, records that tell when they were harmed, and folders that one run holds.
+"""Files that appear whole or not at all, records that tell when they were corrupted, and folders that one run holds.
 
 Whatever a later run relies on is written through here: to a temporary name, to the disk, and only then to its own name.
 """
 
 import errno
-import fcntl
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
-BROKEN = {errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+from filelock import FileLock, Timeout  # comes with torch and transformers
+
+# What a disk may refuse, and what the user can do about it.
+ADVICE_BY_ERRNO = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space on that disk, "),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, "),
+    **dict.fromkeys((errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), ""),
+}
 
 
 @contextmanager
 def explain_disk_errors(path: str | Path, keeps: str = "what stood there before is untouched") -> Iterator[None]:
-    """Turn what a disk refuses inside into a ValueError with `path`, what to do, and what is not lost (`keeps`).
-
-    The errors of libraries that wrap the system's are recognised by its number in their text.
-    """
+    """Turn what a disk refuses inside into a ValueError with `path`, what to do, and what is not lost (`keeps`)."""
     try:
         yield
-    except Exception as error:  # safetensors, torch and others wrap the system's errors in types of their own
+    except Exception as error:  # safetensors and torch wrap the system's errors: its number is left in their text
         found = re.search(r"(?:os error|Errno) (\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-        if number not in SPACE | RIGHTS | BROKEN:
+        if number not in ADVICE_BY_ERRNO:
             raise
-        do = "free space on that disk, " if number in SPACE else "make it writable, " if number in RIGHTS else ""
-        raise ValueError(f"{path}: cannot be written ({os.strerror(number)}); {do}{keeps}") from error
+        advice = ADVICE_BY_ERRNO[number] + keeps
+        raise ValueError(f"{path}: cannot be written ({os.strerror(number)}); {advice}") from error
 
 
 @contextmanager
@@ -51,59 +51,56 @@ def replacing(path: str | Path, *, over: bool = True) -> Iterator[Path]:
         ValueError: the disk is full or read-only.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial, old = (path.with_name(f"{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
         with explain_disk_errors(path):
-            _remove(partial)
+            _clear(partial, path)
             yield partial
             sync(partial)
             if path.exists() and not over:
                 return
-            if partial.is_dir():
-                _remove(path)  # a folder cannot be renamed over another one
+            if path.is_dir() and partial.is_dir():
+                # A folder cannot be renamed over another one. A process that is killed between these two renames leaves
+                # the whole old folder beside the new one, and `remove_stale_temporaries` gives it its name back.
+                _clear(old, path)
+                os.replace(path, old)
             os.replace(partial, path)
-            _flush(path.parent)  # the name alone: another process may be at work on its own files there
+            sync(path.parent, inside=False)  # the name alone: other processes may be at work on their files there
     finally:
         with suppress(OSError):
-            _remove(partial)
-
-
-def sync(path: Path) -> None:
-    """Have a file, or a folder and the files in it, on the disk."""
-    for one in [*(path.iterdir() if path.is_dir() else ()), path]:
-        _flush(one)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            _clear(partial, path)
+            _clear(old, path)
 
 
 def remove_stale_temporaries(folder: Path, name: str = "") -> None:
-    """Remove what killed processes have left half-written in `replacing`, of the file `name` or of all in the folder.
+    """Remove what killed processes have left behind in `replacing`, of the file `name` or of all in the folder.
 
     Nobody else may be at work on them: whoever calls this holds their lock. Other files that end in .tmp stay.
     """
-    partial = re.compile((re.escape(name) or ".+") + r"\.\d+\.tmp")
+    stale = re.compile(rf"({re.escape(name) or '.+'})\.\d+\.(tmp|old)")
     for left in folder.iterdir():
-        if partial.fullmatch(left.name):
-            _remove(left)
+        if found := stale.fullmatch(left.name):
+            _clear(left, folder / found[1])
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+def _clear(left: Path, path: Path) -> None:
+    """Remove what a `replacing` of `path` has left; an old folder whose successor never got its name gets it back."""
+    if left.suffix == ".old" and left.exists() and not path.exists():
+        os.replace(left, path)
+    elif left.is_dir():
+        shutil.rmtree(left)
+    else:
+        left.unlink(missing_ok=True)
 
 
-def append(file: io.FileIO, data: bytes) -> None:
-    """Add to an unbuffered file, so that it holds the whole of `data` on return; ValueError for a full disk."""
-    with explain_disk_errors(str(file.name), "what it holds is kept, and the same command goes on from there"):
-        while data:
-            data = data[file.write(data) :]
+def sync(path: Path, *, inside: bool = True) -> None:
+    """Have a file, or a folder and the files inside it, on the disk."""
+    for one in [*(path.iterdir() if inside and path.is_dir() else ()), path]:
+        descriptor = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -181,34 +178,18 @@ def lock(path: Path, *, what: str, advice: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds it: says which, what it does (`what`, as it has put it) and `advice`.
     """
-    with explain_disk_errors(path):
-        file = _take(path, lambda holder: f"{path.parent}: {holder}; {advice}")
+    held, holder = FileLock(path, timeout=0), ""
     try:
-        file.truncate(0)
-        about = {"what": what, "process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-        append(file, json.dumps(about).encode())
+        with explain_disk_errors(path):
+            held.acquire()
+    except Timeout:
+        with suppress(OSError):  # it may have ended by now
+            holder = path.read_text(errors="replace")
+        raise ValueError(f"{path.parent}: {holder or 'another process'} is at work here; {advice}") from None
+    try:
+        with explain_disk_errors(path):
+            path.write_text(f"{what} by process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
         yield
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
-
-
-def _take(path: Path, message: Callable[[str], str]) -> io.FileIO:
-    while True:
-        file = open(path, "ab+", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            text = file.read()
-            file.close()
-            try:
-                about = json.loads(text)
-                holder = "{what} by process {process} on {host} since {since} is at work here".format(**about)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                holder = "another process is at work here"
-            raise ValueError(message(holder)) from None
-        # Its last holder may have deleted it between the two lines above: then this is the lock of nothing.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()
+        path.unlink(missing_ok=True)  # before it is let go: FileLock takes no file that has lost its name
+        held.release()

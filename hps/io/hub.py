@@ -3,10 +3,7 @@ hf://datasets/OWNER/NAME@REVISION/FILE. A revision is a commit, a tag or a branc
 
 import functools
 import logging
-import re
 from pathlib import Path
-
-DATA_SET = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/@]+))?/([^@]+)")
 
 
 def resolve(model: str) -> tuple[str, str | None]:
@@ -40,9 +37,8 @@ def _commit_of(name: str, revision: str) -> str:
     except (OSError, ValueError, HfHubHTTPError):
         return revision
     if commit != revision:
-        logging.getLogger(__name__).warning(
-            "%s@%s may change on the hub; it is %s@%s now", name, revision, name, commit
-        )
+        told = f"{name}@{revision} may change on the hub; it is {name}@{commit} now"
+        logging.getLogger(__name__).warning(told)
     return commit
 
 
@@ -54,18 +50,20 @@ def fetch(path: str) -> tuple[str, str]:
     """
     if not path.startswith("hf://"):
         return path, ""
-    match = DATA_SET.fullmatch(path)
-    if match is None:
-        raise ValueError(f"{path!r} must be hf://datasets/OWNER/NAME/FILE or hf://datasets/OWNER/NAME@REVISION/FILE")
-    repo, revision, file = match.groups()
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import hf_hub_download, parse_hf_uri
+    from huggingface_hub.errors import HfHubHTTPError, HfUriError
 
+    form = f"{path!r} must be hf://datasets/OWNER/NAME/FILE or hf://datasets/OWNER/NAME@REVISION/FILE"
     try:
-        local = hf_hub_download(repo, file, repo_type="dataset", revision=revision)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+        uri = parse_hf_uri(path)
+        if uri.type != "dataset" or not uri.path_in_repo:
+            raise ValueError(form)
+        local = hf_hub_download(uri.id, uri.path_in_repo, repo_type="dataset", revision=uri.revision)
+    except HfUriError as error:
+        raise ValueError(form) from error
+    except (OSError, HfHubHTTPError) as error:
         raise ValueError(f"{path} could not be fetched: {' '.join(str(error).split())}") from error
-    return local, f"hf://datasets/{repo}@{_commit(local, file)}/{file}"
+    return local, f"hf://datasets/{uri.id}@{_commit(local, uri.path_in_repo)}/{uri.path_in_repo}"
 
 
 def _commit(local: str, file: str) -> str:

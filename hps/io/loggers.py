@@ -8,44 +8,61 @@ import json
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hps.io import files
 
-Record = dict[str, float]  # "step", counted from 0, and the step's values by name
-Write = Callable[[Record], None]
+MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # whose import tells whether it is installed
 
 
-class Logger(NamedTuple):
-    module: str  # whose import tells whether it is installed
-    open: Callable[[Path, int, dict[str, Any]], Write]  # folder of the run, first step, settings
-
-
-def chosen(names: str) -> list[str]:
+def check_names(names: str) -> list[str]:
     """The loggers of a comma-separated list; ValueError for one that does not exist, stands twice, or is missing."""
     found = [name.strip() for name in names.split(",") if name.strip()]
     for name in found:
-        if name not in LOGGERS or found.count(name) > 1:
-            raise ValueError(f"log_to = {names!r}: give each of {', '.join(LOGGERS)} at most once, comma-separated")
+        if name not in MODULES or found.count(name) > 1:
+            raise ValueError(f"log_to = {names!r}: give each of {', '.join(MODULES)} at most once, comma-separated")
         try:
-            importlib.import_module(LOGGERS[name].module)
+            importlib.import_module(MODULES[name])
         except ImportError as error:
             raise ValueError(f"log_to = {names!r}: {name} is missing ({error}): pip install {name}") from error
     return found
 
 
-def open_log(out: Path, names: str, *, done: int, settings: dict[str, Any]) -> Write:
-    """A function that writes the record of each step, from step `done` on.
+def open_log(out: Path, names: str, *, done: int, settings: dict[str, Any]) -> Callable[[dict[str, float]], None]:
+    """A function that writes the record of each step, from step `done` on: "step", counted from 0, and its values.
 
     Args:
-        out: folder of the run. names: as for `chosen`. settings: of the run, for those who show them.
+        out: folder of the run. names: as for `check_names`. settings: of the run, for those who show them.
     """
-    writers = [_jsonl(out / "metrics.jsonl", done)]
-    writers += [LOGGERS[name].open(out, done, settings) for name in chosen(names)]
+    cut(out / "metrics.jsonl", done)
+    metrics = (out / "metrics.jsonl").open("ab", buffering=0)
+    board, run = None, None
+    if "tensorboard" in check_names(names):
+        from torch.utils.tensorboard import SummaryWriter
 
-    def log(record: Record) -> None:
-        for write in writers:
-            write(record)
+        # What an interrupted run wrote past its last checkpoint is done again: TensorBoard then forgets the first time.
+        board = SummaryWriter(str(out / "tensorboard"), purge_step=done)
+    if "wandb" in check_names(names):
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        # The run is found again by its id. Steps that it has already are passed over by wandb, and would be the same.
+        path = out / "wandb-id.txt"
+        if not (done and path.exists()):
+            path.write_text(uuid.uuid4().hex + "\n")
+        run = wandb.init(dir=str(out), id=path.read_text().strip(), resume="allow", name=out.name, config=settings)
+
+    def log(record: dict[str, float]) -> None:
+        line = json.dumps(record).encode() + b"\n"
+        with files.explain_disk_errors(metrics.name, "what it holds is kept, and the same command goes on from there"):
+            while line:  # the system may take a part of it only
+                line = line[metrics.write(line) :]
+        values = {name: value for name, value in record.items() if name != "step"}
+        if board:
+            for name, value in values.items():
+                board.add_scalar(name, value, record["step"])
+            board.flush()  # or a run that is killed loses what its thread had not written yet
+        if run:
+            run.log(values, step=record["step"])
 
     return log
 
@@ -69,46 +86,3 @@ def cut(path: Path, until: int) -> None:
         kept.append(line + b"\n")
     with files.replacing(path) as partial:
         partial.write_bytes(b"".join(kept))
-
-
-def _jsonl(path: Path, done: int) -> Write:
-    cut(path, done)
-    file = path.open("ab", buffering=0)
-
-    def write(record: Record) -> None:
-        files.append(file, json.dumps(record).encode() + b"\n")
-
-    return write
-
-
-def _tensorboard(out: Path, done: int, settings: dict[str, Any]) -> Write:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # What an interrupted run wrote past its last checkpoint is done again: TensorBoard then forgets the first time.
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=done)
-
-    def write(record: Record) -> None:
-        for name, value in record.items():
-            if name != "step":
-                writer.add_scalar(name, value, record["step"])
-        writer.flush()  # or a run that is killed loses what its thread had not written yet
-
-    return write
-
-
-def _wandb(out: Path, done: int, settings: dict[str, Any]) -> Write:
-    import wandb  # pyright: ignore[reportMissingImports]
-
-    # The run is found again by its id. Steps that it has already are passed over by wandb, and would be the same.
-    path = out / "wandb-id.txt"
-    if not (done and path.exists()):
-        path.write_text(uuid.uuid4().hex + "\n")
-    run = wandb.init(dir=str(out), id=path.read_text().strip(), resume="allow", name=out.name, config=settings)
-
-    def write(record: Record) -> None:
-        run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
-
-    return write
-
-
-LOGGERS = {"tensorboard": Logger("torch.utils.tensorboard", _tensorboard), "wandb": Logger("wandb", _wandb)}

@@ -1,9 +1,10 @@
-"""Files appear whole or not at all, records and sums tell when they were harmed, and a lock says who holds it."""
+"""Files appear whole or not at all, records and sums tell when they were corrupted, and a lock says who holds it."""
 
 import errno
-import json
+import fcntl
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -14,28 +15,84 @@ from hps.io import files
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("before")
+    files.write_text(path, "before")
     with pytest.raises(KeyError), files.replacing(path) as partial:
         partial.write_text("half")
         assert path.read_text() == "before"
         raise KeyError
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-    with files.replacing(path) as partial:
-        partial.write_text("after")
+    files.write_text(path, "after")
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_is_replaced_whole_or_stays(tmp_path):
+def put_folder(path: Path, content: str, *, over: bool = True) -> None:
+    with files.replacing(path, over=over) as partial:
+        partial.mkdir()
+        (partial / content).touch()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_folder_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     path = tmp_path / "run"
     for content, over, left in (("one", True, "one"), ("two", True, "two"), ("three", False, "two")):
-        with files.replacing(path, over=over) as partial:
-            partial.mkdir()
-            (partial / content).touch()
-        assert [p.name for p in path.iterdir()] == [left]
-    assert list(tmp_path.iterdir()) == [path]
+        put_folder(path, content, over=over)
+        assert names(path) == [left] and names(tmp_path) == ["run"]
+    rename = os.replace
+    for refused in (1, 2):  # the old one out of the way, the new one into its place
+        calls = []
+
+        def fails(old, new, calls=calls, refused=refused):
+            calls.append(new)
+            if len(calls) == refused:
+                raise OSError(errno.EIO, "x")
+            rename(old, new)
+
+        monkeypatch.setattr(os, "replace", fails)
+        with pytest.raises(ValueError, match="cannot be written"):
+            put_folder(path, "four")
+        assert names(path) == ["two"] and names(tmp_path) == ["run"]
 
 
-def test_what_gets_its_name_is_on_the_disk_and_then_its_name_is(tmp_path, monkeypatch):
+def test_a_kill_at_any_point_leaves_the_old_or_new(tmp_path):
+    """Killed before each of the calls that change the disk; the next start finds a whole folder under the name."""
+
+    def replace_killed_before(call: int) -> int:
+        """The exit status of a process that replaces the folder and is gone before that call: 0 if it has fewer."""
+        pid = os.fork()
+        if pid == 0:
+            calls = []
+
+            def counted(real):
+                def function(*args, **more):
+                    calls.append(real)
+                    if len(calls) == call:
+                        os._exit(9)
+                    return real(*args, **more)
+
+                return function
+
+            for module, name in ((os, "replace"), (os, "fsync"), (shutil, "rmtree"), (os, "mkdir")):
+                setattr(module, name, counted(getattr(module, name)))
+            put_folder(tmp_path / "run", "new")
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    found = []
+    for call in range(1, 99):
+        put_folder(tmp_path / "run", "old")
+        status = replace_killed_before(call)
+        files.remove_stale_temporaries(tmp_path)
+        assert names(tmp_path) == ["run"]
+        found += names(tmp_path / "run")
+        if status == 0:
+            break
+    assert found == sorted(found, reverse=True) and set(found) == {"old", "new"} and found.count("new") > 1
+
+
+def test_what_gets_its_name_is_on_the_disk_before(tmp_path, monkeypatch):
     """A machine that stops may forget all that was not flushed. None can be stopped here: what is asked for is seen."""
     seen, fsync, rename = [], os.fsync, os.replace
 
@@ -49,39 +106,31 @@ def test_what_gets_its_name_is_on_the_disk_and_then_its_name_is(tmp_path, monkey
 
     monkeypatch.setattr(os, "fsync", flushed)
     monkeypatch.setattr(os, "replace", named)
-    with files.replacing(tmp_path / "file") as partial:
-        partial.write_text("x")
-    with files.replacing(tmp_path / "folder") as partial:
-        partial.mkdir()
-        (partial / "part").write_text("x")
+    files.write_text(tmp_path / "file", "x")
+    put_folder(tmp_path / "folder", "part")
     inode = {name: (tmp_path / name).stat().st_ino for name in (".", "file", "folder", "folder/part")}
     assert seen == [inode["file"], "named", inode["."], inode["folder/part"], inode["folder"], "named", inode["."]]
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
+def test_what_a_disk_refuses_is_said_with_what_to_do(tmp_path):
+    full = "Error while serializing: I/O error: No space left on device (os error 28)"
+    for error, words in (
         (OSError(errno.ENOSPC, "x"), ["free space", "is untouched"]),
         (OSError(errno.EROFS, "x"), ["make it writable"]),
         (OSError(errno.EIO, "x"), ["cannot be written", "is untouched"]),
-        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), ["free space"]),
+        (RuntimeError(full), ["free space"]),
         (RuntimeError("Traceback ... OSError: [Errno 28] No space left on device"), ["free space"]),
-    ],
-)
-def test_what_a_disk_refuses_is_said_with_what_to_do(tmp_path, error, words):
-    with pytest.raises(ValueError) as caught, files.explain_disk_errors(tmp_path / "x"):
-        raise error
-    assert all(word in str(caught.value) for word in [*words, str(tmp_path / "x")])
+    ):
+        with pytest.raises(ValueError) as caught, files.explain_disk_errors(tmp_path / "x"):
+            raise error
+        assert all(word in str(caught.value) for word in [*words, str(tmp_path / "x")])
+    for error in (KeyError("x"), FileNotFoundError(errno.ENOENT, "x"), ValueError("row 28")):
+        with pytest.raises(type(error)) as caught, files.explain_disk_errors(tmp_path / "x"):
+            raise error
+        assert caught.value is error
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), FileNotFoundError(errno.ENOENT, "x"), ValueError("row 28")])
-def test_other_errors_stay_what_they_are(tmp_path, error):
-    with pytest.raises(type(error)) as caught, files.explain_disk_errors(tmp_path / "x"):
-        raise error
-    assert caught.value is error
-
-
-def test_a_record_comes_back_and_every_change_of_it_is_found(tmp_path):
+def test_every_change_of_a_record_is_found(tmp_path):
     path, record = tmp_path / "r.json", {"step": 3, "names": ["a", "b"], "lr": 1e-5, "deep": {"x": None}}
     files.write_record(path, record)
     whole = path.read_bytes()
@@ -99,9 +148,12 @@ def test_a_record_comes_back_and_every_change_of_it_is_found(tmp_path):
     path.write_bytes(b"[" * 10**5)
     with pytest.raises(ValueError, match=r"r\.json: cannot be read"):
         files.read_json(path)
+    files.write_record(path, record)
+    with pytest.raises(ValueError, match=r"r\.json: does not hold steps and lr as this version writes it; do this"):
+        files.read_record(path, "do this", steps=int, lr=int, step=int)
 
 
-def test_a_harmed_file_is_named(tmp_path):
+def test_a_corrupt_file_is_named(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(name)
     sums = {name: files.sha256(tmp_path / name) for name in "ab"}
@@ -112,33 +164,19 @@ def test_a_harmed_file_is_named(tmp_path):
     assert files.first_corrupt_file(tmp_path, sums) == "a is missing"
 
 
-def test_what_killed_processes_left_is_swept(tmp_path):
+def test_stale_temporaries_go_and_other_files_stay(tmp_path):
     for name in ("a-json.5.tmp", "a.1.tmp", "a.json", "a.json.4.tmp", "b.2.tmp", "mine.tmp"):
         (tmp_path / name).touch()
-    (tmp_path / "a.3.tmp").mkdir()
-    (tmp_path / "a.3.tmp" / "x").touch()
+    for name in ("a.3.tmp", "a.3.old", "c", "c.7.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
     files.remove_stale_temporaries(tmp_path, "a")  # the temporary of a.json may be another output's, at work now
-    others = ["a-json.5.tmp", "a.json", "b.2.tmp", "mine.tmp"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "a.json.4.tmp"])
+    others = ["a-json.5.tmp", "a.json", "b.2.tmp", "c", "c.7.old", "mine.tmp"]
+    assert names(tmp_path) == sorted(["a", *others, "a.json.4.tmp"]) and names(tmp_path / "a") == ["x"]
     files.remove_stale_temporaries(tmp_path, "a.json")
-    assert sorted(p.name for p in tmp_path.iterdir()) == others
+    assert names(tmp_path) == ["a", *others]
     files.remove_stale_temporaries(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "mine.tmp"]
-
-
-def test_a_file_without_buffer_is_appended_to_whole(tmp_path, monkeypatch):
-    """The system may take a part of what it is given; then the rest follows."""
-
-    class Short:
-        name, taken = str(tmp_path / "log"), b""
-
-        def write(self, data: bytes) -> int:
-            self.taken += data[:3]
-            return min(3, len(data))
-
-    file = Short()
-    files.append(file, b"0123456789")  # pyright: ignore[reportArgumentType]
-    assert file.taken == b"0123456789"
+    assert names(tmp_path) == ["a", "a.json", "c", "mine.tmp"]
 
 
 def hold(path: Path, ready) -> None:
@@ -147,7 +185,7 @@ def hold(path: Path, ready) -> None:
         time.sleep(60)
 
 
-def test_a_lock_says_who_holds_it_and_goes_with_its_holder(tmp_path):
+def test_a_lock_says_who_holds_it_and_goes_with_it(tmp_path):
     path, context = tmp_path / "lock", multiprocessing.get_context("fork")
     ready = context.Event()
     holder = context.Process(target=hold, args=(path, ready))
@@ -156,28 +194,29 @@ def test_a_lock_says_who_holds_it_and_goes_with_its_holder(tmp_path):
         assert ready.wait(20)
         with pytest.raises(ValueError) as caught, files.lock(path, what="another", advice="wait, or do that"):
             pass
-        assert all(word in str(caught.value) for word in ("a test", f"process {holder.pid}", "wait, or do that"))
+        assert f"{tmp_path}: a test by process {holder.pid} on " in str(caught.value)
+        assert str(caught.value).endswith(" is at work here; wait, or do that")
     finally:
         holder.kill()  # which leaves the file and not the lock
         holder.join()
     assert path.exists()
     with files.lock(path, what="the next", advice=""):
-        assert json.loads(path.read_text())["process"] == os.getpid()
+        assert path.read_text().startswith(f"the next by process {os.getpid()}")
     assert not path.exists()
 
 
-def test_a_lock_whose_file_was_deleted_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch):
+def test_the_lock_of_a_deleted_file_is_none(tmp_path, monkeypatch):
     """Between opening and locking, the last holder may delete the file: the lock would then be of nothing."""
-    path, real, times = tmp_path / "lock", files.fcntl.flock, []
+    path, real = tmp_path / "lock", fcntl.flock
 
     def deleted(file, how):
-        times.append(1)
-        if len(times) == 1:
-            path.unlink()
+        monkeypatch.setattr(fcntl, "flock", real)
+        path.unlink()
         return real(file, how)
 
-    monkeypatch.setattr(files.fcntl, "flock", deleted)
+    monkeypatch.setattr(fcntl, "flock", deleted)
+    with pytest.raises(ValueError, match="another process is at work here"), files.lock(path, what="one", advice=""):
+        pass
     with files.lock(path, what="one", advice=""):
-        assert len(times) == 2 and path.exists()
         with pytest.raises(ValueError, match="one by process"), files.lock(path, what="two", advice=""):
             pass

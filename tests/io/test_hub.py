@@ -103,7 +103,7 @@ def test_an_adapter_pins_its_base(found):
     assert seen["adapter"] == seen["folders"][:1]  # B is zero, so that the merged weights are the base's
 
 
-def test_a_branch_is_told_with_its_commit_and_a_commit_is_not(found):
+def test_a_branch_is_told_with_its_commit(found):
     _, log, _ = found
     told = [line for line in log.splitlines() if "may change on the hub" in line]
     assert [line.split()[0] for line in told] == ["owner/lm@main"]  # once, though named twice
