@@ -217,8 +217,8 @@ def sample_metrics(samples: listwise.Row, row: listwise.Row, world: World | None
         found["best_of_k_reward"] = float(np.max(samples.rewards))
         hypothesis = samples.responses[int(np.argmax(samples.rewards))]
     target = row.responses[int(np.argmax(row.rewards)) if row.rewards is not None else row.chosen or 0]
-    found["bleu_char"] = float(metrics.bleu_char_scores([hypothesis], [target])[0])
-    found["bleu_word"] = float(metrics.bleu_word_scores([hypothesis], [target])[0])
+    found["bleu_char"] = metrics.bleu_char(hypothesis, target)
+    found["bleu_word"] = metrics.bleu_word(hypothesis, target)
     if world is not None:
         found["junk"] = 100 * float(np.mean([world.junk_fraction(y) for y in samples.responses]))
         if world.is_risky(row.prompt):  # harm is counted on risky prompts
@@ -244,8 +244,8 @@ def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
             for row in drawn:
                 if row.id not in against or len(against[row.id].rewards or ()) != len(row.rewards or ()):
                     raise ValueError(f"{c.baseline}: other samples of {row.id!r}; evaluate it the same way")
-                values[row.id] |= metrics.win_tie_lose([row.rewards], [against[row.id].rewards])
-    table = {name: {id: values[id][name] for id in ids if name in values[id]} for name in report.METRICS}
+                values[row.id] |= metrics.win_tie_lose(row.rewards, against[row.id].rewards)
+    table = {name: {id: values[id][name] for id in ids if name in values[id]} for name in metrics.METRICS}
     table = {name: column for name, column in table.items() if column}
     means = {}
     for name, column in table.items():

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import train
-from hps.evaluate.report import METRICS
+from hps.evaluate.metrics import METRICS
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs/METRICS.md").read_text()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import train
-from hps.evaluate.report import METRICS
+from hps.evaluate.metrics import METRICS
 from hps.lab.suites import SUITES
 from hps.losses import LOSSES
 from hps.plan import VIEWS

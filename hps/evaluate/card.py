@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hps.evaluate import md
-from hps.evaluate.report import METRICS
+from hps.evaluate.metrics import METRICS
 
 PAPER = "https://arxiv.org/abs/2502.14400"
 TOKENIZER = """\

@@ -1,6 +1,6 @@
-"""The figures of a report: margins, reward against KL, training curves, gamma, and lines through rows.
+"""The figures of a report: margins, reward against KL, lines through rows, training curves, gamma.
 
-Drawn from a results dict that report.py has validated; colours and markers follow the order of its rows or lines.
+Drawn from a results dict (its keys: report.py); colours and markers follow the order of its rows or lines.
 """
 
 import functools
@@ -11,12 +11,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hps.evaluate.report import COLOURS, DPI, MARGINS, MARKERS, METRICS, STYLE, in_group, present
+from hps.evaluate.metrics import MARGINS, METRICS, extra, present
 from hps.io import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# The look of every figure: Okabe and Ito's colours, told apart by colour-blind readers, and in grey by the marker.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+MARKERS = "osD^vP"
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "lines.linewidth": 1.4,
+    "text.parse_math": False,  # a name may hold two dollars
+    **dict.fromkeys(["legend.frameon", "axes.spines.top", "axes.spines.right"], False),
+    **dict.fromkeys(["axes.linewidth", "xtick.major.width", "ytick.major.width"], 0.6),
+    **dict.fromkeys(["axes.edgecolor", "xtick.color", "ytick.color"], "0.3"),
+    **dict.fromkeys(["axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"], "0.15"),
+}
+DPI = 200
 
 
 class Plan(NamedTuple):
@@ -24,34 +40,35 @@ class Plan(NamedTuple):
     caption: str
     alt: str
     size: tuple[float, float]  # inches
-    draw: Callable[["Figure", dict[str, Any]], None]
+    draw: Callable[["Figure"], None]
 
 
-def _tradeoff_kl(results: dict[str, Any]) -> str:
-    return "kl_exact" if "kl_exact" in present(results) else "kl_seq"
+def _look(i: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the i-th line: no two of the first 21 are alike."""
+    dashes = ("-", "--", ":")[i // len(COLOURS) % 3]
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": dashes}
 
 
-def _look(i: int) -> tuple[str, str]:
-    return COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+def _whiskers(items: list[dict[str, float]]) -> list[list[float]]:
+    return [
+        [max(0.0, item["mean"] - item["low"]) for item in items],
+        [max(0.0, item["high"] - item["mean"]) for item in items],
+    ]
 
 
-def _dashes(i: int) -> str:
-    return ("-", "--", ":")[i // len(COLOURS) % 3]
+def _legend(figure: "Figure") -> None:
+    """One legend for all panels, beside them."""
+    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
 
 
-def _whiskers(item: dict[str, float]) -> list[list[float]]:
-    return [[max(0.0, item["mean"] - item["low"])], [max(0.0, item["high"] - item["mean"])]]
-
-
-def _draw_margins(figure: "Figure", results: dict[str, Any]) -> None:
-    rows, names = results["rows"], in_group(results, MARGINS)
+def _draw_margins(figure: "Figure", rows: list[dict[str, Any]], names: list[str]) -> None:
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         axes.axvline(0, color="0.75", linewidth=0.8, zorder=0)
         for y, row in enumerate(rows):
-            item, (colour, marker) = row["metrics"].get(name), _look(y)
-            if item is not None:
-                axes.errorbar(item["mean"], y, xerr=_whiskers(item), color=colour, marker=marker, ms=5)
+            if item := row["metrics"].get(name):
+                axes.errorbar(item["mean"], y, xerr=_whiskers([item]), markersize=5, **_look(y))
         axes.set_title(METRICS[name].title)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
@@ -62,256 +79,145 @@ def _draw_margins(figure: "Figure", results: dict[str, Any]) -> None:
     figure.supxlabel("margin of the best candidate (nats, without beta)", fontsize=9, color="0.15")
 
 
-def _label_points(figure: "Figure", axes: "Axes", points: list[tuple[float, float, str, str]]) -> None:
-    """Write the text of each (x, y, text, colour) beside its point, where it covers least of the rest."""
-    from matplotlib.transforms import Bbox
-
-    figure.draw_without_rendering()  # settles the layout: window coordinates are final from here
-    figure.set_layout_engine("none")
-    pixel = figure.dpi / 72
-    dots = axes.transData.transform([point[:2] for point in points])
-    taken = [Bbox.from_bounds(x, y, 0, 0).padded(4 * pixel) for x, y in dots]
-    taken += [bar.get_window_extent().padded(1.5 * pixel) for bar in axes.collections]
-
-    def cost(label: Any) -> float:
-        box = label.get_window_extent()
-        hits = [hit for other in taken if (hit := Bbox.intersection(box, other)) is not None]
-        inside = Bbox.intersection(box, axes.bbox)
-        outside = box.width * box.height - (inside.width * inside.height if inside else 0.0)
-        return sum(hit.width * hit.height for hit in hits) + 10 * outside
-
-    places = [
-        (6, 4, "left", "bottom"),
-        (6, -4, "left", "top"),
-        (-6, 4, "right", "bottom"),
-        (-6, -4, "right", "top"),
-        (0, 14, "center", "bottom"),
-        (0, -14, "center", "top"),
-    ]
-    for x, y, text, colour in points:
-        tries = [
-            axes.annotate(
-                text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, color=colour, fontsize=8.5
-            )
-            for dx, dy, ha, va in places
-        ]
-        best = min(tries, key=cost)
-        taken.append(best.get_window_extent())
-        for label in tries:
-            if label is not best:
-                label.remove()
+def _grid(panels: int) -> tuple[int, int]:
+    """Rows and columns: up to three panels stand beside each other, more in two rows."""
+    return (1, panels) if panels <= 3 else (2, math.ceil(panels / 2))
 
 
-def _draw_tradeoff(figure: "Figure", results: dict[str, Any]) -> None:
-    axes, kl, points = figure.subplots(), _tradeoff_kl(results), []
-    for i, row in enumerate(results["rows"]):
-        x, y, (colour, marker) = row["metrics"].get(kl), row["metrics"].get("true_reward"), _look(i)
-        if x is None or y is None:
-            continue
-        axes.errorbar(
-            x["mean"],
-            y["mean"],
-            xerr=_whiskers(x),
-            yerr=_whiskers(y),
-            color=colour,
-            marker=marker,
-            markersize=6,
-            linewidth=1.0,
-        )
-        points.append((x["mean"], y["mean"], row["method"], colour))
-    axes.set_xlabel(f"{METRICS[kl].title} to the reference on the winner (nats)")
-    axes.set_ylabel("mean evaluation reward of the samples")
-    axes.grid(color="0.93", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.margins(0.12)
-    _label_points(figure, axes, points)
+def _draw_lines(figure: "Figure", rows: list[dict[str, Any]], names: list[str], series: dict[str, Any]) -> None:
+    """One panel per metric, one line per name through its rows, over another metric or over numbers of the rows."""
+    metrics, over = {row["method"]: row["metrics"] for row in rows}, series["x"]
+    gap = dict.fromkeys(("mean", "low", "high"), math.nan)  # where a row lacks a number: the line is broken there
+    panels = list(figure.subplots(*_grid(len(names)), squeeze=False).flat)
+    for axes, name in zip(panels, names, strict=False):
+        for i, (label, methods) in enumerate(series["lines"].items()):
+            if "metric" in over:
+                xs = [metrics[method].get(over["metric"], gap) for method in methods]
+            else:
+                xs = [dict.fromkeys(gap, over["values"][method]) for method in methods]
+            ys = [metrics[method].get(name, gap) for method in methods]
+            points = [(x, y) if x is not gap and y is not gap else (gap, gap) for x, y in zip(xs, ys, strict=True)]
+            xs, ys = ([point[axis] for point in points] for axis in (0, 1))
+            mean_x, mean_y = ([item["mean"] for item in items] for items in (xs, ys))
+            across = _whiskers(xs) if "metric" in over else None
+            how = {"markersize": 4.5, "elinewidth": 0.8, "label": label}
+            axes.errorbar(mean_x, mean_y, xerr=across, yerr=_whiskers(ys), **how, **_look(i))
+            if "metric" in over and len(methods) > 1:  # which end of the line is the first row
+                hollow = {"markersize": 4.5, "markerfacecolor": "white", "zorder": 3}
+                axes.plot(mean_x[:1], mean_y[:1], **hollow, **_look(i))
+        axes.set_title(METRICS[name].title)
+        axes.grid(color="0.93", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.margins(0.08)
+        if "values" in over and len(ticks := sorted(set(over["values"].values()))) <= 8:
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    for axes in panels[len(names) :]:
+        axes.remove()
+    _legend(figure)
+    figure.supxlabel(_title_of_x(series), fontsize=9, color="0.15")
+
+
+def _title_of_x(series: dict[str, Any]) -> str:
+    return METRICS[series["x"]["metric"]].title if "metric" in series["x"] else series["x"]["label"]
+
+
+def _lines(results: dict[str, Any], name: str, series: dict[str, Any], caption: str = "") -> list[Plan]:
+    """The plan of a figure of lines, or none where no row of them has numbers for a panel."""
+    drawn = {method for methods in series["lines"].values() for method in methods}
+    found = [row["metrics"].keys() for row in results["rows"] if row["method"] in drawn]
+    needs = {series["x"]["metric"]} if "metric" in series["x"] else set()
+    names = [panel for panel in series["panels"] if any(needs | {panel} <= keys for keys in found)]
+    if not names:
+        return []
+    titles, over = ", ".join(METRICS[panel].title for panel in names), _title_of_x(series)
+    text = caption or f"{name.removeprefix('series_')}: {titles} over {over}, means and intervals."
+    methods = next(iter(series["lines"].values()))
+    if "metric" in series["x"] and len(methods) > 1:
+        text += f" A line goes through its rows in order, from the hollow point ({methods[0]}) on ({methods[-1]} last)."
+    rows, columns = _grid(len(names))
+    alt = f"{titles} over {over}, one line each for {', '.join(series['lines'])}."
+    draw = functools.partial(_draw_lines, rows=results["rows"], names=names, series=series)
+    return [Plan(name, text, alt, (1.8 + 2.6 * columns, 0.5 + 2.4 * rows), draw)]
 
 
 def _log_scale_if_wide(axes: "Axes") -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axes.dataLim.intervaly
-    if low <= 0 or high < 3 * low:  # a narrower range can miss every tick below
-        return
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if low > 0 and high >= 3 * low:  # a narrower range can miss every tick below
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_curves(figure: "Figure", results: dict[str, Any]) -> None:
     order = [row["method"] for row in results["rows"]]
     for axes, key in zip(figure.subplots(1, 2), ("loss", "margin"), strict=True):
         for method, series in results["curves"].items():
-            colour, dashes = _look(order.index(method))[0], _dashes(order.index(method))
+            look = _look(order.index(method)) | {"marker": None}
             values = np.asarray(series[key], dtype=np.float64)
             width = max(1, len(values) // 20)
             smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-            axes.plot(series["step"], values, color=colour, alpha=0.18, linewidth=0.8)
-            axes.plot(series["step"][width - 1 :], smooth, color=colour, linestyle=dashes, label=method)
+            axes.plot(series["step"], values, color=look["color"], alpha=0.18, linewidth=0.8)
+            axes.plot(series["step"][width - 1 :], smooth, label=method, **look)
         axes.set_title(key)
         axes.set_xlabel("optimiser step")
     _log_scale_if_wide(figure.axes[0])  # losses of different methods have different scales
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center")
+    _legend(figure)
 
 
-def _draw_schedule(figure: "Figure", results: dict[str, Any]) -> None:
-    schedule, drawstyle = results["schedule"], "steps-post"
-    gamma, effective = figure.subplots(2, 1, sharex=True)
-    gamma.axhline(0, color="0.75", linewidth=0.8)
-    gamma.plot(schedule["step"], schedule["gamma"], color=COLOURS[0], drawstyle=drawstyle)
-    gamma.set_ylabel("gamma")
-    effective.plot(schedule["step"], schedule["effective_negatives"], color=COLOURS[1], drawstyle=drawstyle)
-    _log_scale_if_wide(effective)
-    effective.set_ylabel("effective negatives")
-    effective.set_xlabel("optimiser step")
+def _draw_schedule(figure: "Figure", schedule: dict[str, list[float]]) -> None:
+    panels = figure.subplots(2, 1, sharex=True)
+    panels[0].axhline(0, color="0.75", linewidth=0.8)
+    for axes, key, colour in zip(panels, ("gamma", "effective_negatives"), COLOURS, strict=False):
+        axes.plot(schedule["step"], schedule[key], color=colour, drawstyle="steps-post")
+        axes.set_ylabel(key.replace("_", " "))
+    _log_scale_if_wide(panels[1])
+    panels[1].set_xlabel("optimiser step")
     figure.align_ylabels()
-
-
-def _line_panels(results: dict[str, Any], series: dict[str, Any]) -> list[str]:
-    """The panels for which some row of the lines has numbers."""
-    drawn = {row for rows in series["lines"].values() for row in rows}
-    found = [row["metrics"].keys() for row in results["rows"] if row["method"] in drawn]
-    needs = {series["x"]["metric"]} if "metric" in series["x"] else set()
-    return [name for name in series["panels"] if any(needs | {name} <= keys for keys in found)]
-
-
-def _grid(panels: int) -> tuple[int, int]:
-    """Rows and columns: up to three panels stand beside each other, more in two rows."""
-    return (1, panels) if panels <= 3 else (2, math.ceil(panels / 2))
-
-
-_GAP = dict.fromkeys(("mean", "low", "high"), math.nan)  # where a row lacks a number: the line is broken there
-
-
-def _draw_lines(figure: "Figure", results: dict[str, Any], series: dict[str, Any]) -> None:
-    metrics, x_axis = {row["method"]: row["metrics"] for row in results["rows"]}, series["x"]
-    names, by_metric = _line_panels(results, series), "metric" in x_axis
-    panels = list(figure.subplots(*_grid(len(names)), squeeze=False).flat)
-    for axes, name in zip(panels, names, strict=False):
-        for i, (label, rows) in enumerate(series["lines"].items()):
-            (colour, marker), points = _look(i), []
-            for row in rows:
-                value = None if by_metric else x_axis["values"][row]
-                x = metrics[row].get(x_axis["metric"]) if by_metric else dict.fromkeys(("mean", "low", "high"), value)
-                y = metrics[row].get(name)
-                points.append((_GAP, _GAP) if x is None or y is None else (x, y))
-            xs, ys = zip(*points, strict=True)
-            mean_x, mean_y = [x["mean"] for x in xs], [y["mean"] for y in ys]
-            axes.errorbar(
-                mean_x,
-                mean_y,
-                xerr=np.hstack([_whiskers(x) for x in xs]) if by_metric else None,
-                yerr=np.hstack([_whiskers(y) for y in ys]),
-                color=colour,
-                linestyle=_dashes(i),
-                marker=marker,
-                markersize=4.5,
-                elinewidth=0.8,
-                label=label,
-            )
-            if by_metric and len(rows) > 1:  # which end of the line is the first row
-                axes.plot(
-                    mean_x[:1],
-                    mean_y[:1],
-                    color=colour,
-                    marker=marker,
-                    markersize=4.5,
-                    markerfacecolor="white",
-                    zorder=3,
-                )
-        axes.set_title(METRICS[name].title)
-        axes.grid(color="0.93", linewidth=0.6)
-        axes.set_axisbelow(True)
-        if not by_metric and len(ticks := sorted(set(x_axis["values"].values()))) <= 8:
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    for axes in panels[len(names) :]:
-        axes.remove()
-    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
-    figure.supxlabel(METRICS[x_axis["metric"]].title if by_metric else x_axis["label"], fontsize=9, color="0.15")
-
-
-def _plan_lines(results: dict[str, Any], name: str, series: dict[str, Any]) -> Plan:
-    names, lines, x = _line_panels(results, series), series["lines"], series["x"]
-    titles = ", ".join(METRICS[panel].title for panel in names)
-    over = METRICS[x["metric"]].title if "metric" in x else x["label"]
-    first = next(iter(lines.values()))
-    caption = f"{name}: {titles} over {over}, means and intervals."
-    if "metric" in x and len(first) > 1:
-        caption += f" A line goes through its rows in order, from the hollow point ({first[0]}) on ({first[-1]} last)."
-    rows, columns = _grid(len(names))
-    return Plan(
-        f"series_{name}",
-        caption,
-        f"{titles} over {over}, one line each for {', '.join(lines)}.",
-        (1.8 + 2.6 * columns, 0.5 + 2.4 * rows),
-        functools.partial(_draw_lines, series=series),
-    )
 
 
 def plans(results: dict[str, Any]) -> list[Plan]:
     """Every figure that these results have the numbers for, in the order of the report."""
-    methods, panels, kl = len(results["rows"]), len(in_group(results, MARGINS)), _tradeoff_kl(results)
-    found: list[Plan] = []
-    if panels:
-        found.append(
-            Plan(
-                "margins",
-                "Margins of the best candidate, mean and interval.",
-                "One panel a margin, one row a method: the mean as a point, the interval as a bar.",
-                (max(3.6, 1.2 + 1.35 * panels), 0.9 + 0.27 * methods),
-                _draw_margins,
-            )
-        )
-    if any({"true_reward", kl} <= row["metrics"].keys() for row in results["rows"]):
-        found.append(
-            Plan(
-                "reward_kl",
-                "Reward against distance from the reference, means and intervals.",
-                f"One point a method: mean reward over {METRICS[kl].title}.",
-                (5.0, 3.6),
-                _draw_tradeoff,
-            )
-        )
+    rows, found = results["rows"], []
+    if names := present(rows, MARGINS):
+        size = (max(3.6, 1.2 + 1.35 * len(names)), 0.9 + 0.27 * len(rows))
+        caption = "Margins of the best candidate, mean and interval."
+        alt = "One panel per margin, one row per method: the mean as a point, the interval as a bar."
+        found.append(Plan("margins", caption, alt, size, functools.partial(_draw_margins, rows=rows, names=names)))
+    # Reward against KL: one point per method.
+    kl = "kl_exact" if "kl_exact" in present(rows) else "kl_seq"
+    lines = {row["method"]: [row["method"]] for row in rows if {"true_reward", kl} <= row["metrics"].keys()}
+    if lines:
+        series = {"x": {"metric": kl}, "panels": ["true_reward"], "lines": lines}
+        caption = "Reward against distance from the reference on the winner (nats), means and intervals."
+        found += [plan._replace(size=(5.6, 3.6)) for plan in _lines(results, "reward_kl", series, caption)]
     for name, series in results.get("series", {}).items():
-        if _line_panels(results, series):
-            found.append(_plan_lines(results, name, series))
+        found += _lines(results, f"series_{name}", series)
     if results.get("curves"):
-        found.append(
-            Plan(
-                "curves",
-                "Training curves: every logged value, and its mean over 5 % of the run.",
-                "Loss and margin over the optimiser steps, one line a method.",
-                (8.0, 2.9),
-                _draw_curves,
-            )
+        caption = "Training curves: every logged value, and its mean over 5 % of the run."
+        alt = "Loss and margin over the optimiser steps, one line per method."
+        found.append(Plan("curves", caption, alt, (8.0, 2.9), functools.partial(_draw_curves, results=results)))
+    if schedule := results.get("schedule"):
+        gamma, effective = schedule["gamma"], schedule["effective_negatives"]
+        caption = "Hardness and the number of equally likely negatives it amounts to."
+        alt = (
+            f"Over the optimiser steps, gamma from {gamma[0]:g} to {gamma[-1]:g} and effective negatives "
+            f"from {effective[0]:.1f} to {effective[-1]:.1f}."
         )
-    if "schedule" in results:
-        gamma, effective = results["schedule"]["gamma"], results["schedule"]["effective_negatives"]
-        found.append(
-            Plan(
-                "schedule",
-                "Hardness and the number of equally likely negatives it amounts to.",
-                f"Over the optimiser steps, gamma from {gamma[0]:g} to {gamma[-1]:g} and effective negatives "
-                f"from {effective[0]:.1f} to {effective[-1]:.1f}.",
-                (5.0, 3.4),
-                _draw_schedule,
-            )
-        )
+        draw = functools.partial(_draw_schedule, schedule=schedule)
+        found.append(Plan("schedule", caption, alt, (5.0, 3.4), draw))
     return found
 
 
-def save(plan: Plan, results: dict[str, Any], folder: Path) -> Path:
+def save(plan: Plan, folder: Path) -> Path:
     """Draw `plan` into folder/NAME.png at DPI; the path."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # never pyplot: no global figure, no display, Agg by default
-
     path = folder / f"{plan.name}.png"
-    with rc_context(STYLE):
-        figure = Figure(figsize=plan.size, dpi=DPI, layout="constrained")
-        plan.draw(figure, results)
+    with extra("matplotlib").rc_context(STYLE):
+        # Never pyplot: no global figure, no display.
+        figure = extra("matplotlib.figure").Figure(figsize=plan.size, dpi=DPI, layout="constrained")
+        plan.draw(figure)
         with files.replacing(path) as partial:
             figure.savefig(partial, format="png")
     return path

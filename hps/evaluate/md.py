@@ -12,14 +12,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
+def interval(item: dict[str, float] | None, digits: int, sign: str = "") -> str:
+    """1.23 [1.10, 1.31] of {"mean", "low", "high"}, and - for None; sign: "+" for that of a difference."""
+    if item is None:
+        return "-"
+    mean, low, high = (f"{item[key]:{sign}z.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
 def plain(text: str, also: str = "") -> str:
-    """A text on one line and shown as it is; also: further characters to escape."""
-    return re.sub(MARKUP + (f"|[{also}]" if also else ""), r"\\\g<0>", _line(text))
+    """A text on one line and shown as it is; also: a pattern of more to escape."""
+    return re.sub(MARKUP + (f"|{also}" if also else ""), r"\\\g<0>", _line(text))
 
 
 def cell(text: str) -> str:
     """A text for a cell of a table."""
-    return plain(text, also="|")
+    return plain(text, also=r"\|")
 
 
 def code(text: str) -> str:

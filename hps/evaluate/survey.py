@@ -239,7 +239,7 @@ def results_of(key: dict[str, Any], files: list[dict[str, Any]]) -> dict[str, An
     differences = []
     for a, b in itertools.combinations(range(len(methods)), 2):
         both = ~np.isnan(average[a] - average[b])
-        wins = metrics.win_tie_lose(average[a][both][None], average[b][both][None]) if both.any() else None
+        wins = metrics.win_tie_lose(average[a][both], average[b][both]) if both.any() else None
         columns = {name: interval(scores[i, a], scores[i, b]) for i, name in enumerate(COLUMNS)}
         differences.append({"a": methods[a], "b": methods[b], **columns, "wins": wins})
     flat = scores.transpose(0, 2, 1, 3).reshape(len(COLUMNS), len(files), -1)  # (columns, raters, units)

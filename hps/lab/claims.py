@@ -14,7 +14,7 @@ The worlds' domain `help` is like HH-RLHF and `safe` like PKU-SafeRLHF. The boun
 from dataclasses import dataclass
 from typing import Any
 
-from hps.evaluate.report import METRICS
+from hps.evaluate.metrics import METRICS
 
 # Tables 2 (fine-tuning) and 5 (transfer): BLEU, Reward and RM_DPO on HH-RLHF, then on PKU-SafeRLHF.
 TABLE_2 = {

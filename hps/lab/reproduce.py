@@ -130,7 +130,7 @@ def table_of(worlds: list[list[Path]]) -> dict[str, np.ndarray]:
     """metric -> (worlds, repeats, prompts) of one row's evaluations, nan where a prompt has none, prompts by id."""
     tables = [[files.read_json(folder / "per_prompt.json") for folder in folders] for folders in worlds]
     found = {}
-    for metric in report.METRICS:
+    for metric in metrics.METRICS:
         if metric in tables[0][0]:
             ids = [sorted(repeats[0]["rm2"]) for repeats in tables]
             values = [

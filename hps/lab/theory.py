@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hps.config import parse, run_main
 from hps.evaluate import md
-from hps.evaluate.report import COLOURS, DPI, STYLE
+from hps.evaluate.figures import COLOURS, DPI, STYLE
 from hps.io.files import replacing, write_json, write_text
 from hps.losses import plackett_luce_loss, stage_loss
 from hps.samplers import log_q

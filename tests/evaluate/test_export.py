@@ -15,7 +15,7 @@ import eval as evaluation
 import train
 from hps.data import listwise
 from hps.evaluate import card, export
-from hps.evaluate.report import METRICS
+from hps.evaluate.metrics import METRICS
 
 
 @pytest.fixture(scope="module")

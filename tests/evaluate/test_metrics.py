@@ -1,7 +1,9 @@
-"""metrics.py against hand values, brute force, scipy, nltk and sacrebleu."""
+"""Margins, intervals, win rates and BLEU against hand values, brute force, scipy, nltk and sacrebleu."""
 
 import math
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import sacrebleu
 import scipy.stats
 from nltk.translate.bleu_score import sentence_bleu
 
+from hps.evaluate import figures
 from hps.evaluate import metrics as M
 
 # Six candidates: 1 and 4 tie for best, 3 and 5 tie below the gap.
@@ -65,13 +68,8 @@ def test_margins_refuse(h, s, message):
         M.margins(h, s)
 
 
-def test_rm_rdpo_differs_from_rm_by_the_data_alone():
-    chosen, rejected = np.array([100, 20]), np.array([40, 50])
-    one, two = np.array([1.0, 2.0]), np.array([-3.0, 8.0])
-    np.testing.assert_allclose(M.rm_rdpo(one, chosen, rejected), [0.4, 2.3])
-    np.testing.assert_allclose(one - M.rm_rdpo(one, chosen, rejected), two - M.rm_rdpo(two, chosen, rejected))
-    with pytest.raises(ValueError, match="agree"):
-        M.rm_rdpo(one, chosen, [1, 2, 3])
+def test_rm_rdpo_takes_off_what_the_longer_winner_gains():
+    assert M.rm_rdpo(1.0, 100, 40) == pytest.approx(0.4) and M.rm_rdpo(2.0, 20, 50) == pytest.approx(2.3)
 
 
 # ---- intervals ------------------------------------------------------------------------------------
@@ -133,18 +131,12 @@ def test_worlds_are_a_level_of_their_own():
     assert apart[2] - apart[1] < 0.6 * (together[2] - together[1])
 
 
-def test_constant_data_has_no_width_and_seeds_are_reproducible():
+def test_constant_data_has_no_width_and_blocks_differ():
     assert M.bootstrap_mean(np.full((3, 20), 2.5)) == pytest.approx((2.5, 2.5, 2.5), abs=1e-12)
-    values = np.random.default_rng(6).normal(size=(3, 40))
-    assert M.bootstrap_mean(values, seed=1) == M.bootstrap_mean(values, seed=1)
-    assert M.bootstrap_mean(values, seed=1) != M.bootstrap_mean(values, seed=2)
-
-
-def test_blocks_of_draws_are_independent_of_each_other():
     values = np.random.default_rng(7).normal(size=30)
-    resampled = M._resampled(values[None, None], np.ones((1, 1, 30)), draws=3 * M.BLOCK + 5, seed=0)
-    assert resampled.shape == (3 * M.BLOCK + 5,)
-    assert len(np.unique(resampled)) == len(resampled)
+    assert M.bootstrap_mean(values, seed=1) == M.bootstrap_mean(values, seed=1) != M.bootstrap_mean(values, seed=2)
+    resampled = M._resampled(values[None, None], np.ones((1, 1, 30)), draws=3 * M.DRAWS_PER_BLOCK + 5, seed=0)
+    assert len(np.unique(resampled)) == len(resampled) == 3 * M.DRAWS_PER_BLOCK + 5  # no block repeats another
 
 
 def test_mask_ignores_what_it_covers():
@@ -216,71 +208,59 @@ def test_intervals_refuse(call, message):
         call()
 
 
-# ---- win rate -------------------------------------------------------------------------------------
+# ---- win rate and BLEU -----------------------------------------------------------------------------------------
 
 
-def test_win_tie_lose_counts_by_hand_and_by_brute_force():
-    a, b = [[1.0, 2.0], [3.0, 0.0]], [[0.0, 2.0], [4.0, 1.0]]
-    assert M.win_tie_lose(a, b) == {"win": 25.0, "tie": 25.0, "lose": 50.0}
-    assert M.win_scores(a, b).tolist() == [[1.0, 0.5], [0.0, 0.0]]
-    rng = np.random.default_rng(11)
-    a, b = rng.integers(0, 4, (37, 7)), rng.integers(0, 4, (37, 7))
-    got = M.win_tie_lose(a, b)
-    assert sum(got.values()) == pytest.approx(100.0)
-    wins = sum(x > y for x, y in zip(a.ravel(), b.ravel(), strict=True))
-    assert got["win"] == pytest.approx(100 * wins / a.size)
-    swapped = M.win_tie_lose(b, a)
-    assert (got["win"], got["tie"]) == (swapped["lose"], swapped["tie"])
-    assert M.win_scores(a, b).mean() * 100 == pytest.approx(got["win"] + got["tie"] / 2)
+def test_win_tie_lose_by_hand_and_by_brute_force():
+    assert M.win_tie_lose([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 4.0, 1.0]) == {"win": 25.0, "tie": 25.0, "lose": 50.0}
+    a, b = np.random.default_rng(11).integers(0, 4, (2, 259))
+    got, swapped = M.win_tie_lose(a, b), M.win_tie_lose(b, a)
+    assert got["win"] == pytest.approx(100 * sum(x > y for x, y in zip(a, b, strict=True)) / 259)
+    assert sum(got.values()) == pytest.approx(100.0) and (got["win"], got["tie"]) == (swapped["lose"], swapped["tie"])
     with pytest.raises(ValueError, match="same prompts and samples"):
-        M.win_scores(a, b[:, :6])
+        M.win_tie_lose(a, b[:6])
 
 
-# ---- BLEU -----------------------------------------------------------------------------------------
-
-HYPOTHESES = ["the cat sat on the mat .", "  a dog barks at the tall tree\n", "", "no overlap here"]
-REFERENCES = ["the cat is on the mat .", "a dog barks at a tall tree", "something", "qqqq zzzz"]
+PAIRS = [
+    ("the cat sat on the mat .", "the cat is on the mat ."),
+    ("  a dog barks at the tall tree\n", "a dog barks at a tall tree"),
+    ("", "something"),
+    ("no overlap here", "qqqq zzzz"),
+]
 
 
 def test_bleu_char_is_the_authors_call():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        direct = [sentence_bleu([r.strip()], h.strip()) for h, r in zip(HYPOTHESES, REFERENCES, strict=True)]
+        direct = [sentence_bleu([r.strip()], h.strip()) for h, r in PAIRS]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # ours is silent
-        scores = M.bleu_char_scores(HYPOTHESES, REFERENCES)
-        assert M.bleu_char_scores(HYPOTHESES, REFERENCES) == pytest.approx(np.array(direct))
-    np.testing.assert_allclose(scores, direct)
-    assert scores[2] == 0.0
-    words = sentence_bleu([REFERENCES[1].split()], HYPOTHESES[1].split())
+        scores = [M.bleu_char(h, r) for h, r in PAIRS]
+    assert scores == pytest.approx(direct) and scores[2] == 0.0
+    words = sentence_bleu([PAIRS[1][1].split()], PAIRS[1][0].split())
     assert abs(scores[1] - words) > 0.1  # characters, not words
-
-
-def test_bleu_char_by_hand():
-    # "abcde" against "abcdf": matches 4/5, 3/4, 2/3, 1/2, equal lengths.
-    assert M.bleu_char_scores(["abcde"], ["abcdf"]) == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
-    assert M.bleu_char_scores(["Abcdef"], ["abcdef"]) < 1.0 == M.bleu_char_scores(["abcdef "], ["abcdef"])
+    # By hand: matches 4/5, 3/4, 2/3, 1/2, equal lengths.
+    assert M.bleu_char("abcde", "abcdf") == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    assert M.bleu_char("Abcdef", "abcdef") < 1.0 == M.bleu_char("abcdef ", "abcdef")
 
 
 def test_bleu_word_is_sacrebleus():
-    expected = [
-        sacrebleu.BLEU(effective_order=True).sentence_score(h, [r]).score
-        for h, r in zip(HYPOTHESES, REFERENCES, strict=True)
-    ]
-    assert M.bleu_word_scores(HYPOTHESES, REFERENCES) == pytest.approx(expected)
-    assert M.bleu_word_scores(["a b c d e", ""], ["a b c d e", "a b"]) == pytest.approx([100.0, 0.0])
+    expected = [sacrebleu.BLEU(effective_order=True).sentence_score(h, [r]).score for h, r in PAIRS]
+    assert [M.bleu_word(h, r) for h, r in PAIRS] == pytest.approx(expected)
+    assert M.bleu_word("a b c d e", "a b c d e") == pytest.approx(100.0) and M.bleu_word("", "a b") == 0.0
 
 
-@pytest.mark.parametrize("bleu", [M.bleu_char_scores, M.bleu_word_scores])
-def test_bleu_refuses(bleu, monkeypatch):
-    with pytest.raises(ValueError, match="one reference per hypothesis"):
-        bleu(["a"], ["a", "b"])
-    with pytest.raises(ValueError, match="lists of texts"):
-        bleu("abc", "abc")
-    for module in ("nltk.translate.bleu_score", "sacrebleu"):
-        monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(ValueError, match=r"pip install hps\[eval\]"):
-        bleu(["a"], ["a"])
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    for package, call in {
+        "nltk": lambda: M.bleu_char("a", "a"),
+        "sacrebleu": lambda: M.bleu_word("a", "a"),
+        "scipy": lambda: M.wilcoxon_p([1.0], [0.0]),
+        "matplotlib": lambda: figures.save(figures.Plan("x", "", "", (1, 1), lambda figure: None), Path()),
+    }.items():
+        for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ValueError, match=rf"this needs {package}: pip install hps\[eval\]"):
+            call()
 
 
 def test_wilcoxon_is_scipys_on_the_prompts_means():

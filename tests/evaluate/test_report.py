@@ -1,315 +1,26 @@
-"""report.py: the schema's messages, the tables' marks, and files that hold what they should."""
+"""The report: marks in its tables, figures that show the numbers given, a page that says the same and runs nothing."""
 
-import copy
+import base64
+import hashlib
 import json
 import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
+from helpers import interval, results
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
-from hps.evaluate import report
+from hps.evaluate import figures, md, page, report
+from hps.evaluate.metrics import METRICS
 
-
-def interval(mean, low, high):
-    return {"mean": mean, "low": low, "high": high}
-
-
-def results(sft="SFT", bt="DPO-BT", hps="HPS|x"):
-    """A results file of three methods, by names that may be hostile."""
-    steps = list(range(1, 41))
-    return {
-        "suite": "tiny",
-        "commit": "abc1234",
-        "machine": "two cores",
-        "seconds": 90.0,
-        "settings": {"beta": 0.1, "prompts": 300},
-        "rows": [
-            {
-                "method": sft,
-                "seeds": 1,
-                "metrics": {
-                    "rm2": interval(0, 0, 0),
-                    "kl_exact": interval(0, 0, 0),
-                    "harm": interval(32.7, 30, 35),
-                    "true_reward": interval(0.59, 0.5, 0.7),
-                    "length": interval(17, 16, 18),
-                },
-            },
-            {
-                "method": bt,
-                "seeds": 3,
-                "metrics": {
-                    "rm2": interval(0.512, 0.3, 0.7),
-                    "kl_exact": interval(6.1, 5.5, 6.6),
-                    "harm": interval(2.84, 2, 4),
-                    "true_reward": interval(1.14, 1.0, 1.3),
-                    "length": interval(19, 18, 20),
-                    "win": interval(54.5, 51, 57),
-                },
-            },
-            {
-                "method": hps,
-                "seeds": 3,
-                "metrics": {
-                    "rm2": interval(0.6, 0.45, 0.77),
-                    "kl_exact": interval(5.2, 4.9, 5.6),
-                    "harm": interval(3.6, 3, 4),
-                    "true_reward": interval(1.78, 1.6, 1.9),
-                    "length": interval(18, 17, 19),
-                    "win": interval(70.25, 68, 73),
-                },
-            },
-        ],
-        "comparisons": [
-            {"a": hps, "b": bt, "metric": "true_reward", **interval(0.64, 0.5, 0.8), "p": 0.00321},
-            {"a": hps, "b": bt, "metric": "rm2", **interval(-0.001, -0.2, 0.2)},
-            {"a": hps, "b": sft, "metric": "harm", **interval(-29.1, -32, -26)},
-        ],
-        "curves": {
-            method: {
-                "step": steps,
-                "loss": [scale * math.exp(-0.1 * s) for s in steps],
-                "margin": [scale * s for s in steps],
-            }
-            for method, scale in ((bt, 0.7), (hps, 9))
-        },
-        "schedule": {
-            "step": steps,
-            "gamma": [-5.0 + s // 8 for s in steps],
-            "effective_negatives": [2.0 + s for s in steps],
-        },
-        "series": {
-            "strength": {
-                "x": {"metric": "kl_exact"},
-                "panels": ["rm2", "junk", "true_reward"],
-                "lines": {"down": [hps, bt, sft], "one": [bt]},
-            },
-            "n": {
-                "x": {"label": "candidates", "values": {bt: 5, hps: 20.5}},
-                "panels": ["win"],
-                "lines": {"up": [bt, hps]},
-            },
-        },
-        "claims": [
-            {
-                "claim": "a < b",
-                "paper": "Table 2: 1 vs 2",
-                "verdict": "holds",
-                "kind": "difference",
-                "metric": "true_reward",
-                **interval(0.641, 0.5, 0.8),
-            },
-            {
-                "claim": "c|d",
-                "paper": "Table 3",
-                "verdict": "does not hold",
-                "kind": "value",
-                "metric": "harm",
-                **interval(3.6, 3, 4),
-            },
-            {
-                "claim": "as cheap",
-                "paper": "Sec. 6: x 1.03",
-                "verdict": "unresolved",
-                "kind": "ratio",
-                "metric": "train_tokens",
-                **interval(1.016, 0.96, 1.16),
-            },
-            {
-                "claim": "a constant",
-                "paper": "Sec. 6",
-                "verdict": "holds",
-                "kind": "difference",
-                "metric": "harm",
-                **interval(-2, -2, -2),
-            },
-            {
-                "claim": "people like it",
-                "paper": "Table 3: 3.93",
-                "verdict": "not measured here",
-                "reason": "needs human raters",
-            },
-        ],
-    }
-
-
-def cells(markdown, first):
-    line = next(line for line in markdown.splitlines() if line.startswith(f"| {first} |"))
-    return [cell.strip() for cell in line.strip("|").replace(r"\|", "/").split("|")]
-
-
-# ---- validate -------------------------------------------------------------------------------------
-
-
-def put(*path_and_value):
-    *path, last, value = path_and_value
-
-    def change(item):
-        for key in path:
-            item = item[key]
-        item[last] = value
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda r: r.pop("commit"), r"^results: misses commit"),
-        (put("comparison", []), r"^results: unknown key comparison"),
-        (put("suite", ""), r"^suite: need a non-empty string"),
-        (put("seconds", math.inf), r"^seconds: need a finite number, got inf"),
-        (put("settings", ["beta"]), r"^settings: need a dict"),
-        (put("comparisons", {}), r"^comparisons: need a list"),
-        (put("rows", []), r"^rows: need at least one row"),
-        (put("rows", 2, "method", "SFT"), r"^rows\[2\]\.method: 'SFT' appears twice"),
-        (put("rows", 1, "seeds", 0), r"^rows\[1\]\.seeds"),
-        (put("rows", 1, "seeds", True), r"^rows\[1\]\.seeds"),
-        (put("rows", 1, "metrics", "rm2", "low", math.nan), r"^rows\[1\]\.metrics\.rm2\.low: .*nan"),
-        (put("rows", 1, "metrics", "rm2", "mean", "1"), r"^rows\[1\]\.metrics\.rm2\.mean: .*'1'"),
-        (put("rows", 1, "metrics", "rm2", "low", 0.6), r"^rows\[1\]\.metrics\.rm2: need low <= mean <= high"),
-        (put("rows", 1, "metrics", "rm2", "high", 0.5), r"^rows\[1\]\.metrics\.rm2: need low <= mean <= high"),
-        (put("rows", 1, "metrics", "rm2", {"mean": 1.0}), r"^rows\[1\]\.metrics\.rm2: misses high, low"),
-        (put("rows", 1, "metrics", "rm3", interval(1, 1, 1)), r"^rows\[1\]\.metrics: unknown metric 'rm3'"),
-        (put("comparisons", 1, "b", "PL"), r"^comparisons\[1\]\.b: no row for method 'PL'"),
-        (put("comparisons", 1, "metric", "rm3"), r"^comparisons\[1\]\.metric: unknown metric 'rm3'"),
-        (put("comparisons", 0, "p", 1.5), r"^comparisons\[0\]\.p: need a probability"),
-        (put("comparisons", 0, "high", 0.0), r"^comparisons\[0\]: need low <= mean <= high"),
-        (put("curves", "PL", {}), r"^curves: no row for method 'PL'"),
-        (put("curves", "DPO-BT", "loss", [1.0]), r"^curves\.DPO-BT\.loss: has 1 values for 40 steps"),
-        (put("curves", "DPO-BT", "margin", 3, math.nan), r"^curves\.DPO-BT\.margin\[3\]: .*nan"),
-        (put("schedule", "gamma", []), r"^schedule\.gamma: need a non-empty list"),
-        (put("series", [1]), r"^series: need a dict"),
-        (put("series", "../n", {}), r"^series: '\.\./n' cannot name a file"),
-        (put("series", "n", "x", {}), r"^series\.n\.x: misses label, values"),
-        (put("series", "n", "x", "label", ""), r"^series\.n\.x\.label: need a non-empty string"),
-        (put("series", "n", "x", "values", {"DPO-BT": 5}), r"^series\.n\.x\.values: misses HPS\|x"),
-        (put("series", "n", "x", "values", "DPO-BT", math.inf), r"^series\.n\.x\.values\.DPO-BT: .*inf"),
-        (put("series", "strength", "x", "metric", "rm3"), r"^series\.strength\.x\.metric: unknown metric 'rm3'"),
-        (put("series", "strength", "panels", []), r"^series\.strength\.panels: need a non-empty list"),
-        (put("series", "strength", "panels", 1, "rm3"), r"^series\.strength\.panels: unknown metric 'rm3'"),
-        (put("series", "strength", "lines", {}), r"^series\.strength\.lines: need a non-empty object"),
-        (put("series", "strength", "lines", "one", []), r"^series\.strength\.lines\.one: need a non-empty list"),
-        (put("series", "strength", "lines", "one", ["PL"]), r"^series\.strength\.lines\.one: no row for method 'PL'"),
-        (put("claims", {}), r"^claims: need a list"),
-        (put("claims", 0, "verdict", "proven"), r"^claims\[0\]\.verdict: need one of holds, .*'proven'"),
-        (put("claims", 0, "verdict", "not measured here"), r"^claims\[0\]: misses reason"),
-        (put("claims", 4, "verdict", "holds"), r"^claims\[4\]: misses high, kind, low, mean, metric"),
-        (put("claims", 4, "reason", ""), r"^claims\[4\]\.reason: need a non-empty string"),
-        (put("claims", 1, "kind", "mean"), r"^claims\[1\]\.kind: need one of difference, value, ratio; got 'mean'"),
-        (put("claims", 1, "metric", "rm3"), r"^claims\[1\]\.metric: unknown metric 'rm3'"),
-        (put("claims", 1, "low", 5.0), r"^claims\[1\]: need low <= mean <= high"),
-        (put("claims", 1, "paper", ""), r"^claims\[1\]\.paper: need a non-empty string"),
-    ],
-)
-def test_validate_names_the_first_wrong_thing(change, message, tmp_path):
-    broken = results()
-    change(broken)
-    with pytest.raises(ValueError, match=message):
-        report.validate(broken)
-    with pytest.raises(ValueError, match=message):
-        report.write_report(broken, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_validate_accepts_rounding_and_missing_options():
-    good = results()
-    for key in ("comparisons", "settings", "curves", "schedule", "series", "claims"):
-        del good[key]
-    good["rows"][0]["metrics"]["rm2"] = interval(0.3, 0.1 + 0.2, 0.3)  # low above mean by one rounding
-    report.validate(good)
-    assert report.comparisons_table(good) == ""
-
-
-# ---- tables ---------------------------------------------------------------------------------------
-
-
-def test_table_marks_the_best_and_claims_nothing_about_overlaps():
-    text = report.table(results())
-    assert cells(text, "method") == [
-        "method",
-        "seeds",
-        "RM2 (+)",
-        "KL (exact)",
-        "reward (+)",
-        "harm % (-)",
-        "words",
-        "win % (+)",
-    ]
-    assert cells(text, "SFT") == [
-        "SFT",
-        "1",
-        "0.00",
-        "0.00",
-        "0.59 [0.50, 0.70]",
-        "32.7 [30.0, 35.0]",
-        "17.0 [16.0, 18.0]",
-        "-",
-    ]
-    # rm2 overlaps the best, reward does not; of harm the smallest is best; KL and words have no best.
-    assert cells(text, "DPO-BT") == [
-        "DPO-BT",
-        "3",
-        "0.51 [0.30, 0.70] ~",
-        "6.10 [5.50, 6.60]",
-        "1.14 [1.00, 1.30]",
-        "**2.8** [2.0, 4.0]",
-        "19.0 [18.0, 20.0]",
-        "54.5 [51.0, 57.0]",
-    ]
-    assert cells(text, r"HPS\|x") == [
-        "HPS/x",
-        "3",
-        "**0.60** [0.45, 0.77]",
-        "5.20 [4.90, 5.60]",
-        "**1.78** [1.60, 1.90]",
-        "3.6 [3.0, 4.0] ~",
-        "18.0 [17.0, 19.0]",
-        "**70.2** [68.0, 73.0]",
-    ]
-    assert report.LEGEND in text
-
-
-def test_table_bolds_ties_together_and_nothing_when_all_are_equal():
-    tied = results()
-    for row in tied["rows"]:
-        row["metrics"] = {"junk": interval(5, 4, 6), "harm": interval(1, 1, 1)}
-    tied["rows"][0]["metrics"]["harm"] = interval(-0.001, -0.001, -0.001)
-    tied["rows"][1]["metrics"]["harm"] = interval(-0.001, -0.001, -0.001)
-    text = report.table(tied)
-    assert [cells(text, m)[2:] for m in ("SFT", "DPO-BT", r"HPS\|x")] == [
-        ["**0.0**", "5.0 [4.0, 6.0]"],
-        ["**0.0**", "5.0 [4.0, 6.0]"],
-        ["1.0", "5.0 [4.0, 6.0]"],
-    ]
-
-
-def test_comparisons_have_a_plain_verdict():
-    lines = report.comparisons_table(results()).splitlines()[2:]
-    assert lines == [
-        r"| reward | HPS\|x | DPO-BT | +0.64 [+0.50, +0.80] | a larger | 0.003 |",
-        r"| RM2 | HPS\|x | DPO-BT | +0.00 [-0.20, +0.20] | unresolved | - |",
-        r"| harm % | HPS\|x | SFT | -29.1 [-32.0, -26.0] | b larger | - |",
-    ]
-    touching = results()
-    touching["comparisons"] = [{"a": "SFT", "b": "SFT", "metric": "rm2", **interval(0.1, 0.0, 0.2)}]
-    assert report.comparisons_table(touching).splitlines()[2].endswith("| unresolved | - |")
-
-
-def test_claims_stand_beside_the_papers_figures(written):
-    section = (written[0] / "RESULTS.md").read_text().split("## The paper's claims\n\n")[1]
-    lines = section.split("\n\n")[0].splitlines()
-    assert lines[0] == "| claim | paper | here | interval | verdict |"
-    assert lines[2:] == [
-        "| a < b | Table 2: 1 vs 2 | reward +0.64 | [+0.50, +0.80] | holds |",
-        r"| c\|d | Table 3 | harm % 3.6 | [3.0, 4.0] | does not hold |",
-        "| as cheap | Sec. 6: x 1.03 | tokens (k) x 1.02 | [0.96, 1.16] | unresolved |",
-        "| a constant | Sec. 6 | harm % -2.0 | - | holds |",
-        "| people like it | Table 3: 3.93 | needs human raters | - | not measured here |",
-    ]
-
-
-# ---- the files ------------------------------------------------------------------------------------
+FIGURES = ["margins", "reward_kl", "series_strength", "series_n", "curves", "schedule"]
 
 
 @pytest.fixture(scope="module")
@@ -318,55 +29,362 @@ def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "new" / "folder"
     paths = report.write_report(results(), out)
     assert dict(matplotlib.rcParams) == before  # the style stays inside
-    return out, paths
+    assert {path for path in out.rglob("*") if path.is_file()} == set(paths)  # nothing temporary is left
+    assert [path.name for path in paths[3:]] == [f"{name}.png" for name in FIGURES]
+    return out
 
 
-def test_written_files_are_the_listed_ones(written):
-    out, paths = written
-    on_disk = {path for path in out.rglob("*") if path.is_file()}
-    assert on_disk == set(paths) and len(paths) == 9  # nothing temporary is left
-    assert json.loads((out / "results.json").read_text()) == results()
-    shuffled = copy.deepcopy(results())
-    shuffled = dict(reversed(shuffled.items()))
-    report.write_report(shuffled | {"curves": {}}, out.parent / "again")
-    first = json.loads((out / "results.json").read_text())
-    assert list(first) == sorted(first)
-    assert list(json.loads((out.parent / "again" / "results.json").read_text())) == sorted(first)
+def bare():
+    """Results of one metric and nothing else."""
+    found = {key: results()[key] for key in ("suite", "commit", "machine", "seconds", "rows")}
+    for row in found["rows"]:
+        row["metrics"] = {"win": interval(50, 40, 60)}
+    return found
 
 
-def test_results_md_holds_every_method_number_and_figure(written):
-    out, paths = written
-    text = (out / "RESULTS.md").read_text()
+# ---- Markdown -------------------------------------------------------------------------------------
+
+
+def cells(markdown, first):
+    line = next(line for line in markdown.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in line.strip("|").replace(r"\|", "/").split("|")]
+
+
+def test_table_marks_the_best_and_what_overlaps_it():
+    """rm2 overlaps the best, reward does not; of harm the smallest is best; KL and words have no best."""
+    text = report.table(results())
+    assert cells(text, "method")[2:] == ["RM2 (+)", "KL (exact)", "reward (+)", "harm % (-)", "words", "win % (+)"]
+    assert cells(text, "SFT")[1:5] == ["1", "0.00", "0.00", "0.59 [0.50, 0.70]"]
+    assert cells(text, "SFT")[5:] == ["32.7 [30.0, 35.0]", "17.0 [16.0, 18.0]", "-"]
+    assert cells(text, "DPO-BT")[1:5] == ["3", "0.51 [0.30, 0.70] ~", "6.10 [5.50, 6.60]", "1.14 [1.00, 1.30]"]
+    assert cells(text, "DPO-BT")[5:] == ["**2.8** [2.0, 4.0]", "19.0 [18.0, 20.0]", "54.5 [51.0, 57.0]"]
+    best = cells(text, r"HPS\|x")
+    assert best[1:5] == ["3", "**0.60** [0.45, 0.77]", "5.20 [4.90, 5.60]", "**1.78** [1.60, 1.90]"]
+    assert best[5:] == ["3.6 [3.0, 4.0] ~", "18.0 [17.0, 19.0]", "**70.2** [68.0, 73.0]"]
+    assert report.LEGEND in text
+
+
+def test_ties_are_bold_together_and_equals_not_at_all():
+    tied = results()
+    for row, harm in zip(tied["rows"], (-0.001, -0.001, 1), strict=True):
+        row["metrics"] = {"junk": interval(5, 4, 6), "harm": interval(harm, harm, harm)}
+    found = [cells(report.table(tied), method)[2:] for method in ("SFT", "DPO-BT", r"HPS\|x")]
+    assert found == [[mean, "5.0 [4.0, 6.0]"] for mean in ("**0.0**", "**0.0**", "1.0")]
+
+
+def test_comparisons_have_a_plain_verdict():
+    touching = results()
+    touching["comparisons"].append({"a": "SFT", "b": "SFT", "metric": "rm2", **interval(0.1, 0.0, 0.2)})
+    assert report.comparisons_table(touching).splitlines()[2:] == [
+        r"| reward | HPS\|x | DPO-BT | +0.64 [+0.50, +0.80] | a larger | 0.003 |",
+        r"| RM2 | HPS\|x | DPO-BT | +0.00 [-0.20, +0.20] | unresolved | - |",
+        r"| harm % | HPS\|x | SFT | -29.1 [-32.0, -26.0] | b larger | - |",
+        r"| RM2 | SFT | SFT | +0.10 [+0.00, +0.20] | unresolved | - |",
+    ]
+    assert report.comparisons_table(bare()) == ""
+
+
+def test_results_md_holds_every_number_and_figure(written):
+    text = (written / "RESULTS.md").read_text()
     assert text.startswith("# Results: tiny\n\nCommit `abc1234`, two cores, 1.5 minutes.\n")
-    assert "* beta: `0.1`" in text
+    assert "* beta: `0.1`" in text and text.count(report.LEGEND) == 1
     for row in results()["rows"]:
         assert row["method"].replace("|", r"\|") in text
         for name, item in row["metrics"].items():
-            for value in item.values():
-                assert f"{value:.{report.METRICS[name].digits}f}" in text
-            assert f"(`{name}`): {report.METRICS[name].meaning}" in text
+            assert all(f"{value:.{METRICS[name].digits}f}" in text for value in item.values())
+            assert f"(`{name}`): {METRICS[name].meaning}" in text
     assert "(`rm10`)" not in text  # only the columns that are there
-    assert report.comparisons_table(results()) in text
-    assert text.index(report.comparisons_table(results())) < text.index("## The paper's claims")
+    comparisons, claims = text.split("## Paired comparisons\n\n")[1].split("## The paper's claims\n\n")
+    assert comparisons.startswith(report.comparisons_table(results()))
+    assert claims.split("\n\n")[0].splitlines()[2:] == [
+        "| a < b | Table 2: 1 vs 2 | reward +0.64 | [+0.50, +0.80] | holds |",
+        r"| c\|d | Table 3 | harm % 3.6 | [3.0, 4.0] | does not hold |",
+        "| as cheap | Sec. 6: x 1.03 | tokens (k) x 1.02 | [0.96, 1.16] | unresolved |",
+        "| a constant | Sec. 6 | harm % -2.0 | - | holds |",
+        "| people like it | Table 3: 3.93 | needs human raters | - | not measured here |",
+    ]
     assert f"{report.CLAIMS_NOTE} 2 holds, 1 does not hold, 1 unresolved, 1 not measured here.\n" in text
-    assert text.count(report.LEGEND) == 1
-    for path in paths[3:]:
-        assert f"](figures/{path.name})" in text
+    assert re.findall(r"\]\(figures/(\w+)\.png\)", text) == FIGURES
+    assert json.loads((written / "results.json").read_text()) == results()
 
 
-def test_figures_without_numbers_are_left_out(tmp_path):
-    bare = results()
-    for row in bare["rows"]:
-        row["metrics"] = {"win": interval(50, 40, 60)}
-    for key in ("comparisons", "curves", "schedule", "claims"):
-        del bare[key]
-    del bare["series"]["n"]  # it shows win; the other series has nothing left to show
-    paths = report.write_report(bare, tmp_path)
+@pytest.mark.parametrize(
+    ("text", "plain", "code"),
+    [
+        ("a < b & c_d", "a < b & c_d", "`a < b & c_d`"),
+        ("two\n\n  lines\t", "two lines", "`two lines`"),
+        ("<b> &lt; [x](y)", r"\<b> \&lt; [x\](y)", "`<b> &lt; [x](y)`"),
+        ("a `b`` \\", "a \\`b\\`\\` \\\\", "``` a `b`` \\ ```"),
+    ],
+)
+def test_texts_in_markdown_are_shown_as_they_are(text, plain, code):
+    assert md.plain(text) == plain and md.code(text) == code and md.cell("x|y") == r"x\|y"
+
+
+# ---- figures --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "inches", "colours"),
+    [
+        ("margins", (3.6, 0.9 + 3 * 0.27), (0, 1, 2)),
+        ("reward_kl", (5.6, 3.6), (0, 1, 2)),
+        ("curves", (8.0, 2.9), (1, 2)),
+        ("schedule", (5.0, 3.4), (0, 1)),
+        ("series_strength", (7.0, 2.9), (0, 1)),
+        ("series_n", (4.4, 2.9), (0,)),
+    ],
+)
+def test_figures_show_their_methods_colours(written, name, inches, colours):
+    image = np.round(imread(written / "figures" / f"{name}.png")[..., :3] * 255).astype(np.int64)
+    assert image.shape[:2] == pytest.approx((inches[1] * figures.DPI, inches[0] * figures.DPI), abs=1)
+    found = set(np.unique(image @ [65536, 256, 1]).tolist())
+    assert {int(figures.COLOURS[i][1:], 16) for i in colours} <= found
+    # nothing is cut off: the outermost pixels are white
+    assert all((edge == 255).all() for edge in (image[0], image[-1], image[:, 0], image[:, -1]))
+
+
+def drawn(of_results, name):
+    """A figure of lines: panel title -> line label -> (points (n, 2), x ranges, y ranges) as on the canvas."""
+    (plan,) = [plan for plan in figures.plans(of_results) if plan.name == name]
+    figure = Figure(figsize=plan.size, layout="constrained")
+    plan.draw(figure)
+    panels = {}
+    for axes in figure.axes:
+        lines = panels[axes.get_title()] = {}
+        for container in axes.containers:
+            line, _, bars = container.lines
+            ends = [np.reshape([s for s in bar.get_segments() if len(s)], (-1, 2, 2)) for bar in bars]
+            *across, up = ends  # those of x, if there are any, come before those of y
+            lines[container.get_label()] = line.get_xydata(), across[0][:, :, 0] if across else None, up[:, :, 1]
+    return figure, panels
+
+
+def test_lines_over_a_metric_show_the_numbers_given():
+    figure, panels = drawn(results(), "series_strength")
+    assert list(panels) == ["RM2", "reward"]  # no row has junk
+    points, across, up = panels["reward"]["down"]
+    assert points.tolist() == [[5.2, 1.78], [6.1, 1.14], [0, 0.59]]  # in the order of the rows
+    assert across == pytest.approx(np.array([[4.9, 5.6], [5.5, 6.6], [0, 0]]))
+    assert up == pytest.approx(np.array([[1.6, 1.9], [1.0, 1.3], [0.5, 0.7]]))
+    points, across, up = panels["RM2"]["one"]
+    assert points.tolist() == [[6.1, 0.512]] and up == pytest.approx(np.array([[0.3, 0.7]]))
+    hollow = [line for axes in figure.axes for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [line.get_xydata().tolist() for line in hollow] == [[[5.2, 0.6]], [[5.2, 1.78]]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["down", "one"]
+    assert figure._supxlabel.get_text() == "KL (exact)"
+    _, panels = drawn(results(), "reward_kl")  # one point per method
+    assert {name: points.tolist() for name, (points, *_) in panels["reward"].items()} == {
+        "SFT": [[0, 0.59]], "DPO-BT": [[6.1, 1.14]], "HPS|x": [[5.2, 1.78]]
+    }  # fmt: skip
+
+
+def test_lines_over_numbers_of_ours_show_them():
+    figure, panels = drawn(results(), "series_n")
+    points, across, up = panels["win %"]["up"]
+    assert points.tolist() == [[5, 54.5], [20.5, 70.25]] and across is None
+    assert up == pytest.approx(np.array([[51, 57], [68, 73]]))
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["5", "20.5"]
+    assert figure._supxlabel.get_text() == "candidates"
+    assert not [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "white"]
+
+
+def test_a_missing_number_breaks_its_line():
+    broken = results()
+    del broken["rows"][1]["metrics"]["true_reward"]
+    points, _, up = drawn(broken, "series_strength")[1]["reward"]["down"]
+    assert np.isnan(points).any(1).tolist() == [False, True, False]
+    assert up == pytest.approx(np.array([[1.6, 1.9], [0.5, 0.7]]))
+    for row in broken["rows"]:
+        row["metrics"].pop("kl_exact")
+    assert [plan.name for plan in figures.plans(broken)] == ["margins", "series_n", "curves", "schedule"]
+
+
+def test_eight_lines_and_five_panels_are_told_apart():
+    wide, names = results(), [f"line {i}" for i in range(8)]
+    panels, lines = ["rm2", "harm", "true_reward", "length", "kl_exact"], {key: ["SFT", "DPO-BT"] for key in names}
+    wide["series"] = {"wide": {"x": {"metric": "kl_exact"}, "panels": panels, "lines": lines}}
+    figure, found = drawn(wide, "series_wide")
+    assert len(figure.axes) == 5 and all(list(lines) == names for lines in found.values())
+    main = [container.lines[0] for container in figure.axes[0].containers]
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in main}) == 8
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    boxes = [axes.get_position().bounds[:2] for axes in figure.axes]
+    assert len({round(y, 3) for _, y in boxes}) == 2 and len({round(x, 3) for x, _ in boxes}) == 3
+
+
+# ---- the page -------------------------------------------------------------------------------------
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror='alert(1)'>",
+    "</td></table></style></title> &lt;b&gt; & ' {{ 7 * 7 }}",
+]
+
+
+class Page(HTMLParser):
+    """Elements as [tag, attributes, text of the element and all below it], in the order of their start tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        assert len({name for name, _ in attrs}) == len(attrs), f"<{tag}> repeats an attribute"
+        self.elements.append([tag, dict(attrs), ""])
+        if tag not in {"meta", "img"}:
+            self.open.append(self.elements[-1])
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1][0] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        for element in self.open:
+            element[2] += data
+
+    def all(self, tag):
+        return [(attrs, text) for name, attrs, text in self.elements if name == tag]
+
+    def texts(self, tag):
+        return [text for _, text in self.all(tag)]
+
+
+def closed(folder: Path) -> Page:
+    """The page of a report, which allows its own style and script by hash and refers to nothing outside."""
+    html = Page((folder / "report.html").read_text(encoding="utf-8"))
+    (allowed,) = [a["content"] for a, _ in html.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    (style,), (script,) = html.texts("style"), html.texts("script")
+    hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)]
+    assert allowed == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    assert not re.search(r"https?:|//|url\(|@import|fetch|innerHTML", style + script)
+    for tag, attrs, _ in html.elements:
+        assert tag not in {"link", "base", "iframe", "object", "embed", "form", "a"}
+        assert not {"style", "href", "srcset", "action"} & attrs.keys()
+        assert not any(name.startswith("on") for name in attrs)
+        assert attrs.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
+    return html
+
+
+def test_the_pages_tables_are_those_of_the_markdown(written):
+    found = []
+    for table in re.findall(r"<table.*?</table>", (written / "report.html").read_text(), re.DOTALL):
+        rows = re.findall(r"<tr>.*?</tr>", re.sub("</?strong>", "**", table), re.DOTALL)
+        texts = [[text for tag, _, text in Page(row).elements if tag in ("th", "td")] for row in rows]
+        # The page sets the mark before the interval, Markdown after it.
+        found.append([[" ".join(re.sub(r"~(.*)", r"\1 ~", text).split()) for text in row] for row in texts])
+    blocks = re.findall(r"(?:^\|.*\n)+", (written / "RESULTS.md").read_text(), re.MULTILINE)
+    expected = []
+    for block in blocks:
+        lines = [line for line in block.splitlines() if "| --- |" not in line]
+        cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+        expected.append([[cell.strip().replace(r"\|", "|") for cell in row] for row in cells])
+    assert found == expected and len(found) == 6
+
+
+def test_every_number_sorts_by_its_mean(written):
+    values = [float(a["data-value"]) for a, _ in closed(written).all("td") if "data-value" in a]
+    expected = []
+    for names in (["rm2"], ["kl_exact"], ["true_reward", "harm", "length"], ["win"]):
+        for row in results()["rows"]:
+            expected += [row["seeds"], *(row["metrics"].get(name, {"mean": math.nan})["mean"] for name in names)]
+    expected += [item["mean"] for item in results()["comparisons"]]
+    assert values == pytest.approx(expected, nan_ok=True, abs=0, rel=0)
+
+
+def test_headings_labels_and_images_of_the_page(written):
+    html, markdown = closed(written), (written / "RESULTS.md").read_text()
+    assert html.texts("h1") == html.texts("title") == ["Results: tiny"]
+    assert html.texts("p")[0] == "Commit abc1234, two cores, 1.5 minutes."
+    assert html.texts("p")[1].startswith(report.LEGEND.replace("`", ""))
+    terms = dict(zip(html.texts("dt"), html.texts("dd"), strict=True))
+    assert terms["beta"] == "0.1" and terms["RM2 (rm2)"] == METRICS["rm2"].meaning and "RM10 (rm10)" not in terms
+    groups = list(dict.fromkeys(metric.group for metric in METRICS.values()))[:4]
+    assert html.texts("h2") == [*groups, "Paired comparisons", "The paper's claims", "Figures"]
+    heads = [attrs for attrs, _ in html.all("th") if attrs["scope"] == "col"]
+    assert len(heads) == len(html.all("button")) == 3 + 3 + 5 + 3 + 6 + 5  # each can be pressed by keyboard
+    assert {head["aria-sort"] for head in heads} == {"none"}
+    ids = [attrs["id"] for attrs, _ in html.all("h2") if "id" in attrs]
+    assert [attrs["aria-labelledby"] for attrs, _ in html.all("table")] == ids and len(set(ids)) == 6
+    for name, (attrs, _), caption in zip(FIGURES, html.all("img"), html.texts("figcaption"), strict=True):
+        assert f"![{attrs['alt']}](" in markdown and f"\n\n{caption}\n" in markdown and attrs["alt"] != caption
+        png = base64.b64decode(attrs["src"].removeprefix("data:image/png;base64,"), validate=True)
+        assert png == (written / "figures" / f"{name}.png").read_bytes()
+    assert "gamma from -5 to 0 and" in html.all("img")[-1][0]["alt"]
+
+
+def test_every_text_of_the_results_is_shown_and_not_run(tmp_path):
+    hostile = results(*HOSTILE) | {"suite": HOSTILE[1], "commit": HOSTILE[0], "machine": HOSTILE[2]}
+    hostile["settings"] = {HOSTILE[0]: HOSTILE[1], HOSTILE[2]: {HOSTILE[1]: HOSTILE[0]}}
+    claim, paper, reason = HOSTILE
+    hostile["claims"] = [{"claim": claim, "paper": paper, "verdict": "not measured here", "reason": reason}]
+    lines = {HOSTILE[2]: [HOSTILE[0], HOSTILE[1]]}
+    x = {"label": HOSTILE[1], "values": {HOSTILE[0]: 1, HOSTILE[1]: 2}}
+    hostile["series"] = {"n": {"x": x, "panels": ["rm2"], "lines": lines}}
+    report.write_report(hostile, tmp_path)
+    html = closed(tmp_path)
+    assert html.texts("h1") == html.texts("title") == [f"Results: {HOSTILE[1]}"]
+    assert html.texts("p")[0] == f"Commit {HOSTILE[0]}, {HOSTILE[2]}, 1.5 minutes."
+    settings = [(key, json.dumps(value)) for key, value in hostile["settings"].items()]
+    assert list(zip(html.texts("dt"), html.texts("dd"), strict=True))[:2] == settings
+    heads = [text for attrs, text in html.all("th") if attrs["scope"] == "row"]
+    assert heads[:3] == HOSTILE and [heads[-1], *html.texts("td")[-4:]] == [*HOSTILE, "-", "not measured here"]
+    assert set(HOSTILE) <= set(html.texts("td"))  # of the comparisons
+    assert any(HOSTILE[2] in attrs["alt"] and HOSTILE[1] in attrs["alt"] for attrs, _ in html.all("img"))
+    assert len(html.all("img")) == 5
+
+
+def test_long_texts_wrap_and_numbers_do_not():
+    row = [report.Cell("x" * 40), report.Cell("a word " * 6), report.Cell("x"), report.Cell("1" * 40, value=1.0)]
+    values = dict(title="t", subtitle="s", settings=[], legend="l", figures=[])
+    html = Page(page.render("report.html", tables=[report.Table("t", list("abcd"), [row])], **values))
+    assert [attrs.get("class") for attrs, _ in html.all("td")] == ["prose", None, "number"]
+    assert ".prose { white-space: normal;" in html.texts("style")[0]
+
+
+def test_what_the_results_do_not_hold_is_left_out(tmp_path):
+    paths = report.write_report(bare(), tmp_path)
     assert [path.name for path in paths] == ["results.json", "RESULTS.md", "report.html"]
     assert "figures/" not in (tmp_path / "RESULTS.md").read_text()
+    html = closed(tmp_path)
+    assert html.texts("h2") == ["Samples against SFT"] and html.texts("dt") == ["win % (win)"]
+    assert not html.all("img")
 
 
-def test_settings_that_are_not_json_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="settings: not writable as JSON"):
-        report.write_report(results() | {"settings": {"x": math.nan}}, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+DOM = """
+const rows = ROWS.map(row => ({cells: row.map(value => typeof value === "string"
+  ? {dataset: {}, textContent: value} : {dataset: {value: value === null ? "nan" : String(value)}})}));
+const heads = ROWS[0].map((value, i) => ({
+  className: typeof value === "string" ? "" : "number", attributes: {"aria-sort": "none"},
+  setAttribute(name, to) { this.attributes[name] = to }, getAttribute(name) { return this.attributes[name] },
+  button: {addEventListener(event, action) { this.click = action }}, querySelector() { return this.button }}));
+const body = {rows, append(...sorted) { this.rows = sorted }};
+const document = {querySelectorAll: () => [{tBodies: [body], tHead: {rows: [{cells: heads}]}}]};
+SCRIPT
+console.log(JSON.stringify([1, 1, 0, 0, 1].map(column => {
+  heads[column].button.click();
+  return [body.rows.map(row => row.cells[0].textContent), heads.map(head => head.attributes["aria-sort"])];
+})));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's script")
+def test_a_click_sorts_and_a_second_turns_it_round(written):
+    """By mean, missing last."""
+    table = [["m10", 0.5], ["m9", None], ["b", -2e-7], ["a", 10], ["c", 9]]
+    source = DOM.replace("ROWS", json.dumps(table)).replace("SCRIPT", closed(written).texts("script")[0])
+    done = subprocess.run(["node", "-e", source], capture_output=True, text=True, check=True)
+    descending, up = ["none", "descending"], ["none", "ascending"]
+    assert json.loads(done.stdout) == [
+        [["a", "c", "m10", "b", "m9"], descending],
+        [["b", "m10", "c", "a", "m9"], up],
+        [["a", "b", "c", "m9", "m10"], ["ascending", "none"]],
+        [["m10", "m9", "c", "b", "a"], ["descending", "none"]],
+        [["a", "c", "m10", "b", "m9"], descending],
+    ]

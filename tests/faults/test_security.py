@@ -16,9 +16,9 @@ import torch
 from chat_server import chat_server, completion
 from conftest import classifier
 from fuzz_targets import EVALUATION, RUN, SUMMARY
+from helpers import results
 from markdown_it import MarkdownIt
 from test_bad_inputs import ROW, lines, save
-from test_report import results
 from test_train import arguments, run
 from transformers import AutoTokenizer
 
