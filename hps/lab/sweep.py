@@ -1,19 +1,19 @@
-"""Stages of a sweep: the repository's own commands, each run once, as many at a time as there are cores.
+"""Stages of a sweep: the repository's own commands, each run once, as many at a time as there are GPUs or cores.
 
-A stage whose product is there is not run again, so that a sweep that was stopped goes on where it was, and sweeps in
-one folder share what they have in common. OUT/commands.log holds the commands as a user would type them, OUT/logs/ what
-they say, OUT/seconds.jsonl how long each took.
+A product is kept where it was made by the same command, from the same files: OUTPUT.key holds a hash of both, so that a
+sweep that was stopped goes on where it was, and sweeps in one folder share what they have in common and nothing else.
+OUT/commands.log holds the commands as a user would type them, OUT/logs/ what they say, OUT/seconds.jsonl how long each
+took.
 """
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -22,26 +22,82 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from hps.io import files
+from hps.prepare import journal
+
 BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
-ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Stage:
+    """A script of the repository that writes `product` from products of earlier stages; `weight`: about its seconds."""
+
+    product: Path
+    argv: list[str]
+    weight: float
+    needs: tuple[Path, ...] = ()
+
+    @property
+    def output(self) -> Path:
+        """The file or folder of all that the command writes."""
+        return next(Path(word.split("=", 1)[1]) for word in self.argv if word.startswith(("--out=", "--output=")))
+
+    @property
+    def record(self) -> Path:
+        """Holds the key that the output was begun with."""
+        return self.output.with_name(f"{self.output.name}.key")
+
+
+def keys_of(stages: list[Stage], out: Path) -> dict[Path, str]:
+    """product -> hash of its command, of the files outside `out` that this names, and of the keys of what it needs."""
+    keys: dict[Path, str] = {}
+    for stage in stages:  # a stage stands after those it needs
+        named = [Path(word.partition("=")[2]) for word in stage.argv]
+        read = [files.sha256(path) for path in named if path.is_file() and not path.is_relative_to(out)]
+        words = [word.replace(str(out), "OUT") for word in stage.argv]
+        content = json.dumps([words, read, [keys[need] for need in stage.needs]])
+        keys[stage.product] = hashlib.sha256(content.encode()).hexdigest()
+    return keys
+
+
+def finished(stages: list[Stage], keys: dict[Path, str]) -> set[Path]:
+    """The products that are kept. What another command made, or made from other files, is renamed to NAME.old: it would
+    be taken up or refused."""
+    done: set[Path] = set()
+    others: dict[Path, Stage] = {}
+    for stage in stages:
+        known = stage.record.read_text() if stage.record.exists() else ""
+        if known == keys[stage.product] and others.keys().isdisjoint(stage.needs):
+            done |= {stage.product} if stage.product.exists() else set()
+        elif stage.output.exists() or journal.files(stage.output):
+            others[stage.product] = stage
+    for stage in others.values():
+        for path in journal.files(stage.output):
+            path.unlink()
+        if stage.output.exists():  # and has not gone with a folder around it
+            old = stage.output.with_name(f"{stage.output.name}.old")
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            stage.output.rename(old)
+    if others:
+        what = "is of other commands, settings or files (its old form: NAME.old)"
+        tqdm.write(f"{len(others)} of {len(stages)} products made anew; {next(iter(others))}, say, {what}")
+    return done
 
 
 def run_command(argv: list[str], log: str) -> float:
-    """Run a script of the repository (or a module, `-m NAME`) in this worker, its output into a file; seconds taken.
+    """Run a script of the repository in this worker, its output into a file; seconds taken.
 
     It runs as `python SCRIPT ...` would, only that the libraries are already loaded.
     """
     began = time.perf_counter()
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        before, sys.argv = sys.argv, argv[argv[0] == "-m" :]
+        before, sys.argv = sys.argv, argv
         try:
-            if argv[0] == "-m":
-                runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(argv[0], run_name="__main__")
+            runpy.run_path(argv[0], run_name="__main__")
         except SystemExit as e:
             if e.code:
                 raise RuntimeError(f"{shlex.join(argv)} ended with status {e.code}: {tail(log)}") from None
@@ -56,13 +112,26 @@ def tail(log: str) -> str:
     return lines[-1] if lines else "no output"
 
 
-def workers(jobs: int) -> ProcessPoolExecutor:
-    """Worker processes that end with this one, even if it is killed: an orphan would go on writing beside a restart."""
+def gpus() -> list[str]:
+    """The GPUs as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def workers(jobs: int, devices: list[str]) -> ProcessPoolExecutor:
+    """Worker processes, each on one of the devices in turn (or where it likes, without any). They end with this one,
+    even if it is killed: an orphan would go on writing beside a restart."""
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_follow, initargs=(os.getpid(),))
+    dealt = spawn.SimpleQueue()
+    for i in range(jobs):
+        dealt.put(devices[i % len(devices)] if devices else "")
+    return ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin, initargs=(os.getpid(), dealt))
 
 
-def _follow(parent: int) -> None:
+def _begin(parent: int, dealt: Any) -> None:
+    if device := dealt.get():
+        os.environ["CUDA_VISIBLE_DEVICES"] = device  # read when CUDA is first used, by a command
+
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
@@ -71,29 +140,19 @@ def _follow(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-@dataclass
-class Stage:
-    """A command that writes `product` from products of earlier stages; `weight` is about its seconds."""
-
-    product: Path
-    argv: list[str]
-    weight: float
-    needs: tuple[Path, ...] = ()
-
-
 def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: tqdm) -> int:
-    """Run all stages whose product is not there, `jobs` at once; how many were there already.
+    """Run all stages that are not finished, `jobs` at once; how many were.
 
     Of those that can run, the one that others wait for longest goes first: a slow one left to the end would leave a
     core idle. The first failure ends the rest.
     """
-    todo = {stage.product: stage for stage in stages}
+    todo, keys = {stage.product: stage for stage in stages}, keys_of(stages, out)
     path: dict[Path, float] = {}  # seconds from a stage's start to the end of the longest chain behind it
-    for stage in reversed(stages):  # a stage stands after those it needs
+    for stage in reversed(stages):
         path[stage.product] = path.get(stage.product, 0.0) + stage.weight
         for need in stage.needs:
             path[need] = max(path.get(need, 0.0), path[stage.product])
-    done = {product for product in todo if product.exists()}
+    done = finished(stages, keys)
     bar.update(sum(todo.pop(product).weight for product in done))
     kept, running = len(done), {}
     while todo or running:
@@ -102,6 +161,8 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
         for stage in ready[: jobs - len(running)]:
             with (out / "commands.log").open("a") as log:
                 log.write(f"python {shlex.join(stage.argv)}\n")
+            stage.record.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(stage.record, keys[stage.product])
             name = "-".join(stage.product.relative_to(out).parts)
             running[pool.submit(run_command, stage.argv, str(out / "logs" / f"{name}.log"))] = todo.pop(stage.product)
         assert running, f"nothing makes what these need: {[str(s.product) for s in todo.values()]}"
@@ -116,10 +177,11 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
 
 
 def run_in_workers(stages: list[Stage], jobs: int, out: Path, name: str) -> int:
-    """`run_stages` with a bar, in `jobs` processes or one a core; ValueError where a stage fails."""
-    jobs = jobs or os.cpu_count() or 1
+    """`run_stages` with a bar, in `jobs` processes, or one per GPU, or per core; ValueError where a stage fails."""
+    devices = gpus()
+    jobs = jobs or len(devices) or os.cpu_count() or 1
     total = round(sum(stage.weight for stage in stages))
-    with workers(jobs) as pool, tqdm(total=total, desc=name, bar_format=BAR) as bar:
+    with workers(jobs, devices) as pool, tqdm(total=total, desc=name, bar_format=BAR) as bar:
         try:
             return run_stages(pool, jobs, stages, out, bar)
         except RuntimeError as e:
@@ -139,22 +201,3 @@ def course(stages: list[Stage], kept: int, out: Path) -> dict[str, int]:
 def flags(options: dict[str, Any]) -> list[str]:
     """Options as words of a command line."""
     return [f"--{key}={value}" for key, value in options.items()]
-
-
-def commit() -> str:
-    """Short hash of the checked-out commit, `-dirty` where files differ from it; `unknown` outside a checkout."""
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-
-    def ask(*words: str) -> str:
-        return subprocess.run([git, "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
-
-    return (ask("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if ask("status", "--porcelain") else "")
-
-
-def machine() -> str:
-    """CPU model and number of cores."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, CPU only"

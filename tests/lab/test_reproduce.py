@@ -1,91 +1,13 @@
-"""The sweep's plan and arithmetic: its stages, and means and paired differences from the cells' files."""
+"""The sweep's plan: rows that train.py accepts, stages that fit together, suites that share what they can."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hps import config
-from hps.evaluate import report
 from hps.lab import reproduce, sweep
 from hps.lab.suites import SUITES
 from hps.options import Config, check
-
-
-def run(folder: Path, values: dict[str, dict[str, float]]) -> Path:
-    (folder / "test").mkdir(parents=True)
-    (folder / "test/per_prompt.json").write_text(json.dumps(values))
-    (folder / "summary.json").write_text(json.dumps({"seconds": 3.0 + len(folder.name), "tokens": 5000}))
-    same = {"loss": 0.5, "effective_negatives": 2}
-    log = [same | {"step": s, "rewards/margins": s, "gamma": -5 + s} for s in range(3)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    return folder / "test"
-
-
-@pytest.fixture
-def cells(tmp_path) -> dict[str, list[list[Path]]]:
-    """Two worlds with prompts of their own. SFT at zero; BT one below HPS on every prompt and repeat; harm undefined
-    on some prompts, not the same ones in each world."""
-    g = np.random.default_rng(0)
-    out: dict[str, list[list[Path]]] = {"SFT": [], "DPO-BT": [], "DPO-HPS": []}
-    for world in range(2):
-        prompts = [f"p{world}{i}" for i in range(40)]
-        base = {p: float(g.normal(3.0)) for p in prompts}
-        out["SFT"].append([run(tmp_path / f"SFT-{world}", {"rm2": dict.fromkeys(prompts, 0.0)})])
-        for name, shift in (("DPO-BT", 0.0), ("DPO-HPS", 1.0)):
-            out[name].append([])
-            for repeat in range(3):
-                rm2 = {p: base[p] + shift + 0.1 * repeat + 2 * world for p in prompts}
-                harm = dict.fromkeys(prompts[world::2], 50.0 * (1 - shift))
-                out[name][-1].append(run(tmp_path / f"{name}-{world}-{repeat}", {"rm2": rm2, "harm": harm}))
-    return out
-
-
-def test_rows_and_paired_differences(cells):
-    rows, comparisons = reproduce.summarise(cells, [("DPO-HPS", "DPO-BT"), ("DPO-HPS", "SFT")])
-    by_name = {row["method"]: row for row in rows}
-    bt, hps = by_name["DPO-BT"], by_name["DPO-HPS"]
-    read = [json.loads((folders[0] / "per_prompt.json").read_text())["rm2"].values() for folders in cells["DPO-BT"]]
-    assert bt["metrics"]["rm2"]["mean"] == pytest.approx(np.mean([list(v) for v in read]) + 0.1)
-    assert by_name["SFT"]["metrics"]["rm2"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert bt["metrics"]["harm"]["mean"] == 50.0 and bt["seeds"] == 6
-    assert bt["metrics"]["train_tokens"]["mean"] == 5.0
-    assert "train_seconds" in hps["metrics"] and "train_seconds" not in by_name["SFT"]["metrics"]
-    # The worlds differ by two and prompts by about one, yet the paired difference is sharp: one on every prompt.
-    assert bt["metrics"]["rm2"]["high"] - bt["metrics"]["rm2"]["low"] > 1.5
-    rm2, over_sft = (c for c in comparisons if c["metric"] == "rm2")
-    assert (rm2["a"], rm2["b"]) == ("DPO-HPS", "DPO-BT")
-    assert (rm2["mean"], rm2["low"], rm2["high"]) == pytest.approx((1.0, 1.0, 1.0))
-    assert over_sft["mean"] == pytest.approx(hps["metrics"]["rm2"]["mean"])  # three repeats against one SFT model
-    (harm,) = (c for c in comparisons if c["metric"] == "harm")
-    assert harm["mean"] == pytest.approx(-50.0)
-
-
-def test_the_length_term_depends_on_the_data_alone(tmp_path):
-    """RM_DPO - RM_R-DPO: equal for all methods of a world, prompt by prompt; another world has another."""
-    cells: dict[str, list[list[Path]]] = {"SFT": [], "DPO-BT": []}
-    for world, term in enumerate((0.3, -0.2)):
-        for name, rm in (("SFT", 0.0), ("DPO-BT", 2.5)):
-            columns = {"rm2": {"p": 9.0, "q": 9.0}, "rm_dpo": {"p": rm, "q": rm + 1}}
-            columns["rm_rdpo_chars"] = {"p": rm - term, "q": rm + 1 - 2 * term}
-            cells[name].append([run(tmp_path / f"{name}-{world}", columns)])
-    reproduce.check_length_terms(cells)
-    path = cells["DPO-BT"][1][0] / "per_prompt.json"
-    path.write_text(path.read_text().replace("3.9", "3.91"))
-    with pytest.raises(ValueError, match="differ in RM_DPO - rm_rdpo_chars on prompt q, which depends on"):
-        reproduce.check_length_terms(cells)
-
-
-def test_the_report_accepts_what_the_sweep_makes(cells, tmp_path):
-    rows, comparisons = reproduce.summarise(cells, [("DPO-HPS", "DPO-BT")])
-    curves, schedule = reproduce.curves_of(cells)
-    assert schedule["gamma"] == [-5, -4, -3]
-    results = {"suite": "headline", "commit": "c", "machine": "m", "seconds": 1.0, "rows": rows}
-    results |= {"comparisons": comparisons, "settings": {"seeds": 2}, "curves": curves, "schedule": schedule}
-    written = report.write_report(results, tmp_path / "out")
-    assert json.loads((tmp_path / "out/results.json").read_text())["rows"][1]["method"] == "DPO-BT"
-    assert {"results.json", "RESULTS.md"} <= {path.name for path in written}
 
 
 @pytest.mark.parametrize("suite", SUITES)

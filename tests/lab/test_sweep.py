@@ -1,4 +1,4 @@
-"""Stages: in order, once, told when they fail, and in workers that end with the sweep."""
+"""Stages: in order, once, made anew for other commands or files, told when they fail, in workers of one sweep."""
 
 import os
 import subprocess
@@ -13,18 +13,107 @@ from tqdm import tqdm
 
 from hps.lab import sweep
 
+SCRIPT = """
+import sys, pathlib
+options = dict(word[2:].split("=") for word in sys.argv[1:])
+out = pathlib.Path(options["out"])
+if options.get("fail"): sys.exit("no " + options["fail"])
+if "file" in options: out.write_text("x")
+else: out.mkdir(exist_ok=True); (out / "product").write_text(" ".join(sorted(p.name for p in out.iterdir())))
+open(options["order"], "a").write(out.name)
+"""
+
+
+@pytest.fixture
+def sweeping(tmp_path, monkeypatch):
+    """stage(name, weight, *needs, **options) and run(stages): how many were kept; what ran is in tmp_path/order."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "order").touch()
+    run_command = sweep.run_command
+    monkeypatch.setattr(sweep, "run_command", lambda argv, log: run_command(argv, log) * 0 + 10.0)
+
+    def stage(name, weight=1.0, *needs, **options):
+        words = sweep.flags({"out": out / name, "order": tmp_path / "order"} | options)
+        needed = tuple(out / need / "product" for need in needs)
+        return sweep.Stage(out / name / "product", [str(tmp_path / "script.py"), *words], weight, needed)
+
+    def run(*stages):
+        with ThreadPoolExecutor(1) as pool, tqdm(total=10, disable=False) as bar:
+            kept = sweep.run_stages(pool, 1, list(stages), out, bar)
+            assert bar.n == sum(stage.weight for stage in stages)
+        order = (tmp_path / "order").read_text()
+        (tmp_path / "order").write_text("")
+        return kept, order
+
+    return stage, run
+
+
+def test_stages_run_once_after_what_they_need(sweeping, tmp_path):
+    """The longest chain first; a failure has its last words, and ends the rest."""
+    stage, run = sweeping
+    out = tmp_path / "out"
+    four = [stage("a", 1), stage("b", 3), stage("c", 5, "a"), stage("d", 1, "b", "c")]
+    assert run(*four) == (0, "acbd")  # a before b: c waits for it
+    (out / "c/product").unlink()
+    assert run(*four) == (3, "c")
+    assert sweep.course(four, 3, out) == {"stages": 4, "stages_kept": 3, "stage_seconds": 40}
+    with pytest.raises(RuntimeError, match="script.py.*ended with status no luck"):
+        run(stage("e", 1, fail="luck"), stage("f", 1, "e"))
+    assert not (out / "f").exists()
+    assert (out / "commands.log").read_text().count("python ") == 6
+
+
+def test_other_commands_and_files_are_made_anew(sweeping, tmp_path, capsys):
+    """A small run first and the full one afterwards: the change reaches all that is made from it, and nothing else."""
+    stage, run = sweeping
+    config = tmp_path / "config.toml"
+    config.write_text("lr = 1")
+
+    def three(size):
+        return stage("a", size=size), stage("b", 1, "a"), stage("c", config=config)
+
+    assert run(*three(10)) == (0, "abc")
+    assert run(*three(10)) == (3, "")
+    assert "made anew" not in capsys.readouterr().out
+    kept, order = run(*three(100))
+    assert (kept, order) == (1, "ab")
+    assert "2 of 3 products made anew" in capsys.readouterr().out
+    assert (tmp_path / "out/a/product").read_text() == ""  # begun in an empty folder
+    assert (tmp_path / "out/a.old/product").exists()
+    config.write_text("lr = 2")
+    assert run(*three(100)) == (2, "c")
+    (tmp_path / "out/c.key").unlink()  # nobody knows what made it
+    assert run(*three(100)) == (2, "c")
+
+
+def test_what_was_killed_is_taken_up_by_its_own_command_only(sweeping, tmp_path):
+    """An output without its product stays for the same command, with what is in it, and goes for another."""
+    stage, run = sweeping
+    run(stage("a", size=1))
+    half = tmp_path / "out/a"
+    (half / "product").rename(half / "checkpoint")
+    assert run(stage("a", size=1)) == (0, "a")
+    assert (half / "product").read_text() == "checkpoint"
+    (half / "product").unlink()
+    (tmp_path / "out/a.journal-0").touch()
+    assert run(stage("a", size=2)) == (0, "a")
+    assert (half / "product").read_text() == "" and not (tmp_path / "out/a.journal-0").exists()
+
 
 def test_workers_end_with_a_killed_sweep(tmp_path):
     """SIGKILL of the parent while a worker is busy: the worker is gone within seconds."""
     driver = tmp_path / "driver.py"
     lines = ["import os, sys, time", "from hps.lab import sweep", "if __name__ == '__main__':"]
-    lines += ["    pool = sweep.workers(1)", "    print(pool.submit(os.getpid).result(), flush=True)"]
+    lines += ["    pool = sweep.workers(1, ['7'])", "    print(pool.submit(os.getpid).result())"]
+    lines += ["    print(pool.submit(os.getenv, 'CUDA_VISIBLE_DEVICES').result(), flush=True)"]
     lines += ["    pool.submit(time.sleep, 600)", "    time.sleep(600)"]
     driver.write_text("\n".join(lines))
-    parent = subprocess.Popen(
-        [sys.executable, str(driver)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, str(driver)], stdout=subprocess.PIPE, text=True, env=environment)
     worker = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "7\n"
     assert Path(f"/proc/{worker}").exists()
     parent.kill()
     parent.wait()
@@ -34,41 +123,15 @@ def test_workers_end_with_a_killed_sweep(tmp_path):
     assert not Path(f"/proc/{worker}").exists()
 
 
-def test_a_stage_may_be_a_module(tmp_path):
-    """Its options are read from its own source, whatever runs it: __main__ must be the module for that time."""
-    before = sys.argv, sys.modules["__main__"]
-    sweep.run_command(["-m", "hps.evaluate.export", "--help"], str(tmp_path / "log"))
-    assert "--eval_json" in (tmp_path / "log").read_text()
-    assert (sys.argv, sys.modules["__main__"]) == before
-
-
-def test_finished_stages_are_kept_in_order_and_failures_are_told(tmp_path, monkeypatch):
-    """A stage runs after what it needs, longest chain first, and only where it must; a failure has its last words."""
-    script, log = tmp_path / "script.py", tmp_path / "order"
-    lines = ["import sys", "open(sys.argv[1], 'a').write('x')", "open(sys.argv[2], 'a').write(sys.argv[1][-1])"]
-    lines += ["if len(sys.argv) > 3: sys.exit('no ' + sys.argv[3])"]
-    script.write_text("\n".join(lines))
-
-    def stage(name: str, weight: float, *needs: str, more: tuple[str, ...] = ()) -> sweep.Stage:
-        argv = [str(script), str(tmp_path / name), str(log), *more]
-        return sweep.Stage(tmp_path / name, argv, weight, tuple(tmp_path / need for need in needs))
-
-    def seconds(argv, log):  # a stage takes ten
-        run_command(argv, log)
-        return 10.0
-
-    run_command = sweep.run_command
-    monkeypatch.setattr(sweep, "run_command", seconds)
-    four = [stage("a", 1), stage("b", 3), stage("c", 5, "a"), stage("d", 1, "b", "c")]
-    with ThreadPoolExecutor(1) as pool, tqdm(total=10, disable=False) as bar:
-        assert sweep.run_stages(pool, 1, four, tmp_path, bar) == 0
-        assert log.read_text() == "acbd"  # a before b: c waits for it
-        assert bar.n == 10
-        (tmp_path / "c").unlink()
-        assert sweep.run_stages(pool, 1, four, tmp_path, bar) == 3
-        assert log.read_text() == "acbdc" and (tmp_path / "d").read_text() == "x"
-        assert sweep.course(four, 3, tmp_path) == {"stages": 4, "stages_kept": 3, "stage_seconds": 40}
-        with pytest.raises(RuntimeError, match="script.py.*ended with status no luck"):
-            sweep.run_stages(pool, 1, [stage("e", 1, more=("luck",)), stage("f", 1, "e")], tmp_path, bar)
-    assert not (tmp_path / "f").exists()
-    assert (tmp_path / "commands.log").read_text().count("python ") == 6
+def test_every_worker_has_a_gpu_of_its_own(monkeypatch):
+    """Three jobs on two GPUs take turns; without any, CUDA_VISIBLE_DEVICES stays as it is."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert sweep.gpus() == ["4", "7"]
+    found = []
+    for devices in (sweep.gpus(), []):
+        pool = sweep.workers(3, devices)
+        for _ in range(3):
+            sweep._begin(os.getppid(), pool._initargs[1])
+            found.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "all")
+    assert found == ["4", "7", "4", "all", "all", "all"]
