@@ -7,13 +7,12 @@ tests compare with.
 
 import functools
 import logging
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from hps import products
 
 # Logits alive at once, (chunk, V): 24 MiB in fp32 on a CPU, which become exponentials and then their gradient in place.
 # The whole head is read for every chunk: 16 MiB take 1.1 to 1.2 times as long (V = 49152 and 128256, two threads), and
@@ -21,42 +20,42 @@ from hps import products
 CHUNK_LOGITS = {"cpu": 3 * 2**21, "cuda": 2**25}
 
 
-def dense_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T)[targets], (T,) fp32, the plain way. Arguments as `token_logps`."""
-    logits = (hidden.to(weight.dtype) @ weight.T).float()
-    return torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
-
-
 def chunk_for(vocabulary: int, device: str) -> int:
-    """Scored tokens a chunk on a device type."""
+    """Scored tokens per chunk on a device type."""
     return max(1, min(1024, CHUNK_LOGITS[device] // vocabulary))
 
 
-def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """(t, V) fp32, in the first rows of `buffer` (chunk, V) fp32 if there is one. The product runs in the weight's
-    dtype, or in fp32 where the CPU would emulate it."""
-    if products.in_fp32(weight):
-        logits = products.times_transposed(hidden, weight)
-    elif buffer is not None and weight.dtype == torch.float32:
-        return torch.mm(hidden.float(), weight.T, out=buffer[: len(hidden)])
-    else:
-        logits = hidden.to(weight.dtype) @ weight.T
-    return logits.float() if buffer is None else buffer[: len(hidden)].copy_(logits)
+def _log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
+    """log softmax(hidden @ weight.T), (t, V) fp32, the plain way."""
+    return torch.log_softmax((hidden.to(weight.dtype) @ weight.T).float(), dim=-1)
 
 
-def _buffer(weight: Tensor, rows: int) -> Tensor:
-    """(rows, V) fp32 for the logits of one chunk after the other: allocated anew for each, they cost several times."""
-    return torch.empty(rows, len(weight), dtype=torch.float32, device=weight.device)
+def dense_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(hidden @ weight.T)[targets], (T,) fp32, the plain way. Arguments as `token_logps`."""
+    return _log_softmax(hidden, weight).gather(-1, targets[:, None]).squeeze(-1)
 
 
-def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logps (t,), exps (t, V), total (t,)) of one chunk, fp32: the softmax is exps / total; exps are in `buffer`."""
-    logits = _logits(hidden, weight, buffer)
-    logits -= logits.amax(dim=-1, keepdim=True)
-    target = logits.gather(-1, targets[:, None]).squeeze(-1)
-    exps = logits.exp_()
-    total = exps.sum(dim=-1)
-    return target - total.log(), exps, total
+def _chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """One chunk of tokens after the other: (which ones, logps (t,), exps (t, V), total (t,)), fp32. The softmax is
+    exps / total.
+
+    exps lie in the one buffer of all chunks: allocated anew for each, it cost several times.
+    """
+    buffer = torch.empty(min(chunk, len(targets)), len(weight), dtype=torch.float32, device=weight.device)
+    for i in range(0, len(targets), chunk):
+        part = slice(i, min(i + chunk, len(targets)))
+        logits = buffer[: part.stop - i]
+        if weight.dtype == torch.float32:
+            torch.mm(hidden[part].float(), weight.T, out=logits)
+        else:
+            logits.copy_(hidden[part].to(weight.dtype) @ weight.T)
+        logits -= logits.amax(dim=-1, keepdim=True)
+        target = logits.gather(-1, targets[part, None]).squeeze(-1)  # before exp_ overwrites it
+        exps = logits.exp_()
+        total = exps.sum(dim=-1)
+        yield part, target - total.log(), exps, total
 
 
 def _logit_gradient(exps: Tensor, total: Tensor, targets: Tensor) -> Tensor:
@@ -64,13 +63,6 @@ def _logit_gradient(exps: Tensor, total: Tensor, targets: Tensor) -> Tensor:
     gradient = exps.div_(-total[:, None])
     gradient[torch.arange(len(targets), device=targets.device), targets] += 1
     return gradient
-
-
-def _to_hidden(gradient: Tensor, weight: Tensor) -> Tensor:
-    """(t, D): the gradient of the logits (t, V) fp32 carried back through the head."""
-    if products.in_fp32(weight):
-        return products.times(gradient, weight)
-    return gradient.to(weight.dtype) @ weight
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -81,12 +73,10 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        buffer = _buffer(weight, min(chunk, len(targets)))
-        for i in range(0, len(targets), chunk):
-            part = slice(i, i + chunk)
-            out[part], exps, total = _chunk(hidden[part], weight, targets[part], buffer)
+        for part, logps, exps, total in _chunks(hidden, weight, targets, chunk):
+            out[part] = logps
             if gradient is not None:
-                gradient[part] = _to_hidden(_logit_gradient(exps, total, targets[part]), weight)
+                gradient[part] = _logit_gradient(exps, total, targets[part]).to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return out
 
@@ -104,10 +94,8 @@ class _TrainableHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        buffer = _buffer(weight, min(chunk, len(targets)))
-        for i in range(0, len(targets), chunk):
-            part = slice(i, i + chunk)
-            out[part] = _chunk(hidden[part], weight, targets[part], buffer)[0]
+        for part, logps, _, _ in _chunks(hidden, weight, targets, chunk):
+            out[part] = logps
         ctx.save_for_backward(hidden, weight, targets)
         ctx.chunk = chunk
         return out
@@ -117,39 +105,27 @@ class _TrainableHead(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         hidden, weight, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        buffer = _buffer(weight, min(ctx.chunk, len(targets)))
-        for i in range(0, len(targets), ctx.chunk):
-            part = slice(i, i + ctx.chunk)
-            _, exps, total = _chunk(hidden[part], weight, targets[part], buffer)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)  # summed in fp32
+        for part, _, exps, total in _chunks(hidden, weight, targets, ctx.chunk):
             gradient = _logit_gradient(exps, total, targets[part]).mul_(grad_output[part, None]).to(weight.dtype)
             grad_hidden[part] = gradient @ weight
             grad_weight += gradient.T @ hidden[part].to(weight.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
-@functools.cache
-def _log_once(line: str) -> None:
-    logging.getLogger(__name__).info(line)
-
-
-@functools.cache
-def _kernels() -> ModuleType | None:
-    """hps.kernels where Triton, which comes with torch for CUDA on Linux only, can be imported."""
+@functools.cache  # so that the log says it once
+def _kernels_for(dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+    """hps.kernels if they serve heads of this dtype on this device, else None; the log says which path and why."""
+    if device.type != "cuda":
+        return None
     try:
-        from hps import kernels
+        from hps import kernels  # Triton comes with torch for CUDA on Linux only
+
+        reason = kernels.why_not(dtype, device)
     except ImportError:
-        return None
-    return kernels
-
-
-def _kernels_for(weight: Tensor) -> ModuleType | None:
-    """hps.kernels if it serves this head, else None; which one and why goes to the log once."""
-    if not weight.is_cuda:
-        return None
-    kernels = _kernels()
-    reason = kernels.why_not(weight) if kernels else "Triton is not installed"
-    _log_once(f"output head: chunked, {reason}" if reason else "output head: Triton kernels")
+        kernels, reason = None, "Triton is not installed"
+    path = f"chunked, {reason}" if reason else "Triton kernels"
+    logging.getLogger(__name__).info("output head: %s", path)
     return None if reason else kernels
 
 
@@ -165,7 +141,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int |
     Returns:
         (T,) fp32 nats; log-softmax in fp32 whatever the dtype of the product.
     """
-    if kernels := _kernels_for(weight):
+    if kernels := _kernels_for(weight.dtype, weight.device):
         return kernels.token_logps(hidden, weight, targets, chunk=chunk or kernels.CHUNK)
     head = _TrainableHead if weight.requires_grad and torch.is_grad_enabled() else _FrozenHead
     return head.apply(hidden, weight, targets, chunk or chunk_for(len(weight), weight.device.type))
@@ -188,7 +164,6 @@ def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Ten
     with torch.no_grad():
         for i in range(0, len(hidden), chunk):
             part = slice(i, i + chunk)
-            logps = torch.log_softmax(_logits(hidden[part], weight), dim=-1)
-            ref = torch.log_softmax(_logits(ref_hidden[part], ref_weight), dim=-1)
+            logps, ref = _log_softmax(hidden[part], weight), _log_softmax(ref_hidden[part], ref_weight)
             kl[part] = (logps.exp() * (logps - ref)).sum(-1)
     return kl.clamp(min=0)  # rounding may leave -1e-8 where the two agree

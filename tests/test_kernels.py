@@ -8,22 +8,22 @@ of their own, this file as a script, which writes inputs and results for the tes
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("triton", reason="Triton is for Linux only")
-from hps import kernels, logps
+triton = pytest.importorskip("triton", reason="Triton is for Linux only")
+from hps import kernels, logps  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-# T, D, V, factor of the states: odd ones, widths of one part and of two (40 = 32 + 16), logits up to 10^4.
-SHAPES = [(1, 5, 7, 1), (13, 8, 101, 1), (33, 40, 200, 1), (40, 64, 161, 1), (17, 24, 130, 100)]
-WAYS = ("one_pass", "wide", "trained")  # frozen head; one too wide for the one pass; a head with a gradient
+# T, D, V, factor of the states: odd ones, several chunks, slices of D and splits of V, logits up to 10^4.
+SHAPES = [(1, 5, 7, 1), (13, 8, 101, 1), (33, 40, 200, 1), (40, 64, 161, 1), (17, 72, 700, 100)]
+HEADS = ("frozen", "trained")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -61,13 +61,11 @@ def exact_bf16_in_the_interpreter() -> None:
     interpreter._convert_float = to_bf16
 
 
-def run(way: str, hidden, weight, targets, upstream) -> dict[str, torch.Tensor]:
-    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_(way == "trained")
-    widest, kernels.WIDEST = kernels.WIDEST, 0 if way == "wide" else kernels.WIDEST
+def run(head: str, hidden, weight, targets, upstream) -> dict[str, torch.Tensor]:
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_(head == "trained")
     value = kernels.token_logps(hidden, weight, targets, chunk=16)
-    kernels.WIDEST = widest
     (value.sum() if upstream is None else (value * upstream).sum()).backward()
-    assert hidden.grad is not None and (weight.grad is not None) == (way == "trained")
+    assert hidden.grad is not None and (weight.grad is not None) == (head == "trained")
     found = dict(value=value.detach(), hidden=hidden.grad)
     return found | ({"weight": weight.grad} if weight.grad is not None else {})
 
@@ -77,21 +75,18 @@ def child(out: str) -> None:
     results = {}
     for shape in SHAPES:
         for name, dtype in DTYPES.items():
-            inputs = draw(*shape, dtype)
-            for way in WAYS:
-                found = run(way, *inputs)
-                results |= {f"{shape}/{name}/{way}/{key}": value for key, value in found.items()}
-            with torch.no_grad():
-                results[f"{shape}/{name}/scored"] = kernels.token_logps(inputs[0].requires_grad_(), *inputs[1:3])
+            for head in HEADS:
+                found = run(head, *draw(*shape, dtype))
+                results |= {f"{shape}/{name}/{head}/{key}": value for key, value in found.items()}
     hidden, weight, targets, upstream = draw(*SHAPES[1], torch.float32)
-    for way in WAYS:  # column-major states; a gradient of stride 0, as .sum() hands down; fp32 states
-        results[f"strides/{way}"] = run(way, hidden.T.contiguous().T, weight, targets, None)["hidden"]
-        results[f"ones/{way}"] = run(way, hidden, weight, targets, torch.ones(len(targets)))["hidden"]
-        results[f"mixed/{way}"] = run(way, hidden, weight.bfloat16(), targets, upstream)["hidden"]
-        results[f"bf16/{way}"] = run(way, hidden.bfloat16(), weight.bfloat16(), targets, upstream)["hidden"]
-        results[f"empty/{way}"] = run(way, hidden[:0], weight, targets[:0], upstream[:0])["hidden"]
-    targets[0], targets[-1] = len(weight), -1
-    results["outside"] = kernels.token_logps(hidden, weight, targets)
+    results["strides"] = run("trained", hidden.T.contiguous().T, weight, targets, None)["hidden"]
+    results["ones"] = run("trained", hidden, weight, targets, torch.ones(len(targets)))["hidden"]
+    results["mixed"] = run("trained", hidden, weight.bfloat16(), targets, upstream)["hidden"]
+    results["bf16"] = run("trained", hidden.bfloat16(), weight.bfloat16(), targets, upstream)["hidden"]
+    with torch.no_grad():
+        results["scored"] = kernels.token_logps(hidden, weight, targets)
+        targets[0], targets[-1] = len(weight), -1
+        results["outside"] = kernels.token_logps(hidden, weight, targets)
     save_file({key: value.contiguous() for key, value in results.items()}, out)
 
 
@@ -156,79 +151,79 @@ def worst(found: torch.Tensor, truth: torch.Tensor, budget: torch.Tensor) -> flo
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", WAYS)
-def test_values_and_gradients_are_within_the_budget(interpreted, shape, dtype, way):
-    inputs = draw(*shape, DTYPES[dtype])
-    found = {key: interpreted[f"{shape}/{dtype}/{way}/{key}"] for key in ("value", "hidden")}
-    if way == "trained":
-        found["weight"] = interpreted[f"{shape}/{dtype}/{way}/weight"]
+@pytest.mark.parametrize("head", HEADS)
+def test_values_and_gradients_are_within_the_budget(interpreted, shape, dtype, head):
+    expected = budgets(*draw(*shape, DTYPES[dtype]))
+    keys = ("value", "hidden", "weight")[: 3 if head == "trained" else 2]
+    found = {key: interpreted[f"{shape}/{dtype}/{head}/{key}"] for key in keys}
     assert found["value"].dtype == torch.float32 and found["hidden"].dtype == DTYPES[dtype]
-    expected = budgets(*inputs)
     shares = {key: worst(tensor, *expected[key]) for key, tensor in found.items()}
     assert all(share <= 1 for share in shares.values()), shares
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scoring_without_gradients_is_within_the_budget(interpreted, shape, dtype):
-    """`run` has gradients; the reference pass has none, and takes the kernel of the logsumexp alone."""
-    expected = budgets(*draw(*shape, DTYPES[dtype]))["value"]
-    assert worst(interpreted[f"{shape}/{dtype}/scored"], *expected) <= 1
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_strides_and_dtypes_that_callers_may_bring(interpreted, way):
-    """Column-major states and a gradient of stride 0 change nothing; fp32 states are cast, their gradient is not."""
-    assert torch.equal(interpreted[f"strides/{way}"], interpreted[f"ones/{way}"])
-    mixed, cast = interpreted[f"mixed/{way}"], interpreted[f"bf16/{way}"]
-    assert mixed.dtype == torch.float32 and torch.equal(mixed, cast.float())
-    assert interpreted[f"empty/{way}"].shape == (0, SHAPES[1][1])
-
-
-def test_a_target_outside_the_vocabulary_is_loud(interpreted):
+def test_what_callers_may_bring(interpreted):
+    """Column-major states and a gradient of stride 0 change nothing; fp32 states are cast, their gradient is not; a
+    pass without gradients has the same values; a target outside the vocabulary is loud."""
+    assert torch.equal(interpreted["strides"], interpreted["ones"])
+    assert interpreted["mixed"].dtype == torch.float32
+    assert torch.equal(interpreted["mixed"], interpreted["bf16"].float())
+    assert torch.equal(interpreted["scored"], interpreted[f"{SHAPES[1]}/fp32/frozen/value"])
     outside = interpreted["outside"]
     assert outside[0] == outside[-1] == -torch.inf and torch.isfinite(outside[1:-1]).all()
 
 
 # -- compiled for chips that are not here --
 
+# Shared memory one program may have, bytes (CUDA programming guide, compute capabilities).
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+
+def compile_for(arch: int, kernel) -> tuple[int, int, bool]:
+    """Of a kernel for bf16 and D = 4096 on compute capability `arch` / 10: shared memory (bytes a program), spilled
+    bytes, use of tensor cores."""
+    types = dict.fromkeys(("h", "w", "out"), "*bf16") | dict.fromkeys(("lse", "picked", "upstream"), "*fp32")
+    types |= dict(y="*i64", T="i32", V="i32", per_split="i32")
+    constants = kernels.launch_options(4096, torch.bfloat16, arch // 10)
+    options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
+    names = kernel.arg_names
+    # What the launcher finds out by itself: pointers and these integers are multiples of 16.
+    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name in ("V", "per_split")]
+    source = triton.compiler.ASTSource(
+        kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    ptx, nvidia = compiled.asm["ptx"], triton.knobs.nvidia
+    ptxas = (nvidia.ptxas_blackwell if arch >= 100 else nvidia.ptxas).path
+    argv = [ptxas, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", "-", "-o", "/dev/null"]
+    said = subprocess.run(argv, input=ptx, capture_output=True, text=True, check=True)
+    spills = list(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said.stderr)))  # no metadata of Triton's
+    assert len(spills) == 2
+    return compiled.metadata.shared, sum(spills), bool(re.search(r"\b(mma\.sync|wgmma\.mma|tcgen05\.mma)", ptx))
+
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's kernels cannot be compiled")
-@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_fit_the_chip(arch, dtype):
-    """ptxas spills no register, a program's shared memory is below the chip's, bf16 products are the tensor cores'."""
-    from benchmarks import kernels as bench
-
-    for kind, group in bench.KERNELS.items():
-        for kernel in group:
-            for D in (kernels.WIDEST,) if kind == "one_pass" else bench.WIDTHS:
-                found = bench.resources(kind, kernel, DTYPES[dtype], D, arch)
-                assert found["spills"] == 0 and found["shared"] <= bench.SHARED[arch], (kernel.__name__, D, found)
-                assert found["tensor_cores"] == (dtype == "bf16"), (kernel.__name__, D, found)
+@pytest.mark.parametrize("arch", SHARED)
+def test_kernels_fit_the_chip(arch):
+    """ptxas spills no register, a program's shared memory is below the chip's, products are the tensor cores'."""
+    for kernel in (kernels._logsumexp, kernels._logit_gradient):
+        shared, spills, tensor_cores = compile_for(arch, kernel)
+        assert spills == 0 and shared <= SHARED[arch] and tensor_cores, (kernel.__name__, spills, shared)
 
 
-def test_predicted_traffic_by_hand():
-    """D = 576, V = 49,152, frozen, 4,096 tokens. One pass: 64 programs of 64 tokens at once share one reading of W,
-    2 D V / 4096 = 13,824 bytes a token; 2 * 132 programs wanted make 5 splits (ceil(264 / 64)), whose sums are written
-    and read in fp32: 5 * 576 * 8 = 23,040. Two products: 4 D V = 113,246,208. Dense: 40 bytes a logit (2 + 36 + 2) and
-    W twice."""
-    from benchmarks import kernels as bench
-
-    ((w, flops), (sums, none)) = bench.steps("one_pass", 576, 49_152, False)
-    assert (w, sums, flops, none) == (13_824, 23_040, 113_246_208, 0)
-    dense = bench.steps("dense", 576, 49_152, False)
-    assert sum(b for b, _ in dense) == 40 * 49_152 + 2 * 13_824 and sum(f for _, f in dense) == flops
-
-
-@pytest.mark.parametrize("T", [1, 64, 65, 5000])
-@pytest.mark.parametrize("V", [7, 32, 4099, 49_152])
-def test_splits_cover_the_vocabulary_and_none_is_empty(T, V):
-    tile = kernels.tile("one_pass", torch.bfloat16, 9)
-    splits, per_split = kernels.split(T, V, tile, 132)
-    assert (splits - 1) * per_split < V <= splits * per_split and per_split % tile.vocabulary == 0
-    tiles = math.ceil(V / tile.vocabulary)  # each its own split, or the waves full but for a rounding of at most 2
-    assert splits == tiles or 2 * math.ceil(T / 64) * splits >= kernels.WAVES * 132
+def test_splits_cover_the_vocabulary_and_none_is_empty():
+    options = kernels.launch_options(576, torch.bfloat16, 9)
+    for T in (1, 64, 65, 129, 5000):
+        for V in (7, 128, 4099, 49_152):
+            splits, per_split = kernels.split(T, V, options, 132)
+            assert (splits - 1) * per_split < V <= splits * per_split and per_split % options["BV"] == 0
+            tiles = math.ceil(
+                V / options["BV"]
+            )  # each its own split, or the waves full but for a rounding of at most 2
+            assert splits == tiles or 2 * math.ceil(T / options["BT"]) * splits >= kernels.WAVES * 132
 
 
 # -- who gets the kernels --
@@ -239,41 +234,34 @@ def test_dispatch(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "hps.logps")
     capability = [9, 0]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
-    logps._log_once.cache_clear()
-    bf16 = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda")
-    assert logps._kernels_for(torch.zeros(1, dtype=torch.bfloat16)) is None and not caplog.records
-    assert logps._kernels_for(bf16) is logps._kernels_for(bf16) is kernels
-    assert logps._kernels_for(SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda")) is None
+    chooses, bf16, fp32 = logps._kernels_for, torch.bfloat16, torch.float32
+    cuda = torch.device("cuda", 0)
+    chooses.cache_clear()
+    assert chooses(bf16, torch.device("cpu")) is None and not caplog.records
+    assert chooses(bf16, cuda) is chooses(bf16, cuda) is kernels and chooses(fp32, cuda) is None
+    chooses.cache_clear()
     capability[0] = 7
-    assert logps._kernels_for(bf16) is None
-    monkeypatch.setattr(logps, "_kernels", lambda: None)
-    assert logps._kernels_for(bf16) is None
-    said = [record.message.removeprefix("output head: ").split(" ")[0] for record in caplog.records]
-    assert said == ["Triton", "chunked,", "chunked,", "chunked,"]
-
-
-def test_without_triton_the_chunked_path_is_there():
-    code = """
-import sys, torch
-sys.modules["triton"] = None  # what an absent package looks like
-from hps import logps
-assert logps._kernels() is None
-print(logps.token_logps(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([3])).exp().item())
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and float(done.stdout) == pytest.approx(1 / 8), done.stderr
+    assert chooses(bf16, cuda) is None
+    chooses.cache_clear()
+    monkeypatch.setitem(sys.modules, "hps.kernels", None)  # what an absent package looks like
+    monkeypatch.delattr("hps.kernels")
+    assert chooses(bf16, cuda) is None
+    said = [record.message.removeprefix("output head: ") for record in caplog.records]
+    assert [line.split(" ")[0] for line in said] == ["Triton", "chunked,", "chunked,", "chunked,"]
+    assert said[-1] == "chunked, Triton is not installed"
+    chooses.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the compiled kernels run on a GPU only")
-@pytest.mark.parametrize("way", ["one_pass", "trained"])
-def test_on_the_gpu_it_equals_the_chunked_path(way):
+@pytest.mark.parametrize("head", HEADS)
+def test_on_the_gpu_it_equals_the_chunked_path(head):
     """SmolLM2-135M's head: within the budget, as near to float64 as the chunked path, and the same bits twice."""
     inputs = draw(512, 576, 49_152, 1 / math.sqrt(576), torch.bfloat16, "cuda")
-    ours, again = run(way, *inputs), run(way, *inputs)
+    ours, again = run(head, *inputs), run(head, *inputs)
     assert all(torch.equal(ours[key], again[key]) for key in ours)
-    hidden, weight = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_(way == "trained")
-    head = logps._TrainableHead if way == "trained" else logps._FrozenHead
-    value = head.apply(hidden, weight, inputs[2], logps.chunk_for(len(weight), "cuda"))
+    hidden, weight = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_(head == "trained")
+    function = logps._TrainableHead if head == "trained" else logps._FrozenHead
+    value = function.apply(hidden, weight, inputs[2], logps.chunk_for(len(weight), "cuda"))
     (value * inputs[3]).sum().backward()
     chunked = dict(value=value.detach(), hidden=hidden.grad, weight=weight.grad)
     for key, (truth, budget) in budgets(*inputs).items():
@@ -281,7 +269,7 @@ def test_on_the_gpu_it_equals_the_chunked_path(way):
             assert worst(ours[key], truth, budget) <= 1, key
             errors = [(found[key].double() - truth).abs().max() for found in (ours, chunked)]
             assert errors[0] <= 1.5 * errors[1] + 1e-6, (key, errors)
-    public = logps.token_logps(inputs[0], inputs[1].requires_grad_(way == "trained"), inputs[2])
+    public = logps.token_logps(inputs[0], inputs[1].requires_grad_(head == "trained"), inputs[2])
     assert torch.equal(public.detach(), kernels.token_logps(*inputs[:3]).detach())
 
 
