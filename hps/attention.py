@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from hps import products
 from hps.packing import Packed
 
 NAME = "hps_packed"  # of `packed_attention` among transformers' attention functions
@@ -98,10 +97,7 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if packed_layout is not None:
-        own = query.dtype
-        if products.in_fp32(query):
-            query, key, value = query.float(), key.float(), value.float()
-        return packed_layout(query, key, value, scaling).to(own).transpose(1, 2), None
+        return packed_layout(query, key, value, scaling).transpose(1, 2), None
     if attention_mask is not None and attention_mask.numel() == 0:
         raise LayoutLost(f"{type(module).__name__} got no packed layout: the model does not pass it on")
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hps import attention, products
+from hps import attention
 from hps.io import files, hub
 from hps.logps import sequence_logps, token_logps
 from hps.packing import Block, Packed, micro_batches, pack, pieces
@@ -123,7 +123,7 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
         lm = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **how)
     except (OSError, ValueError, SafetensorError) as e:
         raise ValueError(f"cannot load the model {path!r}: {why_not(path, e)}") from e
-    return products.use_fp32_products(lm).eval()  # dropout off, in scoring and in training alike
+    return lm.eval()  # dropout off, in scoring and in training alike
 
 
 def adapter_settings(path: str) -> dict[str, Any] | None:

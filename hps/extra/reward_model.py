@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hps import attention, products
+from hps import attention
 from hps.io import hub
 from hps.model import adapter_settings, base_of, decoder_layers, states, why_not
 from hps.packing import Block, Packed, pack
@@ -132,7 +132,7 @@ def load_reward_model(path: str, *, dtype: torch.dtype, objectives: str = "one",
         if lm.config.pad_token_id in (eos if isinstance(eos, list) else [eos]):
             lm.config.pad_token_id = None
     lm.score.float()
-    return products.use_fp32_products(lm).eval()
+    return lm.eval()
 
 
 def load_remote(path: str, *, dtype: torch.dtype, revision: str) -> nn.Module:

@@ -145,8 +145,7 @@ def layer_bytes(s: Shape, c: Options, *, N: int) -> int:
     repeated for their group of heads, and a log-sum-exp a head; the MLP silu's input and both factors of its product
     (3 F). A frozen matrix keeps nothing of its input. An adapter keeps its inputs, D (q, k, v share one; gate and up
     too; o's is attention's output) and r; full training keeps the inputs of all and the norms' outputs before their
-    weight (D). Left out is what CPUs alone do: many short responses share a padded call, which keeps copies of
-    prompts, and where bf16 is emulated (hps.products) attention keeps its q, k, v and output in fp32.
+    weight (D). Left out is what CPUs alone do: many short responses share a padded call, which keeps copies of prompts.
     """
     D, F, w = s.hidden_size, s.intermediate_size, width(c)
     trains = set(c.lora_targets.split(",")) if c.lora_rank else set(s.linears)

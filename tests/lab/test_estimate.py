@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hps import attention, config, dist, model, products
+from hps import attention, config, dist, model
 from hps.lab import estimate
 from hps.options import Config
 from hps.packing import Block, Packed, pack
@@ -145,11 +145,9 @@ def kept(s: estimate.Shape, packed: Packed, *, rank: int, targets: str, dtype, c
 @pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(("rank", "targets"), [(3, LORA), (3, "gate_proj,q_proj,down_proj,o_proj"), (0, LORA)])
-def test_a_layer_keeps_what_autograd_keeps(monkeypatch, share_prompt, dtype, rank, targets):
+def test_a_layer_keeps_what_autograd_keeps(share_prompt, dtype, rank, targets):
     """Exactly: the difference of models with 3 and with 2 layers, which takes the first layer's exceptions out. Shared
-    prompts of ragged lengths, which hps.attention serves blockwise; repeated ones of one length, without pads. In bf16
-    as a device keeps it that has it, whatever this CPU has."""
-    monkeypatch.setattr(products, "bf16_is_emulated", lambda: False)
+    prompts of ragged lengths, which hps.attention serves blockwise; repeated ones of one length, without pads."""
     spans = ((120, (40, 8)), (8, (6, 30))) if share_prompt else ((12, (9, 9)),)
     packed = batch(*spans, share_prompt=share_prompt)
     if share_prompt:
