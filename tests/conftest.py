@@ -82,21 +82,3 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     browser = Browser(tmp_path_factory.mktemp("browser"))
     yield browser
     browser.quit()
-
-
-def classifier(tokenizer, folder, *, labels: int = 1, pad: int | None = None, positions: int = 256) -> str:
-    """A small random reward model with the world's tokenizer, in a folder."""
-    from torch import nn
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    torch.manual_seed(labels)
-    lm = LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=labels,
-            intermediate_size=48, max_position_embeddings=positions, pad_token_id=pad, initializer_range=0.3,
-        )
-    )  # fmt: skip
-    nn.init.normal_(lm.score.weight)
-    lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)

@@ -1,6 +1,249 @@
-"""What several test files need: a results file of a report."""
+"""What several test files need: runs of train.py, small models and tokenizers, a chat server, a results file.
 
+Nothing here is a test. Test files import from this module and conftest.py only, never from each other.
+"""
+
+import json
 import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ------------------------------------------------------------------------------------ runs of train.py
+
+
+def flags(**options) -> list[str]:
+    """A command line; what is None is left out."""
+    return [f"--{key}={value}" for key, value in options.items() if value is not None]
+
+
+def arguments(world: Path, out: Path, **changes) -> list[str]:
+    """A short full-tuning run whose losses move: 24 prompts, 2 epochs, 6 steps of 8."""
+    options = dict(
+        model=world / "model",
+        data=world / "train.jsonl",
+        out=out,
+        method="dpo-hps",
+        lora_rank=0,
+        lr=3e-3,
+        epochs=2,
+        prompts_per_step=8,
+        max_length=128,
+        beta=0.5,
+        token_cache=world / "tokens",
+        reference_cache=world / "cache",
+    )
+    return flags(**options | changes)
+
+
+SFT = dict(loss="sft", method=None, beta=None, reference_cache=None)  # for `arguments`
+
+
+def losses(out: Path, key: str = "loss") -> list[float]:
+    """A column of a run's log."""
+    return [json.loads(line)[key] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(world: Path, out: Path, **changes) -> list[float]:
+    """Train in this process; the losses."""
+    import train
+
+    train.main(arguments(world, out, **changes))
+    return losses(out)
+
+
+def run_ranks(world: Path, out: Path, ranks: int, **changes) -> list[float]:
+    """The same under torchrun."""
+    torchrun(ranks, ["train.py", *arguments(world, out, **changes)])
+    return losses(out)
+
+
+def torchrun(ranks: int, words: list[str]) -> None:
+    """A script and its arguments on several gloo ranks, to a good end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def rewrite(world: Path, folder: Path, change: Callable[[list[dict]], object]) -> Path:
+    """A copy of the training file with `change(list of dicts)` applied."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    change(rows)
+    path = folder / "changed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def distinct(rows: list[dict], without: int | None = None) -> None:
+    """Rows of three and more different responses whose rewards all differ; the one of rank `without` taken out."""
+    for row in rows:
+        pairs = dict(zip(row["responses"], row["rewards"], strict=True))
+        values = [reward + 1e-3 * i for i, reward in enumerate(pairs.values())]
+        pairs = list(zip(pairs, values, strict=True))
+        if len(pairs) >= 3 and without is not None:
+            pairs.remove(sorted(pairs, key=lambda pair: -pair[1])[without])
+        row["responses"], row["rewards"] = (list(column) for column in zip(*pairs, strict=True))
+    rows[:] = [row for row in rows if len(row["responses"]) >= 3 - (without is not None)]
+
+
+# ---------------------------------------------------------------------------------- models and tokenizers
+
+VOCABULARY = 61  # of `tiny` models and `blocks_of`
+
+
+def tiny(name: str) -> nn.Module:
+    """A random causal LM of two layers: llama, qwen2 or gpt2."""
+    sizes = dict(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    torch.manual_seed(0)
+    if name == "llama":  # grouped keys, tied head
+        lm = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True))
+    elif name == "qwen2":  # biases, its own head
+        lm = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, tie_word_embeddings=False))
+    else:  # learned positions
+        lm = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128))
+    for p in lm.parameters():  # far from uniform predictions, so that a wrong mask shows
+        p.data.add_(0.1 * torch.randn_like(p))
+    lm.set_attn_implementation("sdpa")
+    return lm.eval()
+
+
+def blocks_of(K: int, seed: int = 0, B: int = 3, start: int = 0) -> list:
+    """B random prompts of K responses; start: tokens that all prompts begin with."""
+    from hps.packing import Block
+
+    g = np.random.default_rng(seed)
+    common = g.integers(0, VOCABULARY, start)
+    return [
+        Block(
+            np.concatenate([common, g.integers(0, VOCABULARY, g.integers(1, 9))]),
+            tuple(g.integers(0, VOCABULARY, g.integers(1, 12)) for _ in range(K)),
+        )
+        for _ in range(B)
+    ]
+
+
+def plain_logp(lm: nn.Module, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
+    """Summed log-prob of a response by one unpacked, unpadded forward and torch's own log-softmax, nats."""
+    ids = torch.from_numpy(np.concatenate([prompt, response])).long()
+    logps = torch.log_softmax(lm(input_ids=ids[None]).logits[0].float(), -1)
+    return torch.stack([logps[t - 1, ids[t]] for t in range(len(prompt), len(ids))]).sum()
+
+
+def separate_logps(lm: nn.Module, blocks: list) -> torch.Tensor:
+    """Every (prompt, response) alone, (B, K)."""
+    rows = [plain_logp(lm, block.prompt, y) for block in blocks for y in block.responses]
+    return torch.stack(rows).view(len(blocks), -1)
+
+
+def classifier(tokenizer, folder, *, labels: int = 1, pad: int | None = None, positions: int = 256) -> str:
+    """A small random reward model with the world's tokenizer, in a folder."""
+    torch.manual_seed(labels)
+    lm = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=labels,
+            intermediate_size=48, max_position_embeddings=positions, pad_token_id=pad, initializer_range=0.3,
+        )
+    )  # fmt: skip
+    nn.init.normal_(lm.score.weight)
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+CORPUS = ["the sour yes", "The answer is yes", "theanswer isyes", "Question: why? Answer: because"] * 20
+
+
+def byte_tokenizer(**more) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that merges a lot, adds BOS by itself and has no pad token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<s>", "</s>", "<|tool|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **more)
+
+
+# ------------------------------------------------------------------------------------------ a chat endpoint
+
+Reply = tuple[int, dict[str, str], str]  # status, headers, body
+
+
+def completion(text: str | None, model: str = "judge-2") -> Reply:
+    return 200, {}, json.dumps({"model": model, "choices": [{"message": {"role": "assistant", "content": text}}]})
+
+
+@contextmanager
+def chat_server(behave: Callable[[int, str], Reply]) -> Iterator[SimpleNamespace]:
+    """A server on loopback that answers request number i with behave(i, question). `.requests` are dicts of path,
+    headers, body and the time of arrival; `.url` ends in /v1."""
+    requests, lock = [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                number = len(requests)
+                requests.append(dict(path=self.path, headers=self.headers, body=body, at=time.monotonic()))
+            status, headers, text = behave(number, body["messages"][-1]["content"])
+            try:
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(text.encode()))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text.encode())
+            except OSError:
+                pass  # the client went away
+
+        do_GET = do_POST  # what a followed redirect would be
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02))
+    thread.start()
+    try:
+        yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_address[1]}/v1", requests=requests)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+# ------------------------------------------------------------------------------------------ a results file
 
 
 def interval(mean, low, high):

@@ -1,7 +1,7 @@
 """Every file in configs/ is a valid configuration, and the presets say what they are said to say."""
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from hps import config
 from hps.options import Config, check

@@ -1,10 +1,10 @@
 """Packed log-probs against separate padded forwards of the plain transformers model, over architectures and K."""
 
-import numpy as np
 import pytest
 import torch
+from helpers import VOCABULARY as V
+from helpers import blocks_of, separate_logps, tiny
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hps.model import (
     PolicyModel,
@@ -15,49 +15,7 @@ from hps.model import (
     fingerprint,
     load_causal_lm,
 )
-from hps.packing import Block, pack
-
-V = 61
-
-
-def tiny(name: str) -> nn.Module:
-    sizes = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-    torch.manual_seed(0)
-    if name == "llama":  # grouped keys, tied head
-        lm = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True))
-    elif name == "qwen2":  # biases, its own head
-        lm = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, tie_word_embeddings=False))
-    else:  # learned positions
-        lm = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=128))
-    for p in lm.parameters():  # far from uniform predictions, so that a wrong mask shows
-        p.data.add_(0.1 * torch.randn_like(p))
-    lm.set_attn_implementation("sdpa")
-    return lm.eval()
-
-
-def blocks_of(K: int, seed: int = 0, B: int = 3, start: int = 0) -> list[Block]:
-    """start: tokens that all prompts begin with."""
-    g = np.random.default_rng(seed)
-    common = g.integers(0, V, start)
-    return [
-        Block(
-            np.concatenate([common, g.integers(0, V, g.integers(1, 9))]),
-            tuple(g.integers(0, V, g.integers(1, 12)) for _ in range(K)),
-        )
-        for _ in range(B)
-    ]
-
-
-def separate_logps(lm: nn.Module, blocks: list[Block]) -> torch.Tensor:
-    """Every (prompt, response) alone, unpadded, through the model's own head and a plain log-softmax: (B, K)."""
-    rows = []
-    for block in blocks:
-        for y in block.responses:
-            ids = torch.from_numpy(np.concatenate([block.prompt, y]))
-            logps = torch.log_softmax(lm(input_ids=ids[None]).logits[0].float(), -1)
-            P = len(block.prompt)
-            rows.append(sum(logps[t - 1, ids[t]] for t in range(P, len(ids))))
-    return torch.stack(rows).view(len(blocks), -1)
+from hps.packing import pack
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from helpers import ROOT
 
 from hps.losses import LOSSES, Loss, loss_at_reference, plackett_luce_loss, stage_loss
 

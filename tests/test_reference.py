@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import blocks_of, separate_logps, tiny
 from safetensors.numpy import load_file, save_file
-from test_model import blocks_of, separate_logps, tiny
 
 from hps import reference
 from hps.dist import Ranks

@@ -4,7 +4,6 @@ every user mistake named. Runs `train.py` on a tiny world, with the shapes that 
 import gc
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -15,57 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, arguments, distinct, losses, rewrite, run, run_ranks
 
 import train
 from hps import reference
 from hps.data import listwise, tokens
 from hps.model import PolicyModel, load_causal_lm
 from hps.packing import Block
-
-
-def arguments(world: Path, out: Path, **changes) -> list[str]:
-    """A short full-tuning run whose losses move: 24 prompts, 2 epochs, 6 steps of 8."""
-    options = dict(
-        model=world / "model",
-        data=world / "train.jsonl",
-        out=out,
-        method="dpo-hps",
-        lora_rank=0,
-        lr=3e-3,
-        epochs=2,
-        prompts_per_step=8,
-        max_length=128,
-        beta=0.5,
-        token_cache=world / "tokens",
-        reference_cache=world / "cache",
-    )
-    options |= changes
-    return [f"--{key}={value}" for key, value in options.items() if value is not None]
-
-
-def losses(out: Path, key: str = "loss") -> list[float]:
-    return [json.loads(line)[key] for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def run(world: Path, out: Path, **changes) -> list[float]:
-    train.main(arguments(world, out, **changes))
-    return losses(out)
-
-
-def run_ranks(world: Path, out: Path, ranks: int, **changes) -> list[float]:
-    """The same under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py"]
-    done = subprocess.run(
-        [*command, *arguments(world, out, **changes)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return losses(out)
 
 
 @pytest.fixture(scope="module")
@@ -320,18 +275,6 @@ def test_n_factor_raises_the_first_loss_to_log_n(tiny_world, tmp_path):
     assert math.log(3) < values[0] < math.log(9)
 
 
-def distinct(rows: list[dict], without: int | None = None) -> None:
-    """Rows of three and more different responses whose rewards all differ; the one of rank `without` taken out."""
-    for row in rows:
-        pairs = dict(zip(row["responses"], row["rewards"], strict=True))
-        values = [reward + 1e-3 * i for i, reward in enumerate(pairs.values())]
-        pairs = list(zip(pairs, values, strict=True))
-        if len(pairs) >= 3 and without is not None:
-            pairs.remove(sorted(pairs, key=lambda pair: -pair[1])[without])
-        row["responses"], row["rewards"] = (list(column) for column in zip(*pairs, strict=True))
-    rows[:] = [row for row in rows if len(row["responses"]) >= 3 - (without is not None)]
-
-
 @pytest.mark.parametrize("exclude", ["true", "false"])
 def test_first_loss_with_two_positives(tiny_world, tmp_path, exclude):
     """App. E, kappa = N_j: L = log(1 + N_1) + .5 log(1 + N_2), N_2 the rest below the second, N_1 = N_2 + 1 with y_2
@@ -411,15 +354,6 @@ def test_sft_learns_the_preferred_response(tiny_world, tmp_path):
 
 
 # ------------------------------------------------------------------------------------- mistakes and odd data
-
-
-def rewrite(world: Path, tmp_path: Path, change) -> Path:
-    """A copy of the training file with `change(list of dicts)` applied."""
-    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
-    change(rows)
-    path = tmp_path / "changed.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def counts(out: Path) -> dict[str, int]:

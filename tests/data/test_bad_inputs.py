@@ -15,7 +15,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 

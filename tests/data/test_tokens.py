@@ -4,9 +4,10 @@ import hashlib
 
 import numpy as np
 import pytest
+from helpers import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hps.data.listwise import Row
@@ -24,7 +25,6 @@ from hps.data.tokens import (
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>", "tea", "is", "hot", "cold", "why"]
 TEMPLATE = "<bos>{% for m in messages %} <{{ m.role }}> {{ m.content }}{% endfor %} <assistant>"
-CORPUS = ["the sour yes", "The answer is yes", "theanswer isyes", "Question: why? Answer: because"] * 20
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +42,6 @@ def words():
         extra_special_tokens=["<user>", "<assistant>"],
         chat_template=TEMPLATE,
     )
-
-
-def byte_tokenizer(**more):
-    """Byte-level BPE that merges a lot, adds BOS by itself and has no pad token."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    specials = ["<s>", "</s>", "<|tool|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **more)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from chat_server import chat_server, completion
+from helpers import chat_server, completion
 
 from hps.evaluate import endpoint
 from hps.evaluate.endpoint import Endpoint, Reply, retry_after

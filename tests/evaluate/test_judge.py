@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_server import chat_server, completion
-from conftest import ROOT
+from helpers import ROOT, chat_server, completion
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_train import distinct, losses, rewrite, run, run_ranks
+from helpers import distinct, losses, rewrite, run, run_ranks
 
 from hps.data import listwise, store, tokens
 from hps.extra.kto import mismatched_blocks

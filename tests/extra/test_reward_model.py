@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_model import blocks_of
-from test_train import arguments, losses, run_ranks
+from helpers import arguments, blocks_of, losses, run_ranks
 from torch import nn
 from torch.nn.functional import softplus
 from transformers import (

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import arguments, losses, run
+from helpers import arguments, losses, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ROOT
+from helpers import ROOT
 
 # A fork of a process that has imported everything starts in a hundredth of a second instead of five. It runs no test
 # code, so it has no threads and no state of the tests.

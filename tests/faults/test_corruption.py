@@ -13,7 +13,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from test_train import arguments
+from helpers import arguments
 
 import data_prep
 import train

@@ -3,7 +3,7 @@
 import harness
 import numpy as np
 import pytest
-from test_train import arguments, run_ranks
+from helpers import arguments, run_ranks
 
 from hps.data import listwise
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import harness
 import pytest
-from test_train import arguments
+from helpers import arguments
 
 import data_prep
 import eval as evaluation

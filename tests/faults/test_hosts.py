@@ -19,8 +19,8 @@ import driver
 import harness
 import jobs
 import pytest
+from helpers import arguments
 from test_ranks import LOST, STEPS, options
-from test_train import arguments
 
 PORT = 29400  # in a namespace of its own, no other program has it
 CABLE = "veth0"  # at both of its ends

@@ -5,9 +5,8 @@ import random
 import harness
 import numpy as np
 import pytest
-from conftest import classifier
+from helpers import arguments, classifier
 from safetensors.numpy import load_file
-from test_train import arguments
 
 from hps.data import listwise, tokens
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import harness
 import numpy as np
 import psutil
-from test_train import arguments
+from helpers import arguments
 
 import train
 

@@ -16,7 +16,7 @@ import driver
 import harness
 import jobs
 import pytest
-from test_train import arguments
+from helpers import arguments
 
 import train
 

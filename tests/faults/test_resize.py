@@ -8,7 +8,7 @@ import driver
 import harness
 import jobs
 import pytest
-from test_train import arguments
+from helpers import arguments
 
 from hps.data import listwise
 

@@ -13,13 +13,10 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from chat_server import chat_server, completion
-from conftest import classifier
 from fuzz_targets import EVALUATION, RUN, SUMMARY
-from helpers import results
+from helpers import arguments, chat_server, classifier, completion, results, run
 from markdown_it import MarkdownIt
 from test_bad_inputs import ROW, lines, save
-from test_train import arguments, run
 from transformers import AutoTokenizer
 
 import data_prep

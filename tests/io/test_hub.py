@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, classifier
+from helpers import ROOT, classifier
 
 from hps.data.tokens import load_tokenizer
 from hps.io import hub

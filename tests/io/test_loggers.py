@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from test_train import run
+from helpers import run
 
 import train
 from hps.io import loggers

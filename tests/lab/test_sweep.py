@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from tqdm import tqdm
 
 from hps.lab import sweep

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, classifier
+from helpers import ROOT, classifier
 from transformers import AutoModelForSequenceClassification
 
 import data_prep

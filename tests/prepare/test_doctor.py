@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from helpers import byte_tokenizer
 from scipy.stats import entropy
-from test_tokens import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
