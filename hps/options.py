@@ -1,6 +1,7 @@
 """What a run may be told, and which of it the run uses: the options of train.py, and what follows from them alone."""
 
 import dataclasses
+import difflib
 import math
 import warnings
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from hps import plan as planning
 from hps.data import tokens
 from hps.extra.losses import KTO, LISTWISE, OFFICIAL, Listwise
 from hps.io import loggers
+from hps.samplers import DRAW_OPTIONS, SAMPLERS, sampler_options
 
 
 @dataclass
@@ -85,13 +87,9 @@ class Config:
     stop_after: int = 0  # stop (with a checkpoint) after this many steps in all; 0 runs to the end
 
 
-GAMMA = {"gamma_schedule", "gamma_start", "gamma_end", "gamma_phases"}
-DRAWS = {"hps_form", "hps_samples", "n_factor"}
-POSITIVES = {"positives", "positive_lambda", "exclude_positives"}
-HPS = GAMMA | DRAWS | POSITIVES | {"reward_norm", "reward_scale"}
-BY_VIEW = {"pl": {"pl_responses", "pl_form"}, "hps": HPS, "uniform": DRAWS | POSITIVES}
-SAMPLER = BY_VIEW["pl"] | HPS
-OF_THE_LOSS = {"pl_form", "positive_lambda", "exclude_positives"}  # those of SAMPLER that the plan does not depend on
+# What the loss can be told of the samplers that draw from q, and of pl, beside what the plan can.
+POSITIVES = {"positive_lambda", "exclude_positives"}
+SAMPLER = {"pl_form"}.union(POSITIVES, *map(sampler_options, SAMPLERS))
 BY_LOSS = {"beta", "length_norm", *losses.OPTIONS}
 
 
@@ -140,10 +138,12 @@ def used_options(c: Config) -> set[str]:
         used |= {"beta"} if getattr(facts, "needs_beta", True) else set()
         used |= {"length_norm"} if getattr(facts, "length_norm", False) else set()
         used -= set() if needs_reference(c) else {"reference", "reference_cache"}
-        used |= BY_VIEW.get(view, set())
+        used |= sampler_options(view)
+        used |= {"pl_form"} if view == "pl" else set()
+        used |= POSITIVES if SAMPLERS[view].log_q else set()
         used -= {"length_penalty"} if view == "human" else set()
         used -= {"pl_form"} if c.method.split("-")[0] in {*LISTWISE, "kto"} else set()
-        used -= DRAWS | POSITIVES if facts is KTO else set()  # it has no weights: one draw, or all ranks of pl
+        used -= DRAW_OPTIONS | POSITIVES if facts is KTO else set()  # it has no weights: one draw, or all ranks of pl
         used -= {"hps_samples"} if c.hps_form == "full" else set()
         used -= {"positive_lambda", "exclude_positives"} if c.positives == 1 else set()
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
@@ -167,21 +167,32 @@ def positive_weights(c: Config) -> list[float]:
     return weights
 
 
+def check_method(method: str) -> None:
+    """ValueError unless the method is LOSS-SAMPLER, of which both exist and go together."""
+    everywhere = [*losses.LOSSES, "kto"]
+    methods = [f"{loss}-{sampler}" for loss in everywhere for sampler in SAMPLERS] + [f"{name}-pl" for name in LISTWISE]
+    if method not in methods:
+        near = difflib.get_close_matches(method, methods, n=1)
+        raise ValueError(
+            f"method = {method!r} does not exist{f': did you mean {near[0]}?' if near else '.'} A method is "
+            f"LOSS-SAMPLER. Losses: {', '.join(everywhere)}; with pl only: {', '.join(LISTWISE)}. "
+            f"Samplers: {', '.join(SAMPLERS)}"
+        )
+
+
 def check(c: Config, set_keys: frozenset[str]) -> None:
     """ValueError for a choice that does not exist or that the run would ignore."""
-    methods = [f"{name}-{view}" for name in losses.LOSSES for view in planning.VIEWS]
-    methods += [f"{name}-pl" for name in LISTWISE] + [f"kto-{view}" for view in planning.VIEWS]
+    check_method(c.method)
     config.check_choices(
         c,
         loss=["preference", "sft", "reward"],
-        method=methods,
         dtype=model.DTYPES,
         truncate=tokens.TRUNCATE,
         gamma_schedule=samplers.SCHEDULES,
         hps_form=planning.FORMS,
         pl_form=["stagewise", "official"],
         reward_norm=samplers.REWARD_NORMS,
-        n_factor=["one", "n_minus_one"],
+        n_factor=planning.N_FACTORS,
         shuffle=planning.SHUFFLES,
     )
     positive = ("epochs", "prompts_per_step", "positives", "tokens_per_micro_batch", "beta", "lr", "reward_scale")

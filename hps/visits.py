@@ -4,8 +4,9 @@ import numpy as np
 
 from hps import plan as planning
 from hps.data import store
-from hps.options import OF_THE_LOSS, SAMPLER, Config, needs_rewards
+from hps.options import Config, needs_rewards
 from hps.packing import Block
+from hps.samplers import sampler_options
 
 
 def make_plan(c: Config, examples: store.Store) -> planning.Plan:
@@ -13,10 +14,10 @@ def make_plan(c: Config, examples: store.Store) -> planning.Plan:
     order = dict(epochs=c.epochs, prompts_per_step=c.prompts_per_step, seed=c.seed, shuffle=c.shuffle)
     if c.loss == "sft":
         return planning.plan_demonstrations(preferred(examples), examples.keys, **order)
-    sampler = {key: getattr(c, key) for key in SAMPLER - OF_THE_LOSS}
-    view = c.method.split("-")[1]
+    sampler = c.method.split("-")[1]
+    options = {key: getattr(c, key) for key in sampler_options(sampler)}
     columns = (examples.rewards, examples.identity, examples.keys)
-    return planning.plan(*columns, view=view, human=examples.human, **order, **sampler)
+    return planning.plan(*columns, sampler=sampler, human=examples.human, **order, **options)
 
 
 def preferred(examples: store.Store) -> np.ndarray:

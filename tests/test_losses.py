@@ -10,16 +10,23 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from hps import samplers
 from hps.losses import (
     loss_at_reference,
     plackett_luce_at_reference,
     plackett_luce_loss,
     stage_loss,
 )
-from hps.samplers import log_q
 
 NAMES = ["dpo", "exo", "ipo", "sppo", "nca"]  # the rest: test_losses_more.py
 B, K = 4, 6
+
+
+def log_q(rewards: Tensor, gamma, *, valid: Tensor | None = None) -> Tensor:
+    """Eq. 9 for the columns behind the preferred one."""
+    return samplers.log_q(rewards[:, 1:], gamma, None if valid is None else valid[:, 1:])
+
+
 BETA = 0.3
 
 

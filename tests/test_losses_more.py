@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_losses import draw
+from test_losses import draw, log_q
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -19,7 +19,6 @@ from hps.losses import (
     plackett_luce_loss,
     stage_loss,
 )
-from hps.samplers import log_q
 
 B, K = 4, 6
 BETA = 0.3

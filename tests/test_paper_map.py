@@ -13,8 +13,7 @@ import train
 from hps.evaluate.metrics import METRICS
 from hps.lab.suites import SUITES
 from hps.losses import LOSSES
-from hps.plan import VIEWS
-from hps.samplers import SCHEDULES
+from hps.samplers import SAMPLERS, SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs/PAPER_MAP.md").read_text()
@@ -79,7 +78,7 @@ def missing(reference: str) -> str | None:
     if re.fullmatch(r"[\w/.-]+\.(py|md|toml)", reference):
         return None if (ROOT / reference).exists() else f"there is no {reference}"
     if re.fullmatch(r"[\w/]+", reference):
-        named = {*SUITES, "theory", *VIEWS, *SCHEDULES, *LOSSES, *METRICS, *options("train.py")}
+        named = {*SUITES, "theory", *SAMPLERS, *SCHEDULES, *LOSSES, *METRICS, *options("train.py")}
         said = f'"{reference}"' in Path(train.__file__).read_text()  # a key of metrics.jsonl
         return None if reference in named or said else f"{reference} is no suite, view, loss, metric or option"
     return None
@@ -98,7 +97,7 @@ def test_code_tests_and_suites_stand_in_their_columns():
         for name in in_backticks(row.get("measured", "")):
             assert name in {*SUITES, "theory"} or re.fullmatch(r"docs/\w+\.md", name), name
         for name in in_backticks(row["ours"]) if "tests" in row else []:
-            assert re.fullmatch(r"\S+\.py(: \S+| --\w+)|configs/\S+\.toml|\w+ = \w+", name) or name in VIEWS, name
+            assert re.fullmatch(r"\S+\.py(: \S+| --\w+)|configs/\S+\.toml|\w+ = \w+", name) or name in SAMPLERS, name
 
 
 @pytest.mark.parametrize("kind", NUMBERED)

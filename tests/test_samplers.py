@@ -11,26 +11,26 @@ from hps.samplers import _unit, counter_uniform, gamma_at, log_q, normalise_rewa
 
 
 def test_log_q_is_eq_9():
-    """q_i = exp(gamma s_i) / sum over the dispreferred; the preferred column takes no part."""
+    """q_i = exp(gamma s_i) / sum over the dispreferred."""
     s = torch.tensor([[9.0, 1.0, 0.0, -2.0]], dtype=torch.float64)
     by_hand = np.exp(2 * np.array([1.0, 0.0, -2.0]))
-    np.testing.assert_allclose(log_q(s, 2.0).exp().numpy()[0], by_hand / by_hand.sum(), rtol=1e-12)
+    np.testing.assert_allclose(log_q(s[:, 1:], 2.0).exp().numpy()[0], by_hand / by_hand.sum(), rtol=1e-12)
 
 
 def test_log_q_never_overflows():
     """The authors' np.exp(gamma * r) is inf past 709; log space is exact at any scale."""
     s = torch.tensor([[2000.0, 1000.0, 999.0, -3000.0]], dtype=torch.float64)
     for gamma in (-5.0, 5.0):
-        q = log_q(s, gamma)
+        q = log_q(s[:, 1:], gamma)
         assert torch.isfinite(q).all()
         assert torch.logsumexp(q, 1).item() == pytest.approx(0.0, abs=1e-12)
-    assert log_q(s, 5.0)[0, 1].item() == pytest.approx(-5.0 - math.log1p(math.exp(-5.0)))
+    assert log_q(s[:, 1:], 5.0)[0, 1].item() == pytest.approx(-5.0 - math.log1p(math.exp(-5.0)))
 
 
 def test_log_q_of_ragged_rows():
     s = torch.tensor([[5.0, 1.0, 7.0], [3.0, 2.0, 1.0]], dtype=torch.float64)
     valid = torch.tensor([[True, True, False], [True, True, True]])
-    q = log_q(s, torch.tensor([1.0, 2.0], dtype=torch.float64), valid=valid).exp()
+    q = log_q(s[:, 1:], torch.tensor([1.0, 2.0], dtype=torch.float64), valid[:, 1:]).exp()
     np.testing.assert_allclose(q.numpy(), [[1.0, 0.0], [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))]], rtol=1e-12)
 
 

@@ -407,7 +407,10 @@ def test_a_broken_line_is_named(tiny_world, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(method="dpo-hsp"), "method = 'dpo-hsp' does not exist; choose one of dpo-bt"),
+        (
+            dict(method="dpo-hsp"),
+            "method = 'dpo-hsp' does not exist: did you mean dpo-hps.*Losses: dpo,.*Samplers: hps,",
+        ),
         (dict(method="dpo-bt", gamma_end=3), "method dpo-bt does not use.*gamma_end"),
         (dict(method="dpo-hps", pl_responses=3), "method dpo-hps does not use.*pl_responses"),
         (dict(method="nca-hps", label_smoothing=0.1), "method nca-hps does not use.*label_smoothing"),

@@ -1,5 +1,6 @@
 """KTO's z0: how much likelier than the reference the policy finds responses that belong to other prompts."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,30 @@ from hps.options import Config
 from hps.packing import Block, micro_batches, pack
 
 
+def mismatched(plan: planning.Plan) -> np.ndarray:
+    """For every visit the visit (V,) int64 whose preferred response its prompt is put to, for KTO's z0.
+
+    It is the next one in the step, cyclically, as in KTO's own code; one of the same prompt is passed over. A step
+    without another prompt (a last step of one visit) takes the nearest visit of the steps before it, so that its z0
+    rests on few pairs, but on real ones.
+
+    Raises:
+        ValueError: the first step has one prompt only.
+    """
+    partners = np.empty(len(plan.row), dtype=np.int64)
+    for step in map(plan.step, range(plan.steps)):
+        for i, v in enumerate(step):
+            others = itertools.chain(step[i + 1 :], step[:i], reversed(range(step.start)))
+            partner = next((w for w in others if plan.row[w] != plan.row[v]), None)
+            if partner is None:
+                raise ValueError("KTO puts prompts to each other's responses, and the first step has only one prompt")
+            partners[v] = partner
+    return partners
+
+
 def mismatched_blocks(c: Config, plan: planning.Plan, examples: store.Store) -> store.Blocks:
     """Of every visit its prompt with the preferred response of another (KTO's z0), cut at max_length."""
-    partners = planning.mismatched(plan)
+    partners = mismatched(plan)
 
     def make(v: int) -> Block:
         w = partners[v]

@@ -48,7 +48,9 @@ class Options:
 
 def hps(gamma: float, *, kappa_n: bool = True) -> Loss:
     """The full HPS loss (Eqs. 8-10), kappa = N = n - 1 or else 1; gamma = 0 with kappa = N is Eq. 6."""
-    return lambda r, r_est: stage_loss("dpo", r, log_q(r_est, gamma), beta=1.0, kappa=r.shape[1] - 1 if kappa_n else 1)
+    return lambda r, r_est: stage_loss(
+        "dpo", r, log_q(r_est[:, 1:], gamma), beta=1.0, kappa=r.shape[1] - 1 if kappa_n else 1
+    )
 
 
 def pl(r: Tensor, r_est: Tensor) -> Tensor:

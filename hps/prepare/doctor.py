@@ -103,8 +103,8 @@ def _weights(rewards: np.ndarray, below: np.ndarray, gamma: float, norm: str) ->
     """Means over prompts of what q comes to; rewards (R, n) float64 and below (R, n) bool as in `plan.dispreferred`."""
     effective, top = [], []
     for rows in plan.chunks(len(rewards)):
-        scaled = samplers.normalise_rewards(rewards[rows], norm=norm, valid=rewards[rows] > -np.inf)
-        log_q = samplers.hps_log_q(scaled, below[rows], np.full(len(rows), gamma))
+        scaled = samplers.normalise_rewards(rewards[rows], norm=norm)
+        log_q = samplers.log_q(scaled, gamma, below[rows]).numpy()
         q = np.exp(log_q)
         effective.append(np.exp(-(q * np.where(q > 0, log_q, 0.0)).sum(1)))
         top.append(q.max(1))

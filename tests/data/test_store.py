@@ -95,7 +95,7 @@ def test_a_plan_from_disk_is_the_plan_from_memory(tiny_world, tmp_path, tokenize
     listwise.write(tmp_path / "x.jsonl", many)
     found = opened(tmp_path / "stores", tmp_path / "x.jsonl", tokenizer)
     examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(tmp_path / "x.jsonl"), max_length=128)
-    how = dict(view="hps", epochs=2, prompts_per_step=64, seed=1)
+    how = dict(sampler="hps", epochs=2, prompts_per_step=64, seed=1)
     ours = plan(found.rewards, found.identity, found.keys, **how)
     keys = np.array([e.key for e in examples], dtype=np.uint64)
     theirs = plan([e.rewards for e in examples], [e.identity for e in examples], keys, **how)

@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_losses import draw
+from test_losses import draw, log_q
 from test_losses_more import ALL, BETA, B, K, close, shuffle
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from hps.extra.losses import LISTWISE, OFFICIAL, kto_loss, listwise_at_reference, listwise_loss
 from hps.losses import LOSSES, stage_loss
-from hps.samplers import log_q
 
 LISTS = {
     "exo_rw": {"label_temperature": 0.4},
