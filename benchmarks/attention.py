@@ -60,7 +60,7 @@ def main() -> None:
     for name, ((heads, groups, size, numbers), packed) in rows().items():
         N = packed.input_ids.shape[1]
         q, k, v = (torch.randn(1, h, N, size, dtype=dtype, requires_grad=True) for h in (heads, groups, groups))
-        ways = {"dense": dense(packed), "blockwise": attention._blockwise(packed), "padded": attention._Padded(packed)}
+        ways = {"dense": dense(packed), "blockwise": attention._blockwise(packed), "padded": attention._padded(packed)}
         width = heads * size
         x, maps = torch.randn(N, width, dtype=dtype), torch.randn(numbers // width, width, dtype=dtype)
         times: dict[str, list[float]] = {way: [] for way in (*ways, "maps")}
@@ -73,7 +73,7 @@ def main() -> None:
             x @ maps.T
             times["maps"].append(time.perf_counter() - began)
         ms = {way: 1000 * statistics.median(taken[1:]) for way, taken in times.items()}
-        chosen = "padded" if isinstance(attention._layout(packed, heads), attention._Padded) else "blockwise"
+        chosen = "padded" if attention.padding_pays(packed, heads) else "blockwise"
         results.append({"row": name, "tokens": N, "chosen": chosen, "ms": {w: round(t, 2) for w, t in ms.items()}})
         columns = "".join(f"{ms[way]:>{width}.1f}" for way, width in zip(ms, (9, 11, 9, 8), strict=True))
         print(f"{name:<24}{N:>8}{columns}  {chosen}")

@@ -1,8 +1,7 @@
 """Attention over packed rows: no work between blocks, nor between the responses of one block.
 
-A row is blocks of [prompt | y_1 | ... | y_K]. A token of y_k sees the prompt and its own response's past; the first
-response simply continues the prompt, so [prompt | y_1] is one causal sequence. What all prompts begin with may lie once
-before the blocks, and is seen by all tokens. `packed_attention` stands in for transformers' own attention
+A row is blocks of [prompt | y_1 | ... | y_K], behind what all prompts begin with, if that is laid out once. A token of
+y_k sees the start, its prompt and its own response's past. `packed_attention` stands in for transformers' own attention
 (`AttentionInterface`) and serves a row in one of three ways:
 
     blockwise  CPU: every causal stretch by itself, and y_2..y_K against the prompt, merged by their log-sum-exp
@@ -16,19 +15,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 from hps.packing import Packed
 
 NAME = "hps_packed"  # of `packed_attention` among transformers' attention functions
 
-# What a call costs beside its work, in entries of the score matrix: about .18 ms for forward and backward against
-# 20 ns an entry (one thread). So a hundred short responses go into one padded call, long ones each into their own.
-CALL = 9_000
+# What a call costs beside its work, in entries of the score matrix: about 0.18 ms for forward and backward against 20
+# ns per entry (one thread). So a hundred short responses go into one padded call, long ones each into their own.
+ENTRIES_PER_CALL = 9_000
 
 
 class LayoutLost(ValueError):
@@ -63,7 +62,7 @@ def inputs(packed: Packed, *, heads: int, dense: bool = False) -> dict[str, Any]
     """What a decoder's forward is called with for this micro-batch.
 
     Args:
-        heads: attention heads a layer. dense: for models that cannot take the layout.
+        heads: attention heads per layer. dense: for models that cannot take the layout.
     """
     if packed.causal or dense:
         return {"attention_mask": block_mask(packed)}
@@ -117,43 +116,48 @@ def _layout(packed: Packed, heads: int) -> Callable[..., Tensor]:
     """The function of (query, key, value, scaling) that serves this row, its plan made once for all layers."""
     if packed.input_ids.is_cuda:
         return _flex(packed)
-    S, N = packed.prefix, packed.input_ids.shape[1]
-    longest = S + max(P for P, _ in packed.spans)
-    widest = max(max(lengths) for _, lengths in packed.spans)
-    sequences = sum(len(lengths) for _, lengths in packed.spans)
-    padded = len(packed.spans) * longest**2 + sequences * widest * (longest + widest)
-    exact = S * N + sum((P + L[0]) ** 2 + sum(y * (P + y) for y in L[1:]) for P, L in packed.spans)
-    calls = 2 * (S > 0) + sum(len(lengths) + (len(lengths) > 1) for _, lengths in packed.spans)
-    return _Padded(packed) if heads * padded < heads * exact + CALL * calls else _blockwise(packed)
+    return _padded(packed) if padding_pays(packed, heads) else _blockwise(packed)
 
 
-# -- blockwise --
+def padding_pays(packed: Packed, heads: int) -> bool:
+    """Whether on a CPU the pads of two calls cost less than the calls that do without them."""
+    parts = _parts(packed)
+    exact = sum((q.stop - q.start) * (k.stop - k.start) for q, k, _ in parts)
+    prompt = packed.prefix + max(P for P, _ in packed.spans)
+    lengths = [n for _, responses in packed.spans for n in responses]
+    padded = len(packed.spans) * prompt**2 + len(lengths) * max(lengths) * (prompt + max(lengths))
+    return heads * padded < heads * exact + ENTRIES_PER_CALL * len(parts)
 
+
+# -- blockwise: no pads, many calls --
+
+# torch's own flash attention on CPUs, below autograd: only here does it give, and take, the log-sum-exp (1, H, N).
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _blockwise(packed: Packed) -> Callable[..., Tensor]:
-    causal: list[slice] = []  # stretches that see only their own past
-    cross: list[tuple[slice, slice]] = []  # (queries y_2..y_K of a block, keys of its prompt), added to those
-    at = packed.prefix
-    if at:
-        causal.append(slice(0, at))
-        cross.append((slice(at, packed.input_ids.shape[1]), slice(0, at)))
-    for P, (first, *others) in packed.spans:
-        prompt, at = slice(at, at + P), at + P + first
-        causal.append(slice(prompt.start, at))
-        begin = at
-        for length in others:
-            causal.append(slice(at, at + length))
+def _parts(packed: Packed) -> list[tuple[slice, slice, bool]]:
+    """(queries, keys, is causal) of each call. Causal stretches, which see their own past, cover the row and come
+    first; then what their tokens see beside it: y_2..y_K their prompt, and all blocks the shared start."""
+    causal, beside = [], []
+    S, N = packed.prefix, packed.input_ids.shape[1]
+    if S:
+        causal.append((slice(0, S), slice(0, S), True))
+        beside.append((slice(S, N), slice(0, S), False))
+    at = S
+    for P, lengths in packed.spans:
+        prompt, second = slice(at, at + P), at + P + lengths[0]
+        for length in (P + lengths[0], *lengths[1:]):  # the first response simply goes on
+            causal.append((slice(at, at + length), slice(at, at + length), True))
             at += length
-        if others:
-            cross.append((slice(begin, at), prompt))
+        if at > second:
+            beside.append((slice(second, at), prompt, False))
+    return causal + beside
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        return _Blockwise.apply(query, key, value, scaling, causal, cross)
 
-    return attend
+def _blockwise(packed: Packed) -> Callable[..., Tensor]:
+    parts = _parts(packed)
+    return lambda query, key, value, scaling: _Blockwise.apply(query, key, value, scaling, parts)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -161,94 +165,78 @@ class _Blockwise(torch.autograd.Function):
     merged output and log-sum-exp in place of the part's own: then its weights are the merged softmax's."""
 
     @staticmethod
-    def forward(ctx, query, key, value, scaling, causal, cross):
+    def forward(ctx, query, key, value, scaling, parts):
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        for x in causal:
-            out[:, :, x], lse[:, :, x] = _forward(
-                query[:, :, x], key[:, :, x], value[:, :, x], 0.0, True, scale=scaling
-            )
-        for q, k in cross:
-            other, other_lse = _forward(query[:, :, q], key[:, :, k], value[:, :, k], 0.0, False, scale=scaling)
-            share = torch.sigmoid(other_lse - lse[:, :, q]).unsqueeze(-1)  # exp(other) / (exp(other) + exp(own))
-            out[:, :, q] = torch.lerp(out[:, :, q].float(), other.float(), share).to(out.dtype)
-            lse[:, :, q] = torch.logaddexp(lse[:, :, q], other_lse)
+        for q, k, causal in parts:
+            part, part_lse = _forward(query[:, :, q], key[:, :, k], value[:, :, k], 0.0, causal, scale=scaling)
+            if causal:
+                out[:, :, q], lse[:, :, q] = part, part_lse
+            else:
+                share = torch.sigmoid(part_lse - lse[:, :, q]).unsqueeze(-1)  # exp(part) / (exp(part) + exp(so far))
+                out[:, :, q] = torch.lerp(out[:, :, q].float(), part.float(), share).to(out.dtype)
+                lse[:, :, q] = torch.logaddexp(lse[:, :, q], part_lse)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.parts = scaling, causal, cross
+        ctx.scaling, ctx.parts = scaling, parts
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         query, key, value, out, lse = ctx.saved_tensors
-        scaling, causal, cross = ctx.parts
         grads = [torch.empty_like(x) for x in (query, key, value)]
-
-        def part(q: slice, k: slice, is_causal: bool):
-            return _backward(
-                grad[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k], out[:, :, q], lse[:, :, q], 0.0,
-                is_causal, scale=scaling,
-            )  # fmt: skip
-
-        for x in causal:
-            for whole, own in zip(grads, part(x, x, True), strict=True):
-                whole[:, :, x] = own
-        for q, k in cross:
-            for whole, own, x in zip(grads, part(q, k, False), (q, k, k), strict=True):
-                whole[:, :, x] += own
-        return *grads, None, None, None
+        for q, k, causal in ctx.parts:
+            inputs = query[:, :, q], key[:, :, k], value[:, :, k], out[:, :, q], lse[:, :, q]
+            found = _backward(grad[:, :, q], *inputs, 0.0, causal, scale=ctx.scaling)
+            for whole, part, x in zip(grads, found, (q, k, k), strict=True):
+                if causal:  # the first to write there
+                    whole[:, :, x] = part
+                else:
+                    whole[:, :, x] += part
+        return *grads, None, None
 
 
-# -- padded --
+# -- padded: two calls, with pads --
 
 
-class _Padded:
+def _padded(packed: Packed) -> Callable[..., Tensor]:
     """Prompts in one causal call, responses in another, each over [its prompt | itself], padded to the longest."""
+    N, S, segment = packed.input_ids.shape[1], packed.prefix, packed.segment[0]
+    at = torch.arange(N)
+    start, own = at[:S], at[S:][segment[S:] == 0].split([P for P, _ in packed.spans])
+    responses = at[segment > 0].split([n for _, lengths in packed.spans for n in lengths])
+    owner = torch.tensor([b for b, (_, lengths) in enumerate(packed.spans) for _ in lengths])
+    # Which packed token stands where, (prompts, longest) and (responses, longest); N on pads, so that a token sees the
+    # keys up to its own index, pads (or softmax would be NaN there) see anything, and nobody else sees a pad.
+    prompts = pad_sequence([torch.cat([start, x]) for x in own], batch_first=True, padding_value=N)
+    queries = pad_sequence(responses, batch_first=True, padding_value=N)
+    keys = torch.cat([prompts[owner], queries], dim=1)
+    mask = (keys[:, None] <= queries[:, :, None])[:, None]
+    # Where the result of each packed token is among those of both calls; the shared start's is the first prompt's.
+    there = torch.cat([prompts.flatten(), queries.flatten()])
+    back = torch.empty(N + 1, dtype=torch.int64).index_put_((there,), torch.arange(len(there)))[:N]
+    back[:S] = start
+    prompts, queries, keys = (x.clamp(max=N - 1) for x in (prompts, queries, keys))
 
-    def __init__(self, packed: Packed):
-        B, S = len(packed.spans), sum(len(lengths) for _, lengths in packed.spans)
-        start = np.arange(packed.prefix)  # every prompt takes it along; its own results are those of the first one
-        P = len(start) + max(P for P, _ in packed.spans)
-        L = max(max(lengths) for _, lengths in packed.spans)
-        prompts, queries = np.zeros((B, P), dtype=np.int64), np.zeros((S, L), dtype=np.int64)  # 0 on pads
-        shared, prompt_length = np.zeros((S, P), dtype=np.int64), np.zeros(S, dtype=np.int64)
-        back = [start]  # where each packed token stands in the concatenated results
-        at, s = len(start), 0
-        for b, (own, responses) in enumerate(packed.spans):
-            length = len(start) + own
-            prompts[b, :length] = np.concatenate([start, np.arange(at, at + own)])
-            back.append(b * P + np.arange(len(start), length))
-            at += own
-            for n in responses:
-                queries[s, :n] = np.arange(at, at + n)
-                shared[s], prompt_length[s] = prompts[b], length
-                back.append(B * P + s * L + np.arange(n))
-                at, s = at + n, s + 1
-        prompt_keys = np.broadcast_to((np.arange(P) < prompt_length[:, None])[:, None], (S, L, P))
-        own_keys = np.broadcast_to(np.tril(np.ones((L, L), dtype=bool)), (S, L, L))
-        self.prompts, self.queries = torch.from_numpy(prompts), torch.from_numpy(queries)
-        self.keys = torch.from_numpy(np.concatenate([shared, queries], axis=1))
-        self.mask = torch.from_numpy(np.concatenate([prompt_keys, own_keys], axis=2))[:, None]  # (S, 1, L, P + L)
-        self.back = torch.from_numpy(np.concatenate(back))
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         rows = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]  # (N, heads * Dh) each
         Dh = query.shape[-1]
 
         def gather(x: Tensor, index: Tensor) -> Tensor:  # -> (batch, heads, length, Dh)
             return x.index_select(0, index.flatten()).view(*index.shape, -1, Dh).transpose(1, 2)
 
-        def attend(q: Tensor, k: Tensor, **mask: Any) -> Tensor:
+        def call(q: Tensor, k: Tensor, **mask: Any) -> Tensor:
             parts = gather(rows[0], q), gather(rows[1], k), gather(rows[2], k)
             out = scaled_dot_product_attention(*parts, scale=scaling, enable_gqa=True, **mask)
             return out.transpose(1, 2).reshape(-1, rows[0].shape[1])
 
-        out = torch.cat([attend(self.prompts, self.prompts, is_causal=True),
-                         attend(self.queries, self.keys, attn_mask=self.mask)])  # fmt: skip
-        return out.index_select(0, self.back).view(1, -1, query.shape[1], Dh).transpose(1, 2)
+        out = torch.cat([call(prompts, prompts, is_causal=True), call(queries, keys, attn_mask=mask)])
+        return out.index_select(0, back).view(1, -1, query.shape[1], Dh).transpose(1, 2)
+
+    return attend
 
 
-# -- flex --
+# -- flex: CUDA --
 
 
 @functools.cache

@@ -57,7 +57,7 @@ SPANS = {
 }
 
 
-@pytest.mark.parametrize("way", [attention._blockwise, attention._Padded])
+@pytest.mark.parametrize("way", [attention._blockwise, attention._padded])
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
 def test_packed_attention_is_dense_attention(way, spans):
     """fp32 values and gradients to 1e-5 of the largest, against float64 and the (N, N) mask."""
@@ -99,8 +99,8 @@ def test_many_short_responses_share_a_call_and_long_ones_do_not():
     world = row([(8, (12, 20))] * 16)
     candidates = row([(8, (15,) * 100)] * 2)
     pairs = row(SPANS["a pair of real text"])
-    for packed, heads, kind in ((world, 4, "_Padded"), (candidates, 4, "_Padded"), (pairs, 9, "function")):
-        assert type(attention._layout(packed, heads)).__name__ == kind
+    assert attention.padding_pays(world, 4) and attention.padding_pays(candidates, 4)
+    assert not attention.padding_pays(pairs, 9)
 
 
 def tiny() -> LlamaForCausalLM:

@@ -151,7 +151,7 @@ def test_a_layer_keeps_what_autograd_keeps(share_prompt, dtype, rank, targets):
     spans = ((120, (40, 8)), (8, (6, 30))) if share_prompt else ((12, (9, 9)),)
     packed = batch(*spans, share_prompt=share_prompt)
     if share_prompt:
-        assert type(attention._layout(packed, SMALL.num_attention_heads)) is not attention._Padded
+        assert not attention.padding_pays(packed, SMALL.num_attention_heads)
     c = options(lora_rank=rank, lora_targets=targets, dtype=dtype, share_prompt=share_prompt)
     how = dict(rank=rank, targets=targets, dtype=model.DTYPES[dtype], ckpt=False)
     less = dataclasses.replace(SMALL, num_hidden_layers=2)
