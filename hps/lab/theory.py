@@ -36,7 +36,7 @@ CHUNK = 4_000_000  # float64 features held at once
 Loss = Callable[[Tensor, Tensor], Tensor]  # (r_theta, r_est), both (P, n) in ranked order -> (P,)
 Bound = Callable[[int, int], float]  # (m, n) -> the paper's bound with its constant set to 1
 Row = dict[str, Any]
-Statement = dict[str, Any]
+Statement = dict[str, Any]  # title, premise, claim, verdict, note, rows, and what else was found
 
 
 @dataclass
@@ -69,7 +69,7 @@ def bt(r: Tensor, r_est: Tensor) -> Tensor:
 def bound_hps(m: int, n: int) -> float:
     """Psi_1 of Theorem 1 without C_1: its leading term, O(n / sqrt(m)); the other one falls as 1/m."""
     alpha_0 = B * math.sqrt(D)
-    zeta = 1 / (2 + math.exp(2 * alpha_0 + math.log(n - 1)) + math.exp(-2 * alpha_0))
+    zeta = 1 / (2 + math.exp(2 * alpha_0 + math.log(n - 1)) + math.exp(-2 * alpha_0))  # Eq. 20
     return math.sqrt((D + math.log(1 / DELTA)) / m) / zeta
 
 
@@ -93,9 +93,8 @@ def fit(loss: Loss, phi: Tensor, r_est: Tensor) -> Tensor:
     theta = torch.zeros(R, D, dtype=torch.float64)
     theta[:, 0] = 1.0  # theta*: near the answer, and the losses are convex in theta, so it does not sway it
     theta.requires_grad_()
-    solver = torch.optim.LBFGS(
-        [theta], max_iter=300, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
+    stops = dict(max_iter=300, tolerance_grad=1e-9, tolerance_change=1e-14)
+    solver = torch.optim.LBFGS([theta], line_search_fn="strong_wolfe", **stops)
 
     def closure() -> Tensor:
         solver.zero_grad()
@@ -161,69 +160,59 @@ def measure(loss: Loss, *, m: int, n: int, replicates: int, seed: int, by_scores
 
 def exponent(x: Sequence[float], y: Sequence[float], y_se: Sequence[float]) -> tuple[float, float]:
     """a of the power law y ~ x^a, with its standard error: least squares in logs, weighted by the errors of log y."""
-    u, weight = np.log(x), (np.asarray(y) / np.asarray(y_se)) ** 2
-    u = u - np.average(u, weights=weight)
-    return float((weight * u * np.log(y)).sum() / (weight * u**2).sum()), float((weight * u**2).sum() ** -0.5)
+    weights = np.asarray(y) / np.asarray(y_se)
+    (slope, _), covariance = np.polyfit(np.log(x), np.log(y), 1, w=weights, cov="unscaled")
+    return float(slope), float(covariance[0, 0] ** 0.5)
 
 
 def _rates(
-    axis: str, cells: list[tuple[int, int]], losses: dict[str, tuple[Loss, Bound | None]], *, replicates: int, seed: int
-) -> tuple[list[Row], dict[str, tuple[float, float]]]:
-    """A row for each loss and cell (m, n), the bound's unknown constant set to meet the first; and the exponents."""
+    axis: str, values: Sequence[int], other: dict[str, int], losses: dict[str, tuple[Loss, Bound | None]], **draw: int
+) -> tuple[list[Row], dict[str, tuple[float, float]], str]:
+    """A row for each loss and value of m or n (`axis`), the bound's unknown constant set to meet the first row; the
+    exponents, and what to say of them."""
     rows, exponents = [], {}
     for method, (loss, bound) in losses.items():
         mine: list[Row] = []
-        for m, n in cells:
-            found = measure(loss, m=m, n=n, replicates=replicates, seed=seed)
-            row = {"method": method, "m": m, "n": n, "error": found["error"], "error_se": found["error_se"]}
-            mine.append(row)
+        for cell in ({axis: value} | other for value in values):
+            found = measure(loss, **cell, **draw)
+            row = {"method": method, "m": cell["m"], "n": cell["n"], "error": found["error"]}
+            mine.append(row | {"error_se": found["error_se"]})
             if bound:
-                scaled = bound(m, n) / bound(*cells[0]) * mine[0]["error"]
-                row |= {"predicted": found["predicted"], "bound": scaled}
-        exponents[method] = exponent(*([row[key] for row in mine] for key in (axis, "error", "error_se")))
+                scale = mine[0]["error"] / bound(mine[0]["m"], mine[0]["n"])
+                mine[-1] |= {"predicted": found["predicted"], "bound": bound(cell["m"], cell["n"]) * scale}
+        exponents[method] = exponent(values, [row["error"] for row in mine], [row["error_se"] for row in mine])
         rows += mine
-    return rows, exponents
-
-
-def _show(exponents: dict[str, tuple[float, float]]) -> str:
-    return ", ".join(f"{name} {value:.3f} +- {se:.3f}" for name, (value, se) in exponents.items())
+    shown = ", ".join(f"{name} {value:.3f} +- {se:.3f}" for name, (value, se) in exponents.items())
+    return rows, exponents, f"Exponents of {axis}: {shown}"
 
 
 def theorem1_in_m(*, ms: Sequence[int], n: int, replicates: int, seed: int) -> Statement:
-    """Theorem 1, error against the number of prompts m.
-
-    Premise: rankings from PL(theta*), of which Eq. 6 (HPS with gamma = 0, kappa = N) and PL are likelihoods.
-    Asserted: both err as m^-1/2. Not asserted: a rate for HPS with gamma != 0, nor for BT on first and last.
-    """
+    """Theorem 1, error against the number of prompts m; no rate is asserted for HPS with gamma != 0, nor for BT."""
     losses = {"Eq. 6": (hps(0), bound_hps), "PL": (pl, bound_pl), "HPS gamma 2": (hps(2), None), "BT": (bt, None)}
-    rows, found = _rates("m", [(m, n) for m in ms], losses, replicates=replicates, seed=seed)
-    off = [abs(found[name][0] + 0.5) < 0.02 + 3 * found[name][1] for name in ("Eq. 6", "PL")]  # .02: m is finite
+    rows, found, said = _rates("m", ms, {"n": n}, losses, replicates=replicates, seed=seed)
+    right = [abs(found[name][0] + 0.5) < 0.02 + 3 * found[name][1] for name in ("Eq. 6", "PL")]  # 0.02: m is finite
     return {
         "title": "Theorem 1, the rate in m",
         "premise": f"rankings from PL(theta*), d = {D}, q from r*, {replicates} data sets a row",
         "claim": "the errors of Eq. 6 (HPS with gamma = 0, kappa = N) and of PL fall as m^-1/2",
-        "verdict": "holds" if all(off) else "does not hold",
-        "note": f"Exponents of m: {_show(found)}. The last two tend to another theta, so their errors have a floor. "
+        "verdict": "holds" if all(right) else "does not hold",
+        "note": f"{said}. The last two tend to another theta, so their errors have a floor. "
         "`predicted` is the asymptotic error by Fisher's information, `bound` the paper's, scaled to its first row.",
         "rows": rows,
     }
 
 
 def theorem1_in_n(*, m: int, ns: Sequence[int], replicates: int, seed: int) -> Statement:
-    """Theorem 1, error against the number of responses n.
-
-    Premise: rankings from PL(theta*). Asserted: the bounds, of order n (Eq. 6) and n^2 (PL), grow faster than the
-    errors. Not asserted: that Eq. 6 is therefore closer to theta* than PL, the paper's claim, which the verdict is on.
-    """
+    """Theorem 1, error against the number of responses n; that the bounds grow as n and n^2 is not what is judged."""
     losses: dict[str, tuple[Loss, Bound | None]] = {"Eq. 6": (hps(0), bound_hps), "PL": (pl, bound_pl)}
-    rows, found = _rates("n", [(m, n) for n in ns], losses, replicates=replicates, seed=seed)
+    rows, _, said = _rates("n", ns, {"m": m}, losses, replicates=replicates, seed=seed)
     closer = all(eq6["error"] < full["error"] for eq6, full in zip(rows, rows[len(ns) :]))
     return {
         "title": "Theorem 1, the rate in n",
         "premise": f"rankings from PL(theta*), d = {D}, {replicates} data sets a row",
         "claim": "Eq. 6 lands closer to theta* than PL, since its bound grows as n and that of PL as n^2",
         "verdict": "holds" if closer else "does not hold",
-        "note": f"Exponents of n: {_show(found)}; the bounds have 1 and 2. They hold as upper bounds (constants 1, "
+        "note": f"{said}; the bounds have 1 and 2. They hold as upper bounds (constants 1, "
         f"n = {ns[0]}: {bound_hps(m, ns[0]):.0e} and {bound_pl(m, ns[0]):.0e}), and upper bounds order nothing. "
         "Every stage of PL adds information; one choice among n says about as much whatever n is.",
         "rows": rows,
@@ -231,11 +220,7 @@ def theorem1_in_n(*, m: int, ns: Sequence[int], replicates: int, seed: int) -> S
 
 
 def theorem1_consistency(*, m: int, n: int, replicates: int, seed: int) -> Statement:
-    """Theorem 1's premise that the expected loss is least at theta* (its proof: E[V] = 0).
-
-    Premise: rankings from PL(theta*). Asserted: so it is for Eq. 6 and PL. Not asserted, as it is false: for HPS with
-    gamma != 0 or kappa != N, and for BT; of these the table gives the limit c theta*.
-    """
+    """Theorem 1's premise that the expected loss is least at theta* (its proof: E[V] = 0): so for Eq. 6 and PL only."""
     methods: list[tuple[str, str, Loss]] = [("Eq. 6", "", hps(0)), ("PL", "", pl), ("BT", "", bt)]
     methods.append(("gamma 0, kappa 1", "", hps(0, kappa_n=False)))
     for source in ("r*", "scores"):
@@ -247,12 +232,12 @@ def theorem1_consistency(*, m: int, n: int, replicates: int, seed: int) -> State
         found = measure(loss, m=m, n=n, replicates=replicates, seed=seed, by_scores=source == "scores")
         rows.append({"method": method, "q from": source} | {k: found[k] for k in ("c", "c_se", "gradient_z", "error")})
     good = [abs(row["gradient_z"]) < 4 for row in rows]
-    only = all(good[:2]) and not any(good[2:])
+    only = ", but for Eq. 6 (and PL)" if all(good[:2]) and not any(good[2:]) else ""
     return {
         "title": "Theorem 1, consistency",
         "premise": f"rankings from PL(theta*), n = {n}, m = {m}, {replicates} data sets a row",
         "claim": "theta* minimises the expected HPS loss, so that estimates tend to it (c = 1)",
-        "verdict": "holds" if all(good) else "does not hold" + (", but for Eq. 6 (and PL)" if only else ""),
+        "verdict": "holds" if all(good) else f"does not hold{only}",
         "note": "Estimates tend to c theta*. q is built from r*, or from the scores that were sorted into the ranking; "
         "`gradient_z` is the mean gradient at theta* in standard errors. By r* a noisy winner is often worse than the "
         "hardest of the others, and large gamma learns from just these: c < 0 prefers the worse response.",
@@ -276,10 +261,7 @@ def rewards(correlation: float, *, prompts: int, n: int, seed: int) -> tuple[Ten
 
 
 def theorem2_own_reward(*, gammas: Sequence[float], prompts: int, n: int, seed: int) -> Statement:
-    """Theorem 2 with q built from r_theta, which its proof needs (it bounds gamma r_est where r_theta < M - eps).
-
-    Asserted: with kappa = N the HPS loss of every prompt rises with gamma to the supremum of Eq. 12.
-    """
+    """Theorem 2 with q built from r_theta, which its proof needs (it bounds gamma r_est where r_theta < M - eps)."""
     r, _ = rewards(0.0, prompts=prompts, n=n, seed=seed)
     losses = torch.stack([hps(gamma)(r, r) for gamma in gammas])
     gaps = supremum(r) - losses
@@ -298,11 +280,8 @@ def theorem2_own_reward(*, gammas: Sequence[float], prompts: int, n: int, seed: 
 
 
 def theorem2_other_reward(*, correlations: Sequence[float], prompts: int, n: int, seed: int) -> Statement:
-    """Theorem 2 as stated, q built from r_est.
-
-    Asserted: the limit is the loss against argmax r_est alone. Not asserted, as it is false: that this is the supremum,
-    which needs r_theta to be largest for that same response.
-    """
+    """Theorem 2 as stated, q built from r_est: the limit is the loss against argmax r_est alone, which is the supremum
+    where r_theta is largest for that same response."""
     rows = []
     for correlation in correlations:
         r, r_est = rewards(correlation, prompts=prompts, n=n, seed=seed)
@@ -339,11 +318,8 @@ def limiting_loss(r: Tensor, log_p: Tensor) -> Tensor:
 
 
 def theorem3_identity(*, prompts: int, n: int, seed: int) -> Statement:
-    """Theorem 3: the supremum over p of Eq. 13 is -(r_1 - max_j r_j), whatever the rewards.
-
-    Asserted: a one-hot p attains it and no p exceeds it. Not asserted: that leaving out log N "does not change the
-    minimizers": loss - log N - Eq. 13 = log(1 + e^margin / N) is negligible for margins well below log N only.
-    """
+    """Theorem 3's first step. Not asserted: that leaving out log N "does not change the minimizers": loss - log N -
+    Eq. 13 = log(1 + e^margin / N) is negligible for margins well below log N only."""
     generator = torch.Generator().manual_seed(seed)
     r = 3 * torch.randn(prompts, n, generator=generator, dtype=torch.float64)
     one_hot = torch.stack([limiting_loss(r, log_p) for log_p in torch.eye(n - 1, dtype=r.dtype).log()])
@@ -383,11 +359,8 @@ def ascend(phi: Tensor, *, steps: int, rate: float, unit: bool) -> tuple[list[fl
 
 
 def theorem3_minimiser(*, ns: Sequence[int], m: int, steps: int, seed: int) -> Statement:
-    """Theorem 3's theta*, the maximiser of the mean margin, for rewards linear in theta.
-
-    There margin(c theta) = c margin(theta) for c > 0. Asserted: if some theta has a positive mean margin, it grows
-    without bound and nothing attains it; if none has, theta = 0 does. Not asserted: a theta* that is neither.
-    """
+    """Theorem 3's theta*, the maximiser of the mean margin, for rewards linear in theta: margin(c theta) is
+    c margin(theta), so a positive one grows without bound, and where none is positive theta = 0 attains the maximum."""
     rows, curves = [], {}
     for ranking in ("by r*", "PL"):
         for n in ns:
@@ -397,9 +370,9 @@ def theorem3_minimiser(*, ns: Sequence[int], m: int, steps: int, seed: int) -> S
             free, length = ascend(phi[0], steps=steps, rate=0.1, unit=False)
             unit, _ = ascend(phi[0], steps=steps, rate=0.1, unit=True)
             diverges, collapses = free[-1] > 1.5 * free[steps // 2] > 0, unit[-1] < 0 and length < 0.3
-            rows.append({"ranking": ranking, "n": n, "margin, length 1": unit[-1], "free, half way": free[steps // 2]})
-            rows[-1] |= {"free, end": free[-1], "length, end": length}
-            rows[-1]["outcome"] = "diverges" if diverges else "collapses to 0" if collapses else "neither"
+            outcome = "diverges" if diverges else "collapses to 0" if collapses else "neither"
+            row = {"ranking": ranking, "n": n, "margin, length 1": unit[-1], "free, half way": free[steps // 2]}
+            rows.append(row | {"free, end": free[-1], "length, end": length, "outcome": outcome})
             curves[f"{ranking}, n = {n}"] = free
     neither = any(row["outcome"] == "neither" for row in rows)
     return {
@@ -420,28 +393,23 @@ def theorem3_minimiser(*, ns: Sequence[int], m: int, steps: int, seed: int) -> S
 def statements(*, small: bool, seed: int) -> dict[str, Statement]:
     """All statements by the names of their functions, at full size or in a few seconds."""
     ms, ns = ((200, 400, 800), (3, 10)) if small else ((200, 400, 800, 1600, 3200), (3, 10, 30, 100))
-    sets, drawn = 16 if small else 100, dict(prompts=500 if small else 5000, n=20, seed=seed)
-    gammas = (0, 1, 2, 5, 10, 30, 100, 1e3, 1e9)
-    correlations = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
-    return {
-        "theorem1_in_m": theorem1_in_m(ms=ms, n=5, replicates=sets, seed=seed),
-        "theorem1_in_n": theorem1_in_n(m=400, ns=ns, replicates=sets, seed=seed),
-        "theorem1_consistency": theorem1_consistency(m=800 if small else 4000, n=10, replicates=16, seed=seed),
-        "theorem2_own_reward": theorem2_own_reward(gammas=gammas, **drawn),
-        "theorem2_other_reward": theorem2_other_reward(correlations=correlations, **drawn),
-        "theorem3_identity": theorem3_identity(**drawn),
-        "theorem3_minimiser": theorem3_minimiser(ns=(2, 10), m=500 if small else 2000, steps=400, seed=seed),
+    sets, drawn = dict(replicates=16 if small else 100), dict(prompts=500 if small else 5000, n=20)
+    of_each: dict[Callable[..., Statement], dict[str, Any]] = {
+        theorem1_in_m: dict(ms=ms, n=5, **sets),
+        theorem1_in_n: dict(m=400, ns=ns, **sets),
+        theorem1_consistency: dict(m=800 if small else 4000, n=10, replicates=16),
+        theorem2_own_reward: dict(gammas=(0, 1, 2, 5, 10, 30, 100, 1e3, 1e9), **drawn),
+        theorem2_other_reward: dict(correlations=(0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0), **drawn),
+        theorem3_identity: drawn,
+        theorem3_minimiser: dict(ns=(2, 10), m=500 if small else 2000, steps=400),
     }
+    return {statement.__name__: statement(**options, seed=seed) for statement, options in of_each.items()}
 
 
-def _table(rows: Sequence[Row]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[f"{v:.4g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in columns] for row in rows]
-    return md.table(columns, cells)
-
-
-def _draw_errors(figure: Any, found: dict[str, Statement]) -> None:
-    for axes, x in zip(figure.subplots(1, 2), "mn"):
+def draw(found: dict[str, Statement], figure: Callable[[float, float], Any]) -> dict[str, tuple[str, str, Any]]:
+    """name -> statement that it follows, caption, figure; figure(inches, inches) makes an empty one."""
+    errors, gaps, margins = figure(7.5, 3.2), figure(7.5, 2.8), figure(4.5, 3.0)
+    for axes, x in zip(errors.subplots(1, 2), "mn"):
         rows = found[f"theorem1_in_{x}"]["rows"]
         for colour, method in zip(COLOURS, dict.fromkeys(row["method"] for row in rows)):
             mine = {key: [row.get(key, math.nan) for row in rows if row["method"] == method] for key in rows[0]}
@@ -452,12 +420,10 @@ def _draw_errors(figure: Any, found: dict[str, Statement]) -> None:
         ticks = sorted({row[x] for row in rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
-    figure.axes[0].set_ylabel("error, semi-norm of Sigma_D")
-    figure.axes[0].legend()
+    errors.axes[0].set_ylabel("error, semi-norm of Sigma_D")
+    errors.axes[0].legend()
 
-
-def _draw_supremum(figure: Any, found: dict[str, Statement]) -> None:
-    left, right = figure.subplots(1, 2)
+    left, right = gaps.subplots(1, 2)
     rows = [row for row in found["theorem2_own_reward"]["rows"] if 0 < row["gamma"] <= 1000]
     left.plot([row["gamma"] for row in rows], [row["gap"] for row in rows], color=COLOURS[0], marker="o", ms=3)
     left.set(xscale="log", yscale="log", xlabel="gamma (q from r_theta)", ylabel="supremum - loss, nats")
@@ -468,44 +434,43 @@ def _draw_supremum(figure: Any, found: dict[str, Statement]) -> None:
     right.set(xlabel="correlation of r_est (makes q) and r_theta")
     right.legend()
 
-
-def _draw_margin(figure: Any, found: dict[str, Statement]) -> None:
-    axes = figure.subplots()
-    for colour, (name, margins) in zip(COLOURS, found["theorem3_minimiser"]["curves"].items()):
-        axes.plot(margins, color=colour, label=f"ranked {name}")
+    axes = margins.subplots()
+    for colour, (name, curve) in zip(COLOURS, found["theorem3_minimiser"]["curves"].items()):
+        axes.plot(curve, color=colour, label=f"ranked {name}")
     axes.set(xlabel="subgradient step", ylabel="mean margin, theta free")
     axes.legend()
-
-
-# statement that it follows, inches, drawing, caption
-FIGURES = {
-    "theorem1": ("theorem1_in_n", (7.5, 3.2), _draw_errors, "Lines: measured. Dashes: Fisher. Dots: the bounds."),
-    "theorem2": ("theorem2_other_reward", (7.5, 2.8), _draw_supremum, "The distance to the supremum of Eq. 12."),
-    "theorem3": ("theorem3_minimiser", (4.5, 3.0), _draw_margin, "Maximising the margin with nothing to hold theta."),
-}
+    return {
+        "theorem1": ("theorem1_in_n", "Lines: measured. Dashes: Fisher. Dots: the bounds.", errors),
+        "theorem2": ("theorem2_other_reward", "The distance to the supremum of Eq. 12.", gaps),
+        "theorem3": ("theorem3_minimiser", "Maximising the margin with nothing to hold theta.", margins),
+    }
 
 
 def write(found: dict[str, Statement], out: Path, *, seconds: float) -> None:
-    """Write theory.json, THEORY.md and the figures under `out`, which is made if missing."""
+    """Write theory.json, last, THEORY.md and the figures under `out`, which is made if missing."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # never pyplot: no global figure, no display
 
+    def table(rows: Sequence[Row]) -> str:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[row.get(key, "") for key in columns] for row in rows]
+        return md.table(columns, [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in cells])
+
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "theory.json", found)
     images = {}
-    for name, (statement, size, draw, caption) in FIGURES.items():
-        with rc_context(STYLE):
-            figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-            draw(figure, found)
+    with rc_context(STYLE):
+        figures = draw(found, lambda *inches: Figure(figsize=inches, dpi=DPI, layout="constrained"))
+        for name, (statement, caption, figure) in figures.items():
             with replacing(out / f"{name}.png") as partial:
                 figure.savefig(partial, format="png")
-        images[statement] = [f"![{caption}]({name}.png)", caption]
+            images[statement] = [f"![{caption}]({name}.png)", caption]
     parts = ["# The theorems, measured", f"`python -m hps.lab.theory`, {seconds:.0f} CPU seconds."]
-    parts += [_table([{key: s[key] for key in ("title", "claim", "verdict")} for s in found.values()])]
+    parts += [table([{key: s[key] for key in ("title", "claim", "verdict")} for s in found.values()])]
     for name, s in found.items():
         summary = f"* Premise: {s['premise']}.\n* Claim: {s['claim']}.\n* Verdict: **{s['verdict']}**."
-        parts += [f"## {s['title']}", summary, _table(s["rows"]), s["note"], *images.get(name, [])]
+        parts += [f"## {s['title']}", summary, table(s["rows"]), s["note"], *images.get(name, [])]
     write_text(out / "THEORY.md", "\n\n".join(parts) + "\n")
+    write_json(out / "theory.json", found)
 
 
 def main() -> None:

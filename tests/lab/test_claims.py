@@ -1,11 +1,10 @@
 """claims.py: verdicts on made-up results, worked out by hand, and claims that name rows and metrics that exist."""
 
-import importlib
-
 import pytest
 
 from hps.evaluate.metrics import METRICS
 from hps.lab import claims
+from hps.lab.suites import SUITES
 
 
 def interval(mean, low, high):
@@ -164,7 +163,7 @@ def test_growth_with_n_is_a_difference_of_differences(bt, verdict):
 
 def test_each_table_has_its_own_columns():
     """Figures of the tables that are cut by column: one each, as the paper prints them."""
-    paper = {(claim.text, claim.figures) for claim in claims.CLAIMS}
+    paper = {(claim.text, claim.paper.partition(": ")[2]) for claim in claims.CLAIMS}
     assert paper >= {
         ("DPO-HPS help to safe has a larger RM_DPO than DPO-BT help to safe", "PKU 5.725 vs 1.346"),
         ("DPO-HPS safe to help has a larger RM_DPO than DPO-PL-8 safe to help", "HH -4.816 vs -5.122"),
@@ -178,26 +177,17 @@ def test_each_table_has_its_own_columns():
     }
 
 
-def suites():
-    try:
-        return importlib.import_module("hps.lab.suites").SUITES
-    except ModuleNotFoundError:
-        return importlib.import_module("hps.lab.reproduce").SUITES
-
-
-@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.text)
-def test_every_claim_names_what_the_sweep_makes(claim):
-    assert claim.suites and bool(claim.reason) != bool(claim.metric)
-    for name in claim.suites:
-        suite = suites()[name]()
-        assert claim.rows <= suite.rows.keys()
+def test_every_claim_names_what_the_sweep_makes():
+    """Rows, metric and comparison are the suite's; each claim speaks for its first row."""
+    for claim in claims.CLAIMS:
+        assert claim.suites and bool(claim.reason) != bool(claim.metric), claim
+        for suite in (SUITES[name]() for name in claim.suites):
+            assert claim.rows <= suite.rows.keys(), claim
+            if claim.kind == "difference":
+                assert set(claim.pairs) <= set(suite.pairs), claim
         if claim.metric:
-            assert claim.metric in METRICS
-            assert claim.kind in ("difference", "value", "ratio") and claim.sign in (-1, 1)
-        if claim.kind == "difference" and claim.metric:
-            assert {(claim.a, claim.b), claim.less} - {None} <= set(suite.pairs)
-        better = METRICS[claim.metric].better if claim.metric else claim.sign
-        assert claim.kind == "value" or claim.sign == better  # each claim speaks for its first row
+            assert claim.kind in ("difference", "value", "ratio"), claim
+            assert claim.sign == METRICS[claim.metric].better or claim.kind == "value", claim
 
 
 def test_every_loss_and_suite_of_the_papers_tables_has_a_claim():
