@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Tokens that all prompts of a row must begin with before these are laid out once: a shared start costs every layer one
-# more call and splits the attention's sums.
+# more call of attention and splits its sums.
 MIN_PREFIX = 8
 
 
@@ -50,8 +50,8 @@ def pieces(block: Block, *, tokens: int) -> list[Block]:
 class Packed:
     """A micro-batch. R rows of N packed tokens; T scored tokens; B prompts of at most K responses.
 
-    input_ids, position_ids: (R, N) int64. block: (R, N) int64, the prompt's index in the micro-batch, B on what all
-    prompts begin with, -1 on pads.
+    input_ids, position_ids: (R, N) int64.
+    block: (R, N) int64, the prompt's index in the micro-batch, B on what all prompts begin with, -1 on pads.
     segment: (R, N) int64, 0 on prompt tokens, k + 1 on response k.
     predictor: (T,) int64, index into the flattened R * N positions of the hidden state that predicts the token.
     last: (B, K) int64, index into the same of each response's last token, 0 where there is none.
@@ -88,7 +88,7 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
     Args:
         blocks: B prompts with up to K responses each.
         pad_id: fills the ends of rows where there are several; never attended to by real tokens, never scored.
-        share_prompt: False repeats the prompt before each response, one response a row: plain causal padded
+        share_prompt: False repeats the prompt before each response, one response per row: plain causal padded
             batches, and the path that the packed one is tested against.
 
     Example: one block with prompt [7, 8] and responses [5, 2] and [6, 9, 2] gives input_ids
@@ -102,31 +102,28 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
         assert len(block.prompt) > 0 and all(len(y) > 0 for y in block.responses), "empty prompt or response"
         num_tokens[b, : len(block.responses)] = torch.tensor([len(y) for y in block.responses])
 
-    # A layout unit is (b, ks): the prompt b followed by its responses ks.
-    each = [(b, [k]) for b, block in enumerate(blocks) for k in range(len(block.responses))]
-    units = [(b, list(range(len(block.responses)))) for b, block in enumerate(blocks)] if share_prompt else each
-    rows = [list(range(len(units)))] if share_prompt else [[u] for u in range(len(units))]
+    # Rows of (index of the prompt, index of the first response, block): one for all blocks, or one for each response.
     prefix = _common_start([block.prompt for block in blocks]) if share_prompt else 0
-    lengths = [len(blocks[b].prompt) - prefix + sum(len(blocks[b].responses[k]) for k in ks) for b, ks in units]
-    R, N = len(rows), prefix + max(sum(lengths[u] for u in row) for row in rows)
+    rows = [[(b, 0, block) for b, block in enumerate(blocks)]]
+    if not share_prompt:
+        rows = [[(b, k, Block(block.prompt, (y,)))] for b, _, block in rows[0] for k, y in enumerate(block.responses)]
+    R, N = len(rows), prefix + max(sum(len(block) - prefix for _, _, block in row) for row in rows)
     input_ids = np.full((R, N), pad_id, dtype=np.int64)
     position_ids = np.tile(np.arange(N), (R, 1))  # pads count on: a jump back looks like a new text to transformers
     owner = np.full((R, N), -1, dtype=np.int64)
     segment = np.zeros((R, N), dtype=np.int64)
-    predictor, targets, sequence = [], [], []
+    predictor, targets, sequence = [], [], []  # (y,) each, one after the other response
     input_ids[:, :prefix], owner[:, :prefix] = blocks[0].prompt[:prefix], len(blocks)
-    for r, members in enumerate(rows):
+    for r, row in enumerate(rows):
         at = prefix
-        for u in members:
-            b, ks = units[u]
-            P = len(blocks[b].prompt)
-            own = P - prefix
-            start, last_prompt = at, at + own - 1
-            input_ids[r, at : at + own] = blocks[b].prompt[prefix:]
+        for b, first, block in row:
+            P, own = len(block.prompt), len(block.prompt) - prefix
+            owner[r, at : at + len(block) - prefix] = b
+            input_ids[r, at : at + own] = block.prompt[prefix:]
             position_ids[r, at : at + own] = np.arange(prefix, P)
             at += own
-            for k in ks:
-                y = blocks[b].responses[k]
+            last_prompt = at - 1
+            for k, y in enumerate(block.responses, start=first):
                 input_ids[r, at : at + len(y)] = y
                 position_ids[r, at : at + len(y)] = np.arange(P, P + len(y))
                 segment[r, at : at + len(y)] = k + 1
@@ -136,7 +133,6 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
                 sequence.append(np.full(len(y), b * K + k))
                 at += len(y)
                 last[b, k] = r * N + at - 1
-            owner[r, start:at] = b
     return Packed(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
