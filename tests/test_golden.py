@@ -3,8 +3,10 @@
 import golden
 import pytest
 
-ONE = [run for run in golden.RUNS if run.startswith("lora ")] + [f"full {loss}-hps" for loss in golden.LOSSES]
-TWO = ["lora dpo-hps", "full nca-pl", "full kto-hps", "full dpo-hps positives", "full sft", "lora reward"]
+OTHERS = ["dpo-hps draws", "dpo-hps positives", "kto-hps", "lipo-pl", "nca-pl official", "reward", "sft", "simpo-hps"]
+ONE = [f"lora {loss}-{view}" for loss in golden.LOSSES for view in ("bt", "pl", "hps")]
+ONE += [f"lora {method}" for method in OTHERS] + ["full dpo-hps", "full nca-pl"]
+TWO = ["lora dpo-hps", "full nca-pl", "full kto-hps", "full sft"]
 
 
 @pytest.mark.parametrize(("ranks", "runs"), [(1, ONE), (2, TWO)], ids=["one process", "two ranks"])
