@@ -32,10 +32,10 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from hps import config, dist, reference
+from hps.batches import make_plan, touched_blocks
 from hps.data import listwise, store, tokens
 from hps.lab import world
 from hps.options import Config
-from hps.visits import make_plan, touched_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 

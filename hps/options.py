@@ -79,7 +79,8 @@ class Config:
     # -- run --
     token_cache: str = "runs/token_cache"  # folder of the data as token ids, shared by all runs
     reference_cache: str = "runs/reference_cache"  # folder of reference log-probs, shared by all runs
-    save_every: int = 0  # steps between checkpoints; 0 keeps none
+    save_minutes: float = 10.0  # minutes between checkpoints, with which the same command goes on; 0 for none by time
+    save_every: int = 0  # steps between checkpoints, beside those by time; 0 for none by steps
     sample_every: int = 0  # steps between greedy answers to the same prompts, in samples.jsonl; 0 draws none
     sample_prompts: int = 4  # the first so many prompts of the data are answered then
     log_to: str = ""  # beside metrics.jsonl: tensorboard, wandb, or both, comma-separated
@@ -205,7 +206,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
             if not losses.OPTIONS[key].allowed(getattr(c, key)):
                 raise ValueError(f"{key} must lie in {losses.OPTIONS[key].range}, got {getattr(c, key)}")
     not_negative = ("length_penalty", "candidates", "warmup_steps", "lora_rank", "max_grad_norm", "weight_decay")
-    for key in (*not_negative, "save_every", "stop_after", "sample_every"):
+    for key in (*not_negative, "save_minutes", "save_every", "stop_after", "sample_every"):
         if getattr(c, key) < 0:
             raise ValueError(f"{key} must not be negative, got {getattr(c, key)}")
     what = f"method {c.method}" if c.loss == "preference" else f"loss {c.loss}"
@@ -229,7 +230,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
 def settings(c: Config) -> dict[str, object]:
     """The options that decide the result; a run may go on with other values of the rest."""
     free = ("stop_after", "save_every", "tokens_per_micro_batch", "out", "token_cache", "reference_cache")
-    free += ("sample_every", "sample_prompts", "log_to", "timeout")
+    free += ("save_minutes", "sample_every", "sample_prompts", "log_to", "timeout")
     return {key: value for key, value in dataclasses.asdict(c).items() if key not in free}
 
 

@@ -9,13 +9,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train", "eval", "data_prep")
 OUTER = ("hps.prepare", "hps.evaluate", "hps.lab")  # rooms that training never enters
 CLOSURE_LINES = 5370  # of all files that `import train` loads; may only fall
-OF_OURS_LINES = 13450  # of hps and the scripts; may only fall but for what the docs explain
+OF_OURS_LINES = 13600  # of hps and the scripts; may only fall but for what the docs explain
 # Rooms from the inside out: a module may import its own room and those before it.
 ROOMS = ("core", "hps.data", "hps.extra", "hps.prepare", "hps.evaluate", "hps.lab")
 # A method's facts are looked up by its name, and answers during training are those of the decoder.
 OUTWARDS = {
     ("hps.options", "hps.extra.losses"),
-    ("hps.first_loss", "hps.extra.losses"),
+    ("hps.objective", "hps.extra.losses"),
     ("hps.extra.samples", "hps.prepare.generate"),
 }
 

@@ -236,7 +236,7 @@ def test_every_option_is_read():
     of_train = [
         path
         for module, path in MODULES.items()
-        if module in ("train", "hps.options", "hps.visits", "hps.first_loss", "hps.record")
+        if module in ("train", "hps.options", "hps.batches", "hps.objective", "hps.statistics", "hps.record")
         or module.startswith("hps.extra.")
     ]
     elsewhere = {"hps.options": set(OPTIONS).union(*map(named, of_train))}

@@ -14,9 +14,9 @@ import torch
 
 from hps import checkpoint, config, dist, model
 from hps.data import tokens
-from hps.evaluate import card
+from hps.evaluate.metrics import METRICS
 from hps.extra import reward_model
-from hps.io import files
+from hps.io import card, files
 
 
 @dataclass
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         same = Path(about).resolve() == Path(c.model).resolve()
         reward = run["config"]["loss"] == "reward"
         kind = "reward model" if reward else "model"
-        readme = card.card(run, summary, kind=kind, evaluation=evaluation) if same else ""
+        readme = card.card(run, summary, kind=kind, results=results(evaluation)) if same else ""
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError, RecursionError) as error:
         wrote = f"{beside / 'run.json'}, summary.json" + (f" and {c.eval_json} are" if c.eval_json else " are")
         raise ValueError(f"{wrote} not what train.py and eval.py of this version write ({error!r:.200})") from error
@@ -55,6 +55,20 @@ def main(argv: list[str] | None = None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.export(lm, tokens.load_tokenizer(c.model), out, ranks=alone, card=readme)
     print(f"{out}: {sum(p.numel() for p in lm.parameters()):,} parameters in {c.dtype}", file=sys.stderr)
+
+
+def results(evaluation: dict[str, Any] | None) -> str:
+    """The card's section on what eval.json says of the model, in Markdown; empty without one."""
+    if evaluation is None:
+        return ""
+    about, rows = evaluation["config"], []
+    for name, m in evaluation["metrics"].items():
+        mean, low, high = (f"{m[key]:z.{METRICS[name].digits}f}" for key in ("mean", "low", "high"))
+        rows.append((METRICS[name].title, mean, f"{low} to {high}", m["prompts"], METRICS[name].meaning))
+    data, reference = (card.escape(card.name_of(about[key])) for key in ("data", "reference"))
+    intervals = "intervals are 95 % bootstrap intervals over prompts."
+    header = ("metric", "mean", "interval", "prompts", "what it is")
+    return f"## Evaluation\n\nOn {data}, against {reference}; {intervals}\n\n{card.table(header, rows)}"
 
 
 def read(path: Path, problem: str) -> dict[str, Any]:

@@ -1,18 +1,17 @@
 """KTO's z0: how much likelier than the reference the policy finds responses that belong to other prompts."""
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from hps import dist
 from hps import plan as planning
-from hps.data import store
+from hps.batches import Run
+from hps.data.store import Blocks
 from hps.model import PolicyModel
-from hps.options import Config
-from hps.packing import Block, micro_batches, pack
+from hps.packing import Block
 
 
 def mismatched(plan: planning.Plan) -> np.ndarray:
@@ -36,39 +35,42 @@ def mismatched(plan: planning.Plan) -> np.ndarray:
     return partners
 
 
-def mismatched_blocks(c: Config, plan: planning.Plan, examples: store.Store) -> store.Blocks:
-    """Of every visit its prompt with the preferred response of another (KTO's z0), cut at max_length."""
-    partners = mismatched(plan)
+class Mismatched:
+    """Of every visit its prompt with the preferred response of another one, cut at max_length tokens.
 
-    def make(v: int) -> Block:
-        w = partners[v]
-        (response,) = examples.block(plan.row[w], plan.responses[w, :1]).responses
-        prompt = examples.block(plan.row[v], []).prompt
-        return Block(prompt, (response[: c.max_length - len(prompt)],))
-
-    return store.Blocks(len(partners), make)
-
-
-def mismatched_kl(
-    policy: PolicyModel,
-    blocks: Sequence[Block],
-    ref_logps: np.ndarray,
-    visits: range,
-    c: Config,
-    ranks: dist.Ranks,
-    packing: dict[str, Any],
-) -> float:
-    """KTO's z0 of a step, nats: the mean log-ratio of its mismatched pairs over all ranks; a negative one counts as 0.
-
-    It has no gradient. A few pairs estimate a KL divergence, which is never negative.
+    blocks: V of them. ref_logps: (V,) float32 nats, theirs under the reference, once they were looked up.
     """
-    total = torch.zeros(1, dtype=torch.float64)
-    lengths = [len(blocks[v]) for v in visits]
-    for members in micro_batches(lengths, budget=c.tokens_per_micro_batch, world_size=ranks.world_size)[ranks.rank]:
-        at = [visits[i] for i in members or [0]]  # an idle rank keeps in step with the others, as in the loop
-        with torch.no_grad():
-            logps = policy(pack([blocks[v] for v in at], **packing).to(ranks.device))[:, 0].double().cpu()
-        if members:
-            total += (logps - torch.from_numpy(ref_logps[at])).sum()
-    dist.reshard(policy)
-    return max(0.0, float(dist.all_sum(total.to(ranks.device))) / len(visits))
+
+    def __init__(self, run: Run, max_length: int) -> None:
+        partners = mismatched(run.plan)
+
+        def make(v: int) -> Block:
+            prompt = run.examples.block(run.plan.row[v], []).prompt
+            w = partners[v]
+            (response,) = run.examples.block(run.plan.row[w], run.plan.responses[w, :1]).responses
+            return Block(prompt, (response[: max_length - len(prompt)],))
+
+        self._run = run
+        self.blocks = Blocks(len(partners), make)
+        self.ref_logps = np.zeros(len(partners), dtype=np.float32)
+
+    def look_up_reference(self, cache: Path, scorer: PolicyModel) -> int:
+        """Fill `ref_logps` from the reference cache; how many log-probs had to be computed for it. Collective."""
+        self.ref_logps, computed = self._run.score(cache, scorer, self.blocks)
+        return computed
+
+    def kl(self, policy: PolicyModel, step: int) -> float:
+        """z0 of a step, nats: the mean log-ratio of its pairs over all ranks; a negative one counts as 0. Collective.
+
+        It has no gradient. A few pairs estimate a KL divergence, which is never negative.
+        """
+        visits = self._run.plan.step(step)
+        total = torch.zeros(1, dtype=torch.float64)
+        for members in self._run.shares([len(self.blocks[v]) for v in visits]):
+            at = [visits[i] for i in members or [0]]  # an idle rank keeps in step with the others, as in the loop
+            with torch.no_grad():
+                logps = policy(self._run.pack([self.blocks[v] for v in at]))[:, 0].double().cpu()
+            if members:
+                total += (logps - torch.from_numpy(self.ref_logps[at])).sum()
+        dist.reshard(policy)
+        return max(0.0, float(dist.all_sum(total.to(self._run.ranks.device))) / len(visits))

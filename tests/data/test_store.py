@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hps import config, visits
+from hps import batches, config
 from hps.data import listwise, store, tokens
 from hps.data.listwise import Row
 from hps.options import Config
@@ -113,26 +113,26 @@ def test_what_a_run_reads_of_a_plan(tiny_world, tmp_path, tokenizer):
     found = opened(tmp_path / "stores", data, tokenizer)
     argv = ["--model=m", "--data=d", "--out=o", "--method=dpo-pl", "--pl_responses=4", "--prompts_per_step=8"]
     c, _ = config.parse(Config, argv, prog="train.py", description="")
-    p = visits.make_plan(c, found)
+    p = batches.make_plan(c, found)
     assert (p.responses < 0).any()  # ragged
-    touched, at = visits.touched_blocks(p, found)
+    touched, at = batches.touched_blocks(p, found)
     flat = [(b.prompt.tolist(), y.tolist()) for b in touched for y in b.responses]
     asked = []
     for v, (row, ks) in enumerate(zip(p.row, p.responses, strict=True)):
         some = [examples[row].response_ids[k].tolist() for k in ks if k >= 0]
-        assert [y.tolist() for y in visits.visit_block(p, found, v).responses] == some
+        assert [y.tolist() for y in batches.visit_block(p, found, v).responses] == some
         asked += [(examples[row].prompt_ids.tolist(), y) for y in some]
     assert [flat[i] for i in at] == asked and len(touched) == len(set(p.row))
     visited = {(row, k) for row, ks in zip(p.row, p.responses.tolist(), strict=True) for k in ks if k >= 0}
     assert len(flat) == len(visited)
     by_hand = [int(np.argmax(e.rewards)) if e.chosen is None else e.chosen for e in examples]
-    assert visits.preferred(found).tolist() == by_hand
+    assert batches.preferred(found).tolist() == by_hand
     unscored = [Row("a", "p", ("yes .",)), Row("b", "p", ("yes .", "no ."), None, 1), Row("c", "p", ("no .", "so ."))]
     listwise.write(data, unscored[:2])
-    assert visits.preferred(opened(tmp_path / "stores", data, tokenizer)).tolist() == [0, 1]
+    assert batches.preferred(opened(tmp_path / "stores", data, tokenizer)).tolist() == [0, 1]
     listwise.write(data, unscored)
     with pytest.raises(ValueError, match=r"x\.jsonl:3: several responses, and neither chosen nor rewards"):
-        visits.preferred(opened(tmp_path / "stores", data, tokenizer))
+        batches.preferred(opened(tmp_path / "stores", data, tokenizer))
 
 
 def test_only_equal_inputs_share_a_store(tiny_world, tmp_path, tokenizer):

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import eval as evaluation
 import train
 from hps.data import listwise
-from hps.evaluate import card, export
+from hps.evaluate import export
 from hps.evaluate.metrics import METRICS
+from hps.io import card
 
 
 @pytest.fixture(scope="module")

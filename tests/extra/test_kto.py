@@ -5,11 +5,12 @@ import pytest
 import torch
 from helpers import distinct, losses, rewrite, run, run_ranks
 
+from hps import batches
+from hps.batches import make_plan
 from hps.data import listwise, store, tokens
-from hps.extra.kto import mismatched_blocks
+from hps.extra.kto import Mismatched
 from hps.model import load_causal_lm
 from hps.options import Config
-from hps.visits import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,8 @@ def test_mismatched_pairs_are_cut_at_max_length(tiny_world):
     c = Config("m", "d", "o", method="kto-bt", prompts_per_step=24, epochs=1, max_length=longest + 5)
     stored = store.open_store(tiny_world / "tokens", data, tokenizer, max_length=128)
     plan = make_plan(c, stored)
-    blocks, cut = mismatched_blocks(c, plan, stored), 0
+    run_of_it = batches.Run(plan, stored, *[None] * 3, budget=0, pad_id=0, share_prompt=True)
+    blocks, cut = Mismatched(run_of_it, c.max_length).blocks, 0
     for v, block in enumerate(blocks):
         w = (v + 1) % 24
         whole = examples[plan.row[w]].response_ids[plan.responses[w, 0]]

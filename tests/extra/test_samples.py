@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from hps import config, dist
 from hps.data import listwise, tokens
+from hps.extra import samples as samples_module
 from hps.options import Config
 
 SFT = dict(loss="sft", method=None, beta=None, reference_cache=None)
@@ -55,7 +56,7 @@ def test_they_are_the_greedy_answers_of_the_policy_at_each_step(tiny_world, tmp_
 def test_a_run_is_the_same_with_and_without_them(tiny_world, tmp_path, monkeypatch, options):
     """Losses, gradients and weights to the last bit; no generator is touched."""
     options = options | ({"data": tiny_world / "sft.jsonl"} if options is SFT else {})
-    real, calls = train.sample, []
+    real, calls = samples_module.sample, []
 
     def watched(c, policy, *rest):
         modes = [m.training for m in policy.modules()]
@@ -67,7 +68,7 @@ def test_a_run_is_the_same_with_and_without_them(tiny_world, tmp_path, monkeypat
         calls.append(rest[-1])
         return seconds
 
-    monkeypatch.setattr(train, "sample", watched)
+    monkeypatch.setattr(samples_module, "sample", watched)
     plain = run(tiny_world, tmp_path / "plain", **options)
     assert not calls and not (tmp_path / "plain/samples.jsonl").exists()
     assert run(tiny_world, tmp_path / "with", sample_every=1, **options) == plain

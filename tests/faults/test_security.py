@@ -24,8 +24,9 @@ import eval as evaluation
 import train
 from hps import checkpoint, model
 from hps.data import listwise, tokens
-from hps.evaluate import card, endpoint, judge, report, survey
+from hps.evaluate import endpoint, export, judge, report, survey
 from hps.extra import reward_model
+from hps.io import card
 
 FP32 = dict(dtype=torch.float32)
 
@@ -378,7 +379,9 @@ def written(tmp_path_factory) -> Path:
     run = RUN | {"config": about | {"lora_targets": LINK}, "changed": ["model", "lora_targets"]}
     counts = {LINK: 1, HOSTILE[2]: 2}
     evaluated = EVALUATION | {"config": {"model": "policy", "data": LINK, "reference": HOSTILE[2]}}
-    (out / "card.md").write_text(card.card(run, SUMMARY | {"counts": counts}, kind="model", evaluation=evaluated))
+    (out / "card.md").write_text(
+        card.card(run, SUMMARY | {"counts": counts}, kind="model", results=export.results(evaluated))
+    )
     render = MarkdownIt("commonmark", {"html": True}).enable("table").render  # as permissive as a viewer may be
     for name in ("RESULTS", "card"):
         text = (out / f"{name}.md").read_text()

@@ -1,0 +1,155 @@
+"""What a step of training is given: the visits of the plan as micro-batches, with all that a loss looks at.
+
+The plan says which prompt meets which responses; the store has their tokens and rewards, the reference cache their
+log-probs. Here the three are put together, the same way however many ranks there are.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hps import dist, reference
+from hps import plan as planning
+from hps.data import store
+from hps.model import PolicyModel
+from hps.options import Config, needs_rewards
+from hps.packing import Block, Packed, micro_batches, pack
+from hps.samplers import sampler_options
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of a rank: B prompts with up to K responses each, column 0 preferred, all on the rank's device.
+
+    packed: the tokens, with `valid` (B, K) bool and `num_tokens` (B, K) int64 scored tokens. ref_logps: (B, K) float32
+    summed log-probs under the reference, nats, 0 where the loss needs none. log_q: (B, K-1) float32 log-weights of the
+    opponents. kappa: (B,) float32, N of Eq. 8. rewards: (B, K) float32 external rewards, 0 where the loss looks at
+    none. kl: KTO's estimate of the KL divergence in this step, nats. weight: 1, or 0 for the repeated block of an idle
+    rank.
+    """
+
+    packed: Packed
+    ref_logps: Tensor
+    log_q: Tensor
+    kappa: Tensor
+    rewards: Tensor
+    kl: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """All visits of a run and what belongs to them, in host memory; V visits, K responses at most.
+
+    ref_logps: (V, K) float32 nats. rewards: (V, K) float32. budget: packed tokens per micro-batch.
+    """
+
+    plan: planning.Plan
+    examples: store.Store
+    ref_logps: np.ndarray
+    rewards: np.ndarray
+    ranks: dist.Ranks
+    budget: int
+    pad_id: int
+    share_prompt: bool
+
+    def blocks(self, step: int) -> list[Block]:
+        """The token blocks of a step, in the order of its visits, those of all ranks."""
+        return [visit_block(self.plan, self.examples, v) for v in self.plan.step(step)]
+
+    def micro_batches(self, step: int, blocks: list[Block], *, kl: float = 0.0) -> Iterator[Batch]:
+        """This rank's share of a step, of which `blocks` are all. Every rank gets the same number of micro-batches, or
+        collectives would hang. kl: as in `Batch`."""
+        visits = self.plan.step(step)
+        for members in self.shares([len(block) for block in blocks]):
+            # A rank with nothing left repeats the step's first block with weight 0: collectives must stay in step.
+            here = members or [0]
+            at = [visits[i] for i in here]
+            packed = self.pack([blocks[i] for i in here])
+            K = packed.valid.shape[1]  # the widest prompt of this micro-batch; the plan's columns go on beyond it
+            yield Batch(
+                packed=packed,
+                ref_logps=self._column(self.ref_logps[at][:, :K]),
+                log_q=self._column(self.plan.log_q[at][:, : K - 1]),
+                kappa=self._column(self.plan.kappa[at]),
+                rewards=self._column(self.rewards[at][:, :K]),
+                kl=kl,
+                weight=1.0 if members else 0.0,
+            )
+
+    def look_up_reference(self, cache: Path, scorer: PolicyModel) -> int:
+        """Fill `ref_logps` from the reference cache; how many log-probs `scorer` had to compute for it. Collective."""
+        touched, at = touched_blocks(self.plan, self.examples)
+        found, computed = self.score(cache, scorer, touched)
+        self.ref_logps[self.plan.responses >= 0] = found[at]
+        return computed
+
+    def score(self, cache: Path, scorer: PolicyModel, blocks: Sequence[Block]) -> tuple[np.ndarray, int]:
+        """Log-probs (T,) float32 nats of all responses of `blocks`, and how many had to be computed. Collective."""
+        how = dict(ranks=self.ranks, budget=self.budget, pad_id=self.pad_id, share_prompt=self.share_prompt)
+        return reference.fill(cache, scorer, blocks, **how)
+
+    def shares(self, lengths: list[int]) -> list[list[int]]:
+        """Which of blocks of these lengths this rank computes, by micro-batch; empty ones where it is idle."""
+        return micro_batches(lengths, budget=self.budget, world_size=self.ranks.world_size)[self.ranks.rank]
+
+    def pack(self, blocks: list[Block]) -> Packed:
+        """Blocks as one micro-batch on the rank's device."""
+        packed = pack(blocks, pad_id=self.pad_id, share_prompt=self.share_prompt)
+        return packed.to(self.ranks.device)
+
+    def _column(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.ranks.device)
+
+
+def make_plan(c: Config, examples: store.Store) -> planning.Plan:
+    """All visits of the run, before its first step."""
+    order = dict(epochs=c.epochs, prompts_per_step=c.prompts_per_step, seed=c.seed, shuffle=c.shuffle)
+    if c.loss == "sft":
+        return planning.plan_demonstrations(preferred(examples), examples.keys, **order)
+    sampler = c.method.split("-")[1]
+    options = {key: getattr(c, key) for key in sampler_options(sampler)}
+    columns = (examples.rewards, examples.identity, examples.keys)
+    return planning.plan(*columns, sampler=sampler, human=examples.human, **order, **options)
+
+
+def preferred(examples: store.Store) -> np.ndarray:
+    """The response of each prompt that SFT learns: the human choice, else the highest reward, else the only one."""
+    best = examples.human[:, 0].astype(np.int64)
+    for rows in planning.chunks(len(best)):
+        for i, rewards in zip(rows, examples.rewards[rows[0] : rows[-1] + 1], strict=True):
+            if best[i] < 0 and len(rewards) > 1 and np.isnan(rewards[0]):
+                where = examples.where(i)
+                raise ValueError(f"{where}: several responses, and neither chosen nor rewards say which one to learn")
+            best[i] = best[i] if best[i] >= 0 else np.argmax(rewards)
+    return best
+
+
+def visit_block(plan: planning.Plan, examples: store.Store, v: int) -> Block:
+    """The prompt and the responses of visit `v`, preferred first."""
+    ks = plan.responses[v]
+    return examples.block(plan.row[v], ks[ks >= 0])
+
+
+def touched_blocks(plan: planning.Plan, examples: store.Store) -> tuple[store.Blocks, np.ndarray]:
+    """Every response that the plan visits, once, gathered by prompt; and which of them each entry of
+    `plan.responses[plan.responses >= 0]` is, (T,) int64."""
+    v, k = np.nonzero(plan.responses >= 0)
+    width = plan.responses.max() + 1
+    responses, at = np.unique(plan.row[v] * width + plan.responses[v, k], return_inverse=True)
+    rows, ks = np.divmod(responses, width)
+    first = np.flatnonzero(np.diff(rows, prepend=-1, append=-1))  # where each prompt's responses begin, and the end
+    return store.Blocks(len(first) - 1, lambda i: examples.block(rows[first[i]], ks[first[i] : first[i + 1]])), at
+
+
+def visit_rewards(c: Config, plan: planning.Plan, examples: store.Store) -> np.ndarray:
+    """The rewards (V, K) float32 that the loss looks at: of the plan's responses, and 0 where it looks at none."""
+    rewards = np.zeros(plan.responses.shape, dtype=np.float32)
+    if needs_rewards(c):
+        v, k = np.nonzero(plan.responses >= 0)
+        rewards[v, k] = examples.rewards_of(plan.row[v], plan.responses[v, k])
+    return rewards
