@@ -240,8 +240,8 @@ def test_a_length_penalty_reaches_the_pairs_and_the_loss(tiny_world, tmp_path):
 def test_under_a_large_length_penalty_the_longest_loses_to_the_shortest(tiny_world, tmp_path, monkeypatch):
     """At 1,000 a token: best and worst of every prompt are one of its shortest and one of its longest responses."""
     plans = []
-    real = train.make_plan
-    monkeypatch.setattr(train, "make_plan", lambda c, examples: plans.append(real(c, examples)) or plans[-1])
+    real = train.batches.make_plan
+    monkeypatch.setattr(train.batches, "make_plan", lambda c, examples: plans.append(real(c, examples)) or plans[-1])
     run(tiny_world, tmp_path, method="dpo-bt", stop_after=1, length_penalty=1e3)
     lengths = [L for _, L in penalised_rewards(tiny_world, 0.0)]
     assert len(plans[0].row) == 2 * 24

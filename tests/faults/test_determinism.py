@@ -52,7 +52,7 @@ def test_a_shared_start_changes_rounding_only(tiny_world, tmp_path, monkeypatch)
         seen.append(packed.prefix)
         return packed
 
-    monkeypatch.setattr(train, "pack", watched)
+    monkeypatch.setattr(train.batches, "pack", watched)
     losses = {}
     for least in (8, 10**9):
         monkeypatch.setattr(packing, "MIN_PREFIX", least)
