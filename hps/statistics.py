@@ -62,9 +62,14 @@ class Statistics:
         return means, norm, stops > 0, saves > 0
 
 
-def prompt_metrics(per_prompt, policy_logps, logratios, valid, beta: float, positives: int = 1) -> torch.Tensor:
-    """(B, len(METRICS)) detached; "chosen" is the best response, "rejected" a mean over those from column `positives`
-    on, accuracy the share of them that the best one beats."""
+def prompt_metrics(
+    per_prompt: Tensor, policy_logps: Tensor, logratios: Tensor, valid: Tensor, beta: float, positives: int = 1
+) -> Tensor:
+    """The columns of METRICS, (B, len(METRICS)), from losses (B,), log-probs (B, K), log-ratios (B, K) and valid (B, K).
+
+    "chosen" is the best response, "rejected" a mean over those from column `positives` on, accuracy the share of them
+    that the best one beats.
+    """
     rewards = implicit_rewards(logratios, beta=beta)
     opponents = valid[:, positives:]
     count = opponents.sum(1).clamp(min=1)

@@ -148,8 +148,9 @@ def test_a_resumed_run_is_bit_identical(tiny_world, tmp_path, base, stop):
     assert weights[0] == weights[1]
 
 
-def test_resume_reads_the_last_checkpoint_and_cuts_the_log(tiny_world, tmp_path, base, monkeypatch):
-    """Killed between checkpoints: steps past the last one are done again and stand in the log once."""
+@pytest.mark.parametrize(("options", "kept"), [(dict(save_every=3), 3), (dict(save_minutes=1e-9), 4)])
+def test_resume_reads_the_last_checkpoint(tiny_world, tmp_path, base, monkeypatch, options, kept):
+    """Killed after checkpoints by steps or by time: later steps are done again, and stand in the log once."""
     real = train.lr_at
 
     def kill(c, step, steps):
@@ -157,12 +158,14 @@ def test_resume_reads_the_last_checkpoint_and_cuts_the_log(tiny_world, tmp_path,
             raise KeyboardInterrupt
         return real(c, step, steps)
 
+    options = dict(tokens_per_micro_batch=100_000, **options)
     monkeypatch.setattr(train, "lr_at", kill)
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_world, tmp_path, save_every=3, tokens_per_micro_batch=100_000)
+        run(tiny_world, tmp_path, **options)
     monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{kept:08d}"]
     assert len(losses(tmp_path)) == 4
-    assert run(tiny_world, tmp_path, save_every=3, tokens_per_micro_batch=100_000) == base
+    assert run(tiny_world, tmp_path, **options) == base
 
 
 @pytest.mark.parametrize("lora_rank", [0, 8])

@@ -38,7 +38,7 @@ def test_memory_files_and_steps_stay_flat(tiny_world, tmp_path, amount):
             samples.append((cpu, steps, seen.memory_info().rss / 2**20, seen.num_fds()))
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
-    assert process.exitcode == train.TERMINATED
+    assert process.exitcode == train.STOPPED_BY_SIGTERM
     cpu, steps, memory, descriptors = np.array(samples).T
     rate = np.diff(cpu) / np.diff(steps)
     fifth = max(2, len(rate) // 5)

@@ -107,7 +107,7 @@ def struck(argv: list[str], folder: Path, out: Path, strike: Strike, slot: int, 
     if strike.term:
         assert re.search(rf"stopped after {expected} of {STEPS} steps; the same command goes on", text), text[-3000:]
         # torchrun has a status of its own; that of its workers is in what it says.
-        assert strike.term == "torchrun" or f"exitcode  : {train.TERMINATED}" in text, text[-3000:]
+        assert strike.term == "torchrun" or f"exitcode  : {train.STOPPED_BY_SIGTERM}" in text, text[-3000:]
     elif strike.do == "nan":
         message = rf"error: step {step}: loss [\d.]+, gradient norm nan; no update was made\. Rows: (\S+, ){{3}}\S+\n"
         assert len(re.findall(message, text)) == 2, f"both ranks refuse the step\n{text[-3000:]}"
@@ -194,7 +194,7 @@ def test_one_run_a_folder_and_sigterm(tiny_world, tmp_path, amount):
                 assert f"by process {holder.pid} on" in job.text()
         os.kill(holder.pid, signal.SIGTERM)
         holder.join(60)
-        assert holder.exitcode == train.TERMINATED == 75
+        assert holder.exitcode == train.STOPPED_BY_SIGTERM == 75
         assert not (out / "lock").exists()
         assert jobs.checkpoint_of(out) == 5
         assert f"stopped after 5 of {STEPS} steps; the same command goes on" in log.read_text()
