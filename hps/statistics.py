@@ -65,7 +65,7 @@ class Statistics:
 def prompt_metrics(
     per_prompt: Tensor, policy_logps: Tensor, logratios: Tensor, valid: Tensor, beta: float, positives: int = 1
 ) -> Tensor:
-    """The columns of METRICS, (B, len(METRICS)), from losses (B,), log-probs (B, K), log-ratios (B, K) and valid (B, K).
+    """The columns of METRICS (B, len(METRICS)) from losses (B,), log-probs (B, K), log-ratios (B, K), valid (B, K).
 
     "chosen" is the best response, "rejected" a mean over those from column `positives` on, accuracy the share of them
     that the best one beats.
