@@ -1,17 +1,14 @@
-"""The rules of the house that a machine can check, and what the README and docs/DATA.md say about the code."""
+"""The rules of the house that a machine can check."""
 
 import ast
-import contextlib
 import importlib.metadata
 import importlib.util
 import inspect
-import io
 import itertools
 import re
 import subprocess
 import sys
 import tomllib
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -304,100 +301,3 @@ def test_no_file_names_a_registry():
             text = path.read_text(encoding="utf-8")
             named = re.search(r"(--(extra-)?index-url|--trusted-host|--find-links|index_url|pypi\.org/simple)", text)
             assert named is None or path.name == "test_repo.py", f"{path.name}: {named and named[0]}"
-
-
-# -- the README --
-
-
-def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-
-
-def code_of(markdown: str) -> str:
-    """Fenced blocks and inline code, one per line; a backslash at a line's end joins the next one."""
-    fenced = re.findall(r"^```[^\n]*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL))
-    return re.sub(r"\\\n\s*", " ", "\n".join([*fenced, *inline]))
-
-
-def script_calls(code: str) -> list[tuple[str, list[str], list[str]]]:
-    """Script, sub-command words and flags of each command that names one of our scripts."""
-    calls = []
-    for line in code.splitlines():
-        command = re.split(r"\s#|[|;&>]", line)[0]
-        if found := re.search(r"\b(train|eval|data_prep)\.py\b(.*)", command):
-            words = found[2].split()
-            first = words[:1] if words and re.fullmatch(r"[a-z][a-z-]*", words[0]) else []
-            flags = [word.split("=")[0] for word in words if word.startswith("--")]
-            calls.append((found[1], first, flags))
-    return calls
-
-
-def test_reading_commands_out_of_markdown():
-    text = (
-        "Run `make test`.\n```bash\ntorchrun -n 2 train.py --lr 1 \\\n  --beta=2  # --no\n"
-        "./data_prep.py doctor --data x\n```\n"
-    )
-    calls = [("train", [], ["--lr", "--beta"]), ("data_prep", ["doctor"], ["--data"])]
-    assert script_calls(code_of(text)) == calls
-
-
-@pytest.fixture
-def readme() -> str:
-    return (ROOT / "README.md").read_text()
-
-
-@cache
-def help_of(*words: str) -> str:
-    """What a script, or one of its commands, prints for --help."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        importlib.import_module(words[0]).main([*words[1:], "--help"])
-    assert printed.getvalue(), words
-    return printed.getvalue()
-
-
-def test_figures_of_the_readme_stand_in_the_results(readme):
-    """A measured number has a point or a unit in it; whoever quotes one quotes docs/RESULTS.md."""
-    prose = re.sub(r"^```.*?^```|`[^`\n]+`|\(http[^)]*\)", "", readme, flags=re.MULTILINE | re.DOTALL)
-    figures = set(re.findall(r"(?<![\w.])\d*\.\d+(?![\w.])|\d+(?= (?:%|h |min|minutes|seconds|MiB|times))", prose))
-    figures -= {"3.11"}  # Python
-    results = (ROOT / "docs/RESULTS.md").read_text()
-    assert not [x for x in figures if not re.search(rf"(?<![\d.]){re.escape(x)}(?![\d.])", results)]
-
-
-def test_make_targets_of_the_readme_exist(readme):
-    named = set(re.findall(r"\bmake ((?!-)[\w-]+)", code_of(readme)))
-    assert named, "the README names no make target"
-    assert named <= make_targets()
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/DATA.md"])
-def test_flags_of_the_pages_exist(page):
-    calls = script_calls(code_of((ROOT / page).read_text()))
-    assert {"train", "data_prep"} <= {script for script, _, _ in calls}, f"{page} shows no command"
-    for script, command, flags in calls:
-        known = {*re.findall(r"--[\w-]+", help_of(script, *command)), "--help"}
-        unknown = sorted({"--" + flag[2:].replace("-", "_") for flag in flags} - known)
-        assert not unknown, f"{page}: {' '.join((script, *command))} has no {', '.join(unknown)}"
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/DATA.md"])
-def test_paths_of_the_pages_exist(page):
-    text = (ROOT / page).read_text()
-    inside = re.findall(r"\b(?:hps|configs|benchmarks|docs|tests)/[\w./-]*\w\.(?:py|toml|md)\b", text)
-    absent = sorted({path for path in inside if not (ROOT / path).exists()})
-    assert not absent, f"{page} names {absent}"
-
-
-@pytest.mark.parametrize("page", ["DETERMINISM.md", "PITFALLS.md"])
-def test_every_statement_of_these_pages_has_its_test(page):
-    rows = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("|")]
-    rows = [row for row in rows if not re.fullmatch(r"[|-]+", row) and "test |" not in row and "tests |" not in row]
-    assert len(rows) >= 19
-    for row in rows:
-        named = re.findall(r"`(tests/\S+?\.py)::(test_\w+)`", row)
-        assert named, f"no test stands beside {row}"
-        for path, name in named:
-            assert f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
-    assert f"docs/{page}" in (ROOT / "README.md").read_text()

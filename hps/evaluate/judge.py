@@ -5,7 +5,7 @@
         ... --endpoint https://host/v1 --judge_model NAME --key_variable API_KEY
 
 Writes answers.jsonl (raw, as they come), scores.jsonl, judge.json and judge.md. The same command again asks only what
-is missing. What it measures, and what it cannot, is in docs/JUDGE.md.
+is missing. What it measures, and what it cannot, is in docs/EVALUATION.md.
 """
 
 import hashlib

@@ -3,7 +3,7 @@
     python -m hps.evaluate.survey export    --methods SFT=a/samples.jsonl,DPO-HPS=b/samples.jsonl --out study
     python -m hps.evaluate.survey aggregate --key study/key.json --ratings study/ratings --out study
 
-survey.html goes to the raters; key.json, which says what wrote each response, stays. docs/SURVEY.md tells the rest.
+survey.html goes to the raters; key.json, which says what wrote each response, stays. docs/EVALUATION.md tells the rest.
 """
 
 import itertools

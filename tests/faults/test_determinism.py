@@ -1,4 +1,4 @@
-"""What is the same to the last bit and what is close: the statements of docs/DETERMINISM.md that no other test has."""
+"""What is the same to the last bit and what is close: the statements of docs/RELIABILITY.md that no other test has."""
 
 import harness
 import numpy as np
