@@ -73,7 +73,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         candidates=c.candidates,
         need_rewards=c.loss != "sft" and (parts(c)[1] != "human" or needs_rewards(c)),
         length_penalty=c.length_penalty,
-        makes=ranks.first,
+        ranks=ranks,
     )
     plan = batches.make_plan(c, examples)
     counts = examples.counts | plan.dropped | plan.excluded

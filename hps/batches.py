@@ -135,7 +135,7 @@ def visit_block(plan: planning.Plan, examples: store.Store, v: int) -> Block:
     return examples.block(plan.row[v], ks[ks >= 0])
 
 
-def touched_blocks(plan: planning.Plan, examples: store.Store) -> tuple[store.Blocks, np.ndarray]:
+def touched_blocks(plan: planning.Plan, examples: store.Store) -> tuple[store.Lazy, np.ndarray]:
     """Every response that the plan visits, once, gathered by prompt; and which of them each entry of
     `plan.responses[plan.responses >= 0]` is, (T,) int64."""
     v, k = np.nonzero(plan.responses >= 0)
@@ -143,7 +143,11 @@ def touched_blocks(plan: planning.Plan, examples: store.Store) -> tuple[store.Bl
     responses, at = np.unique(plan.row[v] * width + plan.responses[v, k], return_inverse=True)
     rows, ks = np.divmod(responses, width)
     first = np.flatnonzero(np.diff(rows, prepend=-1, append=-1))  # where each prompt's responses begin, and the end
-    return store.Blocks(len(first) - 1, lambda i: examples.block(rows[first[i]], ks[first[i] : first[i + 1]])), at
+
+    def read(a: int, b: int) -> list[Block]:
+        return [examples.block(rows[first[i]], ks[first[i] : first[i + 1]]) for i in range(a, b)]
+
+    return store.Lazy(len(first) - 1, read), at
 
 
 def visit_rewards(c: Config, plan: planning.Plan, examples: store.Store) -> np.ndarray:

@@ -1,13 +1,15 @@
 """Ranks, sharding and reductions. The only file that reads rank variables; the model never mentions any of it."""
 
+import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,6 +91,32 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_first(make: Callable[[], Any], ranks: Ranks | None) -> Any:
+    """What `make` gives on the first rank (JSON), on all ranks; they wait for it, days if need be. Collective.
+
+    Raises:
+        ValueError: that of `make` on the first rank, on all ranks.
+    """
+    if ranks is None or ranks.world_size == 1:
+        return make()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # the ranks' own group gives up after minutes
+    answer: dict[str, Any] = {}
+    if ranks.first:
+        try:
+            answer = {"made": make()}
+        except ValueError as error:
+            answer = {"error": str(error)}
+    sent = bytearray(json.dumps(answer).encode())
+    size = torch.tensor([len(sent)])
+    dist.broadcast(size, 0, group=group)
+    message = torch.frombuffer(sent, dtype=torch.uint8) if ranks.first else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(message, 0, group=group)
+    answer = json.loads(bytes(message.tolist()))
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["made"]
 
 
 def shard(model: nn.Module, layers: list[nn.Module], *, ranks: Ranks, dtype: torch.dtype) -> None:

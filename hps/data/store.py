@@ -8,7 +8,6 @@ appears whole or not at all. What needs the texts themselves (eval.py, doctor) r
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from hps import dist
 from hps.data import listwise, tokens
 from hps.data.tokens import Example
 from hps.io import files
@@ -26,6 +26,7 @@ from hps.packing import Block
 
 # Decides a store's name: raise it when the files below, or what becomes of a row, change.
 FORMAT = 4
+ADVICE = "delete the folder of this token store, it will be made again"
 FILES = {
     "tokens": np.dtype("<i4"),  # of each of the R examples the prompt, then its responses, N in all
     "offsets": np.dtype("<i8"),  # (R + N + 1,): where each prompt and response begins, and the one before it ends
@@ -39,24 +40,22 @@ FILES = {
 }
 
 
-class Column(Sequence[np.ndarray]):
-    """One (k,) array an example, read from disk as slices are asked for.
+@dataclass(frozen=True)
+class Lazy(Sequence[Any]):
+    """A sequence of which nothing is held: `read(a, b)` gives its items a to b - 1 when they are asked for."""
 
-    read: gives the values of examples a to b - 1, joined. first: (R + 1,), where each example's begin.
-    """
-
-    def __init__(self, read: Callable[[int, int], np.ndarray], first: np.ndarray) -> None:
-        self._read, self._first = read, first
+    size: int
+    read: Callable[[int, int], list[Any]]
 
     def __len__(self) -> int:
-        return len(self._first) - 1
+        return self.size
 
     def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, slice):
-            return self[index : index + 1][0]
-        values = self._read(index.start, index.stop)
-        cuts = (self._first[index.start : index.stop + 1] - self._first[index.start]).tolist()
-        return [values[a:b] for a, b in pairwise(cuts)]
+        if isinstance(index, slice):
+            return self.read(index.start, index.stop)
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.read(index, index + 1)[0]
 
 
 class Store:
@@ -69,20 +68,18 @@ class Store:
     """
 
     def __init__(self, folder: Path, data: Path, *, length_penalty: float = 0.0) -> None:
-        """Open a store of the data file `data`; ValueError if it is not whole. `length_penalty` as in `open_store`."""
+        """A store of the data file `data`, taken to be whole, as `open_store` has it; `length_penalty` as there."""
         about = _read_header(folder)
         self.counts: dict[str, int] = about["counts"]
         self.longest: int = about["longest"]
         self.data_hash: str = about["identity"]["data"]
-        self.without_rewards: list[Any] | None = about["without_rewards"]
         self._folder, self._data, self._penalty = folder, data, length_penalty
-        # What has a number or two a prompt is mapped; the rest is read, since every page of a map that was once touched
-        # counts as this process's memory.
+        # What has a number or two per prompt is mapped; the rest is read, since every page of a map that was once
+        # touched counts as this process's memory.
         self._files = {name: (folder / name).open("rb") for name in ("tokens", "offsets", "rewards", "identity")}
         self._first, self._id_at = self._map("cuts").reshape(-1, 2).T
         self.keys, self.human = self._map("keys"), self._map("human").reshape(-1, 2)
-        self.rewards = Column(self._rewards, self._first)
-        self.identity = Column(lambda a, b: self._read("identity", self._first[a], self._first[b]), self._first)
+        self.rewards, self.identity = Lazy(len(self.keys), self._rewards), Lazy(len(self.keys), self._identity)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -111,14 +108,20 @@ class Store:
         """File and line of example i, for messages."""
         return f"{self._data}:{self._map('lines')[i]}"
 
-    def _rewards(self, a: int, b: int) -> np.ndarray:
+    def _identity(self, a: int, b: int) -> list[np.ndarray]:
+        return self._split(self._read("identity", self._first[a], self._first[b]), a, b)
+
+    def _rewards(self, a: int, b: int) -> list[np.ndarray]:
         first = self._first[a : b + 1]
         rewards = self._read("rewards", first[0], first[-1])
         if self._penalty:
             lengths = np.diff(self._read("offsets", first[0] + a, first[-1] + b + 1))
-            lengths = np.delete(lengths, first[:-1] - first[0] + np.arange(b - a))  # the prompts'
-            rewards = rewards - self._penalty * lengths
-        return rewards
+            rewards = rewards - self._penalty * np.delete(lengths, first[:-1] - first[0] + np.arange(b - a))  # prompts'
+        return self._split(rewards, a, b)
+
+    def _split(self, values: np.ndarray, a: int, b: int) -> list[np.ndarray]:
+        cuts = self._first[a : b + 1] - self._first[a]
+        return [values[i:j] for i, j in pairwise(cuts.tolist())]
 
     def _map(self, name: str) -> np.ndarray:
         return np.asarray(np.memmap(self._folder / name, FILES[name], "r"))
@@ -128,22 +131,6 @@ class Store:
         data = os.pread(self._files[name].fileno(), (end - begin) * dtype.itemsize, begin * dtype.itemsize)
         assert len(data) == (end - begin) * dtype.itemsize, f"{self._folder / name} was cut while it was in use"
         return np.frombuffer(data, dtype)
-
-
-@dataclass(frozen=True)
-class Blocks(Sequence[Block]):
-    """Blocks that are made when they are asked for, so that none is held."""
-
-    size: int
-    make: Callable[[int], Block]
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        return self.make(index)
 
 
 def open_store(
@@ -157,23 +144,24 @@ def open_store(
     candidates: int = 0,
     need_rewards: bool = False,
     length_penalty: float = 0.0,
-    makes: bool = True,
+    ranks: dist.Ranks | None = None,
 ) -> Store:
-    """The store of a list-wise file, made if no run before has made it.
+    """The store of a list-wise file, made if no run before has made it. Collective with `ranks`: the first one reads
+    the data and hashes the store, the others look at the sizes and times of its files.
 
     root: folder of all stores. max_length, truncate, closing: as for `tokens.tokenize`. candidates: the first so many
     responses of each row, 0 for all. need_rewards: refuse data of which a row has no rewards. length_penalty: taken off
     the rewards for every token of a response, OURS: the data's side of R-DPO, which takes alpha L off the reward that
-    the policy is to follow. makes: False waits for another rank to make it.
+    the policy is to follow.
     Raises ValueError for what `listwise.stream` and `tokens.tokenize` refuse, and for a store that is not whole.
     """
-    data = Path(data)
-    identity = {"format": FORMAT, "data": files.sha256(data), "tokenizer": tokens.fingerprint(tokenizer)}
-    identity |= {"max_length": max_length, "truncate": truncate, "candidates": candidates, "closing": closing}
-    folder = Path(root) / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    while not makes and not folder.exists():
-        time.sleep(0.1)
-    if not folder.exists():
+    data, root = Path(data), Path(root)
+    how = dict(max_length=max_length, truncate=truncate)
+
+    def make() -> dict[str, Any]:
+        identity = {"format": FORMAT, "data": files.sha256(data), "tokenizer": tokens.fingerprint(tokenizer)}
+        identity |= how | {"candidates": candidates, "closing": closing}
+        folder = root / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
         about: dict[str, Any] = {"identity": identity, "counts": {}, "without_rewards": None}
 
         def rows() -> Iterator[listwise.Row]:
@@ -184,14 +172,26 @@ def open_store(
             if files.sha256(data) != identity["data"]:
                 raise ValueError(f"{data}: changed while it was read; start again")
 
-        how = dict(max_length=max_length, truncate=truncate, closing=closing)
-        examples = tokens.tokenize(tokenizer, rows(), about["counts"], **how)
-        write(folder, examples, about)
-    store = Store(folder, data, length_penalty=length_penalty)
-    if need_rewards and store.without_rewards:
-        id, line = store.without_rewards
-        listwise.fail_without_rewards(id, f"{data}:{line}")
-    return store
+        if not folder.exists():
+            write(folder, tokens.tokenize(tokenizer, rows(), about["counts"], closing=closing, **how), about)
+        header = _read_header(folder)
+        if why := files.first_corrupt_file(folder, header["files"]):
+            raise ValueError(f"{folder}: {why}; {ADVICE}")
+        if need_rewards and header["without_rewards"]:
+            id, line = header["without_rewards"]
+            listwise.fail_without_rewards(id, f"{data}:{line}")
+        return {"folder": folder.name, "files": _sizes_and_times(folder)}
+
+    found = dist.from_first(make, ranks)
+    folder = root / found["folder"]
+    if _sizes_and_times(folder) != found["files"]:
+        raise ValueError(f"{folder}: is not the token store that the first rank has checked; all must see one folder")
+    return Store(folder, data, length_penalty=length_penalty)
+
+
+def _sizes_and_times(folder: Path) -> dict[str, list[int]]:
+    stats = {path.name: path.stat() for path in folder.iterdir()} if folder.exists() else {}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
     with files.explain_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     examples, longest = iter(examples), 0
-    offsets, cuts = np.zeros(1, dtype=np.int64), np.zeros((1, 2), dtype=np.int64)
+    offsets, cuts = np.zeros(1, np.int64), np.zeros((1, 2), np.int64)
     with files.replacing(folder, over=False) as partial:
         partial.mkdir()
         with ExitStack() as stack:
@@ -233,9 +233,4 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
-    """The content of `store.json`; ValueError unless it and every file that it names are what was written."""
-    advice = "delete the folder of this token store, it will be made again"
-    header = files.read_record(folder / "store.json", advice, files=dict, identity=dict, counts=dict, longest=int)
-    if why := files.first_corrupt_file(folder, header["files"]):
-        raise ValueError(f"{folder}: {why}; {advice}")
-    return header
+    return files.read_record(folder / "store.json", ADVICE, files=dict, identity=dict, counts=dict, longest=int)

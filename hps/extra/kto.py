@@ -9,7 +9,7 @@ import torch
 from hps import dist
 from hps import plan as planning
 from hps.batches import Run
-from hps.data.store import Blocks
+from hps.data.store import Lazy
 from hps.model import PolicyModel
 from hps.packing import Block
 
@@ -51,7 +51,7 @@ class Mismatched:
             return Block(prompt, (response[: max_length - len(prompt)],))
 
         self._run = run
-        self.blocks = Blocks(len(partners), make)
+        self.blocks = Lazy(len(partners), lambda a, b: [make(v) for v in range(a, b)])
         self.ref_logps = np.zeros(len(partners), dtype=np.float32)
 
     def look_up_reference(self, cache: Path, scorer: PolicyModel) -> int:

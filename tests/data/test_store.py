@@ -1,15 +1,17 @@
 """The token store: what it holds equals what tokenising in memory gives; only whole and matching stores are read."""
 
+import json
+import multiprocessing
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from hps import batches, config
+from hps import batches, config, dist
 from hps.data import listwise, store, tokens
 from hps.data.listwise import Row
 from hps.options import Config
@@ -55,20 +57,18 @@ def check_equal(found: store.Store, examples: list[tokens.Example]) -> None:
         assert human == [-1 if k is None else k for k in (e.chosen, e.rejected)]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.xz"])
-@pytest.mark.parametrize("candidates", [0, 3])
-def test_a_store_holds_what_tokenising_in_memory_gives(tiny_world, tmp_path, tokenizer, suffix, candidates):
+@pytest.mark.parametrize(("suffix", "candidates"), [("jsonl", 3), ("jsonl.gz", 0), ("jsonl.xz", 3)])
+def test_a_store_holds_what_memory_does(tiny_world, tmp_path, tokenizer, suffix, candidates):
     data = tmp_path / f"x.{suffix}"
     listwise.write(data, odd_rows(tiny_world))
     rows = listwise.read(data)
     rows = [listwise.first_responses(row, candidates) for row in rows] if candidates else rows
     examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=128)
     assert counts["rows_overlong_prompt"] == counts["responses_empty"] == 1 and counts["pairs_broken"] == 1
-    found = opened(tmp_path / "stores", data, tokenizer, candidates=candidates)
-    assert found.counts == counts
-    check_equal(found, examples)
-    again = opened(tmp_path / "stores", data, tokenizer, candidates=candidates)
-    check_equal(again, examples)
+    for _ in ("made", "found"):
+        found = opened(tmp_path / "stores", data, tokenizer, candidates=candidates)
+        assert found.counts == counts
+        check_equal(found, examples)
     assert [path.suffix for path in (tmp_path / "stores").iterdir()] == [""]  # one store, no temporary folder
 
 
@@ -161,36 +161,26 @@ def test_only_equal_inputs_share_a_store(tiny_world, tmp_path, tokenizer):
     assert opened(stores, copy, tokenizer).id(0).startswith("z") and count() == 6
 
 
-def harm(folder: Path, how: str) -> None:
-    if how == "header":
+def test_a_corrupt_store_is_refused(tiny_world, tmp_path, tokenizer):
+    """And made again once it is deleted."""
+    data = tiny_world / "train.jsonl"
+
+    def change_header(folder: Path) -> None:
         text = (folder / "store.json").read_text()
         (folder / "store.json").write_text(text.replace('"rows_kept": 24', '"rows_kept": 23'))
-    elif how == "no header":
-        (folder / "store.json").unlink()
-    elif how == "cut":
-        os.truncate(folder / "tokens", (folder / "tokens").stat().st_size - 4)
-    else:
-        (folder / "rewards").unlink()
 
-
-@pytest.mark.parametrize(
-    ("how", "why"),
-    [
-        ("header", r"store\.json: is not what was written there"),
-        ("no header", r"store\.json: cannot be read"),
-        ("cut", "tokens is not what was written"),
-        ("gone", "rewards is missing"),
-    ],
-)
-def test_a_harmed_store_is_refused_and_made_again_once_deleted(tiny_world, tmp_path, tokenizer, how, why):
-    data = tiny_world / "train.jsonl"
-    opened(tmp_path, data, tokenizer)
-    (folder,) = tmp_path.iterdir()
-    harm(folder, how)
-    with pytest.raises(ValueError, match=rf"{folder}.*{why}.*; delete the folder of this token store"):
+    for why, harm in (
+        (r"store\.json: is not what was written there", change_header),
+        (r"store\.json: cannot be read", lambda folder: (folder / "store.json").unlink()),
+        ("tokens is not what was written", lambda folder: os.truncate(folder / "tokens", 40)),
+        ("rewards is missing", lambda folder: (folder / "rewards").unlink()),
+    ):
         opened(tmp_path, data, tokenizer)
-    shutil.rmtree(folder)
-    opened(tmp_path, data, tokenizer)
+        (folder,) = tmp_path.iterdir()
+        harm(folder)
+        with pytest.raises(ValueError, match=rf"{folder}.*{why}.*; delete the folder of this token store"):
+            opened(tmp_path, data, tokenizer)
+        shutil.rmtree(folder)
 
 
 def test_a_failed_pass_leaves_nothing(tiny_world, tmp_path, tokenizer, monkeypatch):
@@ -215,8 +205,7 @@ def test_a_failed_pass_leaves_nothing(tiny_world, tmp_path, tokenizer, monkeypat
     assert set(read) == {data} and len(read) == 2 and not list(stores.iterdir())
 
 
-def test_whoever_is_second_finds_the_first_ones_store(tiny_world, tmp_path, tokenizer):
-    """Two processes that make the same store at once; and a rank that waits for another one to make it."""
+def test_of_two_that_make_a_store_the_first_stays(tiny_world, tmp_path, tokenizer):
     data, folder = tiny_world / "train.jsonl", tmp_path / "both" / "s"
     examples, counts = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
     about = {"identity": {"data": "h"}, "counts": counts, "without_rewards": None}
@@ -226,15 +215,52 @@ def test_whoever_is_second_finds_the_first_ones_store(tiny_world, tmp_path, toke
     assert (folder / "store.json").stat().st_mtime_ns == before
     assert [path.name for path in folder.parent.iterdir()] == ["s"]
     check_equal(store.Store(folder, data), examples)
-    with ThreadPoolExecutor(1) as pool:
-        waits = pool.submit(opened, tmp_path / "one", data, tokenizer, makes=False)
-        assert not wait([waits], timeout=0.5).done
-        opened(tmp_path / "one", data, tokenizer)
-        check_equal(waits.result(timeout=60), examples)
 
 
-def test_rows_without_rewards_are_named_whether_the_store_is_there_or_not(tiny_world, tmp_path, tokenizer):
-    """Line 4 has none either, and its prompt is too long to be in the store."""
+def rank_of_two(rank: int, folder: Path, data: Path, model: str) -> None:
+    """Open stores as one of two ranks and note what was hashed and what came of it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ranks = dist.Ranks(rank=rank, world_size=2, device=torch.device("cpu"), sharded=True)
+    tokenizer, hashed, found = tokens.load_tokenizer(model), [], {}
+    sha256, stats = store.files.sha256, store._sizes_and_times
+    store.files.sha256 = lambda path: hashed.append(path.name) or sha256(path)
+    found["size"] = len(opened(folder / "stores", data, tokenizer, ranks=ranks))
+    found["hashed"] = sorted(set(hashed))
+    for name, root in (
+        ("mistake", folder / "stores"),
+        ("elsewhere", folder / f"stores-{rank}"),
+        ("changed", folder / "stores"),
+    ):
+        if name == "changed" and rank:
+            store._sizes_and_times = lambda path: {key: [size, 0] for key, (size, _) in stats(path).items()}
+        try:
+            opened(root, data, tokenizer, ranks=ranks, max_length=2 if name == "mistake" else 128)
+        except ValueError as error:
+            found[name] = str(error)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def test_the_first_rank_alone_hashes_and_makes(tiny_world, tmp_path):
+    """The others wait for it, hear of its mistake, and tell when the files that they see are not those it checked."""
+    context = multiprocessing.get_context("fork")
+    arguments = (tmp_path, tiny_world / "train.jsonl", str(tiny_world / "model"))
+    processes = [context.Process(target=rank_of_two, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["size"] == second["size"] == 24
+    assert first["hashed"] == sorted([*store.FILES, "train.jsonl"]) and second["hashed"] == []
+    assert "max_length = 2; it must hold" in first["mistake"] == second["mistake"]
+    assert not {"elsewhere", "changed"} & first.keys()
+    for name in ("elsewhere", "changed"):
+        assert "is not the token store that the first rank has checked" in second[name]
+
+
+def test_rows_without_rewards_are_named(tiny_world, tmp_path, tokenizer):
+    """Whether the store is there or not. Line 4 has none either, and its prompt is too long to be in the store."""
     data = tmp_path / "x.jsonl"
     rows = odd_rows(tiny_world)
     rows[3] = replace(rows[3], rewards=None)
