@@ -3,12 +3,13 @@
     {"id": "a1", "prompt": "Hi" or [{"role": "user", "content": "Hi"}], "responses": ["Hello.", "No."],
      "rewards": [1.5, -0.5], "chosen": 0, "rejected": 1, "source": "toy"}
 
-Optional: rewards (one external scalar a response), chosen and rejected (indices of the pair that a person
-compared), source. n may differ from row to row. Reading is strict: what is not understood is an error.
-Training streams a file once, into a store of tokens (`store.py`); what needs the texts reads it whole.
+Optional: rewards (one external scalar per response), chosen and rejected (indices of the pair that a person
+compared), source. n may differ from row to row. Other keys are kept as they are. Reading is strict: what is not
+understood is an error. Training streams a file once, into a store of tokens (`store.py`).
 """
 
 import difflib
+import functools
 import gzip
 import hashlib
 import itertools
@@ -18,17 +19,17 @@ import reprlib
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn, cast
 
 import numpy as np
 
 from hps.io import files
 
 KEYS = ("id", "prompt", "responses", "rewards", "chosen", "rejected", "source")
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 MAX_LINE_BYTES = 64 * 2**20
 # What a file that is no JSON Lines begins with, and what to do with it.
 BEGINNINGS = {
@@ -39,13 +40,13 @@ BEGINNINGS = {
     b"\xfe\xff": "UTF-16: save it as UTF-8",
     b"\xef\xbb\xbf": "UTF-8 with a byte order mark: save it without",
 }
-
-Prompt = str | tuple[dict[str, str], ...]
+Prompt = str | tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with its candidate responses, as read; `where` is "file:line" for messages."""
+    """One prompt with its candidate responses, as read; `where` is "file:line" for messages, `others` what stands under
+    other keys than these."""
 
     id: str
     prompt: Prompt
@@ -55,6 +56,7 @@ class Row:
     rejected: int | None = None
     source: str | None = None
     where: str = ""
+    others: dict[str, Any] = field(default_factory=dict)
 
 
 def parse_row(obj: object, where: str) -> Row:
@@ -64,39 +66,112 @@ def parse_row(obj: object, where: str) -> Row:
     Raises ValueError on anything that the format does not allow. An empty response is allowed here (the
     training path drops and counts it), and so is an empty list of responses (yet to be generated).
     """
-    if not isinstance(obj, dict):
-        _fail(where, f"a row must be a JSON object, not {_kind(obj)}")
-    row = cast(dict[str, object], obj)
-    check_keys(row, KEYS, required=("id", "prompt", "responses"), where=where)
-    responses = _list(row["responses"], "responses", where)
-    texts = tuple(_text(r, f"responses[{i}]", where, empty=True) for i, r in enumerate(responses))
+    row = _typed(obj, f"{where}: a row", "a JSON object", dict)
+    others = check_keys(row, KEYS, required=("id", "prompt", "responses"), where=where, others=True)
+    id, prompt = _text(row["id"], f"{where}: id"), _prompt(row["prompt"], f"{where}: prompt")
+    texts = _typed(row["responses"], f"{where}: responses", "a list", list)
+    texts = tuple(_text(text, f"{where}: responses[{i}]", empty=True) for i, text in enumerate(texts))
     rewards = None
     if "rewards" in row:
-        values = _list(row["rewards"], "rewards", where)
-        rewards = tuple(_reward(r, f"rewards[{i}]", where) for i, r in enumerate(values))
+        values = _typed(row["rewards"], f"{where}: rewards", "a list", list)
+        rewards = tuple(_finite(value, f"{where}: rewards[{i}]") for i, value in enumerate(values))
         if len(rewards) != len(texts):
-            _fail(where, f"{len(texts)} responses but {len(rewards)} rewards; give one reward a response")
-    chosen, rejected = (_index(row, key, len(texts), where) for key in ("chosen", "rejected"))
-    if rejected is not None and chosen in (None, rejected):
-        _fail(where, f"rejected = {rejected} needs a chosen that differs from it, not {chosen}")
-    return Row(
-        id=_text(row["id"], "id", where),
-        prompt=_prompt(row["prompt"], where),
-        responses=texts,
-        rewards=rewards,
-        chosen=chosen,
-        rejected=rejected,
-        source=_text(row["source"], "source", where) if "source" in row else None,
-        where=where,
-    )
+            raise ValueError(f"{where}: {len(texts)} responses but {len(rewards)} rewards; give one reward a response")
+    pair: dict[str, int | None] = {"chosen": None, "rejected": None}
+    for key in [key for key in pair if key in row]:
+        k = pair[key] = _typed(row[key], f"{where}: {key}", "the index of a response", int)
+        if not 0 <= k < len(texts):
+            there = f"there are {len(texts)} responses, counted from 0"
+            raise ValueError(f"{where}: {key} = {k} is out of range; {there}")
+    if pair["rejected"] is not None and pair["chosen"] in (None, pair["rejected"]):
+        differs = f"needs a chosen that differs from it, not {pair['chosen']}"
+        raise ValueError(f"{where}: rejected = {pair['rejected']} {differs}")
+    source = _text(row["source"], f"{where}: source") if "source" in row else None
+    return Row(id, prompt, texts, rewards, **pair, source=source, where=where, others=others)
+
+
+# The same few keys stand in every row.
+_nearest = functools.lru_cache(maxsize=1000)(difflib.get_close_matches)
+
+
+def check_keys(
+    record: dict[str, Any], keys: tuple[str, ...], *, required: tuple[str, ...], where: str, others: bool = False
+) -> dict[str, Any]:
+    """What stands under other keys than `keys`: nothing, or with `others` whatever can be written back as it was read.
+
+    Raises ValueError for a missing key, and for another one, naming the nearest valid one; with `others` only for what
+    looks like a misspelling of a key that is not there, which would go unused without a word.
+    """
+    unknown = {key: value for key, value in record.items() if key not in keys}
+    absent = tuple(key for key in keys if key not in record)
+    for key in unknown:
+        if near := _nearest(key[:99].lower(), absent if others else keys, 1, 0.85 if others else 0):
+            valid = f"did you mean {near[0]!r}? Valid keys: {', '.join(keys)}"
+            raise ValueError(f"{where}: unknown key {reprlib.repr(key)}; {valid}")
+    for key in required:
+        if key in absent:
+            raise ValueError(f"{where}: the key {key!r} is missing")
+    try:  # JSON can express halves of surrogate pairs, and numbers beyond any float
+        json.dumps(unknown, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {reprlib.repr(list(unknown))[1:-1]} cannot be kept: {error}") from error
+    return unknown
+
+
+def _prompt(value: object, name: str) -> Prompt:
+    if isinstance(value, str):
+        return _text(value, name)
+    messages: list[dict[str, Any]] = []
+    for i, turn in enumerate(_typed(value, name, "a string or a list of messages", list)):
+        here, keys = f"{name}[{i}]", ("role", "content")
+        turn = _typed(turn, here, "an object with role and content", dict)
+        others = check_keys(turn, keys, required=keys, where=here, others=True)
+        if turn["role"] not in ROLES:
+            role = reprlib.repr(turn["role"])
+            raise ValueError(f"{here} has the unknown role {role}; use one of {', '.join(ROLES)}")
+        # An empty list of calls is none, and some templates stumble over it; many leave calls out without a word.
+        if others.pop("tool_calls", None):
+            raise ValueError(f"{here} has tool_calls, which not every template writes; put them into its content")
+        messages.append({"role": turn["role"], "content": _text(turn["content"], f"{here}.content"), **others})
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        last = f"a turn of {messages[-1]['role']!r}" if messages else "nothing"
+        raise ValueError(
+            f"{name} must end with a turn of 'user' or 'tool', whom the responses answer; it ends with {last}"
+        )
+    return tuple(messages)
+
+
+def _typed(value: Any, name: str, what: str, *types: type) -> Any:
+    if not isinstance(value, types) or isinstance(value, bool):
+        kinds = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
+        raise ValueError(f"{name} must be {what}, not {kinds.get(type(value), 'a number')}")
+    return value
+
+
+def _text(value: object, name: str, *, empty: bool = False) -> str:
+    text: str = _typed(value, name, "a string", str)
+    if not empty and not text.strip():
+        raise ValueError(f"{name} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"half of a surrogate pair (\\u{ord(text[error.start]):04x})"
+        raise ValueError(f"{name} holds {half} at character {error.start}") from error
+    return text
+
+
+def _finite(value: object, name: str) -> float:
+    if not abs(_typed(value, name, "a number", int, float)) <= sys.float_info.max:  # so written it catches NaN too
+        raise ValueError(f"{name} must be a finite number")
+    return float(value)  # pyright: ignore[reportArgumentType]
 
 
 def first_responses(row: Row, n: int) -> Row:
     """The row with its first n responses only; its human pair goes where a part of it does."""
     pair = (row.chosen, row.rejected)
-    kept = pair if all(k is None or k < n for k in pair) else (None, None)
+    pair = pair if all(k is None or k < n for k in pair) else (None, None)
     rewards = None if row.rewards is None else row.rewards[:n]
-    return replace(row, responses=row.responses[:n], rewards=rewards, chosen=kept[0], rejected=kept[1])
+    return replace(row, responses=row.responses[:n], rewards=rewards, chosen=pair[0], rejected=pair[1])
 
 
 def read(path: str | Path) -> list[Row]:
@@ -105,7 +180,7 @@ def read(path: str | Path) -> list[Row]:
 
 
 def stream(path: str | Path, *, need_rewards: bool = False) -> Iterator[Row]:
-    """Read a list-wise file row by row; all that stays in memory is a hash of each id, 16 bytes a row.
+    """Read a list-wise file row by row; all that stays in memory is a hash of each id, 16 bytes per row.
 
     path: .jsonl, .jsonl.gz or .jsonl.xz. need_rewards: refuse rows without rewards.
     Raises ValueError, with file and line, on the first thing wrong: an unreadable or empty file, a broken or
@@ -118,20 +193,20 @@ def stream(path: str | Path, *, need_rewards: bool = False) -> Iterator[Row]:
             fail_without_rewards(row.id, where)
         hashes += hashlib.blake2b(row.id.encode(), digest_size=16).digest()
         yield row
-    ids = np.frombuffer(hashes, dtype="S16")
-    order = np.argsort(ids, kind="stable")  # equal ids stay in the order of the file
-    again = order[1:][ids[order][1:] == ids[order][:-1]]
+    _, first, kind = np.unique(np.frombuffer(hashes, dtype="S16"), return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[kind] < np.arange(len(kind)))
     if len(again):
-        second = int(again.min())
-        first = int(np.flatnonzero(ids == ids[second])[0])
-        where, obj = next(itertools.islice(read_lines(path), second, None))  # a row a line, so row 0 is line 1
-        id = parse_row(obj, where).id
-        _fail(where, f"id {id!r} is already used at {path}:{first + 1}; ids must be unique")
+        where, obj = next(itertools.islice(read_lines(path), int(again[0]), None))  # one row per line
+        raise _twice(parse_row(obj, where).id, where, f"{path}:{first[kind[again[0]]] + 1}")
 
 
 def fail_without_rewards(id: str, where: str) -> NoReturn:
     """Raise the ValueError of a row that lacks the rewards which it needs."""
-    _fail(where, f"row {id!r} has no rewards; score the file first: data_prep.py annotate")
+    raise ValueError(f"{where}: row {id!r} has no rewards; score the file first: data_prep.py annotate")
+
+
+def _twice(id: str, where: str, first: str) -> ValueError:
+    return ValueError(f"{where}: id {id!r} is already used at {first}; ids must be unique")
 
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:
@@ -139,13 +214,20 @@ def write(path: str | Path, rows: Iterable[Row]) -> None:
 
     Equal rows give equal bytes. Raises ValueError, and writes nothing, for rows that `read` would refuse.
     """
-    rows = list(rows)
-    if not rows:
+    parsed: dict[str, Row] = {}
+    for row in rows:
+        if row.id in parsed:
+            raise _twice(row.id, row.where, parsed[row.id].where)
+        # Through parse_row: it refuses what `read` would, and gives equal rows equal number types and key orders.
+        parsed[row.id] = parse_row(_record(row), row.where or f"row {row.id!r}")
+    if not parsed:
         raise ValueError(f"{path}: refusing to write a file without rows")
-    check_unique(rows)
-    # Through parse_row: it refuses what `read` would, and gives equal rows equal number types and key orders.
-    parsed = [parse_row(_record(row), row.where or f"row {row.id!r}") for row in rows]
-    write_lines(path, map(_record, parsed))
+    write_lines(path, map(_record, parsed.values()))
+
+
+def _record(row: Row) -> dict[str, object]:
+    found = {key: value for key in KEYS if (value := getattr(row, key)) is not None}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()} | row.others
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
@@ -162,17 +244,16 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
             number += 1
             where = f"{path}:{number}"
             if len(line) > MAX_LINE_BYTES:
-                _fail(where, f"the line is longer than {MAX_LINE_BYTES / 2**20:g} MiB; is this JSON Lines?")
+                raise ValueError(f"{where}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; is this JSON Lines?")
             if not line.strip():
-                _fail(where, "blank line; remove it (one row a line)")
+                raise ValueError(f"{where}: blank line; remove it (one row a line)")
             try:
                 value = decode_json(line, where)
             except ValueError as error:
                 if number > 1:
                     raise
-                guess = next((what for begin, what in BEGINNINGS.items() if line.startswith(begin)), None)
-                guess = f"this is {guess}" if guess else "is this JSON Lines, one object a line?"
-                raise ValueError(f"{error}; {guess}") from error
+                guess = next((f"this is {what}" for begin, what in BEGINNINGS.items() if line.startswith(begin)), "")
+                raise ValueError(f"{error}; {guess or 'is this JSON Lines, one object a line?'}") from error
             yield where, value
     if number == 0:
         raise ValueError(f"{path}: the file is empty")
@@ -201,17 +282,14 @@ def write_lines(path: str | Path, records: Iterable[object]) -> None:
         raise ValueError(f"{path}: JSON Lines is what is written; name it .jsonl, .jsonl.gz or .jsonl.xz")
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as partial, open(partial, "wb") as raw:
-        # No name and no time in the gzip header: equal rows give equal bytes.
-        packed = None
-        if path.suffix == ".gz":
+        packed = nullcontext(raw)
+        if path.suffix == ".gz":  # with no name and no time in its header, so that equal rows give equal bytes
             packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
         elif path.suffix == ".xz":
             packed = lzma.LZMAFile(raw, "wb")
-        for record in records:
-            line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-            (packed or raw).write(line.encode())
-        if packed:
-            packed.close()
+        with packed as file:
+            for record in records:
+                file.write((json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
         Path(f"{path}.manifest.json").unlink(missing_ok=True)  # it describes what stood here before
 
 
@@ -240,98 +318,6 @@ def decode_json(line: bytes, where: str) -> object:
         raise ValueError(f"{where}: broken JSON: {error}") from error
 
 
-def check_keys(record: dict[str, object], keys: tuple[str, ...], *, required: tuple[str, ...], where: str) -> None:
-    """Raise ValueError for a key outside `keys`, naming the nearest valid one, or for a missing one."""
-    for key in record:
-        if key not in keys:
-            near = difflib.get_close_matches(key[:99], keys, n=1, cutoff=0)[0]
-            _fail(where, f"unknown key {reprlib.repr(key)}; did you mean {near!r}? Valid keys: {', '.join(keys)}")
-    for key in required:
-        if key not in record:
-            _fail(where, f"the key {key!r} is missing")
-
-
-def check_unique(rows: Iterable[Row]) -> None:
-    """Raise ValueError when two rows share an id, naming both places."""
-    seen: dict[str, str] = {}
-    for row in rows:
-        if row.id in seen:
-            _fail(row.where, f"id {row.id!r} is already used at {seen[row.id]}; ids must be unique")
-        seen[row.id] = row.where
-
-
-def _record(row: Row) -> dict[str, object]:
-    record: dict[str, object] = {}
-    for key in KEYS:
-        value = getattr(row, key)
-        if value is not None:
-            record[key] = list(value) if isinstance(value, tuple) else value
-    return record
-
-
-def _prompt(value: object, where: str) -> Prompt:
-    if isinstance(value, str):
-        return _text(value, "prompt", where)
-    turns = _list(value, "prompt", where, what="a string or a list of messages")
-    messages = []
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            _fail(where, f"prompt[{i}] must be an object with role and content, not {_kind(turn)}")
-        check_keys(turn, ("role", "content"), required=("role", "content"), where=f"{where}: prompt[{i}]")
-        if turn["role"] not in ROLES:
-            role = reprlib.repr(turn["role"])
-            _fail(where, f"prompt[{i}] has the unknown role {role}; use one of {', '.join(ROLES)}")
-        content = _text(turn["content"], f"prompt[{i}].content", where)
-        messages.append({"role": turn["role"], "content": content})
-    if not messages or messages[-1]["role"] != "user":
-        last = f"a turn of {messages[-1]['role']!r}" if messages else "nothing"
-        _fail(where, f"prompt must end with a turn of 'user', whom the responses answer; it ends with {last}")
-    return tuple(messages)
-
-
-def _text(value: object, name: str, where: str, *, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        _fail(where, f"{name} must be a string, not {_kind(value)}")
-    if not empty and not value.strip():
-        _fail(where, f"{name} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        bad = ord(value[error.start])
-        _fail(where, f"{name} holds half of a surrogate pair (\\u{bad:04x}) at character {error.start}")
-    return value
-
-
-def _list(value: object, name: str, where: str, *, what: str = "a list") -> list[object]:
-    if not isinstance(value, list):
-        _fail(where, f"{name} must be {what}, not {_kind(value)}")
-    return cast(list[object], value)
-
-
-def _reward(value: object, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        _fail(where, f"{name} must be a number, not {_kind(value)}")
-    if not abs(value) <= sys.float_info.max:  # in this form it catches NaN and integers beyond any float too
-        _fail(where, f"{name} must be a finite number")
-    return float(value)
-
-
-def _index(row: dict[str, object], key: str, n: int, where: str) -> int | None:
-    if key not in row:
-        return None
-    value = row[key]
-    if isinstance(value, bool) or not isinstance(value, int):
-        _fail(where, f"{key} must be the index of a response, not {_kind(value)}")
-    if not 0 <= value < n:
-        _fail(where, f"{key} = {value} is out of range; there are {n} responses, counted from 0")
-    return value
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     record = dict(pairs)
     if len(record) != len(pairs):
@@ -342,7 +328,3 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number")
-
-
-def _fail(where: str, message: str) -> NoReturn:
-    raise ValueError(f"{where}: {message}")

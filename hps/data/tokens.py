@@ -4,13 +4,14 @@ Apart, because a tokenizer run over the joined text may merge across the boundar
 first token depends on the prompt. A prompt has at most one BOS, a response exactly one EOS, its last token.
 """
 
+import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jinja2
 import numpy as np
@@ -85,25 +86,102 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt: a string verbatim, messages through the chat template up to the answer's start.
+class Encoder:
+    """Prompts and responses to token ids; what is asked of the tokenizer again and again is looked up once."""
 
-    A string gets a BOS in front if the tokenizer adds one by itself and the text does not have it yet; a
-    template writes its own. Raises ValueError for messages without a template (or that it refuses), a prompt
-    of no tokens (nothing would predict the response's first token) and a doubled BOS.
-    """
-    return _prompt_ids(tokenizer, prompt, _special(tokenizer))
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer, self.bos, self.eos = tokenizer, cast(int | None, tokenizer.bos_token_id), tokenizer.eos_token_id
+        self.adds_bos = self.bos is not None and tokenizer("").input_ids[:1] == [self.bos]  # by itself, to a plain text
+        control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        control |= set(tokenizer.all_special_ids)
+        self.control = control - {tokenizer.unk_token_id} | {self.eos}  # some tokenizers use one token as UNK and EOS
+
+    def prompt(self, prompt: Prompt, *, answer: str | None = None) -> list[int]:
+        """Of a string verbatim; of messages through the chat template, up to the answer's start or with the `answer`.
+
+        A string gets a BOS in front if the tokenizer adds one by itself and the text does not have it yet; a template
+        writes its own. Raises ValueError for messages without a template (or that it refuses), a prompt of no tokens
+        (nothing would predict the response's first token) and a doubled BOS.
+        """
+        text = prompt if isinstance(prompt, str) else self.render(prompt, answer=answer)
+        [ids] = self.batch([text], plain=False)
+        if self.adds_bos and isinstance(prompt, str) and ids[:1] != [self.bos]:
+            ids = [cast(int, self.bos), *ids]
+        if not ids:
+            raise ValueError("the prompt has no tokens, so nothing predicts the first token of the response")
+        if ids[:2] == [self.bos, self.bos]:
+            raise ValueError(f"the prompt starts with two {self.tokenizer.bos_token!r}; take one out")
+        return ids
+
+    def responses(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Of each text alone, then exactly one EOS: one that is written at the end of the text is not doubled.
+
+        Any other control token in a text is read as plain characters; ValueError, in its turn, where the tokenizer
+        cannot do that.
+        """
+        for ids in self.batch([self.without_eos(text) for text in texts], plain=True):
+            while ids and ids[-1] == self.eos:
+                ids = ids[:-1]
+            if not self.control.isdisjoint(ids):
+                token = next(self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in self.control)
+                raise ValueError(
+                    f"a response holds the control token {token!r} inside its text, and this tokenizer cannot read "
+                    "it as plain characters; take it out of the text"
+                )
+            yield [*ids, self.eos]
+
+    @functools.cached_property
+    def closing(self) -> list[int] | None:
+        """What the template writes behind an answer's EOS; None where it does not write prompt, text, EOS."""
+        asked = ({"role": "user", "content": "a"},)
+        begin = [*self.prompt(asked), *next(self.responses(["b"]))]
+        whole = self.prompt(asked, answer="b")
+        return whole[len(begin) :] if whole[: len(begin)] == begin else None
+
+    def render(self, messages: Sequence[dict[str, Any]], *, answer: str | None = None) -> str:
+        if not self.tokenizer.chat_template:
+            raise ValueError("the prompt is a list of messages but the tokenizer has no chat template")
+        said = [] if answer is None else [{"role": "assistant", "content": answer}]
+        write = functools.partial(
+            self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=answer is None
+        )
+        try:
+            text = cast(str, write([*messages, *said]))
+            tools = [m | {"content": m["content"] + " " + m["content"]} if m["role"] == "tool" else m for m in messages]
+            unread = tools != list(messages) and write([*tools, *said]) == text
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the tokenizer's chat template refuses these messages: {error}") from error
+        if unread:  # as templates without a word for that role do
+            raise ValueError("the tokenizer's chat template leaves out what the turns of 'tool' say")
+        return text
+
+    def without_eos(self, text: str) -> str:
+        while text.endswith(self.tokenizer.eos_token):
+            text = text.removesuffix(self.tokenizer.eos_token)
+        return text
+
+    def batch(self, texts: list[str], *, plain: bool) -> list[list[int]]:
+        """plain: control tokens in the texts are read as characters, as far as the tokenizer can do that."""
+        if not texts:  # the backend refuses an empty batch
+            return []
+        return self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=plain,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # its length warning is about the tokenizer's limit, not our budget
+        ).input_ids
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
+    """Token ids of one prompt, as `Encoder.prompt` says."""
+    return Encoder(tokenizer).prompt(prompt)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of a response: the text alone, then exactly one EOS.
-
-    EOS written at the end of the text is not doubled. Any other control token in the text is read as plain
-    characters; ValueError if the tokenizer cannot do that.
-    """
-    special = _special(tokenizer)
-    [ids] = _batch_ids(tokenizer, [_without_eos(text, special)], plain=True)
-    return _response_ids(tokenizer, ids, special)
+    """Token ids of one response, as `Encoder.responses` says."""
+    return next(Encoder(tokenizer).responses([text]))
 
 
 def closing_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -112,7 +190,7 @@ def closing_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     A reward model reads whole conversations, so that it is trained and used with these. Raises ValueError for no
     template, or one that does not continue the prompt with the answer and EOS.
     """
-    closing = _closing(tokenizer, _special(tokenizer))
+    closing = Encoder(tokenizer).closing
     if closing is None:
         raise ValueError(
             "the tokenizer's chat template does not write an answer as prompt, text and eos_token, so a reward model "
@@ -122,23 +200,19 @@ def closing_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def encode_answered(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, texts: Sequence[str]) -> list[Block]:
-    """A prompt with its answers as a reward model reads them: one block, or one an answer where the template writes
+    """A prompt with its answers as a reward model reads them: one block, or one per answer where the template writes
     the conversation so that the prompt alone is no part of it.
 
     A string prompt is read as in training. Raises ValueError as encode_prompt and encode_response do.
     """
-    special = _special(tokenizer)
-    head = _prompt_ids(tokenizer, prompt, special)
-    closing = [] if isinstance(prompt, str) else _closing(tokenizer, special)
+    encoder = Encoder(tokenizer)
+    head = encoder.prompt(prompt)
+    closing = [] if isinstance(prompt, str) else encoder.closing
     if closing is not None:
-        encoded = _batch_ids(tokenizer, [_without_eos(text, special) for text in texts], plain=True)
-        answers = (np.array([*_response_ids(tokenizer, ids, special), *closing], np.int32) for ids in encoded)
+        answers = (np.array([*ids, *closing], np.int32) for ids in encoder.responses(texts))
         return [Block(np.array(head, np.int32), tuple(answers))]
-    blocks = []
-    for text in texts:
-        whole = np.array(_prompt_ids(tokenizer, prompt, special, answer=text), np.int32)
-        blocks.append(Block(whole[:1], (whole[1:],)))
-    return blocks
+    wholes = [np.array(encoder.prompt(prompt, answer=text), np.int32) for text in texts]
+    return [Block(whole[:1], (whole[1:],)) for whole in wholes]
 
 
 def merges(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, text: str) -> bool:
@@ -146,33 +220,18 @@ def merges(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, text: str) -> boo
 
     Raises ValueError as encode_prompt and encode_response do.
     """
-    special = _special(tokenizer)
-    head, tail = _prompt_ids(tokenizer, prompt, special), encode_response(tokenizer, text)[:-1]
-    before = prompt if isinstance(prompt, str) else _render(tokenizer, prompt, add_generation_prompt=True)
-    [joined] = _batch_ids(tokenizer, [before + _without_eos(text, special)], plain=False)
+    encoder = Encoder(tokenizer)
+    head, [*tail, _] = encoder.prompt(prompt), next(encoder.responses([text]))
+    before = prompt if isinstance(prompt, str) else encoder.render(prompt)
+    [joined] = encoder.batch([before + encoder.without_eos(text)], plain=False)
     return joined not in ([*head, *tail], [*head[1:], *tail])  # without the BOS that is put before a string
 
 
-def _closing(tokenizer: PreTrainedTokenizerFast, special: "_Special") -> list[int] | None:
-    """What the template writes behind an answer's EOS; None where it does not write prompt, text, EOS."""
-    asked = ({"role": "user", "content": "a"},)
-    [answer] = _batch_ids(tokenizer, ["b"], plain=True)
-    begin = [*_prompt_ids(tokenizer, asked, special), *_response_ids(tokenizer, answer, special)]
-    whole = _prompt_ids(tokenizer, asked, special, answer="b")
-    return whole[len(begin) :] if whole[: len(begin)] == begin else None
-
-
 def tokenize_rows(
-    tokenizer: PreTrainedTokenizerFast,
-    rows: Iterable[Row],
-    *,
-    max_length: int,
-    truncate: str = "drop",
-    progress: bool = True,
+    tokenizer: PreTrainedTokenizerFast, rows: Iterable[Row], **how: Any
 ) -> tuple[list[Example], dict[str, int]]:
-    """Tokenise rows into a list: the examples in order, and the counts. Arguments and errors as `tokenize`."""
+    """What `tokenize` gives, as a list, and its counts; other arguments and errors as there."""
     counts: dict[str, int] = {}
-    how = dict(max_length=max_length, truncate=truncate, progress=progress)
     return list(tokenize(tokenizer, rows, counts, **how)), counts
 
 
@@ -203,27 +262,25 @@ def tokenize(
     if max_length < 3:
         raise ValueError(f"max_length = {max_length}; it must hold a prompt token, a response token and EOS")
     counts.update(dict.fromkeys(COUNTS, 0))
-    special = _special(tokenizer)
+    encoder, ends = Encoder(tokenizer), []
     prompts: dict[str, np.ndarray] = {}
-    ends: list[int] | None = None
     rows = iter(tqdm(rows, desc="tokenise", unit="row", delay=2, disable=not progress))
     while chunk := list(itertools.islice(rows, 256)):
-        texts = [_without_eos(text, special) for row in chunk for text in row.responses]
-        encoded = iter(_batch_ids(tokenizer, texts, plain=True))
+        encoded = encoder.responses(text for row in chunk for text in row.responses)
         if len(prompts) > 2**16:  # equal prompts stand near each other; memory must not grow with the file
             prompts.clear()
         for row in chunk:
             cached = json.dumps(row.prompt)
             try:
                 if cached not in prompts:
-                    prompts[cached] = np.array(_prompt_ids(tokenizer, row.prompt, special), np.int32)
-                responses = [_response_ids(tokenizer, next(encoded), special) for _ in row.responses]
+                    prompts[cached] = np.array(encoder.prompt(row.prompt), np.int32)
+                responses = [next(encoded) for _ in row.responses]
                 if closing and not isinstance(row.prompt, str):
-                    ends = closing_ids(tokenizer) if ends is None else ends
-                    responses = [[*ids, *ends] if len(ids) > 1 else ids for ids in responses]
+                    ends = ends or [closing_ids(tokenizer)]
+                    responses = [[*ids, *ends[0]] if len(ids) > 1 else ids for ids in responses]
+                example = _example(row, prompts[cached], responses, max_length, truncate, counts, encoder.bos)
             except ValueError as error:
                 raise ValueError(f"{row.where}: {error}") from error
-            example = _example(row, prompts[cached], responses, max_length, truncate, counts, special)
             if example:
                 yield example
     if not counts["rows_kept"]:
@@ -236,15 +293,6 @@ def row_key(id: str) -> int:
     return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
 
 
-@dataclass(frozen=True)
-class _Special:
-    bos_id: int | None
-    adds_bos: bool  # by itself, to a plain text
-    eos: str
-    eos_id: int
-    control: frozenset[int]
-
-
 def _example(
     row: Row,
     prompt: np.ndarray,
@@ -252,7 +300,7 @@ def _example(
     max_length: int,
     truncate: str,
     counts: dict[str, int],
-    special: _Special,
+    bos: int | None,
 ) -> Example | None:
     empty = [len(ids) == 1 or not text.strip() for ids, text in zip(responses, row.responses, strict=True)]
     least = min(len(prompt), max_length // 2) if truncate == "keep_end" else len(prompt)
@@ -260,116 +308,35 @@ def _example(
     if truncate == "error" and any(long):
         i = long.index(True)
         raise ValueError(
-            f"{row.where}: prompt of {len(prompt)} tokens + responses[{i}] of {len(responses[i])} tokens "
-            f"> max_length = {max_length}; raise it, or use truncate = drop or keep_end"
+            f"prompt of {len(prompt)} tokens + responses[{i}] of {len(responses[i])} tokens > max_length = "
+            f"{max_length}; raise it, or use truncate = drop or keep_end"
         )
     kept = [i for i in range(len(responses)) if not empty[i] and not long[i]]
+    no_room = "rows_overlong_prompt" if least + 2 > max_length else "rows_no_responses"
     counts["rows_read"] += 1
-    counts["responses_read"] += len(responses)
-    counts["responses_kept"] += len(kept)
-    counts["responses_empty"] += sum(empty)
-    counts["responses_overlong"] += sum(long)
+    counts["rows_kept" if kept else no_room] += 1
+    for name, some in zip(("read", "kept", "empty", "overlong"), (len(responses), len(kept), sum(empty), sum(long))):
+        counts[f"responses_{name}"] += some
     if not kept:
-        no_room = least + 2 > max_length
-        counts["rows_overlong_prompt" if no_room else "rows_no_responses"] += 1
         return None
-    counts["rows_kept"] += 1
     room = max_length - max(len(responses[i]) for i in kept)
     if len(prompt) > room:
-        begin = prompt[:1][prompt[:1] == special.bos_id]  # empty where there is no BOS
+        begin = prompt[:1][prompt[:1] == bos]  # empty where there is no BOS
         prompt = np.concatenate([begin, prompt[len(prompt) - room + len(begin) :]])
         counts["prompts_cut"] += 1
     new_index: dict[int | None, int] = {old: new for new, old in enumerate(kept)}
     chosen, rejected = new_index.get(row.chosen), new_index.get(row.rejected)
     counts["pairs_broken"] += (chosen, rejected).count(None) > (row.chosen, row.rejected).count(None)
     first: dict[tuple[int, ...], int] = {}
-    identity = [first.setdefault(tuple(responses[i]), new) for new, i in enumerate(kept)]
     return Example(
         id=row.id,
         key=row_key(row.id),
         prompt_ids=prompt,
         response_ids=tuple(np.array(responses[i], np.int32) for i in kept),
         rewards=None if row.rewards is None else np.array(row.rewards, np.float64)[kept],
-        identity=np.array(identity, np.int64),
+        identity=np.array([first.setdefault(tuple(responses[i]), new) for new, i in enumerate(kept)], np.int64),
         kept=np.array(kept, np.int64),
         chosen=chosen,
         rejected=rejected,
         where=row.where,
     )
-
-
-def _special(tokenizer: PreTrainedTokenizerFast) -> _Special:
-    bos_id = cast(int | None, tokenizer.bos_token_id)
-    eos_id = cast(int, tokenizer.eos_token_id)
-    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    control |= set(tokenizer.all_special_ids)
-    control -= {cast(int | None, tokenizer.unk_token_id)}
-    return _Special(
-        bos_id=bos_id,
-        adds_bos=bos_id is not None and tokenizer("").input_ids[:1] == [bos_id],
-        eos=cast(str, tokenizer.eos_token),
-        eos_id=eos_id,
-        # EOS again: some tokenizers use one token as UNK and EOS.
-        control=frozenset(control | {eos_id}),
-    )
-
-
-def _batch_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str], *, plain: bool) -> list[list[int]]:
-    if not texts:  # the backend refuses an empty batch
-        return []
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=plain,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # its length warning is about the tokenizer's limit, not our budget
-    ).input_ids
-
-
-def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, str]], **how: bool) -> str:
-    try:
-        return cast(str, tokenizer.apply_chat_template(list(messages), tokenize=False, **how))
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses these messages: {error}") from error
-
-
-def _prompt_ids(
-    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, special: _Special, *, answer: str | None = None
-) -> list[int]:
-    """Of a prompt up to its answer's start, or of messages with their `answer`."""
-    if not isinstance(prompt, str) and not tokenizer.chat_template:
-        raise ValueError("the prompt is a list of messages but the tokenizer has no chat template")
-    if isinstance(prompt, str):
-        text = prompt
-    elif answer is None:
-        text = _render(tokenizer, prompt, add_generation_prompt=True)
-    else:
-        answered = [*prompt, {"role": "assistant", "content": answer}]
-        text = _render(tokenizer, answered, add_generation_prompt=False)
-    [ids] = _batch_ids(tokenizer, [text], plain=False)
-    if special.adds_bos and isinstance(prompt, str) and ids[:1] != [special.bos_id]:
-        ids = [cast(int, special.bos_id), *ids]
-    if not ids:
-        raise ValueError("the prompt has no tokens, so nothing predicts the first token of the response")
-    if ids[:2] == [special.bos_id, special.bos_id]:
-        raise ValueError(f"the prompt starts with two {tokenizer.bos_token!r}; take one out")
-    return ids
-
-
-def _response_ids(tokenizer: PreTrainedTokenizerFast, ids: list[int], special: _Special) -> list[int]:
-    while ids and ids[-1] == special.eos_id:
-        ids = ids[:-1]
-    if not special.control.isdisjoint(ids):
-        token = next(tokenizer.convert_ids_to_tokens(i) for i in ids if i in special.control)
-        raise ValueError(
-            f"a response holds the control token {token!r} inside its text, and this tokenizer cannot read "
-            "it as plain characters; take it out of the text"
-        )
-    return [*ids, special.eos_id]
-
-
-def _without_eos(text: str, special: _Special) -> str:
-    while text.endswith(special.eos):
-        text = text.removesuffix(special.eos)
-    return text

@@ -52,6 +52,7 @@ def folders(tmp_path_factory) -> Path:
     save(root / "refuses", template=REFUSES)
     save(root / "broken-template", template="{% for m in messages %}")
     save(root / "two-bos", template="<bos> <bos> " + TURNS)
+    save(root / "no-tools", template="{% for m in messages if m.role != 'tool' %}<user> {{ m.content }} {% endfor %}")
     save(root / "no-eos", eos=None)
     save(root / "two-labels", labels=2)
     save(root / "scorer-no-template", labels=1, template=None)
@@ -98,105 +99,26 @@ def lines(*rows: dict | bytes) -> bytes:
     return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
 
 
-# -- files that are no list-wise data: every command that reads one says the same --
+# -- files that are no list-wise data: every command that reads one says what the reader says --
 
 LISTWISE = ("export", "generate", "annotate", "doctor", "train", "eval")
-SECOND = {  # what stands in line 2, behind a good row
-    "broken JSON": (b'{"id": "b"', "broken JSON at character 12: Expecting ',' delimiter"),
-    "a list": (b"[1]", "a row must be a JSON object, not a list"),
-    "a blank line": (b"", "blank line; remove it (one row a line)"),
-    "a prompt of a wrong type": ({"prompt": 3}, "prompt must be a string or a list of messages, not a number"),
-    "responses that are one text": ({"responses": "tea"}, "responses must be a list, not a string"),
-    "a response that is null": ({"responses": ["tea", None]}, "responses[1] must be a string, not null"),
-    "a reward in quotes": ({"rewards": ["1", 0]}, "rewards[0] must be a number, not a string"),
-    "a reward that is true": ({"rewards": [1, True]}, "rewards[1] must be a number, not true/false"),
-    "a NaN": ({"rewards": [1, float("nan")]}, "broken JSON: NaN is not a number"),
-    "an infinity": ({"rewards": [float("-inf"), 1]}, "broken JSON: -Infinity is not a number"),
-    "more than a float holds": (
-        json.dumps(ROW | {"id": "b"}).encode().replace(b"[1, 0]", b"[1e999, 0]"),
-        "rewards[0] must be a finite number",
-    ),
-    "a reward too few": ({"rewards": [1]}, "2 responses but 1 rewards; give one reward a response"),
-    "an empty prompt": ({"prompt": " "}, "prompt is empty"),
-    "an empty turn": ({"prompt": [{"role": "user", "content": ""}]}, "prompt[0].content is empty"),
-    "half an emoji": (
-        {"responses": ["tea", "a\ud83d"]},
-        "responses[1] holds half of a surrogate pair (\\ud83d) at character 1",
-    ),
-    "half an emoji in the prompt": (
-        {"prompt": "\ude00"},
-        "prompt holds half of a surrogate pair (\\ude00) at character 0",
-    ),
-    "an answered prompt": (
-        {"prompt": [{"role": "assistant", "content": "tea"}]},
-        "prompt must end with a turn of 'user', whom the responses answer; it ends with a turn of 'assistant'",
-    ),
-    "another role": (
-        {"prompt": [{"role": "human", "content": "why"}]},
-        "prompt[0] has the unknown role 'human'; use one of system, user, assistant",
-    ),
-    "another key": ({"reward": 1}, "unknown key 'reward'; did you mean 'rewards'? Valid keys: id, prompt, responses"),
-    "a choice out of range": ({"chosen": 2}, "chosen = 2 is out of range; there are 2 responses, counted from 0"),
-    "an id once more": ({"id": "a"}, "id 'a' is already used at {path}:1; ids must be unique"),
-}
-WHOLE = {  # file name, content, message behind the file's name
-    "an empty file": ("x.jsonl", b"", ": the file is empty"),
-    "CSV": ("x.csv", b"id,prompt\na,why\n", ":1: broken JSON at character 1: Expecting value" + NO_LINES),
-    "indented JSON": ("x.json", b'[\n {"id": "a"}\n]\n', ":1: broken JSON at character 3: Expecting value" + NO_LINES),
-    "a picture": ("x.png", b"\x89PNG\r\n\x1a\n", ":1: not UTF-8 at byte 1: invalid start byte" + NO_LINES),
-    "UTF-16": (
-        "x.jsonl",
-        json.dumps(ROW).encode("utf-16"),
-        ":1: not UTF-8 at byte 1: invalid start byte; this is UTF-16: save it as UTF-8",
-    ),
-    "a byte order mark": (
-        "x.jsonl",
-        b"\xef\xbb\xbf" + lines(ROW),
-        ":1: broken JSON at character 1: Unexpected UTF-8 BOM (decode using utf-8-sig); this is UTF-8 with a byte "
-        "order mark: save it without",
-    ),
-    "gzip without its suffix": (
-        "x.jsonl",
-        gzip.compress(lines(ROW), mtime=0),
-        ":1: not UTF-8 at byte 2: invalid start byte; this is gzip: let its name end in .gz",
-    ),
-    "parquet": (
-        "x.parquet",
-        b"PAR1\x15\x04\n",
-        ":1: broken JSON at character 1: Expecting value; this is parquet: data_prep.py import reads that, as .parquet",
-    ),
-    "a suffix without gzip": ("x.jsonl.gz", lines(ROW), ": broken gzip file: Not a gzipped file"),
-    "half a gzip file": (
-        "x.jsonl.gz",
-        gzip.compress(lines(*(ROW | {"id": str(i)} for i in range(99))))[:150],
-        ": broken gzip file: Compressed file ended before the end-of-stream marker was reached",
-    ),
-    "a folder": ("x", None, ": cannot be read: Is a directory"),
-    "nothing at all": ("nowhere.jsonl", None, ": cannot be read: No such file or directory"),
-}
+FILES = (  # name, content, message behind the name; tests/data/test_listwise.py has what else the reader refuses
+    ("nowhere.jsonl", None, ": cannot be read: No such file or directory"),
+    ("x.csv", b"id,prompt\na,why\n", ":1: broken JSON at character 1: Expecting value" + NO_LINES),
+    ("x.jsonl", lines(ROW, b'{"id": "b"'), ":2: broken JSON at character 12: Expecting ',' delimiter"),
+    ("x.jsonl", lines(ROW, ROW | {"id": "b", "rewards": [1]}), ":2: 2 responses but 1 rewards; give one reward a"),
+    ("x.jsonl", lines(ROW, ROW), ":2: id 'a' is already used at {path}:1; ids must be unique"),
+)
 
 
-@pytest.mark.parametrize("what", SECOND)
-def test_a_bad_second_line(what, tmp_path, folders):
-    second, message = SECOND[what]
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(lines(ROW, second if isinstance(second, bytes) else ROW | {"id": "b"} | second))
-    for name in LISTWISE:
+@pytest.mark.parametrize("name", LISTWISE)
+def test_what_is_no_listwise_file(name, tmp_path, folders):
+    for file, content, message in FILES:
+        path = tmp_path / file
+        if content is not None:
+            path.write_bytes(content)
         said = refused(name, path, tmp_path, folders)
-        assert said.startswith(f"{path}:2: " + message.replace("{path}", str(path))), f"{name}: {said}"
-
-
-@pytest.mark.parametrize("what", WHOLE)
-def test_a_bad_file(what, tmp_path, folders):
-    name, content, message = WHOLE[what]
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    elif what == "a folder":
-        path.mkdir()
-    for name in LISTWISE:
-        said = refused(name, path, tmp_path, folders)
-        assert said.startswith(f"{path}{message}"), f"{name}: {said}"
+        assert said.startswith(f"{path}{message}".replace("{path}", str(path))), said
 
 
 def test_a_line_of_100_mb_is_not_loaded(tmp_path, folders):
@@ -249,6 +171,16 @@ FITS = [  # what it is; what is in line 2; commands and options that meet it; me
         "a prompt over the limit", LONG | {"id": "a"}, READERS, dict(max_length=8),
         "no row is left with max_length = 8: rows_read = 1, rows_overlong_prompt = 1, responses_read = 2, "
         "responses_overlong = 2",
+    ),
+    (
+        "only empty responses", {"id": "a", "responses": ["", " \n"]}, READERS, {},
+        "no row is left with max_length = 2048: rows_read = 1, rows_no_responses = 1, responses_read = 2, "
+        "responses_empty = 2",
+    ),
+    (
+        "a template without a word for tools", {"prompt": [*TALK, {"role": "tool", "content": "hot"}]},
+        ("generate", *READERS), dict(model="no-tools"),
+        "{path}:2: the tokenizer's chat template leaves out what the turns of 'tool' say",
     ),
     (
         "a prompt over the limit, to be told", LONG, ("doctor", "train"), dict(max_length=8, truncate="error"),
@@ -327,36 +259,20 @@ def test_what_does_not_go_together(change, names, more, message, tmp_path, folde
         assert said.startswith(message.format(path=path, folders=folders)), f"{name}: {said}"
 
 
-def test_only_empty_responses(tmp_path, folders):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(lines(ROW | {"responses": ["", " \n"]}))
-    for name in READERS:
-        said = refused(name, path, tmp_path, folders)
-        lost = "rows_read = 1, rows_no_responses = 1, responses_read = 2, responses_empty = 2"
-        assert said == f"no row is left with max_length = 2048: {lost}"
-
-
 HUB = (
     "no tokenizer could be loaded from 'someone/some-model': there is no such folder, nor a model of that name within "
     "reach; name a folder, or, where there is a network, fetch it first: hf download someone/some-model"
 )
 
 
-@pytest.mark.parametrize(
-    ("name", "more"),
-    [(name, dict(model="someone/some-model")) for name in ("generate", *READERS)]
-    + [("annotate", dict(scorer="someone/some-model"))],
-)
-def test_a_hub_name_while_offline(name, more, tmp_path, folders, monkeypatch):
+def test_a_hub_name_while_offline(tmp_path, folders, monkeypatch):
+    """And once as a user sees it: one line, and status 2."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     path = tmp_path / "x.jsonl"
     path.write_bytes(lines(ROW))
-    assert refused(name, path, tmp_path, folders, **more) == HUB
-
-
-def test_it_is_one_line_and_status_2(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(lines(ROW))
+    for name in ("generate", *READERS, "annotate"):
+        more = {"scorer" if name == "annotate" else "model": "someone/some-model"}
+        assert refused(name, path, tmp_path, folders, **more) == HUB
     argv = [sys.executable, "data_prep.py", "doctor", f"--input={path}", "--model=someone/some-model"]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -387,53 +303,49 @@ FOREIGN = [  # what it is, options, file name, content, message behind the file'
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("more", "name", "content", "message"), [c[1:] for c in FOREIGN], ids=[c[0] for c in FOREIGN])
-def test_a_bad_foreign_file(more, name, content, message, tmp_path, folders):
-    path = tmp_path / name
-    path.mkdir() if content is None else path.write_bytes(content)
-    said = refused("import", path, tmp_path, folders, **more)
-    assert said.startswith(f"{path}" + message.replace("{path}", str(path))), said
+def test_a_bad_foreign_file(tmp_path, folders):
+    for i, (_, more, name, content, message) in enumerate(FOREIGN):
+        path = tmp_path / str(i) / name
+        path.parent.mkdir()
+        path.mkdir() if content is None else path.write_bytes(content)
+        said = refused("import", path, tmp_path, folders, **more)
+        assert said.startswith(f"{path}" + message.replace("{path}", str(path))), said
 
 
 # -- outputs that cannot be written: below a regular file, which root may not either, and over a folder --
 
 
-@pytest.mark.parametrize("name", ["import", "export", "generate", "annotate", "eval", "train"])
-def test_an_output_below_a_file(name, tmp_path, folders):
+def test_an_output_below_a_file(tmp_path, folders):
     data, file = tmp_path / "x.jsonl", tmp_path / "file"
-    data.write_bytes(lines(ROW))
     file.write_text("tea")
-    if name == "import":
-        data.write_bytes(lines({key: TALK_OF_HH.format(key) for key in ("chosen", "rejected")}))
-    more = {"out": file / "run"} if name in ("eval", "train") else {"output": file / "r.safetensors"}
-    said = refused(name, data, tmp_path, folders, **more)
-    reason = "cannot be made: Not a directory" if name in ("eval", "train") else "cannot read or write "
-    assert reason in said and str(file) in said
+    for name in ("import", "export", "generate", "annotate", "eval", "train"):
+        foreign = {key: TALK_OF_HH.format(key) for key in ("chosen", "rejected")}
+        data.write_bytes(lines(foreign if name == "import" else ROW))
+        more = {"out": file / "run"} if name in ("eval", "train") else {"output": file / "r.safetensors"}
+        said = refused(name, data, tmp_path, folders, **more)
+        reason = "cannot be made: Not a directory" if name in ("eval", "train") else "cannot read or write "
+        assert reason in said and str(file) in said
+    sizes = ["--train=2", "--valid=2", "--test=2", "--demonstrations=2"]
+    with pytest.raises(ValueError, match=rf"cannot read or write {file}/world: Not a directory"):
+        data_prep.main(["world", f"--out={file / 'world'}", *sizes])
     assert file.read_text() == "tea"
 
 
-def test_a_world_below_a_file(tmp_path):
-    (tmp_path / "file").write_text("tea")
-    sizes = ["--train=2", "--valid=2", "--test=2", "--demonstrations=2"]
-    with pytest.raises(ValueError, match=rf"cannot read or write {tmp_path}/file/world: Not a directory"):
-        data_prep.main(["world", f"--out={tmp_path / 'file/world'}", *sizes])
-
-
-@pytest.mark.parametrize("name", ["export", "annotate"])
-def test_a_folder_for_an_output(name, tmp_path, folders):
+def test_a_folder_for_an_output(tmp_path, folders):
     data, folder = tmp_path / "x.jsonl", tmp_path / "folder"
     data.write_bytes(lines(ROW))
     folder.mkdir()
-    said = refused(name, data, tmp_path, folders, output=folder)
-    assert said == f"{folder}: cannot be written (Is a directory); what stood there before is untouched"
+    for name in ("export", "annotate"):
+        said = refused(name, data, tmp_path, folders, output=folder)
+        assert said == f"{folder}: cannot be written (Is a directory); what stood there before is untouched"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")
-@pytest.mark.parametrize("name", ["export", "generate", "annotate", "eval"])
-def test_a_folder_without_the_right_to_write(name, tmp_path, folders):
+def test_a_folder_without_the_right_to_write(tmp_path, folders):
     data, folder = tmp_path / "x.jsonl", tmp_path / "folder"
     data.write_bytes(lines(ROW))
     folder.mkdir(mode=0o500)
-    more = {"out": folder / "run"} if name == "eval" else {"output": folder / "r.safetensors"}
-    assert "Permission denied" in refused(name, data, tmp_path, folders, **more)
+    for name in ("export", "generate", "annotate", "eval"):
+        more = {"out": folder / "run"} if name == "eval" else {"output": folder / "r.safetensors"}
+        assert "Permission denied" in refused(name, data, tmp_path, folders, **more)
     assert not list(folder.iterdir())

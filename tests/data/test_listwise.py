@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -22,99 +23,123 @@ def put(path, *lines):
 
 
 def test_every_field_is_read():
-    full = {**GOOD, "prompt": TALK, "chosen": 1, "rejected": 0, "source": "toy"}
+    full = {**GOOD, "prompt": TALK, "chosen": 1, "rejected": 0, "source": "toy", "model": {"name": ["x", None]}}
     assert parse_row(full, "f:3") == Row(
-        "a", tuple(TALK), ("yes", "no"), (1.0, -0.5), chosen=1, rejected=0, source="toy", where="f:3"
+        "a", tuple(TALK), ("yes", "no"), (1.0, -0.5), 1, 0, "toy", "f:3", {"model": {"name": ["x", None]}}
     )
     assert parse_row({"id": "a", "prompt": "p", "responses": []}, "f:1") == Row("a", "p", (), where="f:1")
     assert parse_row({"id": "a", "prompt": "p", "responses": [""]}, "f:1").responses == ("",)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"reward": [1, 2]}, "unknown key 'reward'; did you mean 'rewards'"),
-        ({"id": 3}, "id must be a string, not a number"),
-        ({"id": " "}, "id is empty"),
-        ({"prompt": ""}, "prompt is empty"),
-        ({"prompt": {"role": "user"}}, "prompt must be a string or a list of messages, not an object"),
-        ({"prompt": []}, "it ends with nothing"),
-        ({"prompt": ["Hi"]}, r"prompt\[0\] must be an object with role and content, not a string"),
-        ({"prompt": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'; use one of system, user"),
-        ({"prompt": [{"role": "user", "text": "x"}]}, r"prompt\[0\]: unknown key 'text'; .* 'content'"),
-        ({"prompt": [{"role": "user"}]}, "the key 'content' is missing"),
-        ({"prompt": [{"role": "user", "content": "\n"}]}, r"prompt\[0\].content is empty"),
-        ({"prompt": [*TALK, {"role": "assistant", "content": "x"}]}, "must end with a turn of 'user'"),
-        ({"responses": "yes"}, "responses must be a list, not a string"),
-        ({"responses": ["yes", None]}, r"responses\[1\] must be a string, not null"),
-        ({"responses": ["yes", "a\ud800b"]}, r"responses\[1\] holds half of a surrogate pair \(\\ud800\)"),
-        ({"rewards": [1]}, "2 responses but 1 rewards"),
-        ({"rewards": [1, True]}, r"rewards\[1\] must be a number, not true/false"),
-        ({"rewards": [1, "2"]}, r"rewards\[1\] must be a number, not a string"),
-        ({"rewards": [float("nan"), 1]}, r"rewards\[0\] must be a finite number"),
-        ({"rewards": [1, float("-inf")]}, r"rewards\[1\] must be a finite number"),
-        ({"rewards": [10**400, 1]}, r"rewards\[0\] must be a finite number"),
-        ({"rewards": None}, "rewards must be a list, not null"),
-        ({"chosen": 2}, "chosen = 2 is out of range; there are 2 responses"),
-        ({"chosen": -1}, "chosen = -1 is out of range"),
-        ({"chosen": True}, "chosen must be the index of a response, not true/false"),
-        ({"rejected": 0}, "rejected = 0 needs a chosen that differs from it, not None"),
-        ({"chosen": 1, "rejected": 1}, "rejected = 1 needs a chosen that differs"),
-        ({"source": 1}, "source must be a string"),
-    ],
+def test_tool_turns_and_other_keys_of_messages():
+    """An answer to what a tool said; no calls are no key, and what else a message has goes to the template with it."""
+    call = {"role": "assistant", "content": "look(7)", "tool_calls": []}
+    said = {"role": "tool", "content": "rain", "name": "look", "tool_call_id": "1"}
+    row = parse_row({**GOOD, "prompt": [*TALK, call, {**said, "tool_calls": None}]}, "f:1")
+    assert row.prompt == (*TALK, {"role": "assistant", "content": "look(7)"}, said)
+
+
+REFUSED = (
+    ({"rewards": ..., "reward": [1, 2]}, "unknown key 'reward'; did you mean 'rewards'. Valid keys: id, prompt"),
+    ({"Source": "x"}, "unknown key 'Source'; did you mean 'source'"),
+    ({"choosen": 1}, "unknown key 'choosen'; did you mean 'chosen'"),
+    ({"note": ["a\ud800"]}, "'note' cannot be kept: .*surrogates not allowed"),
+    ({"note": float("inf")}, "'note' cannot be kept: Out of range float"),
+    *(({key: ...}, f"the key '{key}' is missing") for key in ("id", "prompt", "responses")),
+    ({"id": 3}, "id must be a string, not a number"),
+    ({"id": " "}, "id is empty"),
+    ({"prompt": ""}, "prompt is empty"),
+    ({"prompt": "\ude00"}, r"prompt holds half of a surrogate pair \(\\ude00\) at character 0"),
+    ({"prompt": {"role": "user"}}, "prompt must be a string or a list of messages, not an object"),
+    ({"prompt": []}, "it ends with nothing"),
+    ({"prompt": ["Hi"]}, r"prompt\[0\] must be an object with role and content, not a string"),
+    ({"prompt": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'; use one of system, user, assistant, tool"),
+    ({"prompt": [{"role": "user", "contents": "x"}]}, r"prompt\[0\]: unknown key 'contents'; .* 'content'"),
+    ({"prompt": [{"role": "user", "text": "x"}]}, r"prompt\[0\]: the key 'content' is missing"),
+    ({"prompt": [{"role": "user", "content": "\n"}]}, r"prompt\[0\].content is empty"),
+    ({"prompt": [{**TALK[1], "tool_calls": [{}]}]}, r"prompt\[0\] has tool_calls, which not every template writes"),
+    ({"prompt": [{**TALK[1], "name": "\udc00"}]}, r"prompt\[0\]: 'name' cannot be kept"),
+    ({"prompt": [*TALK, {"role": "assistant", "content": "x"}]}, "must end with a turn of 'user' or 'tool'"),
+    ({"responses": "yes"}, "responses must be a list, not a string"),
+    ({"responses": ["yes", None]}, r"responses\[1\] must be a string, not null"),
+    ({"responses": ["yes", "a\ud800b"]}, r"responses\[1\] holds half of a surrogate pair \(\\ud800\) at character 1"),
+    ({"rewards": [1]}, "2 responses but 1 rewards"),
+    ({"rewards": [1, True]}, r"rewards\[1\] must be a number, not true/false"),
+    ({"rewards": [1, "2"]}, r"rewards\[1\] must be a number, not a string"),
+    ({"rewards": [float("nan"), 1]}, r"rewards\[0\] must be a finite number"),
+    ({"rewards": [1, float("-inf")]}, r"rewards\[1\] must be a finite number"),
+    ({"rewards": [10**400, 1]}, r"rewards\[0\] must be a finite number"),
+    ({"rewards": None}, "rewards must be a list, not null"),
+    ({"chosen": 2}, "chosen = 2 is out of range; there are 2 responses"),
+    ({"chosen": -1}, "chosen = -1 is out of range"),
+    ({"chosen": True}, "chosen must be the index of a response, not true/false"),
+    ({"rejected": 0}, "rejected = 0 needs a chosen that differs from it, not None"),
+    ({"chosen": 1, "rejected": 1}, "rejected = 1 needs a chosen that differs"),
+    ({"source": 1}, "source must be a string"),
 )
-def test_what_is_refused(change, message):
-    with pytest.raises(ValueError, match=rf"^data/x.jsonl:7: .*{message}"):
-        parse_row({**GOOD, **change}, "data/x.jsonl:7")
 
 
-@pytest.mark.parametrize("key", ["id", "prompt", "responses"])
-def test_missing_keys(key):
-    with pytest.raises(ValueError, match=f"f:1: the key '{key}' is missing"):
-        parse_row({k: v for k, v in GOOD.items() if k != key}, "f:1")
+def test_what_is_refused():
+    for change, message in REFUSED:
+        row = {key: value for key, value in {**GOOD, **change}.items() if value is not ...}
+        with pytest.raises(ValueError, match=rf"^data/x.jsonl:7: .*{message}"):
+            parse_row(row, "data/x.jsonl:7")
+    near = {**GOOD, "reward": 1, "ids": [], "responses_2": 3}  # what they look like is there: no misspellings
+    assert parse_row(near, "f:1").others == {"reward": 1, "ids": [], "responses_2": 3}
 
 
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        (b'{"id": "b", \n', r":2: broken JSON at character \d+"),
-        (b'{"id": "b", "prompt": "p", "responses": ["x"], "rewards": [NaN]}\n', ":2: .*NaN is not a number"),
-        (b'{"id": "b", "prompt": "p", "responses": [""], "rewards": [1e999]}\n', r":2: rewards\[0\] must be"),
-        (b'{"id": "b", "id": "c", "prompt": "p", "responses": []}\n', ":2: .*the key 'id' is there twice"),
-        (b'{"id": "b", "prompt": "caf\xe9", "responses": []}\n', ":2: not UTF-8 at byte 27"),
-        (b"[" * 100_000 + b"\n", ":2: broken JSON"),
-        (b"[1" + b"0" * 5000 + b"]\n", ":2: broken JSON"),
-        (b"[]\n", ":2: a row must be a JSON object, not a list"),
-        (b"\n", ":2: blank line"),
-        (b" \r\n", ":2: blank line"),
-        (GOOD, r":2: id 'a' is already used at .*x.jsonl:1;"),
-    ],
+BROKEN = (
+    (b'{"id": "b", \n', r":2: broken JSON at character \d+"),
+    (b'{"id": "b", "prompt": "p", "responses": ["x"], "rewards": [NaN]}\n', ":2: .*NaN is not a number"),
+    (b'{"id": "b", "prompt": "p", "responses": ["x"], "rewards": [-Infinity]}\n', ":2: .*-Infinity is not a number"),
+    (b'{"id": "b", "prompt": "p", "responses": [""], "rewards": [1e999]}\n', r":2: rewards\[0\] must be"),
+    (b'{"id": "b", "prompt": "p", "responses": [], "note": 1e999}\n', r":2: 'note' cannot be kept"),
+    (b'{"id": "b", "id": "c", "prompt": "p", "responses": []}\n', ":2: .*the key 'id' is there twice"),
+    (b'{"id": "b", "prompt": "caf\xe9", "responses": []}\n', ":2: not UTF-8 at byte 27"),
+    (b"[" * 100_000 + b"\n", ":2: broken JSON"),
+    (b"[1" + b"0" * 5000 + b"]\n", ":2: broken JSON"),
+    (b"[]\n", ":2: a row must be a JSON object, not a list"),
+    (b"\n", ":2: blank line"),
+    (b" \r\n", ":2: blank line"),
+    (GOOD, r":2: id 'a' is already used at .*x.jsonl:1;"),
 )
-def test_broken_files_name_the_line(tmp_path, second, message):
-    with pytest.raises(ValueError, match=r"x.jsonl" + message):
-        read(put(tmp_path / "x.jsonl", GOOD, second))
 
 
-def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"none.jsonl: cannot be read: No such file"):
-        read(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match=r"cannot be read: Is a directory"):
-        read(tmp_path)
-    with pytest.raises(ValueError, match=r"empty.jsonl: the file is empty"):
-        read(put(tmp_path / "empty.jsonl"))
-    with pytest.raises(ValueError, match=r"plain.jsonl.gz: broken gzip"):
-        read(put(tmp_path / "plain.jsonl.gz", GOOD))
-    packed = gzip.compress(b"".join(json.dumps({**GOOD, "id": str(i)}).encode() + b"\n" for i in range(99)))
-    with pytest.raises(ValueError, match=r"cut.jsonl.gz: broken gzip"):
-        read(put(tmp_path / "cut.jsonl.gz", packed[: len(packed) // 2]))
-    flipped = bytearray(packed)
-    flipped[len(packed) // 2] ^= 255
-    with pytest.raises(ValueError, match=r"flipped.jsonl.gz:"):
-        read(put(tmp_path / "flipped.jsonl.gz", bytes(flipped)))
+def test_broken_files_name_the_line(tmp_path):
+    for second, message in BROKEN:
+        with pytest.raises(ValueError, match=r"x.jsonl" + message):
+            read(put(tmp_path / "x.jsonl", GOOD, second))
+    assert len(read(put(tmp_path / "x.jsonl", GOOD, json.dumps({**GOOD, "id": "b"}).encode()))) == 2  # no last newline
 
 
-def test_a_missing_last_newline_is_fine(tmp_path):
-    assert len(read(put(tmp_path / "x.jsonl", GOOD, json.dumps({**GOOD, "id": "b"}).encode()))) == 2
+def test_files_that_are_no_listwise_data(tmp_path):
+    rows = gzip.compress(b"".join(json.dumps({**GOOD, "id": str(i)}).encode() + b"\n" for i in range(99)))
+    half, one = len(rows) // 2, json.dumps(GOOD).encode()
+    no_value, guess = ":1: broken JSON at character 1: Expecting value; ", "is this JSON Lines, one object a line?"
+    for name, content, message in (
+        ("none.jsonl", None, ": cannot be read: No such file or directory"),
+        ("", None, ": cannot be read: Is a directory"),
+        ("empty.jsonl", b"", ": the file is empty"),
+        ("x.csv", b"id,prompt\na,why\n", f"{no_value}{guess}"),
+        ("x.json", b'[\n {"id": "a"}\n]\n', f":1: broken JSON at character 3: Expecting value; {guess}"),
+        ("x.png", b"\x89PNG\r\n\x1a\n", f":1: not UTF-8 at byte 1: invalid start byte; {guess}"),
+        (
+            "x.jsonl",
+            one.decode().encode("utf-16"),
+            ":1: not UTF-8 at byte 1: invalid start byte; this is UTF-16: save it",
+        ),
+        ("x.jsonl", b"\xef\xbb\xbf" + one, ":1: broken JSON at character 1: Unexpected UTF-8 BOM"),
+        ("x.jsonl", rows, ":1: not UTF-8 at byte 2: invalid start byte; this is gzip: let its name end in .gz"),
+        ("x.parquet", b"PAR1\x15\x04\n", f"{no_value}this is parquet: data_prep.py import reads that, as .parquet"),
+        ("plain.jsonl.gz", one, ": broken gzip file: Not a gzipped file"),
+        ("plain.jsonl.xz", one, ": broken xz"),
+        ("cut.jsonl.gz", rows[:half], ": broken gzip file: Compressed file ended before the end-of-stream marker"),
+        ("flipped.jsonl.gz", rows[:half] + bytes([rows[half] ^ 255]) + rows[half + 1 :], ":"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}{message}")):
+            read(tmp_path / name)
 
 
 def test_long_lines_are_refused_without_loading_them(tmp_path, monkeypatch):
@@ -161,7 +186,7 @@ def test_need_rewards(tmp_path):
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
 filled = text.filter(str.strip)
-turn = st.fixed_dictionaries({"role": st.sampled_from(listwise.ROLES), "content": filled})
+turn = st.fixed_dictionaries({"role": st.sampled_from(listwise.ROLES), "content": filled}, optional={"name": text})
 talk = st.builds(lambda turns, last: (*turns, {"role": "user", "content": last}), st.lists(turn, max_size=2), filled)
 
 
@@ -178,6 +203,7 @@ def random_rows(draw):
         chosen=pair[0] if pair else None,
         rejected=draw(st.sampled_from([None, pair[1]])) if pair else None,
         source=draw(st.none() | filled),
+        others=draw(st.dictionaries(st.sampled_from(["note", "\u00fc", "a b"]), text | st.lists(st.integers()))),
     )
 
 
@@ -198,11 +224,14 @@ def test_write_then_read_gives_the_rows_back(tmp_path_factory, rows, name):
     assert [p.name for p in path.parent.iterdir()] == [name]  # no temporary file stays
 
 
-def test_keys_are_written_in_order_and_absent_ones_left_out(tmp_path):
-    write(tmp_path / "x.jsonl", [Row("a", "caf\u00e9", ("x", "y"), (0.1, 2.0), 1, 0, "s"), Row("b", "q", ())])
+def test_keys_are_written_in_order(tmp_path):
+    """Absent ones are left out, other keys stand last; equal rows give equal bytes."""
+    row = Row("a", "caf\u00e9", ("x", "y"), (0.1, 2), 1, 0, "s", "", {"note": {"b": 1, "a": None}})
+    write(tmp_path / "x.jsonl", [row, Row("b", ({"content": "Hi", "role": "user"},), ())])
     assert (tmp_path / "x.jsonl").read_text(encoding="utf-8") == (
-        '{"id": "a", "prompt": "caf\u00e9", "responses": ["x", "y"], "rewards": [0.1, 2.0], '
-        '"chosen": 1, "rejected": 0, "source": "s"}\n{"id": "b", "prompt": "q", "responses": []}\n'
+        '{"id": "a", "prompt": "caf\u00e9", "responses": ["x", "y"], "rewards": [0.1, 2.0], "chosen": 1, '
+        '"rejected": 0, "source": "s", "note": {"b": 1, "a": null}}\n'
+        '{"id": "b", "prompt": [{"role": "user", "content": "Hi"}], "responses": []}\n'
     )
     write(tmp_path / "x.jsonl.gz", [Row("b", "q", ())])
     packed = (tmp_path / "x.jsonl.gz").read_bytes()
@@ -210,30 +239,16 @@ def test_keys_are_written_in_order_and_absent_ones_left_out(tmp_path):
     assert gzip.decompress(packed) == b'{"id": "b", "prompt": "q", "responses": []}\n'
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [[], [Row("a", "p", ("x",), (float("nan"),))], [Row("a", "p", ())] * 2, [Row("a", "", ())]],
-)
-def test_what_could_not_be_read_is_not_written(tmp_path, rows):
-    old = put(tmp_path / "x.jsonl", GOOD).read_bytes()
-    with pytest.raises(ValueError):
-        write(tmp_path / "x.jsonl", rows)
-    assert (tmp_path / "x.jsonl").read_bytes() == old
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_equal_rows_give_equal_bytes(tmp_path):
-    write(tmp_path / "a.jsonl", [Row("a", ({"content": "Hi", "role": "user"},), ("x",), (1,))])
-    write(tmp_path / "b.jsonl", [Row("a", ({"role": "user", "content": "Hi"},), ("x",), (1.0,))])
-    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-
-
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     old = put(tmp_path / "x.jsonl", GOOD).read_bytes()
+    for rows in ([], [Row("a", "p", ("x",), (float("nan"),))], [Row("a", "p", ())] * 2, [Row("a", "", ())]):
+        with pytest.raises(ValueError):
+            write(tmp_path / "x.jsonl", rows)
     with pytest.raises(TypeError, match="not JSON serializable"):
         listwise.write_lines(tmp_path / "x.jsonl", [{"fine": 1}, {"not JSON": object()}])
-    assert (tmp_path / "x.jsonl").read_bytes() == old
-    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match=r"name it \.jsonl, \.jsonl\.gz or \.jsonl\.xz"):
+        listwise.write_lines(tmp_path / "x.parquet", [{}])
+    assert (tmp_path / "x.jsonl").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
 
 
 anything = st.recursive(
