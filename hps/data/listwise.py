@@ -109,7 +109,7 @@ def check_keys(
             valid = f"did you mean {near[0]!r}? Valid keys: {', '.join(keys)}"
             raise ValueError(f"{where}: unknown key {reprlib.repr(key)}; {valid}")
     for key in required:
-        if key in absent:
+        if key not in record:
             raise ValueError(f"{where}: the key {key!r} is missing")
     try:  # JSON can express halves of surrogate pairs, and numbers beyond any float
         json.dumps(unknown, ensure_ascii=False, allow_nan=False).encode()

@@ -285,6 +285,10 @@ TALK_OF_HH = "\n\nHuman: Hi\n\nAssistant: {}"
 FOREIGN = [  # what it is, options, file name, content, message behind the file's name
     ("another format", {}, "x.jsonl", lines(ROW), ":1: unknown key 'id'; did you mean "),
     ("a column too few", {}, "x.jsonl", lines({"chosen": "a"}), ":1: the key 'rejected' is missing"),
+    (
+        "a column too few where others may be", dict(source="pku-saferlhf", order="safe"), "x.jsonl",
+        lines({"qrompt": "a"}), ":1: the key 'prompt' is missing",
+    ),
     ("CSV", {}, "x.csv", b"chosen,rejected\na,b\n", ":1: broken JSON at character 1: Expecting value" + NO_LINES),
     ("half a gzip file", {}, "x.jsonl.gz", gzip.compress(lines(ROW))[:40], ": broken gzip file: "),
     ("half a JSON list", {}, "x.json", b'[{"chosen": "a"', ": broken JSON at character 16: Expecting ',' delimiter"),
