@@ -56,11 +56,11 @@ smollm2: model ## the whole pipeline on HH=file of HH-RLHF rows with that model:
 	PYTHON=$(BIN)/python HH="$(HH)" MODEL=$(SMOLLM2) SMALL="$(SMALL)" recipes/smollm2.sh
 
 bench: $(STAMP) ## every benchmark: a table each, one JSON line last; HH=file of HH-RLHF rows adds those on real text
-	@set -e; for file in $(sort $(wildcard benchmarks/*.py)); do \
-		case $$file in \
-			*/step.py|*/cost.py) [ -z "$(HH)" ] || { echo "== $$file"; $(BIN)/python $$file --data $(HH); };; \
-			*) echo "== $$file"; $(RUN) $$file;; \
-		esac; done
+	$(RUN) benchmarks/head.py
+	$(RUN) benchmarks/scale.py
+	$(RUN) benchmarks/generate.py $(if $(HH),--data $(HH))
+	$(if $(HH),$(BIN)/python benchmarks/step.py --data $(HH),# step and cost need HH)
+	$(if $(HH),$(BIN)/python benchmarks/cost.py --data $(HH))
 
 clean: ## remove caches and build leftovers; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -4,21 +4,17 @@
 
 The paper's hours are 62.8 (BT) : 64.4 (HPS) : 168.4 (PL). Every prompt has its own response and those of other rows
 that are nearest to it in length, so that a step's time tells what a method does and not which lengths it drew. Each run
-is train.py in a process of its own; rounds alternate. The last line is JSON.
+is train.py in a process of its own; rounds alternate.
 """
 
-import json
-import statistics
-import sys
 import tempfile
 from bisect import bisect_left
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
-from step import in_fresh_process
 
 from hps import config
 from hps.data import listwise, tokens
@@ -45,6 +41,13 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "PL-5": (100, {"method": "dpo-pl", "pl_responses": 5}),
     "PL-8": (100, {"method": "dpo-pl", "pl_responses": 8}),
 }
+RATIOS = {
+    "hps_over_bt": ("HPS", "BT"),
+    "n100_over_n2": ("HPS", "HPS, n = 2"),
+    "pl5_over_bt": ("PL-5", "BT"),
+    "pl8_over_bt": ("PL-8", "BT"),
+    "hps8_over_bt": ("HPS-8", "BT"),
+}
 
 
 def candidates(c: Options, n: int) -> list[listwise.Row]:
@@ -63,10 +66,8 @@ def candidates(c: Options, n: int) -> list[listwise.Row]:
     return found
 
 
-def child(c: Options, name: str, out: Connection) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train.py is a script, no package
-    import train
-
+def measure(c: Options, name: str) -> dict[str, float]:
+    """Seconds and thousands of packed tokens of an optimizer step."""
     torch.set_num_threads(c.threads)
     n, options = RUNS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -74,42 +75,22 @@ def child(c: Options, name: str, out: Connection) -> None:
         paths = {"data": f"{folder}/data.jsonl", "out": f"{folder}/run"}
         paths |= {"token_cache": f"{folder}/tokens", "reference_cache": f"{folder}/cache"}
         common = dict(model=c.model, dtype=c.dtype, epochs=1, prompts_per_step=c.prompts_per_step)
-        train.main([f"--{key}={value}" for key, value in (paths | common | options).items()])
-        out.send(json.loads((Path(folder) / "run/summary.json").read_text()))
-
-
-def measure(c: Options, name: str) -> dict[str, float]:
-    """Seconds and thousands of packed tokens of an optimizer step."""
-    found = in_fresh_process(child, c, name)
+        found = harness.train(**paths, **common, **options)
     return {"seconds": found["seconds"] / found["steps"], "tokens": found["tokens"] / found["steps"] / 1000}
 
 
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/cost.py", description=str(__doc__).split("\n")[0])
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in RUNS}
-    for _ in range(c.rounds):
-        for name in RUNS:
-            found[name].append(measure(c, name))
-    print(f"\na step of {c.prompts_per_step} prompts, {c.dtype}, {c.threads} threads, medians of {c.rounds} rounds")
-    print(f"{'':12}{'seconds':>9}{'x BT':>7}{'k tokens':>10}{'x BT':>7}")
-    median = {name: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for name, runs in found.items()}
+    found = harness.take_turns(RUNS, c.rounds, lambda name, r: harness.alone(measure, c, name))
+    median = harness.medians(found)
+    table = []
     for name, m in median.items():
-        seconds, count = m["seconds"] / median["BT"]["seconds"], m["tokens"] / median["BT"]["tokens"]
-        print(f"{name:12}{m['seconds']:>9.2f}{seconds:>7.3f}{m['tokens']:>10.2f}{count:>7.3f}")
-
-    def ratio(a: str, b: str) -> float:
-        """Median over rounds, so that a busy moment of the machine falls on both."""
-        return statistics.median(x["seconds"] / y["seconds"] for x, y in zip(found[a], found[b], strict=True))
-
-    keys = {
-        "hps_over_bt": ratio("HPS", "BT"),
-        "n100_over_n2": ratio("HPS", "HPS, n = 2"),
-        "pl5_over_bt": ratio("PL-5", "BT"),
-        "pl8_over_bt": ratio("PL-8", "BT"),
-        "hps8_over_bt": ratio("HPS-8", "BT"),
-    }
-    settings = {"dtype": c.dtype, "threads": c.threads, "prompts": c.prompts}
-    print(json.dumps(settings | {key: round(value, 3) for key, value in keys.items()} | {"medians": median}))
+        over = {key: m[key] / median["BT"][key] for key in m}
+        table.append([name, m["seconds"], over["seconds"], m["tokens"], over["tokens"]])
+    title = f"a step of {c.prompts_per_step} prompts, {c.dtype}, {c.threads} threads, medians of {c.rounds} rounds"
+    harness.print_table(["", "seconds", "x BT", "k tokens", "x BT"], table, title)
+    ratios = {key: round(harness.ratio(found, a, b, "seconds"), 3) for key, (a, b) in RATIOS.items()}
+    harness.finish({"dtype": c.dtype, "threads": c.threads, "prompts": c.prompts} | ratios | {"medians": median})
 
 
 if __name__ == "__main__":

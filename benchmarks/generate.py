@@ -7,21 +7,21 @@ Two models: the self-made world's after a short fine-tuning (a minute with the r
 by themselves, and SmolLM2-135M-Instruct on real prompts. transformers gets a prompt a call, as its users write it, and
 from three prompts on also several left-padded ones, as many rows a call as ours. Every contestant draws all n responses
 of all prompts, ended or not; rounds alternate the contestants in one process; medians. Mean lengths tell whether all
-draw from the same distribution. Ours gives log-probs besides. The last line is JSON.
+draw from the same distribution. Ours gives log-probs besides.
 """
 
 import contextlib
 import io
-import json
+import itertools
 import statistics
-import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import harness
 import torch
 
 from hps import config, model
@@ -47,27 +47,22 @@ class Options:
 
 def make_world(folder: Path) -> tuple[str, list[listwise.Row]]:
     """A world's model after a short supervised fine-tuning, and its prompts."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train.py is a script, no package
-    import train
-
     world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=128, demonstrations=12_000)
     options = dict(loss="sft", lora_rank=0, lr=6e-3, adam_beta2=0.95, epochs=1, prompts_per_step=48, shuffle="no")
     options |= dict(max_length=128, warmup_steps=30, lr_end=0.05, model=folder / "world/model", out=folder / "sft")
     options |= dict(data=folder / "world/sft.jsonl", token_cache=folder / "tokens")
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        train.main([f"--{key}={value}" for key, value in options.items()])
+        harness.train(**options)
     return str(folder / "sft/policy"), listwise.read(folder / "world/test.jsonl")
 
 
-Draw = Callable[[], list[int]]
-
-
-def contestants(c: Options, path: str, prompts: list[list[int]], n: int, limit: int) -> dict[str, Draw]:
+def contestants(
+    c: Options, path: str, prompts: list[list[int]], n: int, limit: int
+) -> dict[str, Callable[[], list[int]]]:
     """Functions that draw n responses to each prompt and return the responses' lengths in tokens."""
     ours, theirs = (model.load_causal_lm(path, dtype=model.DTYPES[c.dtype]) for _ in range(2))
-    tokenizer = tokens.load_tokenizer(path)
-    eos, named = tokenizer.eos_token_id, [(str(i), ids) for i, ids in enumerate(prompts)]
-    seeds = iter(range(10**9))
+    eos = tokens.load_tokenizer(path).eos_token_id
+    named, seeds = [(str(i), ids) for i, ids in enumerate(prompts)], itertools.count()
 
     def of_hps() -> list[int]:
         settings = dict(n=n, eos_token_id=eos, max_new_tokens=limit, temperature=TEMPERATURE, max_rows=c.max_rows)
@@ -81,7 +76,7 @@ def contestants(c: Options, path: str, prompts: list[list[int]], n: int, limit: 
             some = prompts[begin : begin + per_call]
             longest = max(map(len, some))
             pads = [longest - len(ids) for ids in some]
-            ids = torch.tensor([[eos] * pad + ids for pad, ids in zip(pads, some)])
+            ids = torch.tensor([[eos] * pad + ids for pad, ids in zip(pads, some, strict=True)])
             mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
             torch.manual_seed(next(seeds))
             out = theirs.generate(
@@ -97,37 +92,24 @@ def contestants(c: Options, path: str, prompts: list[list[int]], n: int, limit: 
     return found | ({"padded": lambda: of_transformers(per_call)} if len(prompts) > 2 else {})
 
 
-def measure(
-    c: Options, name: str, path: str, rows: list[listwise.Row], cases: tuple[tuple[int, int, int], ...]
-) -> list[dict]:
-    """Rates and ratios of each case, printed as table rows too."""
-    tokenizer = tokens.load_tokenizer(path)
-    results = []
-    for n, P, limit in cases:
-        P = max(1, round(P * c.share))
-        prompts = [tokens.encode_prompt(tokenizer, row.prompt) for row in rows[:P]]
-        found = contestants(c, path, prompts, n, limit)
-        rates: dict[str, list[float]] = {who: [] for who in found}
-        lengths: dict[str, list[int]] = {who: [] for who in found}
-        for _ in range(c.rounds):
-            for who, run in found.items():
-                began = time.perf_counter()
-                drawn = run()
-                rates[who].append(len(drawn) / (time.perf_counter() - began))
-                lengths[who] += drawn
-        result = dict(model=name, n=n, prompts=P, prompt_tokens=round(sum(map(len, prompts)) / P, 1))
-        result |= dict(max_new_tokens=limit)
-        result |= {f"{who}_per_s": round(statistics.median(values), 2) for who, values in rates.items()}
-        result |= {f"{who}_mean_length": round(statistics.mean(values), 1) for who, values in lengths.items()}
-        for who in found.keys() - {"ours"}:
-            pairs = zip(rates["ours"], rates[who])
-            result[f"over_{who}"] = round(statistics.median(a / b for a, b in pairs), 2)
-        results.append(result)
-        shown = [f"{result.get(f'{who}_per_s', '-'):>10}" for who in ("ours", "generate", "padded")]
-        shown += [f"{result.get(f'over_{who}', '-'):>10}" for who in ("generate", "padded")]
-        means = "/".join(str(result[f"{who}_mean_length"]) for who in found)
-        print(f"{name:<9}{n:>5}{P:>9}{result['prompt_tokens']:>8}{limit:>7}{''.join(shown)}  {means}", flush=True)
-    return results
+def measure(c: Options, name: str, path: str, rows: list[listwise.Row], n: int, P: int, limit: int) -> dict[str, Any]:
+    """Rates and ratios of one case."""
+    tokenizer, lengths = tokens.load_tokenizer(path), {}
+    prompts = [tokens.encode_prompt(tokenizer, row.prompt) for row in rows[: max(1, round(P * c.share))]]
+
+    def rate(who: str, draw: Callable[[], list[int]]) -> dict[str, float]:
+        drawn: list[int] = []
+        taken = harness.seconds(lambda: drawn.extend(draw()))
+        lengths.setdefault(who, []).extend(drawn)
+        return {"rate": len(drawn) / taken}
+
+    draws = contestants(c, path, prompts, n, limit)
+    found = harness.take_turns(draws, c.rounds, lambda who, r: rate(who, draws[who]))
+    result = dict(model=name, n=n, prompts=len(prompts), max_new_tokens=limit)
+    result["prompt_tokens"] = round(statistics.mean(map(len, prompts)), 1)
+    result |= {f"{who}_per_s": round(m["rate"], 2) for who, m in harness.medians(found).items()}
+    result |= {f"{who}_mean_length": round(statistics.mean(values), 1) for who, values in lengths.items()}
+    return result | {f"over_{w}": round(harness.ratio(found, "ours", w, "rate"), 2) for w in draws if w != "ours"}
 
 
 def main() -> None:
@@ -135,19 +117,23 @@ def main() -> None:
     torch.set_num_threads(c.threads)
     with tempfile.TemporaryDirectory() as folder:
         path, rows = make_world(Path(folder))
-        print("samples a second, and ours over theirs")
-        print(f"{'model':<9}{'n':>5}{'prompts':>9}{'tokens':>8}{'limit':>7}{'ours':>10}{'generate':>10}{'padded':>10}"
-              f"{'/generate':>10}{'/padded':>10}  mean lengths")  # fmt: skip
-        results = measure(c, "world", path, rows, WORLD)
+        results = [measure(c, "world", path, rows, *case) for case in WORLD]
     if not c.data or not (Path(c.smollm2) / "config.json").exists():
         print(f"SmolLM2 is left out: it needs --data and the folder {c.smollm2} (make model)")
     else:
-        rows = importers.import_file("hh-rlhf", c.data, order="", limit=SMOLLM2[0][1], skip=0)[0]
-        results += measure(c, "smollm2", c.smollm2, list(rows), SMOLLM2)
+        rows = list(importers.import_file("hh-rlhf", c.data, limit=SMOLLM2[0][1])[0])
+        results += [measure(c, "smollm2", c.smollm2, rows, *case) for case in SMOLLM2]
+    columns = {
+        "model": "model", "n": "n", "prompts": "prompts", "prompt_tokens": "tokens", "max_new_tokens": "limit",
+        "ours_per_s": "ours/s", "generate_per_s": "generate/s", "padded_per_s": "padded/s",
+        "over_generate": "/generate", "over_padded": "/padded", "ours_mean_length": "length",
+        "generate_mean_length": "its length", "padded_mean_length": "its length",
+    }  # fmt: skip
+    table = [[r.get(key, "-") for key in columns] for r in results]
+    harness.print_table(list(columns.values()), table, "samples a second, and ours over theirs")
     over = {f"{r['model']}, n = {r['n']}": r["over_generate"] for r in results}
     summary = {"over_hf_generate": over["world, n = 100"], "over_hf_generate_by_case": over, "dtype": c.dtype}
-    summary |= {"max_rows": c.max_rows}
-    print(json.dumps(summary | {"threads": c.threads, "results": results}))
+    harness.finish(summary | {"max_rows": c.max_rows, "threads": c.threads, "results": results})
 
 
 if __name__ == "__main__":

@@ -4,18 +4,15 @@
 
 Each contestant runs in processes of its own (peak memory is a process's), alternating, and medians are reported.
 Errors are of the gradient to the states, against float64, as a share of its largest entry; the Triton kernel runs in
-Triton's interpreter, on a small shape, since this machine's head is the chunked one. The last line is JSON.
+Triton's interpreter, on a small shape, since this machine's head is the chunked one.
 """
 
-import json
-import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
 
+import harness
 import torch
 
 from hps.logps import dense_token_logps, token_logps
@@ -36,35 +33,26 @@ def inputs(T: int, V: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, weight, torch.randint(0, V, (T,), generator=g)
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def run(name: str, T: int, V: int, repeats: int, queue: multiprocessing.Queue) -> None:
+def run(name: str, T: int, V: int) -> tuple[list[float], float]:
     """Seconds of each forward and backward after one that is not counted, and MiB above inputs and outputs."""
     hidden, weight, targets = inputs(T, V)
     hidden.grad = torch.zeros_like(hidden)
     (hidden[:8].detach() @ weight.T).float()  # the libraries' own buffers are not ours to count
-    before, seconds = peak_mib(), []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        CONTESTANTS[name](hidden, weight, targets).sum().backward()
-        seconds.append(time.perf_counter() - began)
-    queue.put((seconds[1:], peak_mib() - before))
-
-
-def exact_gradient(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """d sum(logps) / d hidden in float64."""
-    h = hidden.detach().double().requires_grad_()
-    logps = torch.log_softmax(h @ weight.double().T, dim=-1).gather(-1, targets[:, None])
-    return torch.autograd.grad(logps.sum(), h)[0]
+    before = harness.memory("VmHWM")
+    repeats = 1 if T > 1000 else 3
+    times = [
+        harness.seconds(lambda: CONTESTANTS[name](hidden, weight, targets).sum().backward()) for _ in range(repeats + 1)
+    ]
+    return times[1:], harness.memory("VmHWM") - before
 
 
 def error(function, T: int, V: int, dtype: torch.dtype) -> float:
     """Largest error of the gradient to the states, as a share of the largest entry."""
     hidden, weight, targets = inputs(T, V)
     hidden, weight = hidden.detach().to(dtype).requires_grad_(), weight.to(dtype)
-    exact = exact_gradient(hidden, weight, targets)
+    h = hidden.detach().double().requires_grad_()
+    logps = torch.log_softmax(h @ weight.double().T, dim=-1).gather(-1, targets[:, None])
+    exact = torch.autograd.grad(logps.sum(), h)[0]
     function(hidden, weight, targets).sum().backward()
     assert hidden.grad is not None
     return float((hidden.grad.double() - exact).abs().max() / exact.abs().max())
@@ -78,43 +66,34 @@ def interpreted_error() -> float | None:
         f"print(head.error(kernels.token_logps, *{INTERPRETED}, torch.bfloat16))"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": "."}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=harness.ROOT
+    )
     return float(done.stdout) if done.returncode == 0 else None
 
 
 def main() -> None:
     results = []
-    print(f"{'tokens':>8}{'vocabulary':>12}  {'path':<10}{'ms':>10}{'MiB beyond inputs and outputs':>32}")
     for T, V in SHAPES:
         names = [name for name in CONTESTANTS if name != "dense" or T * V <= DENSE_LIMIT]
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        peaks: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(3):
-            for name in names:
-                queue = multiprocessing.get_context("spawn").Queue()
-                process = multiprocessing.get_context("spawn").Process(
-                    target=run, args=(name, T, V, 1 if T > 1000 else 3, queue)
-                )
-                process.start()
-                taken, peak = queue.get()
-                process.join()
-                seconds[name] += taken
-                peaks[name].append(peak)
-        for name in names:
-            row = {"tokens": T, "vocabulary": V, "path": name, "ms": 1000 * statistics.median(seconds[name])}
-            row["peak_mib"] = statistics.median(peaks[name])
-            results.append(row)
-            print(f"{T:>8}{V:>12}  {name:<10}{row['ms']:>10.0f}{row['peak_mib']:>32.0f}")
+        found = harness.take_turns(names, 3, lambda name, r, T=T, V=V: harness.alone(run, name, T, V))
+        for name, runs in found.items():
+            ms = 1000 * statistics.median(second for times, _ in runs for second in times)
+            row = {"tokens": T, "vocabulary": V, "path": name, "ms": ms}
+            results.append(row | {"peak_mib": statistics.median(peak for _, peak in runs)})
+    header = ["path", "tokens", "vocabulary", "ms", "MiB beyond inputs and outputs"]
+    keys = ("path", "tokens", "vocabulary", "ms", "peak_mib")
+    harness.print_table(header, [[row[key] for key in keys] for row in results])
     errors = {
         f"{name}_{short}": error(function, 256, 32_000, dtype)
         for name, function in CONTESTANTS.items()
         for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     errors["triton_interpreted_bf16"] = interpreted_error()
-    for name, value in errors.items():
-        print(f"error {name:<26}{'Triton cannot be imported' if value is None else f'{value:.2g}'}")
+    shown = [[name, "not to be had" if value is None else f"{value:.2g}"] for name, value in errors.items()]
+    harness.print_table(["gradient to the states", "error"], shown)
     largest = next(row["peak_mib"] for row in results[::-1] if row["path"] == "chunked")
-    print(json.dumps({"peak_mib": largest, "threads": torch.get_num_threads(), "errors": errors, "results": results}))
+    harness.finish({"peak_mib": largest, "threads": torch.get_num_threads(), "errors": errors, "results": results})
 
 
 if __name__ == "__main__":

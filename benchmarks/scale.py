@@ -8,24 +8,23 @@ Look-ups: then it asks for the reference log-prob of every visit, all in the cac
 Data: one process makes the store of a list-wise file; another one opens it, hashing the file, and reads 1,000 prompts.
 Steps: train.py, LoRA, on texts of equal lengths; of --lengths, --responses and --ranks one varies at a time, the others
 are the first of their lists. Peaks are those of whole processes, libraries included (Linux).
-The share of the sampler is that of plan and look-ups, a visit, in the fastest of the steps. The last line is JSON.
+The share of the sampler is that of plan and look-ups, a visit, in the fastest of the steps.
 """
 
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import torch
 from safetensors.numpy import save_file
@@ -36,8 +35,6 @@ from hps.batches import make_plan, touched_blocks
 from hps.data import listwise, store, tokens
 from hps.lab import world
 from hps.options import Config
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -62,16 +59,8 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
-def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Run a function in a new process, since a peak of memory is a process's."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def peak_gib() -> float:
-    """High-water mark of this process's memory; unlike ru_maxrss it knows nothing of the process that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+def peak() -> float:
+    return harness.memory("VmHWM") / 1024
 
 
 def planned(c: Options, folder: Path) -> dict[str, Any]:
@@ -81,7 +70,7 @@ def planned(c: Options, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     examples = store.Store(folder, Path("data"))
     plan = make_plan(settings, examples)
-    found = {"plan_seconds": time.perf_counter() - began, "plan_gib": peak_gib(), "visits": len(plan.row)}
+    found = {"plan_seconds": time.perf_counter() - began, "plan_gib": peak(), "visits": len(plan.row)}
 
     cache = reference.open_cache(folder.parent / "cache", weights="w", tokenizer="t", dtype="fp32")
     touched, _ = touched_blocks(plan, examples)
@@ -94,7 +83,7 @@ def planned(c: Options, folder: Path) -> dict[str, Any]:
     touched, place = touched_blocks(plan, examples)
     logps, computed = reference.fill(cache, torch.nn.Module(), touched, ranks=ranks, budget=1, pad_id=0)
     assert not computed and len(logps[place]) == (plan.responses >= 0).sum()
-    return found | {"lookup_seconds": time.perf_counter() - began, "entries": len(keys), "lookup_gib": peak_gib()}
+    return found | {"lookup_seconds": time.perf_counter() - began, "entries": len(keys), "lookup_gib": peak()}
 
 
 def write_store(c: Options, folder: Path) -> None:
@@ -142,7 +131,7 @@ def opened(folder: Path, data: Path, model: str) -> dict[str, Any]:
     examples = store.open_store(folder, data, tokenizer, max_length=2048)
     for i in np.random.default_rng(0).integers(0, len(examples), 1000):
         examples.block(int(i), range(2))
-    return {"seconds": time.perf_counter() - began, "gib": peak_gib()}
+    return {"seconds": time.perf_counter() - began, "gib": peak()}
 
 
 def stepped(c: Options, folder: Path, model: str, length: int, responses: int, ranks: int) -> dict[str, Any]:
@@ -156,7 +145,12 @@ def stepped(c: Options, folder: Path, model: str, length: int, responses: int, r
     options |= dict(prompts_per_step=c.prompts_per_step, tokens_per_micro_batch=c.tokens_per_micro_batch)
     options |= dict(token_cache=folder / "tokens", reference_cache=folder / "cache")
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launch, str(ROOT / "train.py"), *(f"--{key}={value}" for key, value in options.items())]
+    command = [
+        sys.executable,
+        *launch,
+        str(harness.ROOT / "train.py"),
+        *(f"--{key}={value}" for key, value in options.items()),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
@@ -173,46 +167,40 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_store(c, folder / "store")
-        found = alone(planned, c, folder / "store")
-        print(f"{c.prompts:,} prompts x {c.candidates} rewards, {found['visits']:,} visits")
-        for part in ("plan", "lookup"):
-            seconds, gib = found[f"{part}_seconds"], found[f"{part}_gib"]
-            print(f"{part:10}{seconds:8.1f} s  {gib:6.2f} GiB  {1e6 * seconds / found['visits']:6.1f} us a visit")
+        found = harness.alone(planned, c, folder / "store")
+        parts = [[part, found[f"{part}_seconds"], found[f"{part}_gib"]] for part in ("plan", "lookup")]
+        table = [[*part, 1e6 * part[1] / found["visits"]] for part in parts]
+        title = f"{c.prompts:,} prompts x {c.candidates} rewards, {found['visits']:,} visits"
+        harness.print_table(["", "s", "GiB", "us a visit"], table, title)
 
         model = c.model
         if model == "world" or not Path(model).exists():
             world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=1, demonstrations=2)
             model = str(folder / "world" / "model")
-        print(f"\n{'prompts':>9}{'file MB':>9}{'make s':>9}{'GiB':>7}{'open s':>9}{'GiB':>7}")
-        table = []
+        sizes = []
         for rows in numbers(c.rows):
             data = folder / f"{rows}.jsonl"
             write_texts(data, tokens.load_tokenizer(model), rows=rows, responses=4, length=64)
-            makes, opens = (alone(opened, folder / "tokens", data, model) for _ in range(2))
-            table.append({"prompts": rows, "file_mb": data.stat().st_size / 1e6, "make_seconds": makes["seconds"]})
-            table[-1] |= {"make_gib": makes["gib"], "open_seconds": opens["seconds"], "open_gib": opens["gib"]}
-            r = table[-1]
-            print(
-                f"{rows:>9,}{r['file_mb']:>9.1f}{r['make_seconds']:>9.1f}{r['make_gib']:>7.2f}{r['open_seconds']:>9.2f}"
-                f"{r['open_gib']:>7.2f}"
-            )
+            makes, opens = (harness.alone(opened, folder / "tokens", data, model) for _ in range(2))
+            size = {"prompts": rows, "file_mb": data.stat().st_size / 1e6, "make_seconds": makes["seconds"]}
+            size |= {"make_gib": makes["gib"], "open_seconds": opens["seconds"], "open_gib": opens["gib"]}
+            sizes.append(size)
+        header = ["prompts", "file MB", "make s", "GiB", "open s", "GiB"]
+        harness.print_table(header, [[f"{rows:,}", *others] for rows, *others in (s.values() for s in sizes)])
 
-        threads = os.environ.get("OMP_NUM_THREADS", "all")
-        print(f"\n{model if model == c.model else 'world'}, {threads} threads, {c.prompts_per_step} prompts a step")
-        print(f"{'tokens':>9}{'K':>4}{'ranks':>7}{'s a step':>10}{'GiB':>7}")
-        steps = []
         lists = [numbers(c.lengths), numbers(c.responses), numbers(c.ranks)]
         first = [values[0] for values in lists]
         varied = [(*first[:i], value, *first[i + 1 :]) for i, values in enumerate(lists) for value in values]
-        for case in dict.fromkeys(varied):
-            steps.append(stepped(c, folder, model, *case))
-            s = steps[-1]
-            print(f"{s['length']:>9}{s['K']:>4}{s['ranks']:>7}{s['step_seconds']:>10.3f}{s['gib']:>7.2f}", flush=True)
+        steps = [stepped(c, folder, model, *case) for case in dict.fromkeys(varied)]
+        threads = os.environ.get("OMP_NUM_THREADS", "all")
+        title = f"{model if model == c.model else 'world'}, {threads} threads, {c.prompts_per_step} prompts a step"
+        table = [[f"{s['length']}", s["K"], s["ranks"], s["step_seconds"], s["gib"]] for s in steps]
+        harness.print_table(["tokens", "K", "ranks", "s a step", "GiB"], table, title)
         visit = min(s["step_seconds"] for s in steps) / c.prompts_per_step
         share = (found["plan_seconds"] + found["lookup_seconds"]) / found["visits"] / visit
         print(f"\nplan and look-ups: {share:.3%} of the fastest step")
-    print(json.dumps(found | {"sampler_share_of_step": share, "rows": table, "steps": steps}))
+    harness.finish(found | {"sampler_share_of_step": share, "rows": sizes, "steps": steps})
 
 
 if __name__ == "__main__":
-    main()
+    config.run_main(main)

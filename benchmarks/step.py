@@ -6,20 +6,16 @@ Rounds alternate the contestants, each in a process of its own on its share of t
 --epochs epochs of DPO on the human pairs, both counted. TRL runs with precomputed reference log-probs, without gradient
 checkpointing, at the fastest of batch 1, 2 and 4 (tried first on 8 pairs). Peak memory is what a process holds above
 its loaded weights. The floor is the bare products x W^T and g W of our own micro-batches: a frozen weight has no other.
-The last line is JSON.
 """
 
-import json
-import multiprocessing
-import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 
 from hps import config, model, reference
@@ -41,30 +37,12 @@ class Options:
     tokens_per_micro_batch: int = 1024  # ours
 
 
-class Memory:
-    """MiB above what the process held at `begin` (Linux: the high-water mark can be reset)."""
-
-    def begin(self, lm: torch.nn.Module) -> None:
-        sum(p.sum().item() for p in lm.parameters())  # weights are mapped from the file until somebody reads them
-        Path("/proc/self/clear_refs").write_text("5")
-        self.before = self._status("VmRSS")
-
-    def peak(self) -> float:
-        return self._status("VmHWM") - self.before
-
-    def _status(self, key: str) -> float:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(key):
-                return int(line.split()[1]) / 1024
-        raise RuntimeError(f"no {key}: this benchmark needs Linux")
-
-
 class Clock:
     """Seconds spent inside wrapped functions."""
 
     seconds = 0.0
 
-    def wrap(self, function):
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             try:
@@ -75,19 +53,23 @@ class Clock:
         return timed
 
 
-def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
+def before_training(lm: torch.nn.Module) -> float:
+    """MiB held with the weights in memory; they are mapped from the file until somebody reads them."""
+    sum(p.sum().item() for p in lm.parameters())
+    return harness.reset_peak()
+
+
+def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, float]:
     """train.py as a user runs it, with its clocks read and the shapes of its micro-batches written down."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train.py is a script, no package
-    import train
     from hps.data import listwise
 
     listwise.write(folder / "pairs.jsonl", rows)
-    clock, memory, shapes = Clock(), Memory(), []
+    clock, before, shapes = Clock(), [], []
     load, forward = model.load_causal_lm, model.PolicyModel.forward
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
         lm = load(*args, **kwargs)
-        memory.begin(lm)
+        before.append(before_training(lm))
         return lm
 
     def watched(self: model.PolicyModel, packed: Any) -> torch.Tensor:
@@ -102,11 +84,8 @@ def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
         method="dpo-human", lora_rank=RANK, lora_alpha=ALPHA, lora_targets=",".join(TARGETS), epochs=c.epochs,
         prompts_per_step=STEP, tokens_per_micro_batch=c.tokens_per_micro_batch, token_cache=folder / "tokens",
     )  # fmt: skip
-    train.main([f"--{key}={value}" for key, value in options.items()])
-    loop = json.loads((folder / "run/summary.json").read_text())["seconds"]
-    peak = memory.peak()
-    first_epoch = shapes[: len(shapes) // c.epochs]
-    floor = c.epochs * products(c, first_epoch)
+    loop, peak = harness.train(**options)["seconds"], harness.memory("VmHWM") - before[-1]
+    floor = c.epochs * products(c, shapes[: len(shapes) // c.epochs])
     return {"reference": clock.seconds, "loop": loop, "peak": peak, "floor": floor}
 
 
@@ -131,7 +110,7 @@ def products(c: Options, shapes: list[tuple[int, int]]) -> float:
     return seconds
 
 
-def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, Any]:
+def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, float]:
     """DPOTrainer with the settings of the docstring, on the very token ids of ours."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -146,8 +125,7 @@ def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, Any]:
         "rejected": row.responses[row.rejected],
     } for row in rows]  # fmt: skip
     lm = AutoModelForCausalLM.from_pretrained(c.model, dtype=model.DTYPES[c.dtype])
-    memory, clock = Memory(), Clock()
-    memory.begin(lm)
+    before, clock = before_training(lm), Clock()
     DPOTrainer._precompute_ref_logps = clock.wrap(DPOTrainer._precompute_ref_logps)
     arguments = DPOConfig(
         output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=STEP // batch,
@@ -156,43 +134,26 @@ def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, Any]:
         disable_tqdm=True,
     )  # fmt: skip
     adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    trainer = DPOTrainer(
-        lm, args=arguments, train_dataset=Dataset.from_list(records), processing_class=tokenizer, peft_config=adapter
-    )
+    about = dict(args=arguments, train_dataset=Dataset.from_list(records), processing_class=tokenizer)
+    trainer = DPOTrainer(lm, peft_config=adapter, **about)
     for example, theirs in zip(examples, trainer.train_dataset, strict=True):
-        ours = example.response_ids[example.chosen], example.response_ids[example.rejected]
-        both = zip((example.prompt_ids, *ours), (theirs[f"{key}_ids"] for key in ("prompt", "chosen", "rejected")))
+        mine = example.prompt_ids, example.response_ids[example.chosen], example.response_ids[example.rejected]
+        both = zip(mine, (theirs[f"{key}_ids"] for key in ("prompt", "chosen", "rejected")), strict=True)
         if any(list(a) != list(b) for a, b in both):
             raise RuntimeError(f"{example.id}: TRL tokenises this row otherwise, so the two cannot be compared")
-    began = time.perf_counter()
-    trainer.train()
-    return {"reference": clock.seconds, "loop": time.perf_counter() - began, "peak": memory.peak()}
+    loop = harness.seconds(trainer.train)
+    return {"reference": clock.seconds, "loop": loop, "peak": harness.memory("VmHWM") - before}
 
 
-def child(contestant, c: Options, rows: list, batch: int, out: Connection) -> None:
+def in_folder(contestant: Callable[..., dict], c: Options, rows: list, batch: int) -> dict[str, float]:
     torch.set_num_threads(c.threads)
     with tempfile.TemporaryDirectory() as folder:
-        out.send(contestant(c, rows, batch, Path(folder)))
+        return contestant(c, rows, batch, Path(folder))
 
 
-def in_fresh_process(function, *arguments: Any) -> Any:
-    """What `function(*arguments, connection)` sends, from a process of its own; ends the benchmark if it fails."""
-    spawn = multiprocessing.get_context("spawn")
-    receive, send = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=function, args=(*arguments, send))
-    process.start()
-    send.close()
-    try:
-        return receive.recv()
-    except EOFError:
-        sys.exit("a contestant failed; its output stands above")
-    finally:
-        process.join()
-
-
-def measure(contestant, c: Options, rows: list, batch: int = 0) -> dict[str, Any]:
+def measure(contestant: Callable[..., dict], c: Options, rows: list, batch: int = 0) -> dict[str, float]:
     """What a contestant found; `rate` is pairs a second over all passes, the reference's counted."""
-    found = in_fresh_process(child, contestant, c, rows, batch)
+    found = harness.alone(in_folder, contestant, c, rows, batch)
     return found | {"rate": len(rows) * c.epochs / (found["reference"] + found["loop"])}
 
 
@@ -202,29 +163,24 @@ def main() -> None:
     trials = {batch: measure(trl, c, rows[:8], batch)["rate"] for batch in (1, 2, 4)}
     best = max(trials, key=trials.__getitem__)
     print("TRL, pairs/s on 8 pairs: " + ", ".join(f"batch {b} {rate:.3f}" for b, rate in trials.items()))
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
-    for r in range(c.rounds):
-        share = rows[r :: c.rounds]
-        found["ours"].append(measure(ours, c, share))
-        found["trl"].append(measure(trl, c, share, best))
-        print(f"round {r + 1}: ours {found['ours'][-1]['rate']:.3f}, TRL {found['trl'][-1]['rate']:.3f} pairs/s")
-    median = {
-        name: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for name, runs in found.items()
-    }
-    print(f"\n{len(rows)} pairs, {c.dtype}, {c.threads} threads, medians of {c.rounds} rounds")
-    print(f"{'':12}{'pairs/s':>10}{'reference s':>13}{'loop s':>10}{'peak MiB':>10}")
-    for name, m in median.items():
-        print(f"{name:12}{m['rate']:>10.3f}{m['reference']:>13.1f}{m['loop']:>10.1f}{m['peak']:>10.0f}")
-    print(f"{'floor':12}{'':>23}{median['ours']['floor']:>10.1f}")
+    batches = {"ours": 0, "trl": best}
+    by_name = {"ours": ours, "trl": trl}
+    found = harness.take_turns(
+        by_name, c.rounds, lambda name, r: measure(by_name[name], c, rows[r :: c.rounds], batches[name])
+    )
+    median = harness.medians(found)
+    table = [[name, *(m[key] for key in ("rate", "reference", "loop", "peak"))] for name, m in median.items()]
+    table.append(["floor", "", "", median["ours"]["floor"], ""])
+    title = f"{len(rows)} pairs, {c.dtype}, {c.threads} threads, medians of {c.rounds} rounds"
+    harness.print_table(["", "pairs/s", "reference s", "loop s", "peak MiB"], table, title)
+    overs = [{"over": one["loop"] / one["floor"]} for one in found["ours"]]
     ratios = {
-        "pairs_per_s_over_trl": statistics.median(
-            a["rate"] / b["rate"] for a, b in zip(found["ours"], found["trl"], strict=True)
-        ),
+        "pairs_per_s_over_trl": harness.ratio(found, "ours", "trl", "rate"),
         "peak_memory_over_trl": median["ours"]["peak"] / median["trl"]["peak"],
-        "step_over_floor": statistics.median(one["loop"] / one["floor"] for one in found["ours"]),
+        "step_over_floor": harness.medians({"ours": overs})["ours"]["over"],
     }
     settings = {"pairs": len(rows), "dtype": c.dtype, "threads": c.threads, "trl_batch": best}
-    print(json.dumps(settings | {key: round(value, 3) for key, value in ratios.items()} | {"medians": median}))
+    harness.finish(settings | {key: round(value, 3) for key, value in ratios.items()} | {"medians": median})
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_bf16_is_as_close_as_dense_bf16():
 
 
 def test_many_short_responses_share_a_call_and_long_ones_do_not():
-    """Nine heads, as SmolLM2 has; the world's model has four. Which way wins was measured (benchmarks/attention.py)."""
+    """Nine heads, as SmolLM2 has; the world's model has four. Which way wins was measured."""
     world = row([(8, (12, 20))] * 16)
     candidates = row([(8, (15,) * 100)] * 2)
     pairs = row(SPANS["a pair of real text"])

@@ -1,0 +1,94 @@
+"""What all benchmarks share: contestants that take turns, medians and ratios, processes of their own, a table and JSON.
+
+A benchmark prints a table for people, the machine, and one JSON line last for programs.
+"""
+
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+Runs = dict[str, list[dict[str, float]]]  # contestant -> what it found in each round
+
+
+def take_turns(names: Iterable[str], rounds: int, run: Callable[[str, int], Any]) -> dict[str, list[Any]]:
+    """What `run` gives for each contestant in each round: a busy moment falls on all."""
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    for r in range(rounds):
+        for name, of_rounds in found.items():
+            of_rounds.append(run(name, r))
+    return found
+
+
+def medians(found: Runs) -> dict[str, dict[str, float]]:
+    """Of each number of each contestant, over rounds."""
+    return {name: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for name, runs in found.items()}
+
+
+def ratio(found: Runs, a: str, b: str, key: str) -> float:
+    """Median over rounds of a's number over b's of the same round."""
+    return statistics.median(x[key] / y[key] for x, y in zip(found[a], found[b], strict=True))
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in a new process: a peak of memory is a process's, and so are threads and patches."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def memory(key: str) -> float:
+    """MiB that this process holds (VmRSS), or its high-water mark (VmHWM); unlike ru_maxrss it knows nothing of the
+    process that started it (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{key}:")[1].split()[0]) / 1024
+
+
+def reset_peak() -> float:
+    """Set the high-water mark to what is held now; MiB of it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def train(**options: Any) -> dict[str, Any]:
+    """Run train.py in this process, as a user runs it; its summary."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))  # train.py is a script, no package
+    import train as script
+
+    script.main([f"--{key}={value}" for key, value in options.items()])
+    return json.loads((Path(options["out"]) / "summary.json").read_text())
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
+    """Columns as wide as what they hold, the first to the left; floats with three figures or no fraction."""
+
+    def show(value: Any) -> str:
+        return value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+    cells = [list(header), *([show(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f"\n{title}" if title else "")
+    for first, *others in cells:
+        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)))
+
+
+def finish(found: dict[str, Any]) -> None:
+    """The machine, and the JSON line."""
+    from hps.lab.results import commit, machine
+
+    print(f"\n{machine()}, torch {torch.__version__}, commit {commit()}")
+    print(json.dumps(found), flush=True)
