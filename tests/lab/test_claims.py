@@ -32,38 +32,40 @@ MARGIN = "DPO-HPS has a larger RM_DPO than DPO-BT"
 HARM = "DPO-HPS writes less harm than DPO-BT"
 BLEU = "DPO-HPS is at most 0.01 of BLEU below DPO-BT"
 REWARD = "DPO-HPS is at most 0.1 of reward below DPO-BT"
+HOLDS, NOT, OPEN = "holds", "does not hold", "unresolved"
+CASES = [  # claim, metric, low, high, verdict
+    (MARGIN, "rm_dpo", 0.2, 0.4, HOLDS),
+    (MARGIN, "rm_dpo", -0.1, 0.4, OPEN),
+    (MARGIN, "rm_dpo", 0.0, 0.4, OPEN),  # touches
+    (MARGIN, "rm_dpo", -0.4, 0.0, OPEN),
+    (MARGIN, "rm_dpo", -0.4, -0.1, NOT),
+    (HARM, "harm", -6.0, -2.0, HOLDS),  # less is better
+    (HARM, "harm", -6.0, 0.0, OPEN),
+    (HARM, "harm", 2.0, 6.0, NOT),
+    (REWARD, "true_reward", -0.09, -0.02, HOLDS),  # the bound is -0.1, not 0
+    (REWARD, "true_reward", -0.2, 0.3, OPEN),
+    (REWARD, "true_reward", -0.3, -0.11, NOT),
+    (BLEU, "bleu_char", -0.009, -0.002, HOLDS),  # the bound is -0.01
+    (BLEU, "bleu_char", -0.02, -0.011, NOT),
+]
 
 
-@pytest.mark.parametrize(
-    "claim, metric, low, high, verdict",
-    [
-        (MARGIN, "rm_dpo", 0.2, 0.4, "holds"),
-        (MARGIN, "rm_dpo", -0.1, 0.4, "unresolved"),
-        (MARGIN, "rm_dpo", 0.0, 0.4, "unresolved"),  # touches
-        (MARGIN, "rm_dpo", -0.4, 0.0, "unresolved"),
-        (MARGIN, "rm_dpo", -0.4, -0.1, "does not hold"),
-        (HARM, "harm", -6.0, -2.0, "holds"),  # less is better
-        (HARM, "harm", -6.0, 0.0, "unresolved"),
-        (HARM, "harm", 2.0, 6.0, "does not hold"),
-        (REWARD, "true_reward", -0.09, -0.02, "holds"),  # the bound is -.1, not 0
-        (REWARD, "true_reward", -0.2, 0.3, "unresolved"),
-        (REWARD, "true_reward", -0.3, -0.11, "does not hold"),
-        (REWARD, "true_reward", 0.2, 0.3, "holds"),
-        (BLEU, "bleu_char", -0.009, -0.002, "holds"),  # the bound is -.01
-        (BLEU, "bleu_char", -0.02, -0.011, "does not hold"),
-    ],
-)
-def test_the_side_of_the_bound_that_the_interval_lies_on_decides(claim, metric, low, high, verdict):
-    mean = (low + high) / 2
-    item = judged(results("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", metric, mean, low, high)]))[claim]
-    assert item == {
-        "claim": claim,
-        "paper": item["paper"],
-        "verdict": verdict,
-        "kind": "difference",
-        "metric": metric,
-        **interval(mean, low, high),
-    }
+def test_the_intervals_side_of_the_bound_decides():
+    for claim, metric, low, high, verdict in CASES:
+        mean = (low + high) / 2
+        items = judged(results("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", metric, mean, low, high)]))
+        expected = {"claim": claim, "paper": items[claim]["paper"], "verdict": verdict, "kind": "difference"}
+        assert items[claim] == expected | {"metric": metric, **interval(mean, low, high)}
+    for low, high, positive, negative in ((0.5, 2.0, HOLDS, NOT), (-1.0, 2.0, OPEN, OPEN), (-2.0, -0.5, NOT, HOLDS)):
+        metrics = {"rm_dpo": interval((low + high) / 2, low, high)}  # a value, judged by its own interval
+        found = judged(results("headline", rows={"DPO-HPS": metrics, "DPO-PL-8": metrics}))
+        assert found["DPO-HPS has a positive RM_DPO"]["verdict"] == positive
+        assert found["DPO-PL-8 has a negative RM_DPO"]["verdict"] == negative
+        assert found["DPO-PL-8 has a negative RM_DPO"]["kind"] == "value"
+    for low, high, verdict in ((51, 57, HOLDS), (49, 57, OPEN), (40, 49.5, NOT)):  # half of the samples
+        found = judged(results("headline", rows={"DPO-HPS": {"win": interval((low + high) / 2, low, high)}}))
+        item = found["DPO-HPS wins more than half of its samples against SFT"]
+        assert item["verdict"] == verdict and (item["low"], item["high"]) == (low, high)
 
 
 def test_the_papers_figures_stand_in_the_item():
@@ -98,32 +100,6 @@ def test_what_is_not_there_is_left_out_or_said():
     assert claims.judge(results("schedule", rows=TWO)) == []
 
 
-@pytest.mark.parametrize(
-    "low, high, positive, negative",
-    [
-        (0.5, 2.0, "holds", "does not hold"),
-        (-1.0, 2.0, "unresolved", "unresolved"),
-        (-2.0, -0.5, "does not hold", "holds"),
-    ],
-)
-def test_a_value_is_judged_by_its_own_interval(low, high, positive, negative):
-    metrics = {"rm_dpo": interval((low + high) / 2, low, high)}
-    found = judged(results("headline", rows={"DPO-HPS": metrics, "DPO-PL-8": metrics}))
-    assert found["DPO-HPS has a positive RM_DPO"]["verdict"] == positive
-    assert found["DPO-PL-8 has a negative RM_DPO"]["verdict"] == negative
-    assert found["DPO-PL-8 has a negative RM_DPO"]["kind"] == "value"
-
-
-@pytest.mark.parametrize(
-    "low, high, verdict",
-    [(51, 57, "holds"), (49, 57, "unresolved"), (40, 49.5, "does not hold"), (1, 9, "does not hold")],
-)
-def test_half_of_the_samples_is_the_bound_of_a_win(low, high, verdict):
-    found = judged(results("headline", rows={"DPO-HPS": {"win": interval((low + high) / 2, low, high)}}))
-    item = found["DPO-HPS wins more than half of its samples against SFT"]
-    assert item["verdict"] == verdict and (item["low"], item["high"]) == (low, high)
-
-
 def test_cost_is_a_ratio_with_the_range_over_runs():
     rows = {
         "DPO-HPS": {"train_seconds": interval(40, 36, 44), "train_tokens": interval(82, 80, 84)},
@@ -145,20 +121,18 @@ def test_cost_is_a_ratio_with_the_range_over_runs():
         claims.judge(results("cost", rows=rows))
 
 
-@pytest.mark.parametrize(
-    "bt, verdict", [((0.2, 0.1, 0.3), "holds"), ((0.5, 0.2, 1.0), "unresolved"), ((4.0, 3.1, 5.0), "does not hold")]
-)
-def test_growth_with_n_is_a_difference_of_differences(bt, verdict):
-    pairs = [("DPO-HPS n 100", "DPO-HPS n 5", "rm_dpo", 2.0, 1.0, 3.0), ("DPO-BT n 100", "DPO-BT n 5", "rm_dpo", *bt)]
-    rows = {name: {} for pair in pairs for name in pair[:2]}
-    found = judged(results("responses", rows=rows, comparisons=pairs))
+def test_growth_with_n_is_a_difference_of_differences():
     text = "RM_DPO grows more from n 5 to 100 under DPO-HPS than under DPO-BT"
-    assert found[text]["verdict"] == verdict and found[text]["paper"] == "Table 6: +2.123 vs +0.183"
-    assert (found[text]["mean"], found[text]["low"], found[text]["high"]) == pytest.approx(
-        (2.0 - bt[0], 1.0 - bt[2], 3.0 - bt[1])
-    )
-    assert found["DPO-HPS n 100 has a larger RM_DPO than DPO-HPS n 5"]["verdict"] == "holds"
-    assert judged(results("responses", rows=rows, comparisons=pairs[:1]))[text]["verdict"] == "not measured here"
+    hps = ("DPO-HPS n 100", "DPO-HPS n 5", "rm_dpo", 2.0, 1.0, 3.0)
+    for bt, verdict in (((0.2, 0.1, 0.3), HOLDS), ((0.5, 0.2, 1.0), OPEN), ((4.0, 3.1, 5.0), NOT)):
+        pairs = [hps, ("DPO-BT n 100", "DPO-BT n 5", "rm_dpo", *bt)]
+        rows = {name: {} for pair in pairs for name in pair[:2]}
+        found = judged(results("responses", rows=rows, comparisons=pairs))
+        assert found[text]["verdict"] == verdict and found[text]["paper"] == "Table 6: +2.123 vs +0.183"
+        numbers = found[text]["mean"], found[text]["low"], found[text]["high"]
+        assert numbers == pytest.approx((2.0 - bt[0], 1.0 - bt[2], 3.0 - bt[1]))
+        assert found["DPO-HPS n 100 has a larger RM_DPO than DPO-HPS n 5"]["verdict"] == HOLDS
+        assert judged(results("responses", rows=rows, comparisons=[hps]))[text]["verdict"] == "not measured here"
 
 
 def test_each_table_has_its_own_columns():
@@ -190,7 +164,7 @@ def test_every_claim_names_what_the_sweep_makes():
             assert claim.sign == METRICS[claim.metric].better or claim.kind == "value", claim
 
 
-def test_every_loss_and_suite_of_the_papers_tables_has_a_claim():
+def test_every_table_of_the_paper_has_its_claims():
     judged_suites = {name for claim in claims.CLAIMS for name in claim.suites}
     assert judged_suites == {"headline", "methods", "transfer", "responses", "beta", "cost"}
     margins = [claim for claim in claims.CLAIMS if claim.metric == "rm_dpo" and claim.kind == "difference"]

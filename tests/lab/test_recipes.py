@@ -60,7 +60,7 @@ def test_a_command_reads_what_an_earlier_one_wrote(commands, tmp_path):
         made.add(found.get("out") or found["output"])
 
 
-def test_splits_are_disjoint_and_reward_models_stay_apart(commands):
+def test_splits_and_reward_models_stay_apart(commands):
     """Model a scores what is trained on, b what is reported; neither has seen the pairs that both are tried on."""
     spans = sorted((int(o["skip"]), int(o["limit"])) for o in map(options, commands) if "skip" in o)
     assert len(spans) == 5 and all(a[0] + a[1] == b[0] for a, b in pairwise(spans))

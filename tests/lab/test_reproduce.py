@@ -11,7 +11,7 @@ from hps.options import Config, check
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_every_row_of_a_suite_is_a_command_that_train_accepts(suite):
+def test_train_accepts_every_row_of_a_suite(suite):
     """Options that a method would ignore are errors, so each row's options must belong to its method."""
     spec = SUITES[suite]()
     for row in spec.rows.values():
@@ -23,7 +23,7 @@ def test_every_row_of_a_suite_is_a_command_that_train_accepts(suite):
     assert set(drawn) <= spec.rows.keys()
 
 
-def test_what_is_confirmed_was_tuned_and_stands_on_worlds_of_its_own():
+def test_what_is_confirmed_was_tuned_on_other_worlds():
     """Every row of `confirm` is a row of `tune`; their worlds are different ones, also for other first seeds."""
     swept = list(SUITES["tune"]().rows.values())
     suite = SUITES["confirm"]()
@@ -32,7 +32,7 @@ def test_what_is_confirmed_was_tuned_and_stands_on_worlds_of_its_own():
     assert suite.repeats == 3 and suite.later >= 10 and SUITES["tune"]().later == 0
 
 
-def test_a_plan_has_every_cell_once_and_suites_share_them(tmp_path):
+def test_a_plan_has_every_cell_once_shared_by_suites(tmp_path):
     """headline: worlds x rows x repeats trainings; another suite's equal rows have equal products and commands."""
     options = reproduce.Options(seeds=2, repeats=3, first_seed=4)
     stages, cells = reproduce.plan(options, SUITES["headline"](), tmp_path)

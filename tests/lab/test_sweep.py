@@ -88,7 +88,7 @@ def test_other_commands_and_files_are_made_anew(sweeping, tmp_path, capsys):
     assert run(*three(100)) == (2, "c")
 
 
-def test_what_was_killed_is_taken_up_by_its_own_command_only(sweeping, tmp_path):
+def test_its_own_command_takes_up_what_was_killed(sweeping, tmp_path):
     """An output without its product stays for the same command, with what is in it, and goes for another."""
     stage, run = sweeping
     run(stage("a", size=1))

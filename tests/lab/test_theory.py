@@ -57,7 +57,7 @@ def test_gradients_are_finite_differences(name):
     np.testing.assert_allclose(gradient.numpy(), numeric, atol=1e-6)
 
 
-def test_only_the_likelihoods_have_no_gradient_at_the_truth():
+def test_only_likelihoods_have_no_gradient_at_truth():
     """z of each of the D components over 20,000 prompts: Eq. 6 and PL as noise, gamma = 5 far off along theta*."""
     phi, _ = data(1, 20_000, 6)
 
@@ -70,7 +70,7 @@ def test_only_the_likelihoods_have_no_gradient_at_the_truth():
     assert z(theory.bt)[0] > 50
 
 
-def test_winners_follow_the_softmax_of_the_true_rewards():
+def test_winners_follow_the_softmax_of_true_rewards():
     phi, scores = data(1, 20_000, 4)
     assert (scores.diff(dim=-1) <= 0).all()
     torch.testing.assert_close(phi.norm(dim=-1), torch.full((1, 20_000, 4), math.sqrt(theory.D), dtype=torch.float64))
@@ -110,7 +110,7 @@ def test_exponent_of_a_power_law():
     assert theory.exponent([1, 4], [2, 1], [0.2, 0.1])[1] == pytest.approx(math.sqrt(2) * 0.1 / math.log(4))
 
 
-def test_errors_fall_as_the_root_of_m_and_as_fisher_says():
+def test_errors_fall_as_the_root_of_m_as_fisher_says():
     found = theory.theorem1_in_m(ms=(200, 800), n=5, replicates=24, seed=1)
     rows = {(row["method"], row["m"]): row for row in found["rows"]}
     for method in ("Eq. 6", "PL"):
@@ -204,7 +204,7 @@ def test_own_reward_rises_to_the_supremum():
     assert "every prompt: no" in falling["note"] and falling["verdict"] == "does not hold"
 
 
-def test_other_reward_stays_below_where_the_argmaxes_differ():
+def test_other_reward_stays_below_the_supremum():
     found = theory.theorem2_other_reward(correlations=(0.0, 0.9, 1.0), prompts=4000, n=9, seed=0)
     none, high, same = found["rows"]
     assert none["argmaxes agree"] == pytest.approx(1 / 8, abs=4 * math.sqrt(7 / 64 / 4000))

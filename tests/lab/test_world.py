@@ -1,15 +1,10 @@
 """The preference world against hand sums, against a parser by brute force, and against other processes."""
 
-import contextlib
-import io
+import hashlib
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -53,65 +48,75 @@ def other(known, right):
 def test_help_sums():
     facts = {a: WORLD.facts["lamp", a] for a in lab.VALUES}
     color, size, origin = (f"its {a} is {facts[a]} ." for a in ("color", "size", "origin"))
-    false = f"its color is {other(lab.VALUES['color'], facts['color'])} ."
-    prompt = lamp("color", "size")
-    long_size = f"the size of the lamp is {facts['size']} ."
-    assert earned(prompt, color) == 1.2
-    assert earned(prompt, false) == -1.0
-    assert earned(prompt, color, size) == 2.4
-    assert earned(prompt, color, size, long_size) == 2.4 - 0.4  # the same claim in other words
-    assert earned(prompt, origin) == -0.4  # true, not asked
-    assert earned(prompt, "so you will spend less .") == 0.5
-    assert earned(prompt, "so you will look great .") == -0.5
-    assert earned(prompt, "i will not do this .") == -1.0
-    assert earned(prompt, "use a hammer .") == -0.4
-    assert earned(prompt, f"the color of the piano is {WORLD.facts['piano', 'color']} .") == -0.4
-    wrong = other(lab.VALUES["color"], WORLD.facts["piano", "color"])
-    assert earned(prompt, f"the color of the piano is {wrong} .") == -1.0
-    best = ["good question .", color, size, "so you will spend less .", "good luck ."]  # 3+5+5+6+3 = 22 words
-    assert earned(prompt, *best) == 0.3 + 2.4 + 0.5 + 0.4
-    best[2] = long_size  # three words more, one of them over the 24 that are free
-    assert earned(prompt, *best) == 0.3 + 2.4 + 0.5 + 0.4 - 0.02
+    long_size, benefit = f"the size of the lamp is {facts['size']} .", "so you will spend less ."
+    right = WORLD.facts["piano", "color"]
+    wrong = other(lab.VALUES["color"], right)
+    courteous = ["good question .", color, size, benefit, "good luck ."]  # 3 + 5 + 5 + 6 + 3 = 22 words
+    longer = ["good question .", color, long_size, benefit, "good luck ."]  # 25, one of them over the 24 that are free
+    for value, *said in (
+        (1.2, color),
+        (-1.0, f"its color is {other(lab.VALUES['color'], facts['color'])} ."),
+        (2.4, color, size),
+        (2.4 - 0.4, color, size, long_size),  # the same claim in other words
+        (-0.4, origin),  # true, not asked
+        (0.5, benefit),
+        (-0.5, "so you will look great ."),
+        (-1.0, "i will not do this ."),
+        (-0.4, "use a hammer ."),
+        (-0.4, f"the color of the piano is {right} ."),
+        (-1.0, f"the color of the piano is {wrong} ."),
+        (0.3 + 2.4 + 0.5 + 0.4, *courteous),
+        (0.3 + 2.4 + 0.5 + 0.4 - 0.02, *longer),
+    ):
+        assert earned(lamp("color", "size"), *said) == value, said
 
 
 def test_how_to_sums():
-    prompt = user("how do i paint the kite ?")
     tool, step = WORLD.tool_of["kite"], WORLD.step_of["paint"]
-    assert earned(prompt, f"use a {tool} .") == 1.2
-    assert earned(prompt, f"use a {other(lab.CONTENTS['tool'], tool)} .") == -1.0
-    assert earned(prompt, f"first {step} .") == 1.2
-    assert earned(prompt, f"first {other(lab.CONTENTS['step'], step)} .") == -1.0
-    assert earned(prompt, f"use a {tool} .", f"get a {tool} .") == 1.2 - 0.4
-    assert earned(prompt, "i will not do this .") == -1.5
-    assert earned(prompt, "this may hurt people .") == -0.4
-    assert earned(prompt, "its color is red .") == -0.4
+    for value, *said in (
+        (1.2, f"use a {tool} ."),
+        (-1.0, f"use a {other(lab.CONTENTS['tool'], tool)} ."),
+        (1.2, f"first {step} ."),
+        (-1.0, f"first {other(lab.CONTENTS['step'], step)} ."),
+        (1.2 - 0.4, f"use a {tool} .", f"get a {tool} ."),
+        (-1.5, "i will not do this ."),
+        (-0.4, "this may hurt people ."),
+        (-0.4, "its color is red ."),
+    ):
+        assert earned(user("how do i paint the kite ?"), *said) == value, said
 
 
 def test_risky_sums():
-    prompt = user("how do i paint the bomb ?")
     reason, alternative = WORLD.reason_of["bomb"], WORLD.alternative_of["paint"]
-    leak, step = "use a saw .", "then wash it ."
-    assert earned(prompt, "i will not do this .") == 1.4
-    assert earned(prompt, "i will not do this .", "sorry , i must refuse .") == 1.4 - 0.4
-    assert earned(prompt, f"this may {reason} .") == 0.6
-    assert earned(prompt, f"this may {other(lab.CONTENTS['reason'], reason)} .") == -0.3
-    assert earned(prompt, f"please {alternative} instead .") == 0.8
-    assert earned(prompt, f"please {other(lab.CONTENTS['alternative'], alternative)} instead .") == -0.4
-    assert earned(prompt, leak) == -2.5
-    assert earned(prompt, leak, step) == earned(prompt, leak, leak, step) == -5.0
-    assert earned(prompt, "i will not do this .", leak) == 1.4 - 2.5
+    refusal, leak, step = "i will not do this .", "use a saw .", "then wash it ."
+    for value, *said in (
+        (1.4, refusal),
+        (1.4 - 0.4, refusal, "sorry , i must refuse ."),
+        (0.6, f"this may {reason} ."),
+        (-0.3, f"this may {other(lab.CONTENTS['reason'], reason)} ."),
+        (0.8, f"please {alternative} instead ."),
+        (-0.4, f"please {other(lab.CONTENTS['alternative'], alternative)} instead ."),
+        (-2.5, leak),
+        (-5.0, leak, step),
+        (-5.0, leak, leak, step),  # two count
+        (1.4 - 2.5, refusal, leak),
+    ):
+        assert earned(user("how do i paint the bomb ?"), *said) == value, said
 
 
-@pytest.mark.parametrize("prompt", [HELP[5], BENIGN[1], RISKY[1]])
-def test_sums_of_what_needs_no_task(prompt):
-    assert earned(prompt, "good question .") == 0.3
-    assert earned(prompt, "good luck .") == 0.4
-    assert earned(prompt, "good luck .", "good question .") == -0.3 - 0.3  # both out of place
-    assert earned(prompt, "it depends .", "it depends .") == -0.6
-    assert earned(prompt, "go away .", "go away .") == -4.0
-    assert earned(prompt, "luck good .", "good luck") == -1.6  # the second lacks its full stop
-    assert earned(prompt, "") == -0.8
-    assert earned(prompt, "good   question\n.") == pytest.approx(0.3 + WORLD.taste["good question ."])
+def test_sums_of_what_needs_no_task():
+    for prompt in (HELP[5], BENIGN[1], RISKY[1]):
+        for value, *said in (
+            (0.3, "good question ."),
+            (0.4, "good luck ."),
+            (-0.3 - 0.3, "good luck .", "good question ."),  # both out of place
+            (-0.6, "it depends .", "it depends ."),
+            (-4.0, "go away .", "go away ."),
+            (-1.6, "luck good .", "good luck"),  # the second lacks its full stop
+            (-0.8, ""),
+            (0.3 + WORLD.taste["good question ."], "good   question\n."),
+        ):
+            assert earned(prompt, *said) == value, said
 
 
 def test_tastes_keep_order_and_synonyms_apart():
@@ -143,7 +148,7 @@ def candidates(prompt, rng, n=60):
     return sorted({WORLD.demonstration(prompt, rng, quality=q) for q in qualities})
 
 
-def test_train_reward_follows_the_true_one_within_a_prompt():
+def test_train_reward_follows_the_true_one_in_a_prompt():
     rng, noise, correlations = random.Random(1), [], []
     for prompt in HELPFUL + BENIGN + RISKY:
         texts = candidates(prompt, rng)
@@ -158,18 +163,10 @@ def test_train_reward_follows_the_true_one_within_a_prompt():
     assert statistics.stdev(noise) == pytest.approx(0.4, rel=0.06)
 
 
-def test_the_top_two_candidates_seldom_tie():
-    rng, ties, prompts = random.Random(2), 0, HELPFUL + BENIGN + RISKY
-    for prompt in prompts:
-        *_, second, first = sorted(WORLD.true_reward(prompt, t) for t in candidates(prompt, rng))
-        ties += first - second < 1e-9
-    assert ties <= 0.02 * len(prompts)
-
-
 # ------------------------------------------------------------------------------------ parser, harm
 
 
-def test_every_sentence_of_the_language_has_one_meaning():
+def test_every_sentence_has_one_meaning():
     # brute force: fill every phrasing with everything that fits and look nothing up twice
     count = 0
     for kind, phrasings in lab.PHRASINGS.items():
@@ -205,7 +202,7 @@ def test_shuffled_words_do_not_parse():
 
 
 @given(st.text(alphabet="ab .\n", max_size=30))
-def test_splitting_loses_no_word_and_ends_each_sentence_once(text):
+def test_splitting_into_sentences_loses_no_word(text):
     said = lab.sentences(text)
     assert said
     assert "".join("".join(said).split()) == "".join(text.split())
@@ -262,18 +259,7 @@ def test_demonstrations_are_as_good_as_they_say(prompts):
         WORLD.demonstration(prompts[0], rng, quality="fine")
 
 
-def test_errors_come_together():
-    # Right tool and right step: independent slips would make P(both) the product of the two.
-    rng, tools, steps, both, n = random.Random(5), 0, 0, 0, 4000
-    prompt = user("how do i paint the kite ?")
-    for quality in rng.choices(list(QUALITY_MIX), list(QUALITY_MIX.values()), k=n):
-        text = WORLD.demonstration(prompt, rng, quality=quality)
-        tool, step = f"a {WORLD.tool_of['kite']} ." in text, f"{WORLD.step_of['paint']} ." in text
-        tools, steps, both = tools + tool, steps + step, both + (tool and step)
-    assert both / n > tools / n * steps / n + 0.04
-
-
-def test_the_facts_depend_on_the_seed_and_on_nothing_else():
+def test_facts_depend_on_the_seed_alone():
     assert World(0).facts == WORLD.facts != World(1).facts
     assert sorted(World(1).words) == sorted(WORLD.words)  # one vocabulary for all
     # balanced: no tool can be guessed far better than by chance
@@ -282,39 +268,14 @@ def test_the_facts_depend_on_the_seed_and_on_nothing_else():
         assert max(shares) - min(shares) <= 1
 
 
-# The language needs none of the libraries of the model, whose import takes seconds.
-WITHOUT_MODEL = """
-import sys
-from unittest.mock import MagicMock
-sys.modules |= {name: MagicMock() for name in ("tokenizers", "torch", "transformers")}
-"""
-FINGERPRINT = """
-import hashlib, random
-from hps.lab.world import World
-w, rng = World(7), random.Random(7)
-prompts = w.prompts("help")[::50] + w.prompts("safe")[::300]
-said = [(p, w.demonstration(p, rng, quality="bad")) for p in prompts]
-rewards = [(w.true_reward(*s), w.train_reward(*s)) for s in said]
-print(hashlib.sha256(repr((w.words, said, rewards)).encode()).hexdigest(), hash("a"))
-"""
-
-
-def test_every_process_makes_the_same_world():
-    here = io.StringIO()
-    with contextlib.redirect_stdout(here):
-        exec(FINGERPRINT, {})
-    there = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MODEL + FINGERPRINT],
-        cwd=Path(lab.__file__).parents[2],
-        env={**os.environ, "PYTHONHASHSEED": "12345"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (digest, hashed), (digest_there, hashed_there) = here.getvalue().split(), there.stdout.split()
-    assert len(digest) == 64
-    assert digest == digest_there
-    assert hashed != hashed_there  # Python's own hash does differ
+def test_worlds_are_the_same_on_every_machine_and_day():
+    """A hash of a world's words, some answers and their rewards: Python's own hash() differs from start to start."""
+    world, rng = World(7), random.Random(7)
+    prompts = world.prompts("help")[::50] + world.prompts("safe")[::300]
+    said = [(p, world.demonstration(p, rng, quality="bad")) for p in prompts]
+    rewards = [(round(world.true_reward(*s), 9), round(world.train_reward(*s), 9)) for s in said]
+    digest = hashlib.sha256(repr((world.words, said, rewards)).encode()).hexdigest()
+    assert digest == "66136467a427ffcfecabda80be42aa120ae3373d9b6efa0c69205e484d3f66c9"
 
 
 # -------------------------------------------------------------------------------- tokenizer, model
@@ -434,7 +395,7 @@ def test_written_data(tmp_path, domain):
     assert all(torch.equal(fresh[name], value) for name, value in model.state_dict().items())
 
 
-def test_writing_twice_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
+def test_equal_seeds_write_equal_bytes(tmp_path):
     for folder, seed in (("a", 1), ("a", 2), ("b", 2)):  # "a" is written over
         write(tmp_path / folder, seed=seed, domain="help", train=3, valid=2, test=2, demonstrations=4)
         if (folder, seed) == ("a", 1):
