@@ -9,7 +9,7 @@ import sys
 from functools import cache
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 PAGES = {"README.md": ROOT / "README.md"} | {f"docs/{path.name}": path for path in (ROOT / "docs").glob("*.md")}
 NAMES = "RESULTS PERFORMANCE PAPER_MAP DATA METRICS EVALUATION RELIABILITY THEORY LOG".split()

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 # Started by torchrun from its own folder: the root must be on the path first.
-import train  # noqa: E402
-from hps import checkpoint, config, dist, reference  # noqa: E402
-from hps.io import files  # noqa: E402
+import train
+from hps import batches, checkpoint, config, dist, reference
+from hps.io import files
 
 # Where a fault can strike: right before this is called.
 PLACES = {
@@ -38,21 +37,14 @@ def fault(do: str, where: str, mark: Path, *, rank: int | None = None, step: int
     """What goes wrong, once.
 
     do: kill, stop, nan (the gradient; where: gradient, in this rank's share alone, or loss, in what it adds to all
-        shares), wait (until SIGTERM or a file `mark`.go), slow (half a second, from then on).
+        shares), wait (until SIGTERM or a file `mark`.go).
     where: a name of PLACES. mark: a file that is made at that moment, with the process in it; there is no second time
         once it exists. rank, step: in which, None for any.
     """
     return {"do": do, "where": where, "mark": str(mark), "rank": rank, "step": step}
 
 
-def setup(fault: dict[str, Any] | None = None, journal: Path | None = None) -> str:
-    """Code that makes `train` this script in a process that already runs."""
-    lines = ["import os, sys", f"sys.path.insert(0, {str(Path(__file__).parent)!r})"]
-    lines += [f"os.environ.update({environment(fault, journal)!r})", "import driver", "driver.install()"]
-    return "\n".join(lines)
-
-
-def environment(fault: dict[str, Any] | None = None, journal: Path | None = None) -> dict[str, str]:
+def environment(fault: dict[str, Any] | None, journal: Path | None) -> dict[str, str]:
     """The variables by which a job gets its fault."""
     return {"FAULT": json.dumps(fault), "JOURNAL": str(journal or "")}
 
@@ -61,10 +53,12 @@ def install() -> None:
     """Put the fault and the journal of the environment into the modules."""
     step: list[int | None] = [None]
     if what := json.loads(os.environ.get("FAULT", "null")):
-        _put(what, step)
+        put(what, step)
     before(train, "lr_at", lambda c, now, steps: step.__setitem__(0, now))
     if folder := os.environ.get("JOURNAL"):
-        _journal(Path(folder), step)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = Path(folder) / f"{os.getpid()}.jsonl"
+        before(batches.Run, "micro_batches", lambda *args, **more: write_visits(file, *args))
 
 
 def before(module: Any, name: str, do: Callable[..., Any]) -> None:
@@ -78,46 +72,47 @@ def before(module: Any, name: str, do: Callable[..., Any]) -> None:
     setattr(module, name, wrapped)
 
 
-def _put(what: dict[str, Any], step: list[int | None]) -> None:
+def put(what: dict[str, Any], step: list[int | None]) -> None:
     mark = Path(what["mark"])
 
     def now() -> bool:
         mine = what["rank"] in (None, int(os.environ.get("RANK", 0)))
-        return mine and what["step"] in (None, step[0])
+        return mine and what["step"] in (None, step[0]) and not mark.exists()
 
     def strike(*args: Any, **more: Any) -> None:
-        if what["do"] == "slow" and mark.exists():
-            time.sleep(0.5)
-        if not now() or mark.exists():
+        if not now():
             return
         mark.with_suffix(".part").write_text(str(os.getpid()))
         mark.with_suffix(".part").rename(mark)
-        if what["do"] == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif what["do"] == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if what["do"] in ("kill", "stop"):
+            os.kill(os.getpid(), signal.SIGKILL if what["do"] == "kill" else signal.SIGSTOP)
         elif what["do"] == "wait":
-            _wait(mark.with_suffix(".go"))
-        elif what["do"] == "nan":
+            wait(mark.with_suffix(".go"))
+        else:
             for p in args[0]:
                 getattr(p.grad, "_local_tensor", p.grad).fill_(math.nan)
 
-    if what["where"] == "loss":
-        real = train.preference_loss
+    if what["where"] != "loss":
+        before(*PLACES[what["where"]], strike)
+        return
+    real = train.objective
 
-        def preference_loss(*args: Any, **more: Any) -> Any:
-            per_prompt = real(*args, **more)
+    def objective(c: Any) -> Callable[..., Any]:
+        loss = real(c)
+
+        def spoiled(*args: Any) -> Any:
+            per_prompt = loss(*args)
             if now():
                 mark.write_text(str(os.getpid()))
                 per_prompt.register_hook(lambda gradient: gradient * math.nan)
             return per_prompt
 
-        train.preference_loss = preference_loss
-        return
-    before(*PLACES[what["where"]], strike)
+        return spoiled
+
+    train.objective = objective
 
 
-def _wait(go: Path) -> None:
+def wait(go: Path) -> None:
     """Until SIGTERM has come to the one who handles it, or there is a file."""
     come, handler = threading.Event(), signal.getsignal(signal.SIGTERM)
 
@@ -132,28 +127,15 @@ def _wait(go: Path) -> None:
     signal.signal(signal.SIGTERM, handler)
 
 
-def _journal(folder: Path, step: list[int | None]) -> None:
+def write_visits(file: Path, run: batches.Run, step: int, blocks: list) -> None:
     """Write down each visit by the rank and in the step that trains on it: epoch, prompt, responses."""
-    folder.mkdir(parents=True, exist_ok=True)
-    visits: list[dict[str, Any]] = []  # of the step that is about to be shared out
-    visit_block, micro_batches = train.visit_block, train.micro_batches
-
-    def seen(plan: Any, examples: Any, v: int) -> Any:
-        about = {"epoch": int(plan.epoch[v]), "id": examples.id(plan.row[v]), "responses": plan.responses[v].tolist()}
-        visits.append(about)
-        return visit_block(plan, examples, v)
-
-    def shared(*args: Any, **more: Any) -> Any:
-        found = micro_batches(*args, **more)
-        if visits:
-            rank = int(os.environ.get("RANK", 0))
-            mine = [visits[i] | {"step": step[0], "rank": rank} for members in found[rank] for i in members]
-            with (folder / f"{os.getpid()}.jsonl").open("a") as file:
-                file.write("".join(json.dumps(visit) + "\n" for visit in mine))
-            visits.clear()
-        return found
-
-    train.visit_block, train.micro_batches = seen, shared
+    visits, plan = run.plan.step(step), run.plan
+    mine = [visits[i] for members in run.shares([len(block) for block in blocks]) for i in members]
+    with file.open("a") as journal:
+        for v in mine:
+            about = {"epoch": int(plan.epoch[v]), "id": run.examples.id(plan.row[v]), "step": step}
+            about |= {"responses": plan.responses[v].tolist(), "rank": run.ranks.rank}
+            journal.write(json.dumps(about) + "\n")
 
 
 if __name__ == "__main__":

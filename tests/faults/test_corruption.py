@@ -8,12 +8,14 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import harness
 import numpy as np
 import pytest
 import torch
-from helpers import arguments
+from helpers import arguments, flags
+from safetensors.numpy import load_file
 
 import data_prep
 import train
@@ -48,65 +50,54 @@ def harm(path: Path, rng: random.Random, share: float | None = None) -> str:
 def whole(tiny_world, tmp_path_factory) -> dict[str, tuple[list[Path], Callable[[], object]]]:
     """name -> (files, what reads them and gives their content)."""
     root = tmp_path_factory.mktemp("whole")
-    caches = dict(token_cache=root / "tokens", reference_cache=root / "cache")
-    train.main(arguments(tiny_world, root / "run", stop_after=3, **caches))
-    ranks = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
-    lm = load_causal_lm(str(tiny_world / "model"), dtype=torch.float32)
+    data, rows = root / "data.jsonl", tiny_world / "train.jsonl"
+    argv = arguments(tiny_world, root / "run", token_cache=root / "tokens", reference_cache=root / "cache")
+    train.main([*argv, "--stop_after=3"])
+    data_prep.main(["annotate", *flags(scorer="world-est", input=rows, output=data)])
     saved = checkpoint.latest(root / "run/checkpoints")
     assert saved is not None
-    named = {f"lm.{name}": p for name, p in lm.named_parameters()}  # as train.py's module calls them
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lm = lm
+    policy = torch.nn.Module()  # as train.py's names its weights: lm.model...
+    policy.lm = load_causal_lm(str(tiny_world / "model"), dtype=torch.float32)
+    weights = list(policy.parameters())
+    ranks = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
 
     def load() -> object:
-        optimizer = torch.optim.AdamW(list(named.values()))
-        about = checkpoint.load(saved, Model(), optimizer, ranks=ranks)
-        moments = [optimizer.state[p]["exp_avg_sq"].clone() for p in named.values()]
-        return about, [p.detach().clone() for p in named.values()], moments
+        optimizer = torch.optim.AdamW(weights)
+        about = checkpoint.load(saved, policy, optimizer, ranks=ranks)
+        moments = [optimizer.state[p]["exp_avg_sq"].clone() for p in weights]
+        return about, [p.detach().clone() for p in weights], moments
 
-    c = config.parse(Config, arguments(tiny_world, root / "run", **caches), prog="", description="")[0]
-    data = root / "data.jsonl"
-    argv = ["annotate", "--scorer=world-est", f"--input={tiny_world / 'train.jsonl'}", f"--output={data}"]
-    data_prep.main(argv)
     tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
 
     def open_tokens() -> object:
-        how = dict(max_length=128, need_rewards=True)
-        examples = store.open_store(root / "tokens", tiny_world / "train.jsonl", tokenizer, **how)
+        examples = store.open_store(root / "tokens", rows, tokenizer, max_length=128, need_rewards=True)
         every = range(len(examples))
         blocks = [examples.block(i, range(len(examples.identity[i]))) for i in every]
         texts = [(examples.id(i), examples.where(i)) for i in every]
         arrays = [*examples.rewards, *examples.identity, examples.keys.tolist(), examples.human.tolist()]
         return blocks, texts, arrays, examples.counts, examples.longest
 
-    (cache,) = (root / "cache").iterdir()
-    keys = np.concatenate([reference.load_file(p)["keys"] for p in sorted(cache.glob("shard-*"))]).view("S16")[:, 0]
-    (tokens_at,) = (root / "tokens").iterdir()
+    c = config.parse(Config, argv, prog="", description="")[0]
+    run_json = root / "run/run.json"
+    (cache,), (tokens_at,) = (root / "cache").iterdir(), (root / "tokens").iterdir()
+    shards = sorted(cache.glob("shard-*"))
+    keys = np.concatenate([load_file(path)["keys"] for path in shards]).view("S16")[:, 0]
     return {
         "checkpoint": (sorted(saved.iterdir()), load),
-        "cache shards": (sorted(cache.glob("shard-*")), lambda: reference.lookup(cache, keys)),
+        "cache shards": (shards, lambda: reference.lookup(cache, keys)),
         "token store and its offsets": (sorted(tokens_at.iterdir()), open_tokens),
         "data": ([data], lambda: [dataclasses.replace(row, where="") for row in listwise.read(data)]),
         "manifest": ([Path(f"{data}.manifest.json")], lambda: listwise.check_manifest(data)),
-        "run.json": (
-            [root / "run/run.json"],
-            lambda: (check_folder(root / "run", c, True), files.read_record(root / "run/run.json", ""))[1],
-        ),
-    }  # fmt: skip
+        "run.json": ([run_json], lambda: (check_folder(root / "run", c, True), files.read_record(run_json, ""))[1]),
+    }
 
 
-def same(a: object, b: object) -> bool:
+def same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor | np.ndarray):
         return bool((torch.as_tensor(a) == torch.as_tensor(b)).all())
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))  # pyright: ignore
-    if dataclasses.is_dataclass(a):
-        names = [f.name for f in dataclasses.fields(a)]
-        return all(same(getattr(a, name), getattr(b, name)) for name in names)
-    return a == b
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return same(list(vars(a).values()), list(vars(b).values())) if dataclasses.is_dataclass(a) else a == b
 
 
 def test_harm_is_found_or_makes_no_difference(whole, amount):
@@ -138,16 +129,17 @@ def test_harm_is_found_or_makes_no_difference(whole, amount):
         assert outcomes[name, "found"] > outcomes[name, "no difference"], name
 
 
-def test_a_dropped_shard_is_filled_again_by_a_run_that_goes_on(tiny_world, tmp_path):
+def test_a_lost_shard_is_filled_again_in_a_run_that_goes_on(tiny_world, tmp_path):
     """The policy has moved, and the reference is still what it was: the model that the run began with."""
     options = dict(reference_cache=tmp_path / "cache", tokens_per_micro_batch=100_000)
+    argv = arguments(tiny_world, tmp_path / "run", **options)
     train.main(arguments(tiny_world, tmp_path / "calm", **options))
     shutil.rmtree(tmp_path / "cache")
-    train.main(arguments(tiny_world, tmp_path / "run", stop_after=3, **options))
+    train.main([*argv, "--stop_after=3"])
     (shard,) = (tmp_path / "cache").rglob("shard-*")
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(ValueError, match="delete it, it will be computed again"):
-        train.main(arguments(tiny_world, tmp_path / "run", **options))
+        train.main(argv)
     shard.unlink()
-    train.main(arguments(tiny_world, tmp_path / "run", **options))
-    assert harness.records(tmp_path / "run/metrics.jsonl") == harness.records(tmp_path / "calm/metrics.jsonl")
+    train.main(argv)
+    assert harness.outcome(tmp_path / "run") == harness.outcome(tmp_path / "calm")

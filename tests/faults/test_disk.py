@@ -10,7 +10,7 @@ from pathlib import Path
 
 import harness
 import pytest
-from helpers import arguments
+from helpers import arguments, flags
 
 import data_prep
 import eval as evaluation
@@ -27,14 +27,12 @@ class Disk:
     def __init__(self, folder: Path) -> None:
         self.folder, self.filler = folder, folder / "filler"
 
-    def fill(self) -> None:
+    def fill(self, *_) -> None:
         """Leave no room, not in the page that a file's end lies in either: what is there is grown to its page."""
-        with contextlib.suppress(OSError), open(self.filler, "ab", buffering=0) as file:
-            while True:
-                file.write(bytes(2**20))
-        with contextlib.suppress(OSError), open(self.filler, "ab", buffering=0) as file:
-            while True:
-                file.write(bytes(512))
+        for size in (2**20, 512):
+            with contextlib.suppress(OSError), open(self.filler, "ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(size))
 
     def empty(self) -> None:
         self.filler.unlink(missing_ok=True)
@@ -47,132 +45,126 @@ class Disk:
 def disk(tmp_path) -> Iterator[Disk]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(folder)]
     try:
-        mounted = subprocess.run(options, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"needs the right to mount a small disk: {error}")
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a small disk: {mounted.stderr.strip()}")
+        argv = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(folder)]
+        subprocess.run(argv, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs the right to mount a small disk: {getattr(error, 'stderr', error)}")
     try:
         yield Disk(folder)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def at_step(monkeypatch, step: int, do) -> None:
-    """Call `do` when the loop begins a step, once."""
-    real, calls = train.lr_at, itertools.count()
+def before(monkeypatch, module, name: str, do, call: int = 0) -> None:
+    """Have `do` called right before that call of a function."""
+    real, calls = getattr(module, name), itertools.count()
 
-    def lr_at(c, now, steps):
-        if now == step and next(calls) == 0:
+    def wrapped(*args, **more):
+        if next(calls) == call:
             do()
-        return real(c, now, steps)
+        return real(*args, **more)
 
-    monkeypatch.setattr(train, "lr_at", lr_at)
+    monkeypatch.setattr(module, name, wrapped)
+
+
+@pytest.fixture(scope="module")
+def calm(tiny_world, tmp_path_factory):
+    """calm(options): the log and the weights of a run that nothing disturbs, with caches of its own."""
+    found: dict[str, object] = {}
+
+    def run(**options):
+        if str(options) not in found:
+            out = tmp_path_factory.mktemp("calm")
+            train.main(arguments(tiny_world, out / "run", reference_cache=out / "cache", **options))
+            found[str(options)] = harness.outcome(out / "run")
+        return found[str(options)]
+
+    return run
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "metrics", "policy"])
-def test_training(tiny_world, tmp_path, disk, monkeypatch, what):
-    """The disk is full from step 4 of 24 on: under a checkpoint, the log (a line of which it cuts), or the export."""
-    options = dict(prompts_per_step=2, reference_cache=tmp_path / "cache")
-    train.main(arguments(tiny_world, tmp_path / "calm", **options))
-    out = disk.folder / "run"
-    train.main(arguments(tiny_world, out, stop_after=2, **options))
+def test_a_full_disk_under_a_run(tiny_world, tmp_path, disk, monkeypatch, calm, what):
+    """From step 4 of 24 on: under a checkpoint, the log (a line of which it cuts), or the export."""
+    options = dict(prompts_per_step=2)
+    out, cache = disk.folder / "run", tmp_path / "cache"
+    argv = arguments(tiny_world, out, reference_cache=cache, **options)
+    train.main([*argv, "--stop_after=2"])
     if what == "policy":
-        monkeypatch.setattr(checkpoint, "export", after(disk.fill, checkpoint.export))
+        before(monkeypatch, checkpoint, "export", disk.fill)
     else:
-        at_step(monkeypatch, 4, disk.fill)
+        before(monkeypatch, train, "lr_at", disk.fill, call=2)
     with pytest.raises(ValueError, match=f"{disk.folder}.*free space") as caught:
-        train.main(arguments(tiny_world, out, save_every=3 if what == "checkpoint" else 0, **options))
+        train.main([*argv, f"--save_every={3 if what == 'checkpoint' else 0}"])
     assert "the same command goes on" in str(caught.value) or what == "policy"
     monkeypatch.undo()
-    left = checkpoint.latest(out / "checkpoints")
-    assert left is not None and left.name == f"step-{3 if what == 'checkpoint' else 2:08d}"
+    assert harness.checkpoint_of(out) == (3 if what == "checkpoint" else 2)
     assert what != "metrics" or not (out / "metrics.jsonl").read_bytes().endswith(b"\n")  # the case that was meant
     assert not (out / "policy").exists()
     disk.empty()
-    train.main(arguments(tiny_world, out, **options))
-    assert harness.records(out / "metrics.jsonl") == harness.records(tmp_path / "calm/metrics.jsonl")
-    weights = "policy/model.safetensors"
-    assert harness.digest(out / weights) == harness.digest(tmp_path / "calm" / weights)
-
-
-def after(do, function):
-    def wrapped(*args, **more):
-        do()
-        return function(*args, **more)
-
-    return wrapped
+    train.main(argv)
+    assert harness.outcome(out) == calm(**options)
 
 
 @pytest.mark.parametrize("what", ["out", "reference_cache", "token_cache"])
-def test_a_read_only_disk(tiny_world, tmp_path, disk, what):
-    """Under a run that has a checkpoint there: it is refused before any work, and goes on once it may write."""
+def test_a_read_only_disk_under_a_run(tiny_world, tmp_path, disk, calm, what):
+    """That has a checkpoint there: it is refused before any work, and goes on once it may write."""
     options = {"out": tmp_path / "run", "token_cache": tmp_path / "tokens", "reference_cache": tmp_path / "cache"}
     options[what] = disk.folder / "there"
-    out = options.pop("out")
+    argv = arguments(tiny_world, **options)
     if what == "out":
-        train.main(arguments(tiny_world, out, stop_after=2, **options))
+        train.main([*argv, "--stop_after=2"])
     disk.remount("ro")
     with pytest.raises(ValueError, match=f"{disk.folder}.*(make it writable|Read-only)"):
-        train.main(arguments(tiny_world, out, **options))
+        train.main(argv)
     disk.remount("rw")
-    train.main(arguments(tiny_world, out, **options))
-    train.main(arguments(tiny_world, tmp_path / "calm", reference_cache=tmp_path / "calm-cache"))
-    assert harness.records(out / "metrics.jsonl") == harness.records(tmp_path / "calm/metrics.jsonl")
+    train.main(argv)
+    assert harness.outcome(options["out"]) == calm()
 
 
 @pytest.mark.parametrize("which", ["reference_cache", "shard", "token_cache"])
-def test_caches(tiny_world, tmp_path, disk, monkeypatch, which):
-    """Full from the start, or (shard) when the first shard of the reference cache is about to be written."""
+def test_a_full_disk_under_a_cache(tiny_world, tmp_path, disk, monkeypatch, calm, which):
+    """From the start, or (shard) when the first shard of the reference cache is about to be written."""
+    there = disk.folder / "c"
     options = {"token_cache": tmp_path / "tokens", "reference_cache": tmp_path / "cache"}
-    options["reference_cache" if which == "shard" else which] = disk.folder / "c"
-    (disk.folder / "c").mkdir()
+    options["reference_cache" if which == "shard" else which] = there
+    argv = arguments(tiny_world, tmp_path / "run", **options)
+    there.mkdir()
     if which == "shard":
-        monkeypatch.setattr(reference, "_write_shard", after(disk.fill, reference._write_shard))
+        before(monkeypatch, reference, "_write_shard", disk.fill)
     else:
         disk.fill()
     with pytest.raises(ValueError, match="free space") as caught:
-        train.main(arguments(tiny_world, tmp_path / "run", **options))
-    assert str(disk.folder / "c") in str(caught.value)
-    left = [p.name for p in (disk.folder / "c").rglob("*") if p.is_file() and (p.stat().st_size or which == "shard")]
+        train.main(argv)
+    assert str(there) in str(caught.value)
+    left = [path.name for path in there.rglob("*") if path.is_file() and (path.stat().st_size or which == "shard")]
     assert left == (["reference.json"] if which == "shard" else [])
     monkeypatch.undo()
     disk.empty()
-    train.main(arguments(tiny_world, tmp_path / "run", **options))
-    train.main(arguments(tiny_world, tmp_path / "calm", reference_cache=tmp_path / "calm-cache"))
-    assert harness.records(tmp_path / "run/metrics.jsonl") == harness.records(tmp_path / "calm/metrics.jsonl")
+    train.main(argv)
+    assert harness.outcome(tmp_path / "run") == calm()
 
 
-def test_results_and_data(tiny_world, tmp_path, disk):
-    """The output that stood there before is what stands there after a command that failed."""
-    data, model = tiny_world / "test.jsonl", tiny_world / "model"
-    out = disk.folder / "out.jsonl"
+def test_results_and_data_survive_a_failed_command(tiny_world, tmp_path, disk):
+    """The output that stood there before is what stands there after it, full disk or read-only one."""
+    model, data = tiny_world / "model", tiny_world / "test.jsonl"
+    out, shared = disk.folder / "out.jsonl", dict(input=data, output=disk.folder / "out.jsonl")
+    evaluated = dict(model=model, reference=model, data=data, out=disk.folder, samples=0, max_length=128)
+    evaluated |= dict(reference_cache=tmp_path / "cache")
     commands = {
-        "annotate": lambda: data_prep.main(["annotate", "--scorer=world-est", f"--input={data}", f"--output={out}"]),
-        "generate": lambda: data_prep.main(
-            ["generate", f"--model={model}", f"--input={data}", f"--output={out}", "--n=2", "--max_new_tokens=24"]
-        ),
-        "eval": lambda: evaluation.main(
-            [f"--model={model}", f"--reference={model}", f"--data={data}", f"--out={disk.folder}", "--samples=0",
-             f"--reference_cache={tmp_path / 'cache'}", "--max_length=128"]
-        ),
-    }  # fmt: skip
-    result = {"eval": disk.folder / "eval.json"}
+        "annotate": lambda: data_prep.main(["annotate", *flags(scorer="world-est", **shared)]),
+        "generate": lambda: data_prep.main(["generate", *flags(model=model, n=2, max_new_tokens=24, **shared)]),
+        "eval": lambda: evaluation.main(flags(**evaluated)),
+    }
+    ways = [(disk.fill, disk.empty), (lambda: disk.remount("ro"), lambda: disk.remount("rw"))]
     for name, command in commands.items():
         command()
-        product = result.get(name, out)
+        product = disk.folder / "eval.json" if name == "eval" else out
         whole = product.read_bytes()
-        for break_it, mend in (
-            (disk.fill, disk.empty),
-            (lambda: disk.remount("ro"), lambda: disk.remount("rw")),
-        ):
+        for break_it, mend in ways:
             break_it()
-            with pytest.raises(ValueError, match=str(disk.folder)) as caught:
+            with pytest.raises(ValueError, match=f"{disk.folder}.*(free space|make it writable|No space|Read-only)"):
                 command()
-            words = ("free space", "make it writable", "No space", "Read-only")
-            assert any(word in str(caught.value) for word in words)
             assert product.read_bytes() == whole, name
             mend()
             command()

@@ -17,11 +17,12 @@ from typing import Any
 
 import driver
 import harness
-import jobs
 import pytest
 from helpers import arguments
-from test_ranks import LOST, STEPS, options
 
+TIMEOUT = 0.1  # minutes
+LOST = r"error: rank \d: another rank is gone, or has not answered for 0:00:06 \(.*\)\. Look for its own message"
+STEPS = 12
 PORT = 29400  # in a namespace of its own, no other program has it
 CABLE = "veth0"  # at both of its ends
 
@@ -72,20 +73,10 @@ class Hosts:
             self.kill(i)
             ip("netns", "del", name, check=False)
 
-    def job(
-        self,
-        host: int,
-        argv: list[str],
-        log: Path,
-        *,
-        nodes: str,
-        conf: str = "",
-        more: tuple[str, ...] = (),
-        **how: Any,
-    ) -> contextlib.AbstractContextManager[jobs.Job]:
+    def job(self, host: int, argv: list[str], log: Path, *, nodes: str, conf: str = "", **how: Any):
         """A torchrun of one worker on a host; the first one holds the store by which they find each other."""
         # is_host: torchrun looks for its endpoint among the addresses of the machine's name, which here are loopback's.
-        conf = ",".join([f"is_host={int(host == 0)}", *([conf] if conf else [])])
+        conf = ",".join(filter(None, [f"is_host={int(host == 0)}", conf]))
         words = [f"--nnodes={nodes}", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=10.77.0.1:{PORT}"]
         words += ["--rdzv_id=hps", f"--rdzv_conf={conf}", f"--local_addr=10.77.0.{host + 1}"]
         enter = f"""
@@ -96,7 +87,8 @@ assert ctypes.CDLL(None).setns(space, {0x40000000}) == 0
         env = {"GLOO_SOCKET_IFNAME": CABLE}
         if ":" in nodes:  # or the first host keeps its store's address to itself from the second round on (torch 2.13)
             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        return jobs.job(argv, log, options=[*words, *more], env=env, setup=enter, **how)
+            words.append("--max_restarts=3")
+        return harness.job(argv, log, torchrun=words, env=env, setup=enter, **how)
 
 
 @pytest.fixture
@@ -114,35 +106,42 @@ def hosts() -> Iterator[Hosts]:
         made.remove()
 
 
+def begin(world: Path, folder: Path) -> tuple[list[str], list[Path]]:
+    """A run that nobody disturbs, in `calm`; the command of the other one, in `run`, and the logs of its two hosts."""
+    more: dict[str, Any] = dict(prompts_per_step=4, save_every=2, tokens_per_micro_batch=150, timeout=TIMEOUT)
+    more |= dict(reference_cache=folder / "cache")
+    harness.run(arguments(world, folder / "calm", **more), folder / "log")
+    return arguments(world, folder / "run", **more), [folder / "0", folder / "1"]
+
+
+def end(first: harness.Job, second: harness.Job) -> str:
+    """Both come to a good end; what they have said."""
+    ends = [first.end(), second.end()]
+    text = first.text() + second.text()
+    assert ends == [0, 0], text[-5000:]
+    return text
+
+
 def test_a_cable_that_is_cut(tiny_world, tmp_path, hosts):
     """In the middle of a step. Both sides end, and say why; with the cable mended, the same two commands go on. What
     they do in the end, steps of the first job and of the second, is what one process does."""
-    more = options(tmp_path, "full")
-    calm, out = tmp_path / "calm", tmp_path / "run"
-    harness.run("train", arguments(tiny_world, calm, **more), tmp_path / "log")
-    argv, mark, logs = arguments(tiny_world, out, **more), tmp_path / "mark", [tmp_path / "0", tmp_path / "1"]
-    fault: dict[str, Any] = driver.fault("wait", "gradient", mark, step=5)
-    with (
-        hosts.job(0, argv, logs[0], nodes="2", conf="read_timeout=5") as first,
-        hosts.job(1, argv, logs[1], nodes="2", conf="read_timeout=5", fault=fault) as second,
-    ):
-        jobs.appears(mark, second)
+    argv, logs = begin(tiny_world, tmp_path)
+    mark, how = tmp_path / "mark", dict(nodes="2", conf="read_timeout=5")
+    fault = driver.fault("wait", "gradient", mark, step=5)
+    with hosts.job(0, argv, logs[0], **how) as first, hosts.job(1, argv, logs[1], fault=fault, **how) as second:
+        second.wait(mark)
         hosts.cut()
-        began = time.time()
         mark.with_suffix(".go").touch()
-        ends = []
         for job in (first, second):
             assert job.end(90) != 0
-            ends.append(time.time() - began)
             assert re.search(LOST, job.text()), job.text()[-3000:]
-    assert jobs.checkpoint_of(out) == 4 and not (out / "policy").exists()
+    assert harness.checkpoint_of(tmp_path / "run") == 4 and not (tmp_path / "run/policy").exists()
     hosts.mend()
     with hosts.job(0, argv, logs[0], nodes="2") as first, hosts.job(1, argv, logs[1], nodes="2") as second:
-        assert [job.end() for job in (first, second)] == [0, 0], "".join(job.text()[-2000:] for job in (first, second))
-        assert f"step-00000004 (4 of {STEPS} steps)" in first.text() + second.text()
-    apart = jobs.largest_difference(out, calm)
-    assert apart < 1e-5
-    print(f"\nthe cable was cut: ended after {ends[0]:.1f} and {ends[1]:.1f} s; losses apart by at most {apart:.1e}")
+        assert f"step-00000004 (4 of {STEPS} steps)" in end(first, second)
+    print(
+        f"\nthe cable was cut; losses apart by at most {harness.check_follows(tmp_path / 'run', tmp_path / 'calm'):.1e}"
+    )
 
 
 def test_a_host_that_dies_and_comes_back(tiny_world, tmp_path, hosts, amount):
@@ -155,27 +154,22 @@ def test_a_host_that_dies_and_comes_back(tiny_world, tmp_path, hosts, amount):
     """
     if amount(0, 1) == 0:
         pytest.skip("with --soak only")
-    more = options(tmp_path, "full")
-    calm, out = tmp_path / "calm", tmp_path / "run"
-    harness.run("train", arguments(tiny_world, calm, **more), tmp_path / "log")
-    argv, logs = arguments(tiny_world, out, **more), [tmp_path / "0", tmp_path / "1"]
+    argv, logs = begin(tiny_world, tmp_path)
     death, alone = tmp_path / "death", tmp_path / "alone"
     conf = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3,read_timeout=20"
-    how: dict[str, Any] = dict(nodes="1:2", conf=conf, more=("--max_restarts=3",))
+    how: dict[str, Any] = dict(nodes="1:2", conf=conf)
     with hosts.job(0, argv, logs[0], fault=driver.fault("wait", "step", alone, step=7), **how) as first:
         with hosts.job(1, argv, logs[1], fault=driver.fault("wait", "gradient", death, step=5), **how) as second:
-            jobs.appears(death, second)
+            second.wait(death)
             hosts.kill(1)
             began = time.time()
             second.process.join(10)
-        jobs.appears(alone, first)
+        first.wait(alone)
         seconds = time.time() - began
         assert re.search(LOST, first.text()) and f"step-00000004 (4 of {STEPS} steps)" in first.text()
         with hosts.job(1, argv, logs[1], **how) as second:
-            assert [job.end() for job in (first, second)] == [0, 0], first.text()[-3000:] + second.text()[-3000:]
-            text = first.text() + second.text()
+            text = end(first, second)
     assert f"stopped after 8 of {STEPS} steps; the same command goes on" in text
     assert f"step-00000008 (8 of {STEPS} steps)" in text
-    apart = jobs.largest_difference(out, calm)
-    assert apart < 1e-5
+    apart = harness.check_follows(tmp_path / "run", tmp_path / "calm")
     print(f"\na host died: {seconds:.1f} s until the other was in step 7 alone; losses apart by at most {apart:.1e}")

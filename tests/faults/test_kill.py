@@ -1,24 +1,69 @@
-"""SIGKILL at random moments, and the same command again: nothing twice, nothing missing, the same bits in the end."""
+"""SIGKILL at random moments, SIGTERM, two runs in one folder, an hour of training; and the same command again: nothing
+twice, nothing missing, the same bits in the end."""
 
+import json
+import os
 import random
+import re
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import driver
 import harness
 import numpy as np
+import psutil
 import pytest
-from helpers import arguments, classifier
+from helpers import arguments, classifier, flags
 from safetensors.numpy import load_file
 
+import train
 from hps.data import listwise, tokens
 
 SMALL_SHARDS = "from hps import reference; reference.MICRO_BATCHES_A_SHARD = 1"  # so that the cache fills in pieces
+STEPS = 12
 
 
-def phase(out) -> str:
-    """Where in a run it was killed, as the disk shows it."""
-    checkpoints = out / "checkpoints"
+class Work(NamedTuple):
+    """A command that can be killed. script: which; argv(folder): what writes into a folder; result(folder): what must
+    come out of it, to the bit; state(folder): where it was killed, as the disk shows it."""
+
+    script: str
+    argv: Callable[[Path], list[str]]
+    result: Callable[[Path], Any]
+    state: Callable[[Path], str]
+    kills: tuple[int, int]  # in make test, in make soak
+
+
+def training(world: Path, **options) -> Work:
+    """A checkpoint at each step, and its own caches."""
+    options |= dict(save_every=1, prompts_per_step=4, tokens_per_micro_batch=100)
+
+    def argv(folder: Path) -> list[str]:
+        caches = dict(token_cache=folder / "tokens", reference_cache=folder / "cache")
+        return arguments(world, folder / "run", **options | caches)
+
+    def result(folder: Path) -> Any:
+        left = [p.name for p in (folder / "run").rglob("*") if p.name == "lock" or p.suffix == ".tmp"]
+        assert not left, f"the run that came through left {left}"
+        scored = [load_file(path) for path in sorted((folder / "cache").rglob("shard-*.safetensors"))]
+        pairs = [(key.tobytes(), float(x)) for s in scored for key, x in zip(s["keys"], s["logps"], strict=True)]
+        assert len(pairs) == len(dict(pairs)), "a response was scored twice"
+        assert len(harness.records(folder / "run")) == STEPS
+        return harness.outcome(folder / "run"), dict(pairs)
+
+    return Work("train", argv, result, phase, (3, 25))
+
+
+def phase(folder: Path) -> str:
+    out = folder / "run"
     if not (out / "run.json").exists():
         return "before run.json"
-    if any(checkpoints.glob("*.tmp")):
+    if any((out / "checkpoints").glob("*.tmp")):
         return "writing a checkpoint"
     if any(out.glob("policy.*.tmp")) or (out / "policy").exists():
         return "exporting"
@@ -27,97 +72,139 @@ def phase(out) -> str:
     return "reference pass or loading"
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_training(tiny_world, tmp_path, amount, lora_rank):
-    """One rank: the losses, the weights and the reference log-probs of an undisturbed run, to the last bit."""
+def making(command: str, count: int, **options) -> Work:
+    """A command of data_prep.py that writes one row for each of `count` prompts."""
 
-    def command(where, **more):
-        caches = dict(token_cache=where / "tokens", reference_cache=where / "cache")
-        options = dict(lora_rank=lora_rank, save_every=1, prompts_per_step=4, tokens_per_micro_batch=100, epochs=2)
-        lora = {"lora_alpha": None, "lora_targets": None} if lora_rank == 0 else {}
-        return arguments(tiny_world, where / "run", **(options | caches | lora | more))
+    def result(folder: Path) -> Any:
+        assert {path.name for path in folder.iterdir()} == {"out.jsonl", "out.jsonl.manifest.json"}
+        rows = listwise.read(folder / "out.jsonl")
+        assert len({row.id for row in rows}) == len(rows) == count
+        assert np.isfinite([x for row in rows for x in row.rewards or ()]).all()
+        return harness.digest(folder / "out.jsonl")
 
-    calm, log = tmp_path / "calm", tmp_path / "log"
-    calm.mkdir()
-    argv = command(calm)
-    harness.run("train", argv, log, SMALL_SHARDS)  # the first one starts the server as well
-    again = tmp_path / "again"
-    again.mkdir()
-    seconds = harness.run("train", command(again), log, SMALL_SHARDS)
-    expected = harness.records(calm / "run/metrics.jsonl")
-    assert len(expected) == 12 and harness.records(again / "run/metrics.jsonl") == expected
-    name = "adapter_model.safetensors" if lora_rank else "model.safetensors"
-    weights = harness.digest(calm / f"run/policy/{name}")
+    def state(folder: Path) -> str:
+        return "some prompts done" if any(folder.glob("out.jsonl.journal*")) else "none done, or all"
 
-    rng, total, chains = random.Random(lora_rank), 0, 0
-    found = {}
-    while total < amount(3, 25):
-        where = tmp_path / f"chain-{chains}"
-        where.mkdir()
-        killed = harness.kill_until_done(
-            "train", command(where), log, seconds=seconds, rng=rng, setup=SMALL_SHARDS,
-            state=lambda where=where: phase(where / "run"),
-        )  # fmt: skip
-        assert harness.records(where / "run/metrics.jsonl") == expected
-        assert harness.digest(where / f"run/policy/{name}") == weights
-        assert cache_of(where / "cache") == cache_of(calm / "cache")  # which says as well that none was computed twice
-        left = [p.name for p in (where / "run").rglob("*") if p.name == "lock" or p.suffix == ".tmp"]
-        assert not left, f"the run that came through left {left}"
-        total, chains = total + sum(killed.values()), chains + 1
-        found = {key: found.get(key, 0) + killed[key] for key in {*found, *killed}}
-    print(f"\n{total} kills of training (lora_rank {lora_rank}), {chains} runs: {found}")
+    return Work(
+        "data_prep", lambda folder: [command, *flags(output=folder / "out.jsonl", **options)], result, state, (1, 25)
+    )
 
 
-def cache_of(root) -> dict[bytes, float]:
-    found, count = {}, 0
-    for path in root.rglob("shard-*.safetensors"):
-        shard = load_file(path)
-        count += len(shard["logps"])
-        found |= {key.tobytes(): float(x) for key, x in zip(shard["keys"], shard["logps"], strict=True)}
-    assert count == len(found), "a response was scored twice"
-    return found
+@pytest.mark.parametrize("name", ["full", "lora", "generate", "annotate"])
+def test_killed_at_any_moment_and_started_again(tiny_world, tmp_path, amount, name):
+    """As two runs that nobody disturbs, which are the same to the bit: losses, weights, reference log-probs, texts."""
+    if name in ("full", "lora"):
+        work = training(tiny_world, **(dict(lora_rank=4) if name == "lora" else {}))
+    else:
+        rows = [row for copy in range(amount(1, 4)) for row in listwise.read(tiny_world / "train.jsonl")]
+        bare = [
+            listwise.Row(f"{i}", row.prompt, row.responses[:3] * (name == "annotate")) for i, row in enumerate(rows)
+        ]
+        listwise.write(tmp_path / "in.jsonl", bare)
+        options: dict[str, Any] = dict(model=tiny_world / "model", n=4, max_new_tokens=24, max_rows=8)
+        if name == "annotate":
+            rm = classifier(tokens.load_tokenizer(str(tiny_world / "model")), tmp_path / "rm")
+            options = dict(scorer=rm, tokens_per_micro_batch=64)
+        work = making(name, len(rows), input=tmp_path / "in.jsonl", **options)
+    log, how = tmp_path / "log", dict(script=work.script, setup=SMALL_SHARDS)
+    seconds = 0.0
+    for which in ("calm", "again"):  # the first one starts the server as well
+        (tmp_path / which).mkdir()
+        seconds = harness.run(work.argv(tmp_path / which), log, **how)
+    expected = work.result(tmp_path / "calm")
+    assert work.result(tmp_path / "again") == expected
+    rng, killed, chains = random.Random(len(name)), Counter(), 0
+    while killed.total() < amount(*work.kills):
+        folder = tmp_path / f"chain-{chains}"
+        folder.mkdir()
+        killed += harness.kill_until_done(
+            work.argv(folder), log, seconds=seconds, rng=rng, state=lambda folder=folder: work.state(folder), **how
+        )
+        assert work.result(folder) == expected
+        chains += 1
+    print(f"\n{killed.total()} kills of {name}, {chains} runs: {dict(killed)}")
 
 
-def test_generation_and_annotation(tiny_world, tmp_path, amount):
-    """Every prompt once, the texts and the rewards of an undisturbed run."""
-    reward_model = classifier(tokens.load_tokenizer(str(tiny_world / "model")), tmp_path / "rm")
-    log = tmp_path / "log"
-    bare = tmp_path / "prompts.jsonl"
-    rows = listwise.read(tiny_world / "train.jsonl")
-    copies = range(amount(1, 4))
-    listwise.write(bare, [listwise.Row(f"{row.id}-{i}", row.prompt, ()) for i in copies for row in rows])
+def test_two_threads_give_the_same_bits_twice(tiny_world, tmp_path):
+    found = []
+    for name in "ab":
+        work, folder = training(tiny_world), tmp_path / name
+        folder.mkdir()
+        harness.run(
+            work.argv(folder), tmp_path / "log", setup=f"{SMALL_SHARDS}; import torch; torch.set_num_threads(2)"
+        )
+        found.append(work.result(folder))
+    assert found[0] == found[1]
 
-    def generate(out):
-        options = dict(model=tiny_world / "model", input=bare, output=out, n=4, max_new_tokens=24, max_rows=8)
-        return ["generate", *(f"--{key}={value}" for key, value in options.items())]
 
-    def annotate(out):
-        options = dict(scorer=reward_model, input=tmp_path / "calm-generate.jsonl", output=out)
-        return ["annotate", *(f"--{key}={value}" for key, value in (options | {"tokens_per_micro_batch": 64}).items())]
+def test_one_run_per_folder_and_sigterm(tiny_world, tmp_path, amount):
+    """A second train.py is refused while the first one runs. SIGTERM ends that one with a checkpoint and status 75; and
+    after SIGKILL, which leaves the lock's file, the next run is not refused."""
+    more = dict(prompts_per_step=4, save_every=2, tokens_per_micro_batch=150, reference_cache=tmp_path / "cache")
+    calm, out, log = tmp_path / "calm", tmp_path / "run", tmp_path / "log"
+    harness.run(arguments(tiny_world, calm, **more), log)
+    argv = arguments(tiny_world, out, **more)
 
-    for name, command in (("generate", generate), ("annotate", annotate)):
-        calm = tmp_path / f"calm-{name}.jsonl"
-        harness.run("data_prep", command(calm), log)
-        seconds = harness.run("data_prep", command(tmp_path / f"again-{name}.jsonl"), log)
-        assert harness.digest(tmp_path / f"again-{name}.jsonl") == harness.digest(calm)
-        rng, total, chain = random.Random(0), 0, 0
-        states = {}
-        while total < amount(1, 25):
-            out = tmp_path / f"{name}-{chain}.jsonl"
+    def refused(pid: int) -> None:
+        where = rf"{re.escape(str(out))}: train\.py by process {pid} on {re.escape(socket.gethostname())} since "
+        with pytest.raises(ValueError, match=rf"{where}\d{{4}}-.* is at work here; wait until it ends, or choose"):
+            train.main(argv)
 
-            def state(out=out) -> str:
-                journals = [p for p in out.parent.iterdir() if p.name.startswith(f"{out.name}.journal")]
-                return "some prompts done" if journals else "none done, or all"
+    mark = tmp_path / "mark"
+    with harness.job(argv, log, fault=driver.fault("wait", "step", mark, step=4)) as holder:
+        holder.wait(mark)
+        refused(holder.pid)
+        if amount(0, 1):  # nor is it let in as a job
+            with harness.job(argv, tmp_path / "second", ranks=2) as second:
+                assert second.end(60) != 0
+                assert f"by process {holder.pid} on" in second.text()
+        os.kill(holder.pid, signal.SIGTERM)
+        assert holder.end(60) == 75
+        assert not (out / "lock").exists()
+        assert harness.checkpoint_of(out) == 5
+        assert f"stopped after 5 of {STEPS} steps; the same command goes on" in holder.text()
+    mark.unlink()
+    with harness.job(argv, log, fault=driver.fault("wait", "step", mark, step=7)) as holder:
+        holder.wait(mark)
+        refused(holder.pid)
+    assert (out / "lock").exists() and harness.checkpoint_of(out) == 6
+    train.main(argv)
+    assert harness.records(out) == harness.records(calm)
 
-            killed = harness.kill_until_done(
-                "data_prep", command(out), log, seconds=seconds, rng=rng, state=state, setup=""
-            )
-            assert harness.digest(out) == harness.digest(calm)
-            beside = {p.name.removeprefix(out.name) for p in out.parent.iterdir() if p.name.startswith(out.name)}
-            assert beside == {"", ".manifest.json"}
-            total, chain = total + sum(killed.values()), chain + 1
-            states = {key: states.get(key, 0) + killed[key] for key in {*states, *killed}}
-        print(f"\n{total} kills of {name}, {chain} runs: {states}")
-    done = listwise.read(tmp_path / "calm-annotate.jsonl")
-    assert len({row.id for row in done}) == len(done) == len(copies) * len(rows)
-    assert np.isfinite(np.concatenate([row.rewards for row in done if row.rewards])).all()
+
+def test_memory_files_and_steps_stay_flat(tiny_world, tmp_path, amount):
+    """Twenty seconds, or with --soak an hour; then SIGTERM, and on from just there."""
+    out, log, seconds = tmp_path / "run", tmp_path / "log", amount(20, 3600)
+    argv = arguments(tiny_world, out, epochs=30_000, lr=1e-6, save_every=50, lora_rank=4, warmup_steps=10)
+    metrics, samples = out / "metrics.jsonl", []  # seconds of the processor, steps, MiB, open files
+    with harness.job(argv, log) as job:
+        seen = psutil.Process(job.pid)
+        job.wait(metrics)
+        until = time.time() + seconds
+        while time.time() < until or len(samples) < 8:
+            time.sleep(amount(1, 20))
+            assert job.process.exitcode is None, job.text()[-2000:]
+            steps = metrics.read_bytes().count(b"\n")
+            if steps > (samples[-1][1] if samples else 0):  # on a busy machine a step may take longer than that
+                cpu = sum(seen.cpu_times()[:2])
+                samples.append((cpu, steps, seen.memory_info().rss / 2**20, seen.num_fds()))
+        os.kill(job.pid, signal.SIGTERM)
+        assert job.end(60) == 75
+    cpu, steps, memory, descriptors = np.array(samples).T
+    rate = np.diff(cpu) / np.diff(steps)
+    fifth = max(2, len(rate) // 5)
+
+    def first_and_last(values: np.ndarray) -> tuple[float, float]:
+        return float(np.median(values[1 : 1 + fifth])), float(np.median(values[-fifth:]))
+
+    step, rss, opened = map(first_and_last, (rate, memory, descriptors))
+    print(f"\n{steps[-1]:.0f} steps in {seconds} s; first and last: {step} s of processor, {rss} MiB, {opened} files")
+    # A core whose twin gets busy takes longer for the same step, in processor seconds too: 20 s cannot tell that apart.
+    assert step[1] < amount(30, 13) / 10 * step[0]
+    assert rss[1] - rss[0] < amount(10, 40)
+    assert opened[1] <= opened[0]
+    done = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert done == list(range(len(done)))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{len(done):08d}"]
+    harness.run([*argv, f"--stop_after={len(done) + 2}"], log)
+    assert [record["step"] for record in harness.records(out)] == [*done, len(done), len(done) + 1]
