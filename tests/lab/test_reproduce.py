@@ -43,11 +43,13 @@ def test_a_plan_has_every_cell_once_shared_by_suites(tmp_path):
     assert list(cells) == ["SFT", *rows]
     assert [len(repeats) for repeats in cells["DPO-HPS"]] == [3, 3] and [len(r) for r in cells["SFT"]] == [1, 1]
     assert all(f"world-{4 + w}/" in str(repeats[0]) for w, repeats in enumerate(cells["DPO-BT"]))
-    placed: set[Path] = set()
-    for stage in stages:  # each after what it needs, and naming it
-        assert placed.issuperset(stage.needs)
-        assert all(any(str(n.parent if n.suffix == ".json" else n) in w for w in stage.argv) for n in stage.needs)
-        placed.add(stage.product)
+    behind: dict[Path, set[Path]] = {}  # all that must be there once a product is
+    for stage in stages:  # each after what it needs, which is all of the others' products that it reads
+        assert behind.keys() >= set(stage.needs)
+        behind[stage.product] = set(stage.needs).union(*(behind[need] for need in stage.needs))
+        read = {Path(word.partition("=")[2]) for word in stage.argv if not word.startswith("--out")}
+        read |= {path / "eval.json" for path in read}  # of a baseline
+        assert read & set(products) <= behind[stage.product], stage.argv
     schedule, _ = reproduce.plan(options, SUITES["schedule"](), tmp_path)
     commands = {stage.product: stage.argv for stage in stages}
     common = [stage for stage in schedule if stage.product in commands]

@@ -84,6 +84,9 @@ def test_other_commands_and_files_are_made_anew(sweeping, tmp_path, capsys):
     assert (tmp_path / "out/a.old/product").exists()
     config.write_text("lr = 2")
     assert run(*three(100)) == (2, "c")
+    a, b, _ = three(10)
+    assert run(a) == (0, "a") and run(a, b) == (1, "b")  # b was made from another a, which is there no longer
+    assert run(*three(100)) == (1, "ab")
     (tmp_path / "out/c.key").unlink()  # nobody knows what made it
     assert run(*three(100)) == (2, "c")
 
