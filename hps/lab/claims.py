@@ -95,9 +95,10 @@ def measure(claim: Claim, rows: dict[str, Any], differences: dict[tuple[str, ...
         found = [differences.get((*pair, claim.metric)) for pair in claim.pairs]
     else:
         found = [rows[name].get(claim.metric) for name in claim.pairs[0]]
-    if None in found:
+    present = [x for x in found if x is not None]
+    if len(present) < len(found):
         return None
-    (mean, low, high), *second = [(x["mean"], x["low"], x["high"]) for x in found]
+    (mean, low, high), *second = [(x["mean"], x["low"], x["high"]) for x in present]
     if not second:
         return mean, low, high
     other, other_low, other_high = second[0]

@@ -101,10 +101,12 @@ def curves_of(cells: Cells) -> dict[str, Any]:
 
 def agreement(path: Path) -> dict[str, float]:
     """How often the rewards of a file agree with its human pairs, ties half, with a bootstrap interval over rows."""
-    rows = [row for row in listwise.read(path) if row.rewards and row.chosen is not None and row.rejected is not None]
-    if not rows:
+    signs = []
+    for row in listwise.read(path):
+        if row.rewards is not None and row.chosen is not None and row.rejected is not None:
+            signs.append(np.sign(row.rewards[row.chosen] - row.rewards[row.rejected]))
+    if not signs:
         raise ValueError(f"{path}: no row has rewards and a human pair; annotate human pairs first")
-    signs = [np.sign(row.rewards[row.chosen] - row.rewards[row.rejected]) for row in rows]
     return interval(metrics.bootstrap_mean(0.5 + 0.5 * np.array(signs)))
 
 
