@@ -8,17 +8,18 @@
 import shutil
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from hps import config, model
-from hps.data import tokens
+from hps.data import listwise, tokens
 from hps.prepare import generate
 
-NARROW = 80  # columns of a terminal; below, answers stand one under the other
+TWO_COLUMNS_FROM = 80  # columns of a terminal; below, answers stand one under the other
 GAP = " | "
 
 
@@ -34,86 +35,69 @@ class Options:
     dtype: str = "fp32"  # fp32 or bf16
 
 
-class Speaker(NamedTuple):
-    name: str
-    lm: Any
-    tokenizer: Any
-
-
-History = tuple[dict[str, str], ...]
-
-
 def main(argv: list[str] | None = None) -> None:
     page = f"{__doc__}\nThe policy's answers enter the conversation; the reference answers that one as well."
     c, _ = config.parse(Options, argv, prog="python -m hps.evaluate.chat", description=page.strip())
     config.check_choices(c, dtype=model.DTYPES)
-    speakers = [load("policy", c.model, c.dtype)]
-    if c.reference:
-        speakers.append(load("reference", c.reference, c.dtype))
-    chat(c, speakers)
-
-
-def load(name: str, path: str, dtype: str) -> Speaker:
-    """A model with its own tokenizer; ValueError for one that has no chat template."""
-    tokenizer = tokens.load_tokenizer(path)
-    try:
-        tokens.encode_prompt(tokenizer, ({"role": "user", "content": "a"},))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be talked to: {error}") from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Speaker(name, model.load_causal_lm(path, dtype=model.DTYPES[dtype]).to(device), tokenizer)
-
-
-def chat(c: Options, speakers: list[Speaker]) -> None:
-    """Read a line, show what each speaker answers, and go on from what the first one said, until the input ends."""
-    history: History = ()
+    names = {"policy": c.model} | ({"reference": c.reference} if c.reference else {})
+    speakers = {name: load(path, c.dtype) for name, path in names.items()}
+    how = {"max_new_tokens": c.max_new_tokens, "temperature": c.temperature, "seed": c.seed}
+    history: listwise.Prompt = ()
     while True:
         try:
-            said = input("you> ").strip()
+            line = input("you> ").strip()
         except EOFError:
             print()
             return
-        if said == "/quit":
+        if line == "/quit":
             return
-        if said == "/reset":
+        if line == "/reset":
             history = ()
-        elif said.startswith("/"):
+        elif line.startswith("/"):
             print("there are /reset and /quit")
-        elif said:
-            asked = (*history, {"role": "user", "content": said})
+        elif line:
+            asked = (*history, *said(line))
+            turn = f"turn {len(asked) // 2 + 1}"  # which gives the random stream of its answers
             try:
-                answers = [answer(speaker, asked, c) for speaker in speakers]
+                found = {
+                    name: answers(lm, tokenizer, {turn: tokens.encode_prompt(tokenizer, asked)}, **how)[turn]
+                    for name, (lm, tokenizer) in speakers.items()
+                }
             except ValueError as error:
                 print(f"error: {error}\nThat was not added to the conversation; /reset begins a new one.")
                 continue
-            history = (*asked, {"role": "assistant", "content": answers[0]})
-            width = shutil.get_terminal_size().columns
-            print(show(list(zip((speaker.name for speaker in speakers), answers, strict=True)), width))
+            history = (*asked, {"role": "assistant", "content": found["policy"]})
+            print(show(found, shutil.get_terminal_size().columns))
 
 
-def answer(speaker: Speaker, history: History, c: Options) -> str:
-    """What a speaker says next; its random stream is that of the prompt id "turn N" (generate.answer)."""
-    turn = f"turn {len(history) // 2 + 1}"
-    [(_, [text])] = generate.answer(
-        speaker.lm,
-        speaker.tokenizer,
-        [(turn, tokens.encode_prompt(speaker.tokenizer, history))],
-        n=1,
-        counts=Counter(),
-        max_new_tokens=c.max_new_tokens,
-        temperature=c.temperature,
-        seed=c.seed,
-        progress=False,
-    )
-    return text
+def load(path: str, dtype: str) -> tuple[Any, Any]:
+    """A model and its tokenizer; ValueError for one that has no chat template."""
+    tokenizer = tokens.load_tokenizer(path)
+    try:
+        tokens.encode_prompt(tokenizer, said("a"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be talked to: {error}; take a model that was trained to chat") from error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.load_causal_lm(path, dtype=model.DTYPES[dtype]).to(device), tokenizer
 
 
-def show(answers: list[tuple[str, str]], width: int) -> str:
+def said(text: str) -> tuple[dict[str, str]]:
+    """One turn of the user's."""
+    return ({"role": "user", "content": text},)
+
+
+def answers(lm: Any, tokenizer: Any, prompts: dict[str, Sequence[int]], **how: Any) -> dict[str, str]:
+    """What a model says to prompts of token ids, each by the random stream of its name; `how`: see generate.answer."""
+    found = generate.answer(lm, tokenizer, list(prompts.items()), n=1, counts=Counter(), progress=False, **how)
+    return {name: text for name, [text] in found}
+
+
+def show(found: dict[str, str], width: int) -> str:
     """Named answers as two columns, or one under the other where there is one or the terminal is narrow."""
-    if len(answers) == 1 or width < NARROW:
-        return "\n".join(line for name, text in answers for line in (f"{name}:", *wrapped(text, width), ""))
+    if len(found) == 1 or width < TWO_COLUMNS_FROM:
+        return "\n".join(line for name, text in found.items() for line in (f"{name}:", *wrapped(text, width), ""))
     each = (width - len(GAP)) // 2
-    columns = [[f"{name}:", *wrapped(text, each)] for name, text in answers]
+    columns = [[f"{name}:", *wrapped(text, each)] for name, text in found.items()]
     rows = zip_longest(*columns, fillvalue="")
     return "\n".join(f"{left:<{each}}{GAP}{right}".rstrip() for left, right in rows) + "\n"
 

@@ -22,4 +22,5 @@ def render(template: str, **values: Any) -> str:
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     # The loose `undefined` of jinja2 would leave out what the caller forgot.
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
+    environment.policies["json.dumps_kwargs"] = {}  # JSON keeps the order of its keys
     return environment.from_string(text).render(policy=policy.format(*hashes), **values)

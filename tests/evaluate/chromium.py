@@ -20,20 +20,11 @@ class Browser:
         self.url = f"http://127.0.0.1:{port}/session"
         self.downloads = folder / "downloads"
         self.downloads.mkdir()
-        flags = [
-            "headless",
-            "no-sandbox",
-            "disable-gpu",
-            "disable-quic",
-            "no-first-run",
-            "disable-component-update",
-            "disable-background-networking",
-            "disable-sync",
-            f"user-data-dir={folder / 'profile'}",
-        ]
+        flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-component-update"
+        flags += f" disable-background-networking disable-sync user-data-dir={folder / 'profile'}"
         chromium = {
             "binary": shutil.which("chromium"),
-            "args": [f"--{flag}" for flag in flags],
+            "args": [f"--{flag}" for flag in flags.split()],
             "prefs": {"download.default_directory": str(self.downloads)},
             "browserStartupTimeout": 600_000,
         }  # ms; a busy machine took two minutes
@@ -66,6 +57,14 @@ class Browser:
 
     def open(self, path):
         self.send("POST", "/url", {"url": path.as_uri()})
+
+    def open_fresh(self, path):
+        """A page as on its first visit: nothing is stored, no request and no message stands from before."""
+        self.open(path)
+        self.js("localStorage.clear()")
+        self.requests()
+        self.log("browser")
+        self.open(path)
 
     def js(self, script, *args):
         return self.send("POST", "/execute/sync", {"script": f"return {script}", "args": args})

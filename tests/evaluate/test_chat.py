@@ -101,18 +101,10 @@ def test_no_chat_template_is_an_error_before_the_first_question(talk, tiny_world
 
 
 def test_columns_where_there_is_room_else_one_under_the_other():
-    answers = [("policy", "a b c"), ("reference", "d")]
+    answers = {"policy": "a b c", "reference": "d"}
     assert chat.show(answers, 20) == "policy:\na b c\n\nreference:\nd\n"
-    lines = chat.show([("policy", "word " * 30), ("reference", "d")], 83).splitlines()
+    lines = chat.show({"policy": "word " * 30, "reference": "d"}, 83).splitlines()
     assert lines[0] == f"{'policy:':<40} | reference:" and lines[1].endswith(" | d")
     assert len(lines) == 1 + 4 and max(map(len, lines)) <= 83
-
-
-def test_an_answer_cannot_steer_the_terminal():
+    # An answer cannot steer the terminal.
     assert chat.wrapped("a\x1b[2Jb\n\nc\td", 40) == ["a [2Jb", "", "c d"]
-
-
-def test_the_help_says_whose_answer_enters_the_conversation(capsys):
-    with pytest.raises(SystemExit):
-        chat.main(["--help"])
-    assert "The policy's answers enter the conversation" in capsys.readouterr().out

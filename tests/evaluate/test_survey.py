@@ -5,8 +5,6 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -33,29 +31,15 @@ METHODS = ("zeta-sft", "zeta-hps", "zeta-bt")
 
 def write_samples(folder, responses=NASTY, prompts=2):
     """A samples.jsonl of each method, as eval.py writes them: prompt i has two responses of each, none shared."""
-    texts = itertools.cycle(responses)
-    named = []
+    texts, named = itertools.cycle(responses), []
     for method in METHODS:
         rows = []
         for i in range(prompts):
-            chat = (
-                {"role": "user", "content": f"Question <{i}>"},
-                {"role": "assistant", "content": "</script>"},
-                {"role": "user", "content": "And?"},
-            )
-            prompt = chat if i else "Human: <b>Hi</b>\n\nAssistant:"
-            rows.append(
-                listwise.Row(
-                    f"id-{i}",
-                    prompt,
-                    (next(texts), next(texts)),
-                    (0.5, 1.0),
-                    None,
-                    None,
-                    f"runs/{method}/policy",
-                    "data/test.jsonl",
-                )
-            )
+            turns = [("user", f"Question <{i}>"), ("assistant", "</script>"), ("user", "And?")]
+            chat = tuple({"role": role, "content": text} for role, text in turns)
+            prompt, pair = chat if i else "Human: <b>Hi</b>\n\nAssistant:", (next(texts), next(texts))
+            model, data = f"runs/{method}/policy", "data/test.jsonl"
+            rows.append(listwise.Row(f"id-{i}", prompt, pair, (0.5, 1.0), None, None, model, data))
         listwise.write(folder / f"{method}.jsonl", rows)
         named.append(f"{method}={folder / method}.jsonl")
     return ",".join(named)
@@ -77,7 +61,7 @@ def embedded(page):
 # ---- the page without a browser ------------------------------------------------------------------
 
 
-def test_the_key_leads_back_to_every_response_and_the_page_does_not(tmp_path):
+def test_only_the_key_leads_back_to_a_response(tmp_path):
     page, key = export(tmp_path)
     data = embedded(page)
     assert list(data["criteria"]) == CRITERIA and data["study"] == key["study"] and key["methods"] == list(METHODS)
@@ -87,18 +71,15 @@ def test_the_key_leads_back_to_every_response_and_the_page_does_not(tmp_path):
         row = rows[key["items"][item["id"]]["method"]][key["items"][item["id"]]["prompt"]]
         assert item["text"] == row.responses[key["items"][item["id"]]["response"]]
         shown = data["prompts"][item["prompt"]]
-        assert shown == (
-            [["Prompt", row.prompt]]
-            if isinstance(row.prompt, str)
-            else [[turn["role"].title(), turn["content"]] for turn in row.prompt]
-        )
+        said = [("Prompt", row.prompt)] if isinstance(row.prompt, str) else [t.values() for t in row.prompt]
+        assert shown == [[who.title(), text] for who, text in said]
     pairs = {(v["prompt"], v["method"]) for v in key["items"].values()}
     assert pairs == {(f"id-{i}", m) for i in range(2) for m in METHODS}
     for name in (*METHODS, "zeta", "id-0", "policy/", "test.jsonl", str(tmp_path)):
         assert name not in page
 
 
-def test_what_is_drawn_follows_the_seed_and_says_nothing_about_the_method(tmp_path):
+def test_what_is_drawn_follows_the_seed_and_no_method(tmp_path):
     samples = write_samples(tmp_path, [f"answer {n}" for n in range(80 * 6)], prompts=80)
     drawn = {}
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -135,7 +116,9 @@ def test_no_text_gets_out_of_the_data(tmp_path):
         assert not attrs.keys() & {"src", "action", "srcset", "style", "onclick", "onload"}
     data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
     assert "<" not in data and data.isascii() and page.count("</script>") == 2
-    assert "default-src 'none'" in page and not re.search(r"url\(|@import|fetch\(|XMLHttp|innerHTML", page)
+    [allowed] = [attrs["content"] for _, attrs in Scripts(page).tags if "http-equiv" in attrs]
+    assert allowed.startswith("default-src 'none'") and allowed.count("sha256-") == 2
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttp|innerHTML", page)
 
 
 def luminance(colour):
@@ -161,23 +144,18 @@ def test_contrast_of_texts_in_light_and_dark():
             assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, paper)
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
+def test_mistakes_at_the_export(tmp_path):
+    for options, problem in [
         ({"items": 3}, r"--items 3: 2 prompts have responses of all methods"),
         ({"items": 0}, r"--items 0"),
         ({"methods": "a=x.jsonl"}, r"two or more different names"),
-        ({"methods": "a=x.jsonl,a=y.jsonl"}, r"two or more different names"),
-        ({"methods": "a=x.jsonl,y.jsonl"}, r"NAME=FILE"),
-    ],
-)
-def test_mistakes_at_the_export(tmp_path, options, problem):
-    with pytest.raises(ValueError, match=problem):
-        export(tmp_path, **options)
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            export(tmp_path, **options)
     assert not (tmp_path / "study").exists()
 
 
-def test_prompts_that_not_all_have_are_left_out_and_other_prompts_refused(tmp_path):
+def test_prompts_that_not_all_have_are_left_out(tmp_path):
     samples = write_samples(tmp_path)
     rows = listwise.read(tmp_path / "zeta-hps.jsonl")
     listwise.write(tmp_path / "zeta-hps.jsonl", [rows[1], listwise.Row("id-9", "other", ("x",))])
@@ -210,21 +188,14 @@ def alpha_of_coincidences(values):
     return 1 - (n_c.sum() - 1) * (o * delta).sum() / (np.outer(n_c, n_c) * delta).sum()
 
 
-def test_alpha_of_the_published_example():
-    assert survey.krippendorff_alpha(np.array(TWELVE_UNITS)) == pytest.approx(0.849, abs=5e-4)
-
-
 def test_alpha_against_a_matrix_of_coincidences():
+    assert survey.krippendorff_alpha(np.array(TWELVE_UNITS)) == pytest.approx(0.849, abs=5e-4)
     rng = np.random.default_rng(0)
     for raters, units, missing in ((2, 8, 0.0), (3, 120, 0.2), (20, 120, 0.6)):
         values = np.round(np.clip(3 + rng.normal(size=units) + rng.normal(size=(raters, units)), 1, 5), 2)
         values[rng.random(values.shape) < missing] = np.nan
         assert survey.krippendorff_alpha(values) == pytest.approx(alpha_of_coincidences(values), abs=1e-12)
-
-
-def test_alpha_where_it_is_known_or_undefined():
-    same = np.array([[1.25, 2, 5], [1.25, 2, 5]])
-    assert survey.krippendorff_alpha(same) == 1
+    assert survey.krippendorff_alpha(np.array([[1.25, 2, 5], [1.25, 2, 5]])) == 1
     assert survey.krippendorff_alpha(np.array([[1.0, 5], [5, 1]])) == pytest.approx(-0.5)  # 1 - 3 * 16 / 32
     assert survey.krippendorff_alpha(np.full((3, 4), 2.2)) is None
     assert survey.krippendorff_alpha(np.array([[1, NO], [NO, 2]])) is None
@@ -244,16 +215,9 @@ def test_correlations_are_means_over_pairs_that_have_one():
 
 # ---- the table -----------------------------------------------------------------------------------
 
-KEY = {
-    "study": "s1",
-    "methods": ["SFT", "HPS|x"],
-    "items": {
-        "r1": {"prompt": "a", "method": "HPS|x", "response": 0},
-        "r2": {"prompt": "b", "method": "SFT", "response": 3},
-        "r3": {"prompt": "a", "method": "SFT", "response": 1},
-        "r4": {"prompt": "b", "method": "HPS|x", "response": 0},
-    },
-}
+AT = dict(r1=("a", "HPS|x", 0), r2=("b", "SFT", 3), r3=("a", "SFT", 1), r4=("b", "HPS|x", 0))
+ITEMS = {item: dict(zip(("prompt", "method", "response"), at, strict=True)) for item, at in AT.items()}
+KEY = {"study": "s1", "methods": ["SFT", "HPS|x"], "items": ITEMS}
 
 
 def rating(*values):
@@ -279,41 +243,24 @@ PART = dict(r1=rating(5, 5, 4.5, 4.5), r3=rating(5, 5, 5, 5), r4=rating(1, 1, 1)
 
 def test_the_table_by_hand(tmp_path, capsys):
     found = study(tmp_path, {"1.json": rater("ann", **FULL), "2.json": rater("bo", complete=False, **PART)})
-    assert found["counts"] == {
-        "raters": 2,
-        "complete": 1,
-        "partial": 1,
-        "prompts": 2,
-        "responses": 4,
-        "ratings": 6,
-        "ratings_in_part": 1,
-        "ratings_missing": 1,
-    }
+    assert found["counts"] == dict(
+        raters=2, complete=1, partial=1, prompts=2, responses=4, ratings=6, ratings_in_part=1, ratings_missing=1
+    )
 
     def means(columns):
-        return {name: (columns[name]["mean"], columns[name]["ratings"]) for name in [*CRITERIA, "average"]}
+        return [(columns[name]["mean"], columns[name]["ratings"]) for name in [*CRITERIA, "average"]]
 
     # Averages: ann r1 4.25, r2 2.5625, r3 3, r4 4.0625; bo r1 4.75, r3 5.
-    assert means(found["methods"]["HPS|x"]) == {
-        "correctness": (3.5, 4),
-        "helpfulness": (15.25 / 4, 4),
-        "safety": (3.5, 4),
-        "clarity": (4, 3),
-        "average": (pytest.approx(13.0625 / 3), 3),
-    }
-    assert means(found["methods"]["SFT"]) == {
-        "correctness": (pytest.approx(10 / 3), 3),
-        "helpfulness": (pytest.approx(10.25 / 3), 3),
-        "safety": (pytest.approx(13 / 3), 3),
-        "clarity": (3, 3),
-        "average": (pytest.approx(10.5625 / 3), 3),
-    }
-    [pair] = found["differences"]
+    mean = lambda total, n: (pytest.approx(total / n), n)  # noqa: E731
+    hps = [mean(14, 4), mean(15.25, 4), mean(14, 4), mean(12, 3), mean(13.0625, 3)]
+    sft = [mean(10, 3), mean(10.25, 3), mean(13, 3), mean(9, 3), mean(10.5625, 3)]
+    assert means(found["means"]["HPS|x"]) == hps and means(found["means"]["SFT"]) == sft
+    [pair] = found["comparisons"]
     assert (pair["a"], pair["b"]) == ("SFT", "HPS|x")
-    # SFT - HPS where one rater has both: ann a -1.25, ann b -1.5, bo a +.25.
-    assert means(pair)["average"] == (pytest.approx(-2.5 / 3), 3)
-    assert means(pair)["correctness"] == (pytest.approx((-1 - 2 + 0) / 3), 3)
-    assert pair["wins"] == pytest.approx({"win": 100 / 3, "tie": 0, "lose": 200 / 3})
+    # SFT - HPS where one rater has both: ann a -1.25, ann b -1.5, bo a +0.25.
+    differences = {name: pair[name]["difference"] for name in [*CRITERIA, "average"]}
+    assert means(differences)[-1] == mean(-2.5, 3) and means(differences)[0] == mean(-1 - 2 + 0, 3)
+    assert [pair["average"][name]["mean"] for name in ("win", "tie", "lose")] == pytest.approx([100 / 3, 0, 200 / 3])
     average = np.array([[4.25, 4.0625, 3, 2.5625], [4.75, NO, 5, NO]])
     assert found["agreement"]["average"]["alpha"] == pytest.approx(alpha_of_coincidences(average))
     safety = np.array([[3.5, 5, 3, 5], [4.5, 1, 5, NO]])
@@ -324,23 +271,8 @@ def test_the_table_by_hand(tmp_path, capsys):
     assert capsys.readouterr().out == text
     [row] = [line for line in text.splitlines() if line.startswith("| HPS")]
     assert re.sub(r" \[.*?\]", "", row) == r"| HPS\|x | 3.50 | 3.81 | 3.50 | 4.00 | 4.35 |"
-    assert "| SFT | HPS\\|x | -1.00 [" in text and "| 33 / 0 / 67 |" in text
+    assert "| SFT | HPS\\|x | 3 | -1.00 [" in text and " | 33.3 [" in text
     assert f"| safety | {found['agreement']['safety']['alpha']:.2f} | " in text
-
-
-def ratings_by(value):
-    """A full file a rater, all criteria alike: value(rater, prompt, method)."""
-    prompts, methods = {"a": 0, "b": 1}, {"SFT": 0, "HPS|x": 1}
-    return {
-        f"{r}.json": rater(
-            f"rater {r}",
-            **{
-                item: rating(*4 * [value(r, prompts[at["prompt"]], methods[at["method"]])])
-                for item, at in KEY["items"].items()
-            },
-        )
-        for r in range(2)
-    }
 
 
 @pytest.mark.parametrize(
@@ -353,17 +285,19 @@ def ratings_by(value):
         (lambda r, p, m: 2 + p * m, [2, 3], [-1, 0]),
     ],
 )
-def test_intervals_span_raters_and_prompts(tmp_path, value, method, difference):
+def test_intervals_span_raters_and_prompts(value, method, difference):
     """Of two alike, a resample holds either twice in a quarter of all draws: the 95 % interval reaches both."""
-    found = study(tmp_path, ratings_by(value))
-    interval = found["methods"]["HPS|x"]["average"]
+    at = {item: ("ab".index(place["prompt"]), KEY["methods"].index(place["method"])) for item, place in ITEMS.items()}
+    files = [rater(str(r), **{item: rating(*4 * [value(r, p, m)]) for item, (p, m) in at.items()}) for r in range(2)]
+    found = survey.results_of(KEY, files)
+    interval = found["means"]["HPS|x"]["average"]
     assert [interval["low"], interval["high"]] == method
-    assert [found["differences"][0]["safety"][end] for end in ("low", "high")] == difference
+    assert [found["comparisons"][0]["safety"]["difference"][end] for end in ("low", "high")] == difference
 
 
 def test_a_method_that_nobody_rated_has_no_number(tmp_path):
     found = study(tmp_path, {"1.json": rater("ann", complete=False, r2=rating(3, 3, 3, 3))})
-    assert found["methods"]["HPS|x"]["average"] is None and found["differences"][0]["wins"] is None
+    assert found["means"]["HPS|x"]["average"] is None and found["comparisons"][0]["average"] is None
     assert "| HPS\\|x | - | - | - | - | - |" in (tmp_path / "out/survey.md").read_text()
 
 
@@ -381,7 +315,7 @@ def test_a_method_that_nobody_rated_has_no_number(tmp_path):
         ({"ratings": PART}, r"item 'r2': a value is missing in a file that says it is complete"),
         ({"ratings": {**FULL, "r4": rating(1, 1, 1)}}, r"item 'r4': a value is missing"),
         ({"ratings": {}, "complete": False}, r"holds no rating"),
-        ({"complete": 1}, r"need a string \(rater\), true or false"),
+        ({"complete": 1}, r"need study \(str\), rater \(str\), complete \(bool\)"),
         ({"extra": 1}, r"unknown key 'extra'"),
         ({"rater": "ann"}, r"rater 'ann' has also sent .*1.json"),
     ],
@@ -393,7 +327,7 @@ def test_mistakes_in_a_file_name_it(tmp_path, change, problem):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_files_broken_files_and_files_of_another_kind(tmp_path, capsys):
+def test_broken_files_and_files_of_another_kind(tmp_path, capsys):
     with pytest.raises(ValueError, match="no .json file there"):
         study(tmp_path, {})
     study(tmp_path, {"1.json": rater("ann", **FULL), "note.txt": ""})
@@ -405,12 +339,6 @@ def test_no_files_broken_files_and_files_of_another_kind(tmp_path, capsys):
         study(tmp_path, {}, key={"study": "s1", "items": {}})
 
 
-def test_a_mistake_on_the_command_line_is_one_line():
-    argv = [sys.executable, "-m", "hps.evaluate.survey", "exprot"]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
-    assert done.returncode == 2 and done.stderr == "error: unknown command 'exprot'; choose one of export, aggregate\n"
-
-
 # ---- the page in a browser -----------------------------------------------------------------------
 
 
@@ -419,11 +347,7 @@ def opened(browser, tmp_path):
     """The browser with a study open at its start page, and nothing stored: (browser, page, key)."""
     _, key = export(tmp_path)
     path = tmp_path / "study/survey.html"
-    browser.open(path)
-    browser.js("localStorage.clear()")
-    browser.requests()
-    browser.log("browser")
-    browser.open(path)
+    browser.open_fresh(path)
     return browser, path, key
 
 
@@ -431,7 +355,7 @@ def current(browser):
     return browser.js("order[at].id")
 
 
-def test_rated_by_keyboard_reloaded_exported_and_aggregated(opened, tmp_path):
+def test_rated_by_keyboard_exported_and_aggregated(opened, tmp_path):
     """The whole study with keys alone: numbers and Enter, then sliders; a reload in the middle loses nothing."""
     browser, path, key = opened
     assert browser.focused() == "code"
@@ -495,11 +419,11 @@ def test_rated_by_keyboard_reloaded_exported_and_aggregated(opened, tmp_path):
     for method in METHODS:
         mine = [given[item] for item, at in key["items"].items() if at["method"] == method]
         for name in CRITERIA:
-            assert found["methods"][method][name]["mean"] == pytest.approx(np.mean([r[name] for r in mine]))
+            assert found["means"][method][name]["mean"] == pytest.approx(np.mean([r[name] for r in mine]))
     assert {url for url in browser.requests() if not url.startswith("blob:")} == {path.as_uri()}
 
 
-def test_every_response_is_shown_as_text_and_nothing_runs_or_loads(opened, tmp_path):
+def test_every_response_is_shown_as_text(opened, tmp_path):
     browser, path, key = opened
     browser.keys("x", ENTER)
     rows = {m: {row.id: row for row in listwise.read(tmp_path / f"{m}.jsonl")} for m in METHODS}
@@ -536,7 +460,7 @@ def test_labels_and_language(opened):
     assert browser.js("byId('bar').getAttribute('aria-labelledby')") == "left"
 
 
-def test_what_is_missing_or_out_of_range_is_shown_and_only_a_partial_file_is_written(opened, tmp_path):
+def test_gaps_are_shown_and_only_a_partial_file_written(opened, tmp_path):
     browser, _, key = opened
     browser.keys("p2", ENTER)
     first = current(browser)
@@ -580,7 +504,7 @@ def test_what_is_missing_or_out_of_range_is_shown_and_only_a_partial_file_is_wri
     assert current(browser) == first and browser.js("byId('helpfulness').value") == "4."
 
 
-def test_each_rater_has_an_order_of_their_own_and_ratings_of_their_own(opened):
+def test_each_rater_has_an_order_of_their_own(opened):
     browser, _, key = opened
     orders = browser.js("Array.from({length: 3000}, (_, i) => shuffled('r' + i).map(item => item.id))")
     assert orders[:50] == browser.js("Array.from({length: 50}, (_, i) => shuffled('r' + i).map(item => item.id))")
@@ -599,20 +523,13 @@ def test_each_rater_has_an_order_of_their_own_and_ratings_of_their_own(opened):
 
 
 def test_a_browser_that_keeps_nothing_is_told(opened):
-    browser, path, _ = opened
+    browser, _, _ = opened
     assert not browser.js("byId('unkept').checkVisibility()")
-    source = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); };"
-    script = browser.send(
-        "POST", "/goog/cdp/execute", {"cmd": "Page.addScriptToEvaluateOnNewDocument", "params": {"source": source}}
-    )
-    try:
-        browser.open(path)
-        browser.keys("x", ENTER)
-        assert "does not keep your ratings" in browser.text("unkept") and browser.js("byId('unkept').checkVisibility()")
-        browser.keys(TAB, "3", ENTER)
-        assert browser.js("Object.values(values)") == [{"correctness": "3"}]
-    finally:
-        browser.send("POST", "/goog/cdp/execute", {"cmd": "Page.removeScriptToEvaluateOnNewDocument", "params": script})
+    browser.js("(Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }, null)")
+    browser.keys("x", ENTER)
+    assert "does not keep your ratings" in browser.text("unkept") and browser.js("byId('unkept').checkVisibility()")
+    browser.keys(TAB, "3", ENTER)
+    assert browser.js("Object.values(values)") == [{"correctness": "3"}]
 
 
 def test_a_second_tab_takes_over_what_the_first_one_saved(opened):

@@ -325,13 +325,12 @@ def completion(data: bytes, folder: Path) -> None:
         check_scores(judge.parse_scores(reply.text or ""))
 
 
-ABOUT = {"judge": {"model": "m"}, "template": "t", "max_tokens": 9}
-ANSWERS = [ABOUT, *({"item": item, "model": "m", "answer": json.dumps(SCORES)} for item in ("i1", "i2"))]
+ANSWERS = [{"item": item, "model": "m", "answer": json.dumps(SCORES), "max_tokens": 9} for item in ("i1", "i2")]
 
 
 def answers(data: bytes, folder: Path) -> None:
     (folder / "answers.jsonl").write_bytes(data)
-    found = judge.read_answers(folder / "answers.jsonl", ABOUT, {"i1": ("p", "r"), "i2": ("p", "s")})
+    found = judge.read_answers(folder / "answers.jsonl", 9)
     for given in found.values():
         check_scores(judge.first_scores(given))
         assert all(type(line["model"]) is str for line in given)

@@ -239,7 +239,7 @@ def test_no_id_leads_out_of_the_folder_of_the_output(tmp_path, monkeypatch, capf
     request.addfinalizer(lambda: [path.unlink() for path in Path("/etc").glob("hps-x*")])
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
     out = tmp_path / "a/b/c/out"
     for folder in (out, tmp_path / "cwd", tmp_path / "in"):
         folder.mkdir(parents=True)
@@ -301,7 +301,7 @@ def says(form: str, echo: dict[str, str]) -> str:
         "url": quote(sent, safe=""),
         "html": sent.replace("&", "&amp;").replace('"', "&quot;").replace("'", "&#x27;"),
         # A message is shown up to a length; here that ends within the key, whose beginning would be left.
-        "cut": "-" * (endpoint.SHOWN - len("HTTP 400: Bearer ") - 20) + echo["Authorization"],
+        "cut": "-" * (endpoint.MESSAGE_CHARS - len("HTTP 400: Bearer ") - 20) + echo["Authorization"],
     }[form]  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def test_a_key_is_in_no_file_and_no_message(status, form, tmp_path, monkeypatch,
     """A judge whose server repeats every header that it gets: in an answer, in its name, in an error."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.001)
     caplog.set_level(logging.DEBUG)
     for name, text in (("a", "one"), ("b", "two")):
         listwise.write(tmp_path / f"{name}.jsonl", [listwise.Row("p", "why", (text,))])
@@ -443,13 +443,7 @@ def test_markdown_of_hostile_texts_holds_no_tag_and_no_cell_more(written, name, 
 @pytest.mark.parametrize("name", ["report", "RESULTS", "card", "survey"])
 def test_a_browser_shows_hostile_texts_and_runs_none(written, browser, name):
     path = written / f"{name}.html"
-    browser.open(path)
-    if name == "survey":
-        browser.js("localStorage.clear()")
-        browser.open(path)
-    browser.requests()
-    browser.log("browser")
-    browser.open(path)
+    browser.open_fresh(path)
     if name == "survey":
         browser.js("enter('x')")
         shown = []
