@@ -1,7 +1,5 @@
 """The option parser: both sources, every type, and every mistake with the place where it stands."""
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hps.config import as_dict, check_choices, check_used, named_files, parse, run_main
-
-ROOT = Path(__file__).resolve().parent.parent
+from hps.config import as_dict, check_choices, check_used, named_files, parse, run_command, run_main
 
 
 @dataclass
@@ -22,9 +18,10 @@ class Options:
     max_length: int = 512  # tokens; a note: 100% of them
     # not a heading, and no help either
     shuffle: bool = True  # order anew in each epoch
+    files: tuple[str, ...] = ()  # names of files
     # -- optimiser --
     lr: float = 1e-4  # learning rate
-    method: str = "hps"  # this is not the help  # the loss
+    method: str = "hps"  # the loss
     warmup: float | None = None  # share of the steps
     steps: int | None = 10  # stop after so many
     tag: str | None = "x"  # label of the run
@@ -50,28 +47,20 @@ def toml(tmp_path: Path) -> Any:
     return write
 
 
-def test_defaults_and_names_set():
-    config, names = run("--data", "a")
-    assert as_dict(config) == {
-        "data": "a", "max_length": 512, "shuffle": True, "lr": 1e-4,
+def test_defaults_names_and_both_sources(toml):
+    c, names = run("--data", "a")
+    assert as_dict(c) == {
+        "data": "a", "max_length": 512, "shuffle": True, "files": (), "lr": 1e-4,
         "method": "hps", "warmup": None, "steps": 10, "tag": "x",
     }  # fmt: skip
-    assert list(as_dict(config)) == list(Options.__annotations__)
     assert names == {"data"}
-
-
-def test_flags_win_over_toml_wherever_config_stands(toml):
-    path = toml('data = "from file"\nlr = 1\nsteps = "none"\nshuffle = false\n')
-    for argv in (["--config", path, "--lr", "2e-5"], ["--lr=2e-5", f"--config={path}"]):
-        config, names = run(*argv)
-        assert (config.data, config.lr, config.steps, config.shuffle) == ("from file", 2e-5, None, False)
-        assert type(config.lr) is float
-        assert names == {"data", "lr", "steps", "shuffle"}
+    path = toml('data = "from file"\nlr = 1\nsteps = "none"\nshuffle = false\nfiles = ["a", "b"]\n')
+    for argv in (["--config", path, "--lr", "2e-5"], ["--lr=2e-5", f"--config={path}"]):  # flags win, wherever
+        c, names = run(*argv)
+        assert (c.data, c.lr, c.steps, c.shuffle, c.files) == ("from file", 2e-5, None, False, ("a", "b"))
+        assert names == {"data", "lr", "steps", "shuffle", "files"}
     assert type(run("--config", path)[0].lr) is float  # an int in the file is fine for a float
-
-
-def test_a_value_that_equals_the_default_counts_as_set():
-    assert run("--data=a", "--max_length=512")[1] == {"data", "max_length"}
+    assert run("--data=a", "--max_length=512")[1] == {"data", "max_length"}  # the default's value counts as set
 
 
 @pytest.mark.parametrize(
@@ -92,6 +81,9 @@ def test_a_value_that_equals_the_default_counts_as_set():
         (["--method", "none"], "method", "none"),
         (["--method", "5"], "method", "5"),
         (["--tag", "none"], "tag", None),
+        (["--lr", "-1e-4"], "lr", -0.0001),
+        (["--files", "a=x", "b c"], "files", ("a=x", "b c")),
+        (["--files=a,b"], "files", ("a,b",)),
     ],
 )
 def test_a_flag_of_each_type(argv, name, value):
@@ -111,23 +103,25 @@ def test_flags_give_back_any_value(number, whole, text):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--max_lenght", "5"], ["--max_lenght", "--max_length"]),
-        (["--cofig=a.toml"], ["--cofig", "--config"]),
-        (["--METHOD", "x"], ["--METHOD", "--method"]),
-        (["--max_length", "5.0"], ["--max_length 5.0", "an int"]),
-        (["--max_length", "true"], ["--max_length true", "an int"]),
-        (["--max_length", "none"], ["--max_length none", "an int"]),
-        (["--steps", "x"], ["--steps x", "an int or none"]),
+        (["--max_lenght", "5"], ["--max_lenght", "nearest is --max_length"]),
+        (["--cofig=a.toml"], ["--cofig", "nearest is --config"]),
+        (["--METHOD", "x"], ["--METHOD", "nearest is --method"]),
+        (["--zzz", "x"], ["unknown option --zzz; options are written"]),  # no absurd guess
+        (["--files"], ["--files"]),
+        (["--max_length", "5.0"], ["--max_length 5.0", "an int of 64 bits"]),
+        (["--max_length", "true"], ["--max_length true", "an int of 64 bits"]),
+        (["--max_length", "none"], ["--max_length none", "an int of 64 bits"]),
+        (["--steps", "x"], ["--steps x", "an int of 64 bits or none"]),
         (["--lr", "1e-4x"], ["--lr 1e-4x", "a finite float"]),
         (["--lr", "nan"], ["--lr nan", "a finite float"]),
-        (["--lr", "-inf"], ["--lr -inf", "a finite float"]),
+        (["--lr=-inf"], ["--lr -inf", "a finite float"]),
         (["--lr", "1e999"], ["--lr 1e999", "a finite float"]),
         (["--lr", "9" * 400], ["--lr 999", "a finite float"]),
         (["--warmup", "true"], ["--warmup true", "a finite float or none"]),
         (["--shuffle", "yes"], ["--shuffle yes", "true or false"]),
         (["--shuffle", "1"], ["--shuffle 1", "true or false"]),
-        (["--method"], ["--method needs a value"]),
-        (["--method", "--lr", "1"], ["--method needs a value"]),
+        (["--method"], ["--method", "expected one argument"]),
+        (["--method", "--lr", "1"], ["--method", "expected one argument", "--key=VALUE"]),
         (["--lr", "1", "--lr=2"], ["--lr is given twice"]),
         (["--max-length=1", "--max_length=1"], ["--max_length is given twice"]),
         (["file.jsonl"], ["'file.jsonl'", "--key value"]),
@@ -143,27 +137,29 @@ def test_mistakes_on_the_command_line(argv, words):
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("lr = 1\n\nmax_lenght = 5\n", 3, ["unknown key max_lenght", "nearest is max_length"]),
-        ("max-length = 5\n", 1, ["unknown key max-length", "nearest is max_length"]),
+        ("lr = 1\n\nmax_lenght = 5\n", 3, ["unknown key max_lenght", "nearest is --max_length"]),
+        ("max-length = 5\n", 1, ["unknown key max-length", "nearest is --max_length"]),
         ("# lr = 3\nlr = 'max_length'\n", 2, ["lr = 'max_length'", "a finite float"]),
         ("lr = nan\n", 1, ["lr = nan", "a finite float"]),
         ("lr = inf\n", 1, ["lr = inf", "a finite float"]),
         ("lr = " + "9" * 400, 1, ["a finite float"]),
         ("lr = true\n", 1, ["lr = True", "a finite float"]),
-        ("max_length = true\n", 1, ["max_length = True", "an int"]),
-        ("max_length = 1.0\n", 1, ["max_length = 1.0", "an int"]),
-        ("steps = '5'\n", 1, ["steps = '5'", "an int or none"]),
+        ("max_length = true\n", 1, ["max_length = True", "an int of 64 bits"]),
+        ("max_length = 1.0\n", 1, ["max_length = 1.0", "an int of 64 bits"]),
+        ("steps = '5'\n", 1, ["steps = '5'", "an int of 64 bits or none"]),
         ("method = 5\n", 1, ["method = 5", "a string"]),
         ("method = ['hps']\n", 1, ["method = ['hps']", "a string"]),
         ("shuffle = 1\n", 1, ["shuffle = 1", "true or false"]),
         ("shuffle = 'true'\n", 1, ["shuffle = 'true'", "true or false"]),
+        ("files = 'a'\n", 1, ["files = 'a'", "strings"]),
+        ("files = [1]\n", 1, ["files = [1]", "strings"]),
         ("lr = 1\n[optimiser]\nlr = 2\n", 2, ["optimiser is a table", "flat"]),
         ("lr = 1\noptimiser.lr = 2\n", 2, ["optimiser is a table", "flat"]),
-        ('lr = 1\n\n"steps" = 1.5\n', 3, ["steps = 1.5", "an int or none"]),
+        ('lr = 1\n\n"steps" = 1.5\n', 3, ["steps = 1.5", "an int of 64 bits or none"]),
         ("lr = 1\nmethod = hps\n", 2, ["not TOML"]),
         ("lr = 1\nlr = 2\n", 2, ["not TOML"]),
         ("lr = 1\nmethod = [\n", 2, ["not TOML"]),
-        ("lr = 1\r\nsteps = 'x'\r\n", 2, ["steps = 'x'", "an int or none"]),
+        ("lr = 1\r\nsteps = 'x'\r\n", 2, ["steps = 'x'", "an int of 64 bits or none"]),
     ],
 )
 def test_mistakes_in_the_file_name_their_line(toml, text, line, words):
@@ -175,9 +171,9 @@ def test_mistakes_in_the_file_name_their_line(toml, text, line, words):
 
 def test_files_that_cannot_be_read(toml, tmp_path):
     absent, binary = str(tmp_path / "absent.toml"), toml(b"lr = '\xff'")
-    assert absent in fails("--config", absent) and "No such file" in fails("--config", absent)
-    assert f"{binary} is not UTF-8" in fails("--config", binary)
-    assert str(tmp_path) in fails("--config", str(tmp_path))
+    assert f"{absent} cannot be read" in fails("--config", absent) and "No such file" in fails("--config", absent)
+    assert f"{binary} cannot be read: 'utf-8' codec" in fails("--config", binary)
+    assert f"{tmp_path} cannot be read" in fails("--config", str(tmp_path))
 
 
 def test_all_missing_options_are_listed(toml):
@@ -192,28 +188,31 @@ def test_all_missing_options_are_listed(toml):
     assert parse(Two, ["--config", toml("a = 1"), "--b=x"], prog="p", description="d")[0] == Two(1, "x")
 
 
+def test_another_script_has_keys_of_its_own(toml):
+    path = toml("lr = 1\nother = 2\n")
+    assert parse(Options, ["--data=a", "--config", path], prog="p", description="d", foreign=True)[0].lr == 1.0
+    with pytest.raises(ValueError, match="lr = 'x'"):
+        parse(Options, ["--config", toml("lr = 'x'")], prog="p", description="d", foreign=True)
+
+
 def test_help_shows_group_type_default_and_comment(capsys):
     with pytest.raises(SystemExit) as caught:
         run("--data", "a", "--help")
     assert caught.value.code == 0
-    head, general, data, optimiser = capsys.readouterr().out.split("\n\n", 1)[1].split("\n\n")
-    assert head == "What it does."
-    assert general.startswith("general\n  --config FILE.toml ")
-    lines = [line.split(maxsplit=1) for line in data.splitlines()]
-    assert lines[0] == ["data"]
-    assert lines[1] == ["--data", "str              the file to read, with a # inside its help (required)"]
-    assert [line[0] for line in lines] == ["data", "--data", "--max_length", "--shuffle"]
-    assert "--max_length int        tokens; a note: 100% of them (default 512)" in data
-    assert "order anew in each epoch (default true)" in data
-    words = [" ".join(line.split()) for line in optimiser.splitlines()]
-    assert words == [
-        "optimiser",
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    assert words.startswith("usage: prog [--config FILE.toml] [--key value ...] What it does.")
+    assert "\ndata:\n" in shown and "\noptimiser:\n" in shown
+    for line in (
+        "--config FILE.toml keys as below; a flag wins over the file",
+        "--data str the file to read, with a # inside its help (required)",
+        "--max_length int tokens; a note: 100% of them (default 512)",
+        "order anew in each epoch (default true)",
         "--lr float learning rate (default 0.0001)",
-        "--method str the loss (default hps)",
         "--warmup float or none share of the steps (default none)",
         "--steps int or none stop after so many (default 10)",
-        "--tag str or none label of the run (default x)",
-    ]
+    ):
+        assert line in words, line
 
 
 def test_an_option_without_help_is_our_bug():
@@ -222,46 +221,42 @@ def test_an_option_without_help_is_our_bug():
         a: int = 0  # told
         b: int = 0
 
-    with pytest.raises(AssertionError, match="b has no comment"):
+    with pytest.raises(AssertionError, match="'b'"):
         parse(Mute, [], prog="p", description="d")
 
 
-def test_check_used():
+def test_used_options_choices_and_named_files():
     check_used({"beta"}, {"beta", "gamma"}, what="method hps")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="method dpo-bt does not use gamma, kappa: .* It uses beta, smoothing$"):
         check_used(frozenset({"kappa", "gamma", "beta"}), ["smoothing", "beta"], what="method dpo-bt")
-    message = str(caught.value)
-    assert "method dpo-bt does not use gamma, kappa:" in message
-    assert message.endswith("It uses beta, smoothing")
-
-
-def test_check_choices():
-    config, _ = run("--data", "a", "--method", "bt")
-    check_choices(config, data=("a", "b"), method=("hps", "bt"))
+    c, _ = run("--data", "a", "--method", "bt")
+    check_choices(c, data=("a", "b"), method=("hps", "bt"))
     with pytest.raises(ValueError, match="method = 'bt' does not exist; choose one of hps, pl"):
-        check_choices(config, data=("a", "b"), method=("hps", "pl"))
+        check_choices(c, data=("a", "b"), method=("hps", "pl"))
+    assert named_files(("a=x/a,b.jsonl", "b=y=z.jsonl")) == {"a": "x/a,b.jsonl", "b": "y=z.jsonl"}
+    for words in ((), ("a=x",), ("a=x", "a=y"), ("a=x", "y"), ("a=x", "b="), ("a=x", "=y"), ("a=x,b=y",)):
+        with pytest.raises(ValueError, match="NAME=FILE NAME=FILE ... with two or more different names"):
+            named_files(words)
 
 
-def test_named_files():
-    assert named_files("a=x/a.jsonl, b = y=z.jsonl") == {"a": "x/a.jsonl", "b": "y=z.jsonl"}
-    for text in ("", "a=x", "a=x,a=y", "a=x,y", "a=x,b=", "a=x,=y", "a=x,"):
-        with pytest.raises(ValueError, match="NAME=FILE,NAME=FILE,... with two or more different names"):
-            named_files(text)
+def test_a_command_by_its_name(capsys):
+    seen: list[Options] = []
+    for argv in ([], ["--help"]):
+        run_command({"do": (Options, seen.append)}, argv, prog="p", page="The page.")
+        assert capsys.readouterr().out == "The page.\n" and not seen
+    run_command({"do": (Options, seen.append)}, ["do", "--data=a"], prog="p", page="The page.")
+    assert seen[0].data == "a"
+    with pytest.raises(ValueError, match="unknown command 'don'; choose one of do"):
+        run_command({"do": (Options, seen.append)}, ["don"], prog="p", page="The page.")
 
 
-def test_run_main_reports_a_mistake_without_a_traceback():
-    code = (
-        "from hps.config import run_main\n"
-        "def main(): raise {error}\n"
-        "run_main(main)\n"
-    )  # fmt: skip
+def test_run_main_reports_a_mistake_without_a_traceback(capsys):
+    def fail(error: Exception) -> None:
+        raise error
 
-    def run_with(error: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-c", code.format(error=error)]
-        return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-
-    mistake = run_with("ValueError('a.jsonl:3: fix it')")
-    assert (mistake.returncode, mistake.stdout, mistake.stderr) == (2, "", "error: a.jsonl:3: fix it\n")
-    bug = run_with("KeyError('x')")
-    assert bug.returncode == 1 and "Traceback" in bug.stderr and "KeyError" in bug.stderr
+    with pytest.raises(SystemExit) as caught:
+        run_main(lambda: fail(ValueError("a.jsonl:3: fix it")))
+    assert caught.value.code == 2 and capsys.readouterr() == ("", "error: a.jsonl:3: fix it\n")
+    with pytest.raises(KeyError):  # a bug
+        run_main(lambda: fail(KeyError("x")))
     assert run_main(lambda: None) is None
