@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import re
@@ -65,20 +66,17 @@ def parse(
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120)
     parser._negative_number_matcher = re.compile(r"-[\d.]")  # argparse takes -1e-4 for a flag
     parser.add_argument("--config", action=Once, metavar="FILE.toml", help="keys as below; a flag wins over the file")
-    group, defaults = parser, {}
-    for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
-        if match := GROUP.match(line):
-            group = parser.add_argument_group(match[1])
-        elif (match := FIELD.match(line)) and match[1] in kinds:
-            name, text = match.groups()
-            defaults[name] = default = getattr(cls, name, dataclasses.MISSING)
-            shown = str(default).lower() if default is None or isinstance(default, bool) else str(default) or '""'
-            text += " (required)" if default is dataclasses.MISSING else f" (default {shown})"
-            base, optional = base_of(kinds[name])
-            more: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, tuple: {"nargs": "+"}}.get(base, {})
-            metavar = "str" if base is tuple else base.__name__ + " or none" * optional
-            group.add_argument(f"--{name}", action=Once, metavar=metavar, help=text.replace("%", "%%"), **more)
-    assert defaults.keys() == kinds.keys(), f"no help text on the line of {kinds.keys() - defaults.keys()}"
+    groups, defaults = {"": parser}, {}
+    for name, (group, text) in help_texts(cls).items():
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        defaults[name] = default = getattr(cls, name, dataclasses.MISSING)
+        shown = str(default).lower() if default is None or isinstance(default, bool) else str(default) or '""'
+        text += " (required)" if default is dataclasses.MISSING else f" (default {shown})"
+        base, optional = base_of(kinds[name])
+        more: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, tuple: {"nargs": "+"}}.get(base, {})
+        metavar = "str" if base is tuple else base.__name__ + " or none" * optional
+        groups[group].add_argument(f"--{name}", action=Once, metavar=metavar, help=text.replace("%", "%%"), **more)
 
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
@@ -95,6 +93,20 @@ def parse(
     if missing := [name for name, x in defaults.items() if x is dataclasses.MISSING and name not in values]:
         raise ValueError(f"missing --{', --'.join(missing)}: give as flags or in the --config file")
     return cls(**values), frozenset(values)
+
+
+@functools.cache
+def help_texts(cls: type) -> dict[str, tuple[str, str]]:
+    """The group and the help text of each field, read from the source of `cls`."""
+    group, found = "", {}
+    for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
+        if match := GROUP.match(line):
+            group = match[1]
+        elif match := FIELD.match(line):
+            found[match[1]] = group, match[2]
+    names = [field.name for field in dataclasses.fields(cls)]
+    assert list(found) == names, f"a field's line ends with a comment, its help text: {names}, {list(found)}"
+    return found
 
 
 def read_toml(path: Path, kinds: dict[str, Any], foreign: bool) -> dict[str, Any]:
@@ -117,7 +129,7 @@ def read_toml(path: Path, kinds: dict[str, Any], foreign: bool) -> dict[str, Any
         if isinstance(value, dict):
             raise ValueError(f"{where}: {key} is a table, and options are flat: write key = value lines only")
         if key in kinds:
-            values[key] = convert(value, kinds[key], f"{where}: {key} = {value!r:.60}")
+            values[key] = convert(value, kinds[key], f"{where}: {key} = {brief(value)}")
         elif not foreign:
             raise ValueError(f"{where}: unknown key {key}{nearest(key, kinds)} (see --help)")
     return values
@@ -149,6 +161,13 @@ def convert(value: Any, kind: Any, where: str, *, from_text: bool = False) -> An
     if type(value) is not base or not in_range.get(base, lambda: True)():
         raise ValueError(f"{where}: expected {EXPECTED[base]}{' or none' if optional else ''}")
     return value
+
+
+def brief(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except (ValueError, RecursionError):  # Python prints no int of more than 4,300 digits
+        return "thousands of digits or brackets"
 
 
 def nearest(name: str, names: Collection[str]) -> str:

@@ -37,8 +37,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def flags(**options) -> list[str]:
-    """A command line; what is None is left out."""
-    return [f"--{key}={value}" for key, value in options.items() if value is not None]
+    """A command line; what is None is left out, and a tuple is several words."""
+    words = []
+    for key, value in options.items():
+        if value is not None:
+            words += [f"--{key}", *value] if isinstance(value, tuple) else [f"--{key}={value}"]
+    return words
 
 
 def arguments(world: Path, out: Path, **changes) -> list[str]:

@@ -1,6 +1,6 @@
 """Blind judging by a language model, as in the paper's Table 4: every response is scored alone, on four criteria.
 
-    python -m hps.evaluate.judge --methods sft=runs/sft/eval/samples.jsonl,hps=runs/hps/eval/samples.jsonl \\
+    python -m hps.evaluate.judge --methods sft=runs/sft/eval/samples.jsonl hps=runs/hps/eval/samples.jsonl \\
         --baseline sft --out runs/judge --model JUDGE           a local Hugging Face model, or
         ... --endpoint https://host/v1 --judge_model NAME --key_variable API_KEY
 
@@ -59,7 +59,7 @@ Answers = defaultdict[str, list[dict[str, Any]]]  # by key of an item: lines of 
 @dataclass
 class Options:
     # -- what is judged --
-    methods: str  # NAME=FILE,NAME=FILE,...: two or more samples.jsonl of eval.py, over the same prompts
+    methods: tuple[str, ...]  # NAME=FILE NAME=FILE ...: two or more samples.jsonl of eval.py, over the same prompts
     baseline: str  # the NAME that each of the others is compared with
     out: str  # folder for answers.jsonl, scores.jsonl, judge.json and judge.md
     responses: int = 0  # judge the first so many of each prompt; 0 means all

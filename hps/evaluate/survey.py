@@ -1,6 +1,6 @@
 """A human study like the paper's Table 3: a page on which people rate responses blind, and the table of their ratings.
 
-    python -m hps.evaluate.survey export    --methods SFT=a/samples.jsonl,DPO-HPS=b/samples.jsonl --out study
+    python -m hps.evaluate.survey export    --methods SFT=a/samples.jsonl DPO-HPS=b/samples.jsonl --out study
     python -m hps.evaluate.survey aggregate --key study/key.json --ratings study/ratings --out study
 
 survey.html goes to the raters; key.json, which says what wrote each response, stays. docs/EVALUATION.md tells the rest.
@@ -27,7 +27,7 @@ from hps.io import files
 
 @dataclass
 class Export:
-    methods: str  # NAME=FILE,NAME=FILE,...: two or more samples.jsonl of eval.py, over the same prompts
+    methods: tuple[str, ...]  # NAME=FILE NAME=FILE ...: two or more samples.jsonl of eval.py, over the same prompts
     out: str  # folder for survey.html, which goes to the raters, and key.json, which does not
     items: int = 30  # prompts to rate, drawn from those that all methods answered
     seed: int = 0  # of the prompts, of each method's response to them, and of the numbers they get

@@ -64,8 +64,9 @@ def good(number, asked):
     return completion(f"Here: {json.dumps(dict(zip(CRITERIA, scores, strict=True)))}")
 
 
-def flags(methods: str, out: Path, **options) -> list[str]:
-    return [f"--{key}={value}" for key, value in dict(methods=methods, baseline="beta", out=out, **options).items()]
+def flags(methods: str, out: Path, baseline: str = "beta", **options) -> list[str]:
+    rest = [f"--{key}={value}" for key, value in dict(baseline=baseline, out=out, **options).items()]
+    return ["--methods", *methods.split(","), *rest]
 
 
 def run(methods: str, out: Path, server=None, **options) -> dict:
@@ -385,9 +386,9 @@ def test_mistakes_are_told(tmp_path):
         (dict(model=tmp_path / "nowhere"), "nowhere"),
         (dict(model="m", dtype="fp8"), "fp8"),
     ]:
-        options = dict(methods=methods, baseline="beta", out=out) | changes
+        options = dict(methods=methods, out=out) | changes
         with pytest.raises(ValueError, match=message):
-            judge.main([f"--{key}={value}" for key, value in options.items()])
+            judge.main(flags(**options))
     assert not (out / "answers.jsonl").exists()
 
 

@@ -49,7 +49,8 @@ def export(folder, **options):
     options = {"out": f"{folder}/study", "items": 2} | options
     if "methods" not in options:
         options["methods"] = write_samples(folder)
-    survey.main(["export", *(f"--{name}={value}" for name, value in options.items())])
+    methods = options.pop("methods").split(",")
+    survey.main(["export", "--methods", *methods, *(f"--{name}={value}" for name, value in options.items())])
     out = Path(options["out"])
     return (out / "survey.html").read_text(encoding="utf-8"), json.loads((out / "key.json").read_text())
 

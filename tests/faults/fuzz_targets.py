@@ -6,7 +6,6 @@ fuzz_coverage.py find others with atheris, where it is installed, led by the lin
 """
 
 import dataclasses
-import functools
 import gzip
 import hashlib
 import json
@@ -407,7 +406,6 @@ def right_name(data: bytes) -> str:
         return NAME
 
 
-config._options = functools.cache(config._options)  # it reads the source of a dataclass, which stays as it is
 NAMES = "|".join(field.name for field in dataclasses.fields(Config))
 TARGETS: dict[str, Target] = {
     "data": Target([[ROW, TALK]], lines, data_file("", bytes)),

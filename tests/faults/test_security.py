@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 import torch
 from fuzz_targets import EVALUATION, RUN, SUMMARY
-from helpers import arguments, chat_server, classifier, completion, results, run
+from helpers import arguments, chat_server, classifier, completion, flags, results, run
 from markdown_it import MarkdownIt
 from test_bad_inputs import ROW, lines, save
 from transformers import AutoTokenizer
@@ -29,10 +29,6 @@ from hps.extra import reward_model
 from hps.io import card
 
 FP32 = dict(dtype=torch.float32)
-
-
-def flags(**options) -> list[str]:
-    return [f"--{key}={value}" for key, value in options.items()]
 
 
 # ---- 1. pickles -----------------------------------------------------------------------------------
@@ -250,7 +246,7 @@ def test_no_id_leads_out_of_the_folder_of_the_output(tmp_path, monkeypatch, capf
     hostile = results(*(f"../{n}/../../x" for n in range(3)))
     caches = dict(token_cache=out / "tokens", reference_cache=out / "references")
     sampled = dict(data=data, reference=lm, samples=2, max_new_tokens=4, scorer=scorer)
-    samples = f"a={out}/eval/samples.jsonl,b={out}/eval2/samples.jsonl"
+    samples = f"a={out}/eval/samples.jsonl", f"b={out}/eval2/samples.jsonl"
     made = out / "candidates.jsonl"
 
     def ask(number, text):
@@ -325,7 +321,7 @@ def test_a_key_is_in_no_file_and_no_message(status, form, tmp_path, monkeypatch,
     with chat_server(echo) as server:
         try:
             judge.main(flags(
-                methods=f"a={tmp_path}/a.jsonl,b={tmp_path}/b.jsonl", baseline="a", out=out, endpoint=server.url,
+                methods=(f"a={tmp_path}/a.jsonl", f"b={tmp_path}/b.jsonl"), baseline="a", out=out, endpoint=server.url,
                 judge_model="j", key_variable="JUDGE_KEY", attempts=2))  # fmt: skip
         except ValueError as error:
             said = "".join(traceback.format_exception(error))
@@ -345,8 +341,8 @@ def test_a_key_in_the_place_of_its_variable_is_not_shown(tmp_path, monkeypatch, 
         listwise.write(tmp_path / f"{name}.jsonl", [listwise.Row("p", "why", (text,))])
     with pytest.raises(ValueError, match="--key_variable") as refused:
         judge.main(flags(
-            methods=f"a={tmp_path}/a.jsonl,b={tmp_path}/b.jsonl", baseline="a", out=tmp_path / "out", judge_model="j",
-            endpoint="http://127.0.0.1:9", key_variable=KEY))  # fmt: skip
+            methods=(f"a={tmp_path}/a.jsonl", f"b={tmp_path}/b.jsonl"), baseline="a", out=tmp_path / "out",
+            judge_model="j", endpoint="http://127.0.0.1:9", key_variable=KEY))  # fmt: skip
     assert "0123456789" not in "".join([*traceback.format_exception(refused.value), *capfd.readouterr()])
 
 
@@ -391,8 +387,8 @@ def written(tmp_path_factory) -> Path:
         listwise.write(out / f"{name}.jsonl", [
             listwise.Row(f"p{n}", ({"role": "user", "content": text},), (text + name,))
             for n, text in enumerate([*HOSTILE, LINK])])  # fmt: skip
-    methods = f"<script>run()</script>={out}/a.jsonl,<img src onerror>={out}/b.jsonl"
-    survey.main(["export", f"--methods={methods}", f"--out={out}", "--items=4"])
+    methods = f"<script>run()</script>={out}/a.jsonl", f"<img src onerror>={out}/b.jsonl"
+    survey.main(["export", "--methods", *methods, f"--out={out}", "--items=4"])
     return out
 
 
