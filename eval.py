@@ -36,7 +36,7 @@ class Config:
     name: str = ""  # method's name in the table row; empty takes the policy's folder
     limit: int = 0  # evaluate the first so many prompts; 0 means all
     # -- samples --
-    samples: int = 8  # fresh responses a prompt, at the temperature below; 0 for none
+    samples: int = 8  # fresh responses per prompt, at the temperature below; 0 for none
     temperature: float = 0.9  # of the samples
     max_new_tokens: int = 256  # a sample ends there at the latest
     seed: int = 0  # of the samples
@@ -51,44 +51,47 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     c, set_keys = config.parse(Config, argv, prog="eval.py", description=str(__doc__).split("\n")[0])
-    used = set(config.as_dict(c))
-    if c.samples == 0:
-        used -= {"temperature", "max_new_tokens", "seed", "scorer", "baseline"}
-    config.check_used(set_keys, used, what="--samples 0")
+    of_samples = {"temperature", "max_new_tokens", "seed", "scorer", "baseline"}
+    config.check_used(set_keys, set(config.as_dict(c)) - (set() if c.samples else of_samples), what="--samples 0")
     config.check_choices(c, dtype=model.DTYPES)
+    out = Path(c.out)
     if c.baseline and not (Path(c.baseline) / "samples.jsonl").exists():
         raise ValueError(f"--baseline {c.baseline}: no samples.jsonl there; evaluate that model first")
     if c.baseline and c.scorer == "none":
         raise ValueError("--baseline compares rewards of samples: it needs a --scorer")
+    if (out / "samples.jsonl").resolve() in (Path(c.data).resolve(), Path(c.baseline, "samples.jsonl").resolve()):
+        raise ValueError(f"--out {out} would overwrite --data or --baseline: choose another folder")
+    for package in ("nltk.translate.bleu_score", "sacrebleu") if c.samples else ():
+        metrics.extra(package)  # now rather than after hours
     with dist.session() as ranks:
-        checkpoint.make_folder(Path(c.out))
+        checkpoint.make_folder(out)
         advice = "wait until it ends, or choose another --out"
-        holds = files.lock(Path(c.out) / "lock", what="eval.py", advice=advice) if ranks.first else nullcontext()
-        with holds:
+        with files.lock(out / "lock", what="eval.py", advice=advice) if ranks.first else nullcontext():
             evaluate(c, ranks)
 
 
 def evaluate(c: Config, ranks: dist.Ranks) -> None:
+    """Every rank evaluates its share of the prompts and writes it; the first one puts the shares together."""
     out = Path(c.out)
     score = None if c.scorer == "none" else scorers.load(c.scorer, device=ranks.device)
+    world = scorers.world_of(c.scorer)
     rows = listwise.read(c.data)[: c.limit or None]
-    if known := scorers.world_of(c.scorer):
-        rewards.check_prompts(rows, known.task)
+    if world:
+        rewards.check_prompts(rows, world.task)
+    by_id = {row.id: row for row in rows}
     tokenizer = tokens.load_tokenizer(c.reference)
     if tokens.fingerprint(tokenizer) != tokens.fingerprint(tokens.load_tokenizer(c.model)):
         raise ValueError(
             f"the policy {c.model} and the reference {c.reference} have different tokenizers or chat templates: their "
             "log-probs cannot be compared"
         )
-    examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, progress=ranks.first)
-    usable = [e for e in examples if comparable(e)]
-    counts["rows_nothing_to_compare"] = len(examples) - len(usable)
-    if not usable:
+    fitting, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, progress=ranks.first)
+    examples = [e for e in fitting if human_pair(e) or ranked(e) is not None]
+    counts["rows_nothing_to_compare"] = len(fitting) - len(examples)
+    if not examples:
         raise ValueError(f"{c.data}: no row has rewards that differ, or a human pair (chosen, rejected), that fits")
-    examples = usable
-    by_id = {row.id: row for row in rows}
-    dtype = model.DTYPES[c.dtype]
-    policy_lm, ref_lm = (model.load_causal_lm(path, dtype=dtype) for path in (c.model, c.reference))
+
+    policy_lm, ref_lm = (model.load_causal_lm(path, dtype=model.DTYPES[c.dtype]) for path in (c.model, c.reference))
     policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in (policy_lm, ref_lm))
     longest = max(map(tokens.longest, examples))
     for scoring in (policy, ref):
@@ -101,54 +104,56 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     cache = reference.open_cache(c.reference_cache, **identity)
     blocks = [Block(e.prompt_ids, e.response_ids) for e in examples]
     ref_logps, _ = reference.fill(cache, ref, blocks, ranks=ranks, **packing)
-    ref_logps = np.split(ref_logps, np.cumsum([len(block.responses) for block in blocks])[:-1])
+    ref_logps = np.split(ref_logps, np.cumsum([len(block.responses) for block in blocks])[:-1])  # (K,) per prompt
 
     mine = range(ranks.rank, len(examples), ranks.world_size)
-    scored = model.score(
-        policy, [blocks[i] for i in mine], device=ranks.device, progress="policy log-probs" * ranks.first, **packing
-    )
-    values: dict[str, dict[str, float]] = {}
-    human = any(map(has_pair, examples))
-    for i, policy_logps in zip(mine, scored, strict=True):
-        h = policy_logps - ref_logps[i]
-        texts = [by_id[examples[i].id].responses[k] for k in examples[i].kept]
-        values[examples[i].id] = candidate_metrics(examples[i], h, texts, human_pairs=human)
+    shown = "policy log-probs" * ranks.first
+    scored = model.score(policy, [blocks[i] for i in mine], device=ranks.device, progress=shown, **packing)
     winners = [Block(blocks[i].prompt, (blocks[i].responses[pair(examples[i])[0]],)) for i in mine]
-    for i, kl in zip(mine, exact_kl(policy, ref, winners, ranks.device, c.tokens_per_micro_batch), strict=True):
-        values[examples[i].id]["kl_exact"] = kl
-    sampled: list[listwise.Row] = []
+    kls = exact_kl(policy, ref, winners, ranks.device, c.tokens_per_micro_batch)
+    human = any(map(human_pair, examples))
+    values: dict[str, dict[str, float]] = {}
+    for i, policy_logps, kl in zip(mine, scored, kls, strict=True):
+        texts = [by_id[examples[i].id].responses[k] for k in examples[i].kept]
+        found = candidate_metrics(examples[i], policy_logps - ref_logps[i], texts, human_pairs=human)
+        values[examples[i].id] = found | {"kl_exact": kl}
     if c.samples:
-        sampled, texts_counts = draw_samples(c, policy_lm, tokenizer, [examples[i] for i in mine], by_id, score, ranks)
-        counts |= texts_counts
-        world = scorers.world_of(c.scorer)
-        for row in sampled:
-            values[row.id] |= sample_metrics(row, by_id[row.id], world)
-
-    # Every rank writes its share; the first one puts them together.
+        prompts = [(examples[i].id, examples[i].prompt_ids.tolist()) for i in mine]
+        how = dict(n=c.samples, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
+        drawn: Counter[str] = Counter()
+        sampled = []
+        # Unfinished ones included: rambling is a failure, not a missing value.
+        for id, texts in generate.answer(policy_lm, tokenizer, prompts, counts=drawn, progress=ranks.first, **how):
+            earned = None if score is None else tuple(score(by_id[id].prompt, texts))
+            sampled.append(listwise.Row(id, by_id[id].prompt, tuple(texts), earned, None, None, c.model, c.data))
+            values[id] |= sample_metrics(sampled[-1], by_id[id], world)
+        counts |= {f"samples_{key}": n for key, n in drawn.items()}
+        if sampled:
+            listwise.write(out / f"part-{ranks.rank}.jsonl", sampled)
     files.write_json(out / f"part-{ranks.rank}.json", {"values": values, "counts": counts})
-    if sampled:
-        listwise.write(out / f"part-{ranks.rank}.jsonl", sampled)
     dist.barrier()
     if ranks.first:
         merge(c, out, [e.id for e in examples], ranks.world_size)
 
 
-def has_pair(example: tokens.Example) -> bool:
-    """Whether there is a human pair, both of whose responses fit."""
-    return example.chosen is not None and example.rejected is not None
+def human_pair(example: tokens.Example) -> tuple[int, int] | None:
+    """The pair that a person chose from, where both of its responses fit."""
+    both = example.chosen is not None and example.rejected is not None
+    return (example.chosen, example.rejected) if both else None
 
 
-def comparable(example: tokens.Example) -> bool:
-    """Whether there is a pair to look at: a human one that fits, or rewards that differ."""
-    return has_pair(example) or (example.rewards is not None and example.rewards.min() < example.rewards.max())
+def ranked(example: tokens.Example) -> np.ndarray | None:
+    """The candidates from the best to the worst (metrics.order); None where no rewards differ."""
+    differ = example.rewards is not None and example.rewards.min() < example.rewards.max()
+    return metrics.order(example.rewards) if differ else None
 
 
 def pair(example: tokens.Example) -> tuple[int, int]:
     """The pair that single-pair metrics look at: the human one, else the best candidate and the runner-up."""
-    if has_pair(example):
-        return example.chosen, example.rejected
-    ranked = metrics.order(example.rewards)
-    return int(ranked[0]), int(ranked[1])
+    if found := human_pair(example):
+        return found
+    best, runner_up, *_ = ranked(example)
+    return int(best), int(runner_up)
 
 
 def candidate_metrics(
@@ -159,17 +164,14 @@ def candidate_metrics(
     Of data with `human_pairs`, a prompt that lost its own (an empty response, say) has no single-pair margin: the
     runner-up in its place would be another measure under the same name.
     """
-    found: dict[str, float] = {}
-    if example.rewards is not None and example.rewards.min() < example.rewards.max():
-        found |= metrics.margins(h, example.rewards)
+    found = {} if ranked(example) is None else metrics.margins(h, example.rewards)
     w, o = pair(example)
     rm = float(h[w] - h[o])
-    if has_pair(example):
+    if human_pair(example):
         found["rm_dpo"] = rm
-    if has_pair(example) or not human_pairs:
-        found["rm_rdpo_chars"] = float(metrics.rm_rdpo(rm, len(texts[w]), len(texts[o])))
-        lengths = [len(y) for y in example.response_ids]
-        found["rm_rdpo_tokens"] = float(metrics.rm_rdpo(rm, lengths[w], lengths[o]))
+    if human_pair(example) or not human_pairs:
+        for unit, items in (("chars", texts), ("tokens", example.response_ids)):
+            found[f"rm_rdpo_{unit}"] = metrics.rm_rdpo(rm, len(items[w]), len(items[o]))
     return found | {"kl_seq": float(h[w])}
 
 
@@ -184,28 +186,6 @@ def exact_kl(
             kl = logps.token_kl(policy.hidden(packed), policy.head, ref.hidden(packed), ref.head)
         found[members] = logps.sequence_logps(kl, packed.sequence, packed.valid.shape)[:, 0].cpu()
     return found.tolist()
-
-
-def draw_samples(c: Config, lm, tokenizer, examples, by_id, score, ranks) -> tuple[list[listwise.Row], dict[str, int]]:
-    """Fresh responses of the policy, unfinished ones included (rambling is a failure, not a missing value)."""
-    counts: Counter[str] = Counter()
-    drawn = []
-    samples = generate.answer(
-        lm,
-        tokenizer,
-        [(e.id, e.prompt_ids.tolist()) for e in examples],
-        n=c.samples,
-        counts=counts,
-        max_new_tokens=c.max_new_tokens,
-        temperature=c.temperature,
-        seed=c.seed,
-        progress=ranks.first,
-    )
-    for id, texts in samples:
-        prompt = by_id[id].prompt
-        earned = None if score is None else tuple(score(prompt, texts))
-        drawn.append(listwise.Row(id, prompt, tuple(texts), earned, None, None, c.model, c.data))
-    return drawn, {f"samples_{key}": n for key, n in counts.items()}
 
 
 def sample_metrics(samples: listwise.Row, row: listwise.Row, world: World | None) -> dict[str, float]:
@@ -235,32 +215,30 @@ def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
         counts |= {key: counts[key] + n for key, n in part["counts"].items() if key.startswith("samples_")}
     if c.samples:
         sharers = range(min(world_size, len(ids)))  # the ranks that had a prompt
-        drawn = [row for rank in sharers for row in listwise.read(out / f"part-{rank}.jsonl")]
-        order = {id: i for i, id in enumerate(ids)}
-        drawn.sort(key=lambda row: order[row.id])
-        listwise.write(out / "samples.jsonl", drawn)
-        if c.baseline:
-            against = {row.id: row for row in listwise.read(Path(c.baseline) / "samples.jsonl")}
-            for row in drawn:
-                if row.id not in against or len(against[row.id].rewards or ()) != len(row.rewards or ()):
-                    raise ValueError(f"{c.baseline}: other samples of {row.id!r}; evaluate it the same way")
-                values[row.id] |= metrics.win_tie_lose(row.rewards, against[row.id].rewards)
+        drawn = {row.id: row for rank in sharers for row in listwise.read(out / f"part-{rank}.jsonl")}
+        listwise.write(out / "samples.jsonl", [drawn[id] for id in ids])
+    if c.baseline:
+        against = {row.id: row for row in listwise.read(Path(c.baseline) / "samples.jsonl")}
+        for id, row in drawn.items():
+            if id not in against or len(against[id].rewards or ()) != len(row.rewards or ()):
+                raise ValueError(f"{c.baseline}: other samples of {id!r}; evaluate it the same way")
+            values[id] |= metrics.win_tie_lose(row.rewards, against[id].rewards)
     table = {name: {id: values[id][name] for id in ids if name in values[id]} for name in metrics.METRICS}
     table = {name: column for name, column in table.items() if column}
-    means = {}
-    for name, column in table.items():
-        mean, low, high = metrics.bootstrap_mean(np.array(list(column.values())))
-        means[name] = {"mean": mean, "low": low, "high": high, "prompts": len(column)}
+    intervals = {name: metrics.bootstrap_mean(np.array(list(column.values()))) for name, column in table.items()}
+    means = {name: dict(zip(("mean", "low", "high"), found, strict=True)) for name, found in intervals.items()}
     files.write_json(out / "per_prompt.json", table)
-    settings = config.as_dict(c)
-    result = {"method": c.name or Path(c.model).parent.name, "metrics": means, "counts": counts, "config": settings}
+    result = {
+        "method": c.name or Path(c.model).parent.name,
+        "metrics": {name: found | {"prompts": len(table[name])} for name, found in means.items()},
+        "counts": counts,
+        "config": config.as_dict(c),
+    }
     files.write_json(out / "eval.json", result)
     for rank in range(world_size):
         (out / f"part-{rank}.json").unlink()
         (out / f"part-{rank}.jsonl").unlink(missing_ok=True)
-    shown = {name: {key: m[key] for key in ("mean", "low", "high")} for name, m in means.items()}
-    row = {"method": result["method"], "seeds": 1, "metrics": shown}
-    print(report.table({"suite": "eval", "commit": "unknown", "seconds": 0.0, "machine": "unknown", "rows": [row]}))
+    print(report.table({"rows": [{"method": result["method"], "seeds": 1, "metrics": means}]}))
     lost = ", ".join(f"{key} {n}" for key, n in counts.items() if n)
     tqdm.write(f"{out / 'eval.json'}: {len(ids)} prompts ({lost})", file=sys.stderr)
 

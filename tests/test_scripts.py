@@ -46,6 +46,9 @@ def test_the_reference_against_itself_is_zero(tiny_world, tmp_path):
     again = evaluate(tiny_world, tiny_world / "model", tmp_path / "b", baseline=tmp_path / "a")
     assert set(again["tie"].values()) == {100.0}
     assert set(again["win"].values()) == set(again["lose"].values()) == {0.0}
+    for changes in (dict(baseline=tmp_path / "a"), dict(data=tmp_path / "a/samples.jsonl")):
+        with pytest.raises(ValueError, match="would overwrite --data or --baseline"):
+            evaluate(tiny_world, tiny_world / "model", tmp_path / "a", **changes)
 
 
 def test_margins_and_kl_against_separate_forwards(tiny_world, tmp_path, policy):

@@ -49,11 +49,16 @@ def _look(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": dashes}
 
 
-def _whiskers(items: list[dict[str, float]]) -> list[list[float]]:
-    return [
-        [max(0.0, item["mean"] - item["low"]) for item in items],
-        [max(0.0, item["high"] - item["mean"]) for item in items],
-    ]
+def _numbers(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    """(rows, 3) mean, low and high of a metric, NaN where a row lacks it: a line is broken there."""
+    found = [row["metrics"].get(name) for row in rows]
+    return np.array([[item[key] for key in ("mean", "low", "high")] if item else [math.nan] * 3 for item in found])
+
+
+def _whiskers(numbers: np.ndarray) -> np.ndarray:
+    """(2, rows): how far the interval reaches below and above the mean; rounding does not make it less than 0."""
+    mean, low, high = numbers.T
+    return np.maximum(0.0, [mean - low, high - mean])
 
 
 def _legend(figure: "Figure") -> None:
@@ -66,9 +71,8 @@ def _draw_margins(figure: "Figure", rows: list[dict[str, Any]], names: list[str]
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         axes.axvline(0, color="0.75", linewidth=0.8, zorder=0)
-        for y, row in enumerate(rows):
-            if item := row["metrics"].get(name):
-                axes.errorbar(item["mean"], y, xerr=_whiskers([item]), markersize=5, **_look(y))
+        for y, numbers in enumerate(_numbers(rows, name)):
+            axes.errorbar(numbers[0], y, xerr=_whiskers(numbers[None]), markersize=5, **_look(y))
         axes.set_title(METRICS[name].title)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
@@ -86,25 +90,24 @@ def _grid(panels: int) -> tuple[int, int]:
 
 def _draw_lines(figure: "Figure", rows: list[dict[str, Any]], names: list[str], series: dict[str, Any]) -> None:
     """One panel per metric, one line per name through its rows, over another metric or over numbers of the rows."""
-    metrics, over = {row["method"]: row["metrics"] for row in rows}, series["x"]
-    gap = dict.fromkeys(("mean", "low", "high"), math.nan)  # where a row lacks a number: the line is broken there
+    of, over = {row["method"]: row for row in rows}, series["x"]
     panels = list(figure.subplots(*_grid(len(names)), squeeze=False).flat)
     for axes, name in zip(panels, names, strict=False):
         for i, (label, methods) in enumerate(series["lines"].items()):
+            drawn = [of[method] for method in methods]
+            y = _numbers(drawn, name)
             if "metric" in over:
-                xs = [metrics[method].get(over["metric"], gap) for method in methods]
+                x = _numbers(drawn, over["metric"])
             else:
-                xs = [dict.fromkeys(gap, over["values"][method]) for method in methods]
-            ys = [metrics[method].get(name, gap) for method in methods]
-            points = [(x, y) if x is not gap and y is not gap else (gap, gap) for x, y in zip(xs, ys, strict=True)]
-            xs, ys = ([point[axis] for point in points] for axis in (0, 1))
-            mean_x, mean_y = ([item["mean"] for item in items] for items in (xs, ys))
-            across = _whiskers(xs) if "metric" in over else None
+                x = np.array([[over["values"][method]] * 3 for method in methods], dtype=np.float64)
+            x = np.where(np.isnan(y), math.nan, x)
+            y = np.where(np.isnan(x), math.nan, y)
+            across = _whiskers(x) if "metric" in over else None
             how = {"markersize": 4.5, "elinewidth": 0.8, "label": label}
-            axes.errorbar(mean_x, mean_y, xerr=across, yerr=_whiskers(ys), **how, **_look(i))
+            axes.errorbar(x[:, 0], y[:, 0], xerr=across, yerr=_whiskers(y), **how, **_look(i))
             if "metric" in over and len(methods) > 1:  # which end of the line is the first row
                 hollow = {"markersize": 4.5, "markerfacecolor": "white", "zorder": 3}
-                axes.plot(mean_x[:1], mean_y[:1], **hollow, **_look(i))
+                axes.plot(x[:1, 0], y[:1, 0], **hollow, **_look(i))
         axes.set_title(METRICS[name].title)
         axes.grid(color="0.93", linewidth=0.6)
         axes.set_axisbelow(True)

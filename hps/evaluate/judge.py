@@ -168,7 +168,7 @@ def read_samples(c: Options) -> dict[str, list[listwise.Row]]:
     Raises:
         ValueError: fewer than two methods, or files that do not answer the same prompts equally often.
     """
-    samples = verdicts.read_samples(c.methods)
+    samples = verdicts.read_samples(c.methods, Path(c.out) / "scores.jsonl")
     if c.baseline not in samples:
         raise ValueError(f"--baseline {c.baseline} is none of the --methods {', '.join(samples)}")
     first = samples[c.baseline]

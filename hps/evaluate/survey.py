@@ -45,7 +45,7 @@ class Aggregate:
 
 def export(c: Export) -> None:
     """Write the raters' page and the key to it."""
-    samples = verdicts.read_samples(c.methods)
+    samples = verdicts.read_samples(c.methods, Path(c.out) / "key.json")
     first = next(iter(samples.values()))
     shared = sorted(id for id in first if all(id in rows and rows[id].responses for rows in samples.values()))
     if not 1 <= c.items <= len(shared):

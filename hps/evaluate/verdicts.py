@@ -4,6 +4,7 @@ Functions on numpy arrays. Who gave the scores, a model (judge.py) or people (su
 """
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,16 @@ SCALES = (*CRITERIA, "average")  # of the four: OURS, the paper prints one score
 SIGNS = {"win": 1, "tie": 0, "lose": -1}
 
 
-def read_samples(methods: Any) -> dict[str, dict[str, listwise.Row]]:
+def read_samples(methods: Any, writes: Path) -> dict[str, dict[str, listwise.Row]]:
     """The samples of each method, NAME=FILE words of the command line: name -> prompt id -> row.
 
     Raises:
-        ValueError: fewer than two methods, or one id that stands for two prompts.
+        ValueError: fewer than two methods, one id that stands for two prompts, or a file that will be written to.
     """
-    samples = {name: {row.id: row for row in listwise.read(path)} for name, path in config.named_files(methods).items()}
+    paths = config.named_files(methods)
+    if taken := [path for path in paths.values() if Path(path).resolve() == writes.resolve()]:
+        raise ValueError(f"{taken[0]} would be overwritten: choose another --out")
+    samples = {name: {row.id: row for row in listwise.read(path)} for name, path in paths.items()}
     first, *others = samples.values()
     for id, row in ((id, row) for rows in others for id, row in rows.items() if id in first):
         if row.prompt != first[id].prompt:
