@@ -8,8 +8,7 @@ from torch import Tensor
 
 from hps import losses
 from hps.batches import Batch
-from hps.extra.losses import KTO, LISTWISE, kto_loss, listwise_at_reference, listwise_loss
-from hps.options import Config, parts, positive_weights
+from hps.options import Config, parts, positive_stages
 from hps.plan import Plan
 
 
@@ -21,29 +20,26 @@ def objective(c: Config) -> Callable[[Tensor, Batch], Tensor]:
     """
     if c.loss == "sft":
         return lambda policy_logps, batch: -policy_logps[:, 0]
-    name, view, facts = parts(c)
-    options = {"beta": c.beta} | {key: getattr(c, key) for key in facts.options}
-    if facts is KTO:
-        return lambda policy_logps, batch: kto_loss(
-            logratios_of(policy_logps, batch), kl=batch.kl, valid=batch.packed.valid, **options
-        )
-    if name in LISTWISE:
-        return lambda policy_logps, batch: listwise_loss(
-            name, logratios_of(policy_logps, batch), batch.rewards, **shapes(batch), **options
-        )
-    options |= {"length_norm": c.length_norm} if facts.length_norm else {}
-    if view == "pl":
-        return lambda policy_logps, batch: losses.plackett_luce_loss(
-            name, logratios_of(policy_logps, batch), **shapes(batch), **options
-        )
-    if c.positives > 1:
-        options |= dict(weights=positive_weights(c), n_factor=c.n_factor, exclude_positives=c.exclude_positives)
-        return lambda policy_logps, batch: losses.multi_positive_loss(
-            name, logratios_of(policy_logps, batch), batch.log_q, **shapes(batch), **options
-        )
-    return lambda policy_logps, batch: losses.stage_loss(
-        name, logratios_of(policy_logps, batch), batch.log_q, kappa=batch.kappa, **shapes(batch), **options
-    )
+    loss, sampler = parts(c)
+    options = {key: getattr(c, key) for key in loss.options}
+
+    def per_prompt(policy_logps: Tensor, batch: Batch) -> Tensor:
+        h = logratios_of(policy_logps, batch)
+        given = {"valid": batch.packed.valid, **options}
+        if loss.form != "stage":  # beside the paper's five
+            from hps.extra.losses import kto_loss, listwise_loss
+
+            return (
+                kto_loss(h, batch.kl, **given) if loss.form == "kto" else listwise_loss(loss, h, batch.rewards, **given)
+            )
+        given["num_tokens"] = batch.packed.num_tokens
+        if sampler == "pl":
+            return losses.plackett_luce_loss(loss, h, **given)
+        if c.positives > 1:
+            return losses.multi_positive_loss(loss, h, batch.log_q, **positive_stages(c), **given)
+        return losses.stage_loss(loss, h, batch.log_q, kappa=batch.kappa, **given)
+
+    return per_prompt
 
 
 def logratios_of(policy_logps: Tensor, batch: Batch) -> Tensor:
@@ -51,36 +47,29 @@ def logratios_of(policy_logps: Tensor, batch: Batch) -> Tensor:
     return torch.where(batch.packed.valid, policy_logps - batch.ref_logps, 0.0)
 
 
-def shapes(batch: Batch) -> dict[str, Tensor]:
-    """Which responses there are, and how many tokens each has, as the losses take them."""
-    return {"valid": batch.packed.valid, "num_tokens": batch.packed.num_tokens}
-
-
 def expected_first_loss(c: Config, plan: Plan, rewards: np.ndarray) -> float | None:
     """What the first step's loss must be while policy = reference, in closed form (log 2 for DPO-BT), or None.
 
     A wrong mask, shift, dropout or dtype shows there, before a step is taken.
     """
-    name, view, facts = parts(c)
-    if facts.at_reference is None:
+    loss, sampler = parts(c)
+    if loss.at_reference is None:
         return None
-    options = {"beta": c.beta} | {key: getattr(c, key) for key in facts.options}
-    first = list(plan.step(0))
-    if name in LISTWISE:
-        scores, valid = torch.from_numpy(rewards[first]), torch.from_numpy(plan.responses[first] >= 0)
-        return float(listwise_at_reference(name, scores, valid=valid, **options).mean())
-    ranks = (plan.responses[first] >= 0).sum(1)
-    if c.positives > 1:
-        m, weights = c.positives, positive_weights(c)
-        opponents = ranks[:, None] - (np.full(m, m) if c.exclude_positives else np.arange(1, m + 1))
-        kappas = opponents if c.n_factor == "n_minus_one" else np.ones_like(opponents)
-        stages = [[losses.loss_at_reference(name, kappa=float(k), **options) for k in row] for row in kappas]
-        return float(np.mean(np.array(stages) @ weights))
-    if facts is KTO:
-        return float(np.mean([facts.at_reference(float(n) - 1, **options) for n in ranks]))
-    if view == "pl":
-        return float(np.mean([losses.plackett_luce_at_reference(name, int(n), **options) for n in ranks]))
-    return float(np.mean([losses.loss_at_reference(name, kappa=float(k), **options) for k in plan.kappa[first]]))
+    first, options = list(plan.step(0)), {key: getattr(c, key) for key in loss.options}
+    valid = torch.from_numpy(plan.responses[first] >= 0)
+    if loss.form == "list":
+        from hps.extra.losses import listwise_at_reference
+
+        values = listwise_at_reference(loss, torch.from_numpy(rewards[first]), valid=valid, **options)
+    elif loss.form == "kto":
+        values = loss.at_reference(valid, **options)
+    elif sampler == "pl":
+        values = losses.plackett_luce_at_reference(loss, valid, **options)
+    elif c.positives > 1:
+        values = losses.multi_positive_at_reference(loss, valid, **positive_stages(c), **options)
+    else:
+        values = loss.at_reference(torch.from_numpy(plan.kappa[first]).double(), **options)
+    return float(values.mean())
 
 
 def check_first_loss(c: Config, expected: float | None, loss: float, largest: float) -> str:

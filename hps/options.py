@@ -4,15 +4,17 @@ import dataclasses
 import difflib
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hps import config, losses, model, samplers
+from hps import config, losses, model
 from hps import plan as planning
 from hps.data import tokens
-from hps.extra.losses import KTO, LISTWISE, OFFICIAL, Listwise
 from hps.io import loggers
-from hps.samplers import DRAW_OPTIONS, SAMPLERS, sampler_options
+from hps.losses import Loss
+from hps.samplers import DRAW_OPTIONS, REWARD_NORMS, SAMPLERS, SCHEDULES, sampler_options
 
 
 @dataclass
@@ -22,7 +24,7 @@ class Config:
     data: str  # list-wise JSON Lines with rewards (.gz accepted)
     out: str  # folder of the run: metrics.jsonl, checkpoints, the final policy; an unfinished run there goes on
     loss: str = "preference"  # preference (see method), sft (likelihood of the best response), reward (a reward model)
-    method: str = "dpo-hps"  # a loss of losses.py and whom it contrasts (plan.plan): dpo-bt, nca-pl, ...
+    method: str = "dpo-hps"  # LOSS-SAMPLER, a loss of losses.py and whom samplers.py contrasts: dpo-bt, nca-pl, ...
     reference: str = ""  # reference model; empty means the policy itself before its first update
     # -- the loss --
     beta: float = 0.1  # KL strength
@@ -88,20 +90,36 @@ class Config:
     stop_after: int = 0  # stop (with a checkpoint) after this many steps in all; 0 runs to the end
 
 
-# What the loss can be told of the samplers that draw from q, and of pl, beside what the plan can.
-POSITIVES = {"positive_lambda", "exclude_positives"}
-SAMPLER = {"pl_form"}.union(POSITIVES, *map(sampler_options, SAMPLERS))
-BY_LOSS = {"beta", "length_norm", *losses.OPTIONS}
+# How the stages of several positives are weighed: options of the loss that the plan does not depend on.
+POSITIVE_STAGES = {"positive_lambda", "exclude_positives"}
+
+# What a number must be, and of which options that is asked.
+RANGES: list[tuple[str, Callable[[float], bool], str]] = [
+    ("be positive", lambda x: x > 0, "beta lr epochs prompts_per_step positives hps_samples tokens_per_micro_batch"),
+    ("be positive", lambda x: x > 0, "slic_delta label_temperature reward_scale sample_prompts timeout"),
+    ("not be negative", lambda x: x >= 0, "target_margin slic_lambda rdpo_alpha desirable_weight undesirable_weight"),
+    ("not be negative", lambda x: x >= 0, "candidates length_penalty lora_rank warmup_steps weight_decay stop_after"),
+    ("not be negative", lambda x: x >= 0, "max_grad_norm save_minutes save_every sample_every"),
+    ("lie in [0, 0.5)", lambda x: 0 <= x < 0.5, "label_smoothing"),
+    ("lie in (0, 1)", lambda x: 0 < x < 1, "exo_eps"),
+]
 
 
-def parts(c: Config) -> tuple[str, str, losses.Loss | Listwise]:
-    """Name of the loss, view, and the loss's facts, of the method; the official form of a PL method is list-wise."""
-    name, view = c.method.split("-")
-    if view == "pl" and c.pl_form == "official" and OFFICIAL.get(name):
-        name = str(OFFICIAL[name])
-    if name == "kto":
-        return name, view, KTO
-    return name, view, LISTWISE[name] if name in LISTWISE else losses.LOSSES[name]
+def all_losses() -> dict[str, Loss]:
+    """Every loss by name, also those beside the paper's five."""
+    from hps.extra import losses as extra
+
+    return losses.LOSSES | extra.LOSSES | extra.LISTWISE | {"kto": extra.KTO}
+
+
+def parts(c: Config) -> tuple[Loss, str]:
+    """The loss and the sampler of the method; the official form of a PL method is list-wise."""
+    name, sampler = c.method.split("-")
+    if sampler == "pl" and c.pl_form == "official":
+        from hps.extra.losses import OFFICIAL
+
+        name = OFFICIAL.get(name, name)
+    return losses.LOSSES[name] if name in losses.LOSSES else all_losses()[name], sampler
 
 
 def as_preference(c: Config) -> Config:
@@ -112,52 +130,51 @@ def as_preference(c: Config) -> Config:
 
 def is_kto(c: Config) -> bool:
     """Whether the loss is KTO's, which needs z0 in every step."""
-    return c.loss == "preference" and parts(c)[2] is KTO
+    return c.loss == "preference" and parts(c)[0].form == "kto"
 
 
 def needs_reference(c: Config) -> bool:
     """Whether log-probs of a reference are looked up: not by SFT and reward models, nor by SimPO and SLiC."""
-    return c.loss == "preference" and getattr(parts(c)[2], "needs_reference", True)
+    return c.loss == "preference" and parts(c)[0].needs_reference
 
 
 def needs_rewards(c: Config) -> bool:
     """Whether the loss itself looks at the rewards, not the sampler alone."""
-    return c.loss == "preference" and isinstance(parts(c)[2], Listwise)
+    return c.loss == "preference" and parts(c)[0].form == "list"
 
 
 def used_options(c: Config) -> set[str]:
     """Names of the options that the run will use; whatever else the user set is an error."""
-    used = {field.name for field in dataclasses.fields(Config)} - SAMPLER - BY_LOSS
+    fields = {field.name for field in dataclasses.fields(Config)}
+    of_losses = {name for loss in all_losses().values() for name in loss.options}
+    of_samplers = {name for sampler in SAMPLERS for name in sampler_options(sampler)}
+    of_methods = of_losses | of_samplers | POSITIVE_STAGES | {"pl_form"}
+    assert of_methods <= fields, f"without a field and its help text: {of_methods - fields}"
+    used = fields - of_methods
     if c.loss == "sft":
         used -= {"method", "reference", "reference_cache", "share_prompt", "length_penalty"}
     elif c.loss == "reward":
         used -= {"method", "reference", "reference_cache", "length_penalty", "sample_every"}
         used |= {"label_smoothing"}
     else:
-        _, view, facts = parts(c)
-        used |= set(facts.options)
-        used |= {"beta"} if getattr(facts, "needs_beta", True) else set()
-        used |= {"length_norm"} if getattr(facts, "length_norm", False) else set()
-        used -= set() if needs_reference(c) else {"reference", "reference_cache"}
-        used |= sampler_options(view)
-        used |= {"pl_form"} if view == "pl" else set()
-        used |= POSITIVES if SAMPLERS[view].log_q else set()
-        used -= {"length_penalty"} if view == "human" else set()
-        used -= {"pl_form"} if c.method.split("-")[0] in {*LISTWISE, "kto"} else set()
-        used -= DRAW_OPTIONS | POSITIVES if facts is KTO else set()  # it has no weights: one draw, or all ranks of pl
+        loss, sampler = parts(c)
+        used |= {*loss.options, *sampler_options(sampler)}
+        used -= set() if loss.needs_reference else {"reference", "reference_cache"}
+        used -= {"length_penalty"} if SAMPLERS[sampler].human_pairs else set()
+        used |= {"pl_form"} if sampler == "pl" and c.method.split("-")[0] in losses.LOSSES else set()
+        used |= POSITIVE_STAGES if c.positives > 1 else set()
+        used -= DRAW_OPTIONS | POSITIVE_STAGES if loss.form == "kto" else set()  # no weights: one draw, or pl's ranks
         used -= {"hps_samples"} if c.hps_form == "full" else set()
-        used -= {"positive_lambda", "exclude_positives"} if c.positives == 1 else set()
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
     used -= {"sample_prompts"} if c.sample_every == 0 else set()
     return used if c.lora_rank else used - {"lora_alpha", "lora_targets"}
 
 
-def positive_weights(c: Config) -> list[float]:
-    """lambda_1..lambda_m of Appendix E; ValueError unless they are m numbers >= 0, not all of them 0."""
-    if not c.positive_lambda:
-        return [1 / c.positives] * c.positives
+def positive_stages(c: Config) -> dict[str, Any]:
+    """How `losses.multi_positive_loss` makes and weighs the stages of several positives (App. E); ValueError unless
+    the weights lambda_1..lambda_m are m numbers >= 0, not all of them 0."""
     try:
-        weights = [float(word) for word in c.positive_lambda.split(",")]
+        weights = [float(word) for word in c.positive_lambda.split(",") if word] or [1 / c.positives] * c.positives
     except ValueError:
         weights = []
     if len(weights) != c.positives or not all(0 <= w < math.inf for w in weights) or not any(weights):
@@ -165,19 +182,21 @@ def positive_weights(c: Config) -> list[float]:
             f"positive_lambda = {c.positive_lambda!r}: give {c.positives} comma-separated weights >= 0, one for each "
             "of the positives, not all 0"
         )
-    return weights
+    return {"weights": weights, "n_factor": c.n_factor, "exclude_positives": c.exclude_positives}
 
 
 def check_method(method: str) -> None:
     """ValueError unless the method is LOSS-SAMPLER, of which both exist and go together."""
-    everywhere = [*losses.LOSSES, "kto"]
-    methods = [f"{loss}-{sampler}" for loss in everywhere for sampler in SAMPLERS] + [f"{name}-pl" for name in LISTWISE]
-    if method not in methods:
-        near = difflib.get_close_matches(method, methods, n=1)
+    everything = all_losses()
+    with_pl_only = [name for name, loss in everything.items() if loss.form == "list"]
+    known = [f"{name}-{sampler}" for name in everything for sampler in SAMPLERS if name not in with_pl_only]
+    known += [f"{name}-pl" for name in with_pl_only]
+    if method not in known:
+        near = difflib.get_close_matches(method, known, n=1)
         raise ValueError(
             f"method = {method!r} does not exist{f': did you mean {near[0]}?' if near else '.'} A method is "
-            f"LOSS-SAMPLER. Losses: {', '.join(everywhere)}; with pl only: {', '.join(LISTWISE)}. "
-            f"Samplers: {', '.join(SAMPLERS)}"
+            f"LOSS-SAMPLER. Losses: {', '.join(name for name in everything if name not in with_pl_only)}; with pl "
+            f"only: {', '.join(with_pl_only)}. Samplers: {', '.join(SAMPLERS)}"
         )
 
 
@@ -189,32 +208,22 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         loss=["preference", "sft", "reward"],
         dtype=model.DTYPES,
         truncate=tokens.TRUNCATE,
-        gamma_schedule=samplers.SCHEDULES,
+        gamma_schedule=SCHEDULES,
         hps_form=planning.FORMS,
         pl_form=["stagewise", "official"],
-        reward_norm=samplers.REWARD_NORMS,
+        reward_norm=REWARD_NORMS,
         n_factor=planning.N_FACTORS,
         shuffle=planning.SHUFFLES,
     )
-    positive = ("epochs", "prompts_per_step", "positives", "tokens_per_micro_batch", "beta", "lr", "reward_scale")
-    for key in (*positive, "sample_prompts", "timeout"):
-        if not getattr(c, key) > 0:
-            raise ValueError(f"{key} must be positive, got {getattr(c, key)}")
-    if c.loss != "sft":
-        _, _, facts = parts(as_preference(c))
-        for key in facts.options:
-            if not losses.OPTIONS[key].allowed(getattr(c, key)):
-                raise ValueError(f"{key} must lie in {losses.OPTIONS[key].range}, got {getattr(c, key)}")
-    not_negative = ("length_penalty", "candidates", "warmup_steps", "lora_rank", "max_grad_norm", "weight_decay")
-    for key in (*not_negative, "save_minutes", "save_every", "stop_after", "sample_every"):
-        if getattr(c, key) < 0:
-            raise ValueError(f"{key} must not be negative, got {getattr(c, key)}")
+    for words, allowed, keys in RANGES:
+        for key in keys.split():
+            if not allowed(getattr(c, key)):
+                raise ValueError(f"{key} must {words}, got {getattr(c, key)}")
     what = f"method {c.method}" if c.loss == "preference" else f"loss {c.loss}"
     config.check_used(set_keys, used_options(c), what=what)
     if c.positives > 1 and c.hps_form != "full":
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
-    if c.positive_lambda:
-        positive_weights(c)
+    positive_stages(c)
     loggers.check_names(c.log_to)
     if is_kto(c) and c.prompts_per_step < 2:
         raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
@@ -227,11 +236,14 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
 
 
+# Settings that do not decide the result: a run may go on with other values of them.
+FREE = {"out", "token_cache", "reference_cache", "tokens_per_micro_batch", "save_every", "save_minutes", "stop_after"}
+FREE |= {"sample_every", "sample_prompts", "log_to", "timeout"}
+
+
 def settings(c: Config) -> dict[str, object]:
-    """The options that decide the result; a run may go on with other values of the rest."""
-    free = ("stop_after", "save_every", "tokens_per_micro_batch", "out", "token_cache", "reference_cache")
-    free += ("save_minutes", "sample_every", "sample_prompts", "log_to", "timeout")
-    return {key: value for key, value in dataclasses.asdict(c).items() if key not in free}
+    """The options that decide the result."""
+    return {key: value for key, value in dataclasses.asdict(c).items() if key not in FREE}
 
 
 def changed_settings(c: Config) -> list[str]:

@@ -1,5 +1,7 @@
-"""The losses against hand algebra, limits of the paper, float64 gradients and TRL's own loss code."""
+"""One battery over one table of all losses, then what the paper and TRL say of single ones."""
 
+import dataclasses
+import inspect
 import itertools
 import math
 from collections import defaultdict
@@ -7,80 +9,424 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from hps import samplers
+from hps.extra import losses as extra
 from hps.losses import (
-    loss_at_reference,
+    LOSSES,
+    multi_positive_at_reference,
+    multi_positive_loss,
     plackett_luce_at_reference,
     plackett_luce_loss,
     stage_loss,
 )
+from hps.options import Config
 
-NAMES = ["dpo", "exo", "ipo", "sppo", "nca"]  # the rest: test_losses_more.py
-B, K = 4, 6
-
-
-def log_q(rewards: Tensor, gamma, *, valid: Tensor | None = None) -> Tensor:
-    """Eq. 9 for the columns behind the preferred one."""
-    return samplers.log_q(rewards[:, 1:], gamma, None if valid is None else valid[:, 1:])
-
-
-BETA = 0.3
+B, K, BETA, ALPHA = 4, 6, 0.3, 0.4
+PAPER = ("dpo", "exo", "ipo", "sppo", "nca")
+# No option at its default: a default would hide an option that does not arrive.
+OPTIONS = {
+    "dpo": {"label_smoothing": 0.2},
+    "exo": {"exo_eps": 0.05},
+    "ipo": {},
+    "sppo": {},
+    "nca": {},
+    "simpo": {"target_margin": 0.7},
+    "slic": {"slic_delta": 2.0, "slic_lambda": 0.3},
+    "rdpo": {"rdpo_alpha": 0.03},
+    "exo_rw": {"label_temperature": ALPHA},
+    "infonca": {"label_temperature": ALPHA},
+    "nca_soft": {"label_temperature": ALPHA},
+    "sppo_winrate": {},
+    "lipo": {},
+    "kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5},
+}
+ALL = LOSSES | extra.LOSSES | extra.LISTWISE | {"kto": extra.KTO}
+GIVEN = {name: more | ({} if name == "slic" else {"beta": BETA}) for name, more in OPTIONS.items()}
+STAGES = [name for name, loss in ALL.items() if loss.form == "stage"]
+LISTS = [name for name, loss in ALL.items() if loss.form == "list"]
+GAMMA, WEIGHTS, KL = 1.3, (1.0, 0.5, 0.25), 0.7
 
 
 def draw(seed: int = 0, *, B: int = B, K: int = K, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random log-ratios, rewards (both sorted best first by reward) and token counts, float64."""
+    """Random log-ratios, rewards (falling in each row) and token counts, float64."""
     g = torch.Generator().manual_seed(seed)
     h = scale * torch.randn(B, K, generator=g, dtype=torch.float64)
     rewards = torch.randn(B, K, generator=g, dtype=torch.float64).sort(1, descending=True).values
     return h, rewards, torch.randint(3, 40, (B, K), generator=g)
 
 
-def softplus(x: Tensor) -> Tensor:
-    return torch.log1p(torch.exp(-x.abs())) + x.clamp(min=0)
+def log_q(rewards: Tensor, gamma=GAMMA, valid: Tensor | None = None) -> Tensor:
+    """Eq. 9 for the columns behind the preferred one."""
+    return samplers.log_q(rewards[:, 1:], gamma, None if valid is None else valid[:, 1:])
 
 
-# ------------------------------------------------------------------- one opponent: the papers' pair losses
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def pair_by_hand(name: str, h: Tensor, L: Tensor, beta: float) -> Tensor:
-    """The pair losses as their papers print them, D = beta (h_w - h_l):
+def stage(h, s, L, valid, name, *, kappa=5.0, gamma=GAMMA, **more):
+    return stage_loss(
+        ALL[name], h, log_q(s, gamma, valid), kappa=kappa, valid=valid, num_tokens=L, **GIVEN[name] | more
+    )
 
-    DPO -log s(D). EXO with s = s(D): s log(s/(1-e)) + (1-s) log((1-s)/e). IPO (h_w/L_w - h_l/L_l - 1/(2 beta))^2.
-    SPPO (h_w - 1/(2 beta))^2 + (h_l + 1/(2 beta))^2. NCA -log s(r_w) - log s(-r_w)/2 - log s(-r_l)/2.
-    """
-    w, o, e = h[:, 0], h[:, 1], 1e-3
-    s = torch.sigmoid(beta * (w - o))
-    hb = h / L
+
+def pl(h, s, L, valid, name):
+    return plackett_luce_loss(ALL[name], h, valid=valid, num_tokens=L, **GIVEN[name])
+
+
+def positives(h, s, L, valid, name, **more):
+    how = dict(weights=WEIGHTS, n_factor="n_minus_one", exclude_positives=False) | more
+    log_weights = torch.where(valid[:, 1:], GAMMA * s[:, 1:], torch.nan)  # not normalised, which changes nothing
+    return multi_positive_loss(ALL[name], h, log_weights, valid=valid, num_tokens=L, **how, **GIVEN[name])
+
+
+def without_positives(h, s, L, valid, name):
+    return positives(h, s, L, valid, name, n_factor="one", exclude_positives=True)
+
+
+def whole_list(h, s, L, valid, name):
+    return extra.listwise_loss(ALL[name], h, torch.where(valid, s, torch.inf), valid=valid, **GIVEN[name])
+
+
+def one_by_one(h, s, L, valid, name):
+    return extra.kto_loss(h, KL, valid, **GIVEN[name])
+
+
+# ---------------------------------------------------------------------- every loss and form by hand, in plain floats
+
+
+def sp(x: float) -> float:
+    return math.log(1 + math.exp(x))
+
+
+def stage_by_hand(name: str, h: list, L: list, q: list, kappa: float) -> float:
+    """The formulas of the papers for one prompt; rows of `others` are (q_k, h_k, h_k / L_k, r_k)."""
+    o, target = OPTIONS[name], 1 / (2 * BETA)
+    r = [BETA / n * x if name == "simpo" else BETA * x + o.get("rdpo_alpha", 0.0) * n for x, n in zip(h, L)]
+    mean = [x / n for x, n in zip(h, L)]
+    others = list(zip(q, h[1:], mean[1:], r[1:]))
+    weights = [math.exp(r[0])] + [kappa * w * math.exp(s) for w, _, _, s in others]
+    D = r[0] - math.log(sum(weights[1:]))
+    e = o.get("label_smoothing", o.get("exo_eps", 0.0))
+    p, t = [w / sum(weights) for w in weights], [1 - e] + [e * w for w in q]
+    hinges = sum(w * max(0.0, o.get("slic_delta", 0.0) - h[0] + x) for w, x, _, _ in others)
     return {
-        "dpo": -s.log(),
-        "exo": s * (s / (1 - e)).log() + (1 - s) * ((1 - s) / e).log(),
-        "ipo": (hb[:, 0] - hb[:, 1] - 1 / (2 * beta)) ** 2,
-        "sppo": (w - 1 / (2 * beta)) ** 2 + (o + 1 / (2 * beta)) ** 2,
-        "nca": softplus(-beta * w) + softplus(beta * w) / 2 + softplus(beta * o) / 2,
-    }[name]
+        "dpo": lambda: (1 - e) * sp(-D) + e * sp(D),
+        "exo": lambda: sum(a * math.log(a / b) for a, b in zip(p, t)),
+        "ipo": lambda: sum(w * (mean[0] - m - target) ** 2 for w, _, m, _ in others),
+        "sppo": lambda: (h[0] - target) ** 2 + sum(w * (x + target) ** 2 for w, x, _, _ in others),
+        "nca": lambda: sp(-r[0]) + (sp(r[0]) + kappa * sum(w * sp(s) for w, _, _, s in others)) / (1 + kappa),
+        "rdpo": lambda: sp(-D),
+        "simpo": lambda: sp(o["target_margin"] - D),
+        "slic": lambda: hinges - o["slic_lambda"] * h[0],
+    }[name]()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_opponent_is_the_pair_loss(name):
-    h, _, L = draw(K=2)
-    ours = stage_loss(name, h, torch.zeros(B, 1, dtype=h.dtype), beta=BETA, num_tokens=L)
-    torch.testing.assert_close(ours, pair_by_hand(name, h, L, BETA), rtol=1e-12, atol=1e-12)
+def stages_by_hand(name: str, h: list, s: list, L: list, weights, gamma: float, n_factor: bool, skip: int) -> float:
+    """sum_j weight_j (stage of the winner j); its opponents begin at column `skip`, or behind j."""
+    total = 0.0
+    for j, weight in enumerate(weights):
+        others = range(max(j + 1, skip), len(h))
+        if others:
+            drawn = [math.exp(gamma * s[k]) for k in others]
+            q = [x / sum(drawn) for x in drawn]
+            at = [j, *others]
+            kappa = len(others) if n_factor else 1.0
+            total += weight * stage_by_hand(name, [h[k] for k in at], [L[k] for k in at], q, kappa)
+    return total
 
 
-TRL_NAMES = {"dpo": "sigmoid", "exo": "exo_pair", "ipo": "ipo", "sppo": "sppo_hard", "nca": "nca_pair"}
+def list_by_hand(name: str, h: Tensor, s: Tensor) -> float:
+    """Oracles: torch's own KL, soft cross-entropy and binary cross-entropy; loops over responses and pairs."""
+    r, t, n = BETA * h, torch.softmax(s / ALPHA, 0), len(h)
+    bce = F.binary_cross_entropy_with_logits
+    if name in ("exo_rw", "infonca", "nca_soft"):
+        return {
+            "exo_rw": F.kl_div(t.log(), torch.softmax(r, 0), reduction="sum"),
+            "infonca": F.cross_entropy(r[None], t[None]),
+            "nca_soft": (t * bce(r, torch.ones_like(r), reduction="none")).sum() + bce(r, torch.zeros_like(r)),
+        }[name].item()
+    x, score = h.tolist(), s.tolist()
+    if name == "sppo_winrate":
+        wins = [sum(1 / (1 + math.exp(b - a)) for b in score) / n for a in score]
+        return sum((a - (w - 0.5) / BETA) ** 2 for a, w in zip(x, wins))
+    psi = [(v - min(score)) / (max(score) - min(score) or 1.0) for v in score]
+    tau = {i: rank for rank, i in enumerate(sorted(range(n), key=lambda i: -x[i]), 1)}
+    total = 0.0
+    for i, j in itertools.product(range(n), repeat=2):
+        if psi[i] > psi[j]:
+            delta = abs(2 ** psi[i] - 2 ** psi[j]) * abs(1 / math.log(1 + tau[i]) - 1 / math.log(1 + tau[j]))
+            total += delta * sp(-BETA * (x[i] - x[j]))
+    return total
 
 
-def trl_pair_loss(name: str, h: Tensor, L: Tensor, beta: float) -> Tensor:
+def kto_by_hand(h: list) -> float:
+    sigmoid = [1 / (1 + math.exp(-BETA * (x - KL))) for x in h]
+    return 1.5 * (1 - sigmoid[0]) + sum(0.5 * (1 - (1 - p)) for p in sigmoid[1:])
+
+
+def by_hand(form, name: str, h: Tensor, s: Tensor, L: Tensor) -> float:
+    """What `form` must give for one row without padding."""
+    row = h.tolist(), s.tolist(), L.tolist()
+    if form is whole_list:
+        return list_by_hand(name, h, s)
+    if form is one_by_one:
+        return kto_by_hand(row[0])
+    if form is stage:
+        q = torch.softmax(GAMMA * s[1:], 0).tolist()
+        return stage_by_hand(name, row[0], row[2], q, 5.0)
+    if form is pl:
+        return stages_by_hand(name, *row, [1.0] * len(h), 0.0, True, 0)
+    return stages_by_hand(name, *row, WEIGHTS, GAMMA, form is positives, 0 if form is positives else len(WEIGHTS))
+
+
+BATTERY = [(form, name) for name in STAGES for form in (stage, pl, positives, without_positives)]
+BATTERY += [(whole_list, name) for name in LISTS] + [(one_by_one, "kto")]
+battery = pytest.mark.parametrize(("form", "name"), BATTERY, ids=[f"{f.__name__}-{n}" for f, n in BATTERY])
+
+
+@battery
+def test_values_by_hand_whatever_pads_the_rows(form, name):
+    """Ragged rows, with NaN and inf in the padding, in value and gradient; rows too short for a stage add 0."""
+    h, s, L = draw(B=5)
+    sizes = [6, 2, 5, 3, 1]
+    if form is stage:
+        sizes[-1] = 4  # a stage has an opponent
+    valid = torch.arange(K)[None] < torch.tensor(sizes)[:, None]
+    padded = torch.where(valid, h, torch.nan).requires_grad_()
+    loss = form(padded, torch.where(valid, s, torch.nan), torch.where(valid, L, 0), valid, name)
+    loss.sum().backward()
+    for b, n in enumerate(sizes):
+        assert loss[b].item() == pytest.approx(by_hand(form, name, h[b, :n], s[b, :n], L[b, :n]), rel=1e-10, abs=1e-10)
+        alone = h[b : b + 1, :n].clone().requires_grad_()
+        one = form(alone, s[b : b + 1, :n], L[b : b + 1, :n], torch.ones(1, n, dtype=torch.bool), name)
+        (grad,) = torch.autograd.grad(one.sum(), alone) if one.requires_grad else (torch.zeros_like(alone),)
+        close(padded.grad[b, :n], grad[0], 1e-10)
+        assert (padded.grad[b, n:] == 0).all()
+
+
+@battery
+def test_gradients_are_those_of_finite_differences(form, name):
+    h, s, L = draw(B=2, K=4)
+    assert gradcheck(lambda x: form(x, s, L, torch.ones_like(x, dtype=torch.bool), name), (h.requires_grad_(),))
+
+
+@battery
+def test_order_of_the_opponents_does_not_matter(form, name):
+    """Of a list not even that of the best, also where all h = 0 and where two rewards are equal; PL is an order."""
+    if form in (pl, positives, without_positives):
+        return
+    h, s, L = draw()
+    s[:, 2] = s[:, 1]
+    fixed = 0 if form is whole_list else 1
+    order = torch.cat([torch.arange(fixed), torch.tensor([4, 2, 5, 3, 1, 0])[: K - fixed]])
+    valid = torch.ones(B, K, dtype=torch.bool)
+    for x in (h, torch.zeros_like(h)):
+        a, b = x.clone().requires_grad_(), x[:, order].clone().requires_grad_()
+        loss, shuffled = form(a, s, L, valid, name), form(b, s[:, order], L[:, order], valid, name)
+        close(shuffled, loss)
+        (loss.sum() + shuffled.sum()).backward()
+        close(b.grad, a.grad[:, order])
+        assert (a.grad.abs().sum(1) > 0).all()  # also before the first update
+
+
+@battery
+def test_extremes_stay_finite_in_fp32(form, name, monkeypatch):
+    """Margins of 1e4; gamma * r spans +-1000, so that q underflows where log q must not; labels of any temperature."""
+    L, valid = torch.full((1, K), 9), torch.ones(1, K, dtype=torch.bool)
+    for margin, s in itertools.product(
+        (-1e4, -50.0, 50.0, 1e4), (torch.linspace(770, -770, K), torch.full((K,), -30.0))
+    ):
+        for temperature in (1e-40, 1e-4, 1e4) if "label_temperature" in OPTIONS[name] else (None,):
+            if temperature:
+                monkeypatch.setitem(GIVEN[name], "label_temperature", temperature)
+            h = torch.tensor([[margin / BETA, *[0.0] * (K - 1)]], requires_grad=True)
+            loss = form(h, s[None], L, valid, name)
+            (grad,) = torch.autograd.grad(loss.sum(), h)
+            assert torch.isfinite(loss).all() and torch.isfinite(grad).all()
+
+
+@battery
+def test_closed_form_at_the_reference(form, name):
+    """What every run compares its first loss with is the loss where all h = 0."""
+    loss, (_, s, L) = ALL[name], draw()
+    if loss.at_reference is None:
+        assert name in ("simpo", "slic", "rdpo", "lipo")  # unknown before training
+        return
+    valid = torch.arange(K)[None] < torch.tensor([2, 6, 3, 5])[:, None]
+    stages = dict(weights=WEIGHTS, n_factor="n_minus_one", exclude_positives=False)
+    alone = dict(weights=WEIGHTS, n_factor="one", exclude_positives=True)
+    expected = {
+        stage: lambda: loss.at_reference(torch.full((B,), 5.0, dtype=torch.float64), **GIVEN[name]),
+        pl: lambda: plackett_luce_at_reference(loss, valid, **GIVEN[name]),
+        positives: lambda: multi_positive_at_reference(loss, valid, **stages, **GIVEN[name]),
+        without_positives: lambda: multi_positive_at_reference(loss, valid, **alone, **GIVEN[name]),
+        whole_list: lambda: extra.listwise_at_reference(loss, s, valid=valid, **GIVEN[name]),
+        one_by_one: lambda: loss.at_reference(valid, **GIVEN[name]),
+    }[form]()
+    if form is one_by_one:
+        close(extra.kto_loss(torch.zeros_like(s), 0.0, valid, **GIVEN[name]), expected)
+    else:
+        close(form(torch.zeros_like(s), s, L, valid, name), expected, 1e-10)
+
+
+def test_known_numbers_at_the_reference():
+    """log 2, log(1 + kappa) - e log kappa, log n!, 1/(4 beta^2), 1/(2 beta^2), 2 log 2 ..."""
+
+    def value(name, kappa=1.0, **more):
+        return LOSSES[name].at_reference(torch.tensor(kappa, dtype=torch.float64), beta=0.1, **more).item()
+
+    assert value("dpo") == pytest.approx(math.log(2))
+    assert value("dpo", 99.0, label_smoothing=0.1) == pytest.approx(math.log(100) - 0.1 * math.log(99))
+    five = torch.ones(1, 5, dtype=torch.bool)
+    assert plackett_luce_at_reference(LOSSES["dpo"], five, beta=0.1).item() == pytest.approx(math.log(120))
+    assert (value("ipo"), value("sppo"), value("nca")) == pytest.approx((25.0, 50.0, 2 * math.log(2)))
+    assert value("exo") == pytest.approx(-math.log(2) - (math.log(0.999) + math.log(0.001)) / 2)
+    infonca = extra.listwise_at_reference(extra.LISTWISE["infonca"], torch.randn(1, 5), valid=five, beta=0.1)
+    assert infonca.item() == pytest.approx(math.log(5))
+    assert extra.KTO.at_reference(five, **GIVEN["kto"]).item() == pytest.approx((1.5 + 0.5 * 4) / 2)
+
+
+# ------------------------------------------------------------------------------- identities of the family, of the paper
+
+
+def full(name: str, h: Tensor, s: Tensor, L: Tensor, gamma: float, kappa: float = 1.0) -> Tensor:
+    return stage(h, s, L, torch.ones_like(h, dtype=torch.bool), name, kappa=kappa, gamma=gamma)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_family_meets_in_its_limits(name):
+    """Two responses: BT, PL and HPS are one. gamma -> +-inf: the pair loss on the hardest and on the worst opponent.
+    gamma = 0, kappa = N: the first stage of PL. E_{y~q}[pair] is the weighted form where the loss is linear in q."""
+    h, s, L = draw()
+    everywhere = torch.ones(B, K, dtype=torch.bool)
+
+    def pair(k):
+        at = [0, k]
+        return full(name, h[:, at], s[:, at], L[:, at], 0.0)
+
+    for gamma in (-5.0, 0.0, 5.0):
+        close(full(name, h[:, :2], s[:, :2], L[:, :2], gamma), pair(1))
+    close(pl(h[:, :2], s[:, :2], L[:, :2], everywhere[:, :2], name), pair(1))
+    close(full(name, h, s, L, 1e6), pair(1), 1e-9)
+    close(full(name, h, s, L, -1e6), pair(K - 1), 1e-9)
+    rest = pl(h[:, 1:], s[:, 1:], L[:, 1:], everywhere[:, 1:], name)
+    close(full(name, h, s, L, 0.0, kappa=K - 1), pl(h, s, L, everywhere, name) - rest, 1e-9)
+    expected = (log_q(s).exp() * torch.stack([pair(k) for k in range(1, K)], 1)).sum(1)
+    if name in ("ipo", "sppo", "nca", "slic"):
+        close(expected, full(name, h, s, L, GAMMA))
+    elif name in ("simpo", "rdpo"):  # DPO and EXO of the table are smoothed
+        assert (expected < full(name, h, s, L, GAMMA)).all()  # softplus(log u) is concave
+    shifted = full(name, h + 1.7, s, torch.full_like(L, 7), GAMMA)  # who looks at differences alone
+    same = torch.allclose(shifted, full(name, h, s, torch.full_like(L, 7), GAMMA), rtol=1e-9)
+    assert same == (name not in ("sppo", "nca", "slic"))
+
+
+def test_dpo_pl_is_plackett_luce():
+    """sum_j (logsumexp_{k >= j} r_k - r_j) (Eqs. 4-5); the probabilities of all orders of three sum to one."""
+    h, s, _ = draw()
+    r, dpo = BETA * h, LOSSES["dpo"]
+    close(plackett_luce_loss(dpo, h, beta=BETA), sum(torch.logsumexp(r[:, j:], 1) - r[:, j] for j in range(K)))
+    orders = [list(order) for order in itertools.permutations(range(3))]
+    total = sum(plackett_luce_loss(dpo, h[:1, order], beta=BETA).neg().exp() for order in orders)
+    close(total, torch.ones_like(total))
+    # Eq. 6: all opponents alike and N = n - 1.
+    close(stage_loss(dpo, h, log_q(s, 0.0), kappa=K - 1, beta=BETA), torch.logsumexp(r, 1) - r[:, 0])
+
+
+def test_rdpo_asks_less_margin_of_a_longer_winner():
+    """The reward is beta h + alpha L: a winner that is longer has less to prove, one that is shorter more."""
+    h, q = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    rdpo, lengths = extra.LOSSES["rdpo"], (torch.tensor([[20, 10]]), torch.tensor([[10, 20]]))
+    losses = [stage_loss(rdpo, h, q, beta=BETA, num_tokens=L, rdpo_alpha=0.1).item() for L in lengths]
+    assert losses == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))])
+
+
+def test_limits_of_the_list_losses():
+    h, s, _ = draw()
+
+    def value(name, h, s, **more):
+        return extra.listwise_loss(extra.LISTWISE[name], h, s, beta=BETA, **more)
+
+    # One-hot labels: InfoNCA is Eq. 6 (DPO for a pair), NCA is the first stage of NCA-PL.
+    close(value("infonca", h, s, label_temperature=1e-6), torch.logsumexp(BETA * h, 1) - BETA * h[:, 0])
+    first = stage_loss(LOSSES["nca"], h, log_q(s, 0.0), beta=BETA, kappa=K - 1)
+    close(value("nca_soft", h, s, label_temperature=1e-6), first)
+    # Rewards far apart make win rates of 1 and 0 against the other: SPPO's hard pair, at half its targets.
+    far, alone = torch.tensor([[100.0, -100.0]] * B, dtype=h.dtype), torch.zeros(B, 1, dtype=h.dtype)
+    close(value("sppo_winrate", h[:, :2], far), stage_loss(LOSSES["sppo"], h[:, :2], alone, beta=2 * BETA))
+    # EXO's is zero just where the policy has the rewards' distribution: beta h = s / alpha.
+    assert value("exo_rw", s / (ALPHA * BETA), s, label_temperature=ALPHA).abs().max() < 1e-12
+    # LiPO looks at rewards on a scale of 0 to 1, and at nothing where all are equal.
+    close(value("lipo", h, 50 * s - 7), value("lipo", h, s), 1e-10)
+    assert (value("lipo", h, torch.ones_like(s)) == 0).all()
+
+
+def test_kto_counts_a_negative_kl_as_none():
+    """z0 of each prompt, and no gradient through it."""
+    h, _, _ = draw()
+    z0 = torch.tensor([0.0, 0.4, 2.0, -1.0], dtype=h.dtype, requires_grad=True)
+    valid = torch.ones_like(h, dtype=torch.bool)
+    loss = extra.kto_loss(h.requires_grad_(), z0, valid, beta=BETA)
+    loss.sum().backward()
+    assert z0.grad is None
+    for b, z in enumerate((0.0, 0.4, 2.0, 0.0)):
+        close(loss[b], extra.kto_loss(h[b : b + 1], z, valid[b : b + 1], beta=BETA)[0])
+
+
+def test_options_of_losses_are_those_of_train():
+    """Each loss is in the battery, its options have fields, and train.py's defaults are those of the functions."""
+    assert set(OPTIONS) == set(ALL) and set(PAPER) == set(LOSSES) >= set(extra.OFFICIAL)
+    assert set(extra.OFFICIAL.values()) <= set(extra.LISTWISE)
+    fields = {field.name: field.default for field in dataclasses.fields(Config)}
+    for loss in ALL.values():
+        for name, parameter in inspect.signature(loss.function).parameters.items():
+            if name in loss.options and name != "beta":
+                assert fields[name] == parameter.default, name
+
+
+def test_lengths_are_asked_for_where_a_loss_needs_them():
+    h, s, L = draw()
+    for name in ("ipo", "simpo", "rdpo"):
+        with pytest.raises(ValueError, match="looks at lengths: pass num_tokens"):
+            stage_loss(ALL[name], h, log_q(s), **GIVEN[name])
+    for name in ("ipo", "simpo"):  # without length_norm the same as at one token each
+        given = {**GIVEN[name], "num_tokens": torch.ones_like(L)}
+        close(
+            stage_loss(ALL[name], h, log_q(s), **given),
+            stage_loss(ALL[name], h, log_q(s), **GIVEN[name], length_norm=False),
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- TRL's code
+
+
+def trainer(**more) -> SimpleNamespace:
+    """What TRL's `_compute_loss` reads of its trainer. TRL is pinned: its internals move with every release."""
+    common = dict(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        _total_train_tokens=0,
+        _tp_size=1,
+        _metrics={"train": defaultdict(list)},
+    )
+    return SimpleNamespace(**common, **more)
+
+
+def trl_pair_loss(loss_type: str, h: Tensor, L: Tensor, label_smoothing: float) -> Tensor:
     """Per-pair losses of TRL's own DPOTrainer._compute_loss, driven without a model.
 
     A fake model returns per-token log-probs whose sums are h, against reference log-probs of zero; one pair at
-    a time, since TRL returns the mean. It is pinned in the lock file: its internals move with every release.
+    a time, since TRL returns the mean.
     """
     DPOTrainer = pytest.importorskip("trl", reason="TRL is a development extra: pip install hps[dev]").DPOTrainer
-    losses = []
+    pairs = []
     for pair, lengths in zip(h, L, strict=True):
         T = int(lengths.max())  # completion tokens, right-padded, after one prompt token
         completion = torch.arange(T + 1)[None] <= lengths[:, None]
@@ -91,21 +437,14 @@ def trl_pair_loss(name: str, h: Tensor, L: Tensor, beta: float) -> Tensor:
             is_top1=torch.zeros(2, T, dtype=torch.bool),
             mean_logits=torch.zeros(2, T),
         )
-        trainer = SimpleNamespace(
-            model=SimpleNamespace(training=True),
-            accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
-            beta=beta,
-            loss_types=[TRL_NAMES[name]],
+        stub = trainer(
+            beta=BETA,
+            loss_types=[loss_type],
             loss_weights=[1.0],
-            label_smoothing=1e-3 if name == "exo" else 0.0,
+            label_smoothing=label_smoothing,
             f_divergence_type="reverse_kl",
             ld_alpha=None,
             use_weighting=False,
-            aux_loss_enabled=False,
-            precompute_ref_logps=True,
-            _total_train_tokens=0,
-            _tp_size=1,
-            _metrics={"train": defaultdict(list)},
         )
         inputs = {
             "input_ids": torch.ones(2, T + 1, dtype=torch.long),
@@ -114,230 +453,81 @@ def trl_pair_loss(name: str, h: Tensor, L: Tensor, beta: float) -> Tensor:
             "ref_chosen_logps": torch.zeros(1, dtype=h.dtype),
             "ref_rejected_logps": torch.zeros(1, dtype=h.dtype),
         }
-        model = lambda **kwargs: outputs  # noqa: B023, E731 - called before the next pair
-        losses.append(DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False))
-    return torch.stack(losses)
+        model = lambda outputs=outputs, **kwargs: outputs  # noqa: E731
+        pairs.append(DPOTrainer._compute_loss(stub, model, inputs, return_outputs=False))
+    return torch.stack(pairs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def trl_kto_loss(h: Tensor, kl: float) -> Tensor:
+    """KTOTrainer._compute_loss of one prompt's responses, the first desirable, driven without a model.
+
+    A fake model returns one log-prob per response, h against reference log-probs of zero; for the mismatched
+    responses it returns kl, so that z0 is max(0, kl). TRL's mean over responses is put back to a sum.
+    """
+    KTOTrainer = pytest.importorskip("trl", reason="TRL is a development extra: pip install hps[dev]").KTOTrainer
+    K, blank = len(h), torch.zeros(len(h), 1)
+    batch = {"label": torch.tensor([True] + [False] * (K - 1))}
+    for prefix, ids in (("", torch.ones), ("KL_", torch.zeros)):
+        batch[f"{prefix}input_ids"] = ids(K, 2, dtype=torch.long)
+        batch[f"{prefix}attention_mask"] = torch.ones(K, 2, dtype=torch.long)
+        batch[f"{prefix}completion_mask"] = torch.tensor([[0, 1]] * K)
+        batch[f"ref_{prefix}logps"] = torch.zeros(K, dtype=h.dtype)
+
+    def model(input_ids, **kwargs):
+        log_probs = h[:, None] if input_ids.any() else torch.full_like(h[:, None], kl)
+        return SimpleNamespace(log_probs=log_probs, entropy=blank, mean_logits=blank)
+
+    stub = trainer(loss_type="kto", calculate_KL=True, **GIVEN["kto"])
+    stub._compute_kl_logps = lambda model, batch: KTOTrainer._compute_kl_logps(stub, model, batch)
+    return K * KTOTrainer._compute_loss(stub, model, batch, return_outputs=False)
+
+
+def trl_simpo_loss(h: Tensor, L: Tensor) -> Tensor:
+    """trl.experimental's CPOTrainer.cpo_loss on mean log-probs; its simpo_gamma is in units of the reward too."""
+    pytest.importorskip("trl", reason="TRL is a development extra: pip install hps[dev]")
+    from trl.experimental.cpo import CPOTrainer
+
+    accelerator = SimpleNamespace(device="cpu")
+    stub = SimpleNamespace(alpha=0.0, beta=BETA, label_smoothing=0.0, loss_type="simpo", accelerator=accelerator)
+    stub.simpo_gamma = OPTIONS["simpo"]["target_margin"]
+    loss, *_ = CPOTrainer.cpo_loss(stub, *(h / L).unbind(1))
+    return loss
+
+
+def same_value_and_gradient(ours, theirs, h: Tensor, tolerance: float) -> None:
+    a, b = h.clone().requires_grad_(), h.clone().requires_grad_()
+    one, two = ours(a), theirs(b)
+    close(one, two, tolerance)
+    one.sum().backward()
+    two.sum().backward()
+    close(a.grad, b.grad, tolerance)
+
+
+TRL_TYPES = {"dpo": "sigmoid", "exo": "exo_pair", "ipo": "ipo", "sppo": "sppo_hard", "nca": "nca_pair"}
+
+
 @pytest.mark.parametrize("scale", [3.0, 170.0, 3e4])
+@pytest.mark.parametrize("name", [*PAPER, "simpo"])
 def test_one_opponent_equals_trl(name, scale):
-    """Values and gradients: small margins, |D| around 50, and around 1e4."""
+    """Small margins, |D| around 50, and around 1e4."""
     h, _, L = draw(seed=1, K=2, scale=scale)
-    ours_in, theirs_in = h.clone().requires_grad_(), h.clone().requires_grad_()
-    ours = stage_loss(name, ours_in, torch.zeros(B, 1, dtype=h.dtype), beta=BETA, num_tokens=L)
-    theirs = trl_pair_loss(name, theirs_in, L, BETA)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    ours.sum().backward()
-    theirs.sum().backward()
-    torch.testing.assert_close(ours_in.grad, theirs_in.grad, rtol=1e-6, atol=1e-9)
+    q, given = torch.zeros(B, 1, dtype=h.dtype), {**GIVEN[name], "num_tokens": L}
+    given |= {"label_smoothing": 0.0} if name == "dpo" else {}  # TRL's sigmoid ignores it
+    eps = given.get("exo_eps", 0.0)
+
+    def theirs(x):
+        return trl_simpo_loss(x, L) if name == "simpo" else trl_pair_loss(TRL_TYPES[name], x, L, eps)
+
+    same_value_and_gradient(lambda x: stage_loss(ALL[name], x, q, **given), theirs, h, 1e-6)
 
 
-# ------------------------------------------------------------------------------- identities of the family
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gamma", [-5.0, 0.0, 5.0])
-def test_two_responses_make_bt_pl_and_hps_equal(name, gamma):
-    """n = 2: one opponent has q = 1 whatever gamma is, N = 1, and PL has one stage."""
-    h, s, L = draw(K=2)
-    bt = stage_loss(name, h, torch.zeros(B, 1, dtype=h.dtype), beta=BETA, num_tokens=L)
-    hps = stage_loss(name, h, log_q(s, gamma), beta=BETA, kappa=1.0, num_tokens=L)
-    pl = plackett_luce_loss(name, h, beta=BETA, num_tokens=L)
-    torch.testing.assert_close(hps, bt, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(pl, bt, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("gamma", "opponent"), [(1e6, 1), (-1e6, K - 1)])
-def test_gamma_limits_are_pair_losses(name, gamma, opponent):
-    """gamma -> inf: the pair loss on the highest-reward opponent; gamma -> -inf: BT (best against worst)."""
-    h, s, L = draw()
-    full = stage_loss(name, h, log_q(s, gamma), beta=BETA, num_tokens=L)
-    pair = stage_loss(
-        name, h[:, [0, opponent]], torch.zeros(B, 1, dtype=h.dtype), beta=BETA, num_tokens=L[:, [0, opponent]]
-    )
-    torch.testing.assert_close(full, pair, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gamma_zero_with_all_of_n_is_the_first_pl_stage(name):
-    """gamma = 0, kappa = N. For DPO that is Eq. 6: logsumexp_i r_i - r_1."""
-    h, s, L = draw()
-    full = stage_loss(name, h, log_q(s, 0.0), beta=BETA, kappa=K - 1, num_tokens=L)
-    rest = plackett_luce_loss(name, h[:, 1:], beta=BETA, num_tokens=L[:, 1:])
-    first = plackett_luce_loss(name, h, beta=BETA, num_tokens=L) - rest
-    torch.testing.assert_close(full, first, rtol=1e-9, atol=1e-9)
-    if name == "dpo":
-        torch.testing.assert_close(full, torch.logsumexp(BETA * h, 1) - BETA * h[:, 0], rtol=1e-12, atol=1e-12)
-
-
-def test_dpo_pl_is_plackett_luce():
-    """sum_j (logsumexp_{k >= j} r_k - r_j) is -log of the PL probability of the order, Eqs. 4-5."""
+@pytest.mark.parametrize("kl", [-0.8, 0.0, 1.7])
+def test_kto_equals_trl(kl):
+    """A negative estimate of z0 counts as 0. TRL's mean runs through a float32 mask."""
     h, _, _ = draw()
-    r = BETA * h
-    by_hand = sum(torch.logsumexp(r[:, j:], 1) - r[:, j] for j in range(K))
-    torch.testing.assert_close(plackett_luce_loss("dpo", h, beta=BETA), by_hand, rtol=1e-12, atol=1e-12)
-    # The probabilities of all orders of three sum to one.
-    three = h[:1, :3]
-    total = sum(
-        plackett_luce_loss("dpo", three[:, list(order)], beta=BETA).neg().exp()
-        for order in itertools.permutations(range(3))
-    )
-    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-12, atol=1e-12)
+    valid = torch.ones_like(h, dtype=torch.bool)
 
+    def theirs(x):
+        return torch.stack([trl_kto_loss(row, kl) for row in x])
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_drawn_opponent_against_all_weighted(name):
-    """E_{y~q}[pair loss] is the weighted form for IPO, SPPO, NCA, and below it for DPO: softplus(log u) is concave."""
-    h, s, L = draw()
-    weights = log_q(s, 1.5)
-    full = stage_loss(name, h, weights, beta=BETA, num_tokens=L)
-    pairs = torch.stack(
-        [
-            stage_loss(name, h[:, [0, k]], torch.zeros(B, 1, dtype=h.dtype), beta=BETA, num_tokens=L[:, [0, k]])
-            for k in range(1, K)
-        ],
-        dim=1,
-    )
-    expected = (weights.exp() * pairs).sum(1)
-    if name == "dpo":
-        assert (expected < full).all()
-    elif name != "exo":
-        torch.testing.assert_close(expected, full, rtol=1e-12, atol=1e-12)
-
-
-def test_dpo_gradient_closed_form():
-    """P = s(x - r_w): dL/dr_w = -P, dL/dr_k = P softmax_k(r_k + gamma s_k); they sum to zero."""
-    h, s, _ = draw()
-    h.requires_grad_()
-    stage_loss("dpo", h, log_q(s, 2.0), beta=1.0, kappa=K - 1).sum().backward()
-    x = torch.logsumexp(h[:, 1:] + log_q(s, 2.0), 1) + math.log(K - 1)
-    P = torch.sigmoid(x - h[:, 0])[:, None]
-    by_hand = torch.cat([-P, P * torch.softmax(h[:, 1:] + 2.0 * s[:, 1:], 1)], 1)
-    torch.testing.assert_close(h.grad, by_hand, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(h.grad.sum(1), torch.zeros(B, dtype=h.dtype), rtol=0, atol=1e-12)
-
-
-def test_exo_gradient_closed_form():
-    """dL/dD = s (1 - s) (D - log((1 - e)/e)), s = s(D): stationary where the odds are (1 - e)/e."""
-    D = torch.linspace(-8, 8, 9, dtype=torch.float64)
-    h = torch.stack([D, torch.zeros_like(D)], 1).requires_grad_()
-    stage_loss("exo", h, torch.zeros(9, 1, dtype=h.dtype), beta=1.0).sum().backward()
-    s = torch.sigmoid(D)
-    torch.testing.assert_close(h.grad[:, 0], s * (1 - s) * (D - math.log(0.999 / 0.001)), rtol=1e-9, atol=1e-12)
-
-
-def test_label_smoothing_is_cdpo():
-    """(1 - e) sp(-D) + e sp(D), with its minimum at D = log((1 - e)/e)."""
-    h, s, _ = draw()
-    D = BETA * h[:, 0] - torch.logsumexp(BETA * h[:, 1:] + log_q(s, 1.0), 1)
-    smoothed = stage_loss("dpo", h, log_q(s, 1.0), beta=BETA, label_smoothing=0.1)
-    torch.testing.assert_close(smoothed, 0.9 * softplus(-D) + 0.1 * softplus(D), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_value_at_reference(name):
-    """Where all h = 0 the loss has a closed form, for every kappa, and for PL."""
-    L = torch.full((B, K), 7)
-    zero = torch.zeros(B, K, dtype=torch.float64)
-    for kappa in (1.0, 5.0):
-        value = stage_loss(name, zero, log_q(draw()[1], 2.0), beta=BETA, kappa=kappa, num_tokens=L)
-        assert value.tolist() == pytest.approx([loss_at_reference(name, beta=BETA, kappa=kappa)] * B, rel=1e-9)
-    pl = plackett_luce_loss(name, zero, beta=BETA, num_tokens=L)
-    assert pl.tolist() == pytest.approx([plackett_luce_at_reference(name, K, beta=BETA)] * B, rel=1e-9)
-
-
-def test_known_numbers_at_reference():
-    """log 2, log(1 + kappa), log n!, 1/(4 beta^2), 1/(2 beta^2), 2 log 2; cDPO loses e log kappa."""
-    assert loss_at_reference("dpo", beta=0.1) == pytest.approx(math.log(2))
-    assert loss_at_reference("dpo", beta=0.1, kappa=99, label_smoothing=0.1) == pytest.approx(
-        math.log(100) - 0.1 * math.log(99)
-    )
-    assert plackett_luce_at_reference("dpo", 5, beta=0.1) == pytest.approx(math.log(math.factorial(5)))
-    assert loss_at_reference("ipo", beta=0.1) == pytest.approx(25.0)
-    assert loss_at_reference("sppo", beta=0.1) == pytest.approx(50.0)
-    assert loss_at_reference("nca", beta=0.1) == pytest.approx(2 * math.log(2))
-    assert loss_at_reference("exo", beta=0.1) == pytest.approx(-math.log(2) - (math.log(0.999) + math.log(0.001)) / 2)
-
-
-# --------------------------------------------------------------------------------------- numerics, shapes
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradcheck(name):
-    h, s, L = draw(B=2, K=4)
-    h.requires_grad_()
-    q = log_q(s, 1.0)
-    assert gradcheck(lambda x: stage_loss(name, x, q, beta=BETA, kappa=3.0, num_tokens=L), (h,))
-    assert gradcheck(lambda x: plackett_luce_loss(name, x, beta=BETA, num_tokens=L), (h,))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_ragged_rows_equal_rows_alone(name):
-    """Padding columns change nothing, in value and gradient, whatever stands in them (also inf and nan)."""
-    h, s, L = draw()
-    sizes = [2, 6, 3, 5]
-    valid = torch.arange(K)[None] < torch.tensor(sizes)[:, None]
-    padded = torch.where(valid, h, torch.nan).requires_grad_()
-    q = log_q(s, 1.0, valid=valid)
-    kappa = torch.tensor(sizes, dtype=h.dtype) - 1
-    stage = stage_loss(name, padded, q, beta=BETA, kappa=kappa, valid=valid, num_tokens=L)
-    ranked = plackett_luce_loss(name, padded, beta=BETA, valid=valid, num_tokens=L)
-    (stage + ranked).sum().backward()
-    for b, n in enumerate(sizes):
-        alone = h[b : b + 1, :n].clone().requires_grad_()
-        q_alone = log_q(s[b : b + 1, :n], 1.0)
-        one = stage_loss(name, alone, q_alone, beta=BETA, kappa=n - 1.0, num_tokens=L[b : b + 1, :n])
-        two = plackett_luce_loss(name, alone, beta=BETA, num_tokens=L[b : b + 1, :n])
-        torch.testing.assert_close(stage[b], one[0], rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(ranked[b], two[0], rtol=1e-10, atol=1e-10)
-        (one + two).sum().backward()
-        torch.testing.assert_close(padded.grad[b, :n], alone.grad[0], rtol=1e-10, atol=1e-10)
-        assert (padded.grad[b, n:] == 0).all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("margin", [-1e4, -50.0, 50.0, 1e4])
-def test_extreme_margins_stay_finite_in_fp32(name, margin):
-    h = torch.zeros(1, K)
-    h[0, 0] = margin / BETA
-    h.requires_grad_()
-    s = torch.linspace(200, -200, K)[None]  # gamma * r spans +-1000: q underflows, log q must not
-    for gamma in (-5.0, 5.0):
-        loss = stage_loss(name, h, log_q(s, gamma), beta=BETA, kappa=K - 1.0, num_tokens=torch.full((1, K), 9))
-        loss = loss + plackett_luce_loss(name, h, beta=BETA, num_tokens=torch.full((1, K), 9))
-        (grad,) = torch.autograd.grad(loss.sum(), h)
-        assert torch.isfinite(loss).all() and torch.isfinite(grad).all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_order_of_opponents_does_not_matter(name):
-    h, s, L = draw()
-    shuffled = torch.cat([torch.tensor([0]), 1 + torch.randperm(K - 1, generator=torch.Generator().manual_seed(3))])
-    a = stage_loss(name, h, log_q(s, 1.0), beta=BETA, num_tokens=L)
-    b = stage_loss(name, h[:, shuffled], log_q(s[:, shuffled], 1.0), beta=BETA, num_tokens=L[:, shuffled])
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def test_adding_a_constant_to_all_log_ratios():
-    """DPO, EXO and IPO(sum) see differences only; SPPO and NCA pin each response."""
-    h, s, _ = draw()
-    for name in NAMES:
-        a, b = (stage_loss(name, x, log_q(s, 1.0), beta=BETA, length_norm=False) for x in (h, h + 1.7))
-        assert torch.allclose(a, b, rtol=1e-9) == (name in ("dpo", "exo", "ipo"))
-
-
-def test_a_user_mistake_is_named():
-    h, s, _ = draw()
-    q = log_q(s, 1.0)
-    with pytest.raises(ValueError, match="unknown loss 'dpoo'.*dpo, exo"):
-        stage_loss("dpoo", h, q, beta=BETA)
-    with pytest.raises(ValueError, match="'nca' does not use label_smoothing"):
-        stage_loss("nca", h, q, beta=BETA, label_smoothing=0.1)
-    with pytest.raises(ValueError, match="divides by length: pass num_tokens"):
-        stage_loss("ipo", h, q, beta=BETA)
-    with pytest.raises(ValueError, match="beta must be positive"):
-        stage_loss("dpo", h, q, beta=0.0)
-    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 0.5\)"):
-        stage_loss("dpo", h, q, beta=BETA, label_smoothing=0.5)
+    same_value_and_gradient(lambda x: extra.kto_loss(x, kl, valid, **GIVEN["kto"]), theirs, h, 1e-7)

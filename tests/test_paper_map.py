@@ -107,7 +107,7 @@ def test_no_number_of_the_paper_is_left_out():
     ("reference", "problem"),
     [
         ("hps/samplers.py: log_q", None),
-        ('hps/losses.py: LOSSES["slic"]', None),
+        ('hps/losses.py: LOSSES["ipo"]', None),
         ("hps/lab/world.py: World.is_harmful", None),
         ("hps/samplers.py: log_p", "hps/samplers.py has no log_p"),
         ("hps/samplin.py: log_q", "hps/samplin.py has no log_q"),

@@ -1,31 +1,41 @@
-"""The README's fork-and-edit example, run as it stands."""
+"""The README's examples of adding a loss and a sampler, run as they stand."""
 
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ROOT
 
-from hps.losses import LOSSES, Loss, loss_at_reference, plackett_luce_loss, stage_loss
+from hps import options
+from hps.losses import LOSSES, Loss, plackett_luce_at_reference, plackett_luce_loss, stage_loss
+from hps.plan import plan
+from hps.samplers import SAMPLERS, Sampler
 
 
-def test_the_example_of_adding_a_loss_works():
-    before = dict(LOSSES)
-    names = {"torch": torch, "F": F, "math": math, "pytest": pytest, "Loss": Loss, "LOSSES": LOSSES}
-    names["stage_loss"] = stage_loss
-    try:
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
-            exec(block, names)
-        names["test_hinge2"]()
-        zero = torch.zeros(1, 4)
-        log_q = torch.full((1, 3), -math.log(3))
-        value = stage_loss("hinge2", zero, log_q, beta=0.1, kappa=3.0).item()
-        assert value == pytest.approx(loss_at_reference("hinge2", beta=0.1, kappa=3.0))
-        assert plackett_luce_loss("hinge2", zero, beta=0.1).item() == pytest.approx(
-            sum((1 + math.log(u)) ** 2 for u in (1, 2, 3))
-        )
-    finally:
-        LOSSES.clear()
-        LOSSES.update(before)
+def test_the_examples_of_a_loss_and_a_sampler_work(monkeypatch):
+    names = {"torch": torch, "F": F, "np": np, "pytest": pytest, "Loss": Loss, "LOSSES": LOSSES, "Sampler": Sampler}
+    names |= {"SAMPLERS": SAMPLERS, "stage_loss": stage_loss, "plan": plan}
+    for table in (LOSSES, SAMPLERS):  # put back at the end
+        for name in ("hinge2", "window"):
+            monkeypatch.setitem(table, name, None)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(block, names)
+    del LOSSES["window"], SAMPLERS["hinge2"]
+    names["test_hinge2"]()
+    names["test_window"]()
+
+    loss, zero, kappa = LOSSES["hinge2"], torch.zeros(1, 4), torch.tensor([3.0])
+    value = stage_loss(loss, zero, torch.full((1, 3), -math.log(3)), beta=0.1, kappa=kappa)
+    torch.testing.assert_close(value, loss.at_reference(kappa, beta=0.1))
+    ranked = plackett_luce_at_reference(loss, torch.ones(1, 4, dtype=torch.bool), beta=0.1)
+    assert plackett_luce_loss(loss, zero, beta=0.1).item() == pytest.approx(ranked.item())
+    c = options.Config("m", "d", "o", method="hinge2-window")
+    options.check(c, frozenset({"method", "beta", "hps_samples", "n_factor"}))
+    with pytest.raises(ValueError, match="does not use gamma_end"):
+        options.check(c, frozenset({"gamma_end"}))
+    SAMPLERS["window"] = Sampler(log_q=lambda v, *, width=0.15: names["window"](v))
+    with pytest.raises(AssertionError, match="without a field and its help text: {'width'}"):
+        options.check(c, frozenset())

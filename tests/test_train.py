@@ -411,7 +411,7 @@ def test_bad_data_is_named_with_file_and_line(tiny_world, tmp_path):
 
 TWO = dict(hps_form="full", positives=2)
 WRONG = [
-    (dict(method="dpo-hsp"), "method = 'dpo-hsp' does not exist; choose one of dpo-"),
+    (dict(method="dpo-hsp"), "method = 'dpo-hsp' does not exist: did you mean dpo-hps.*Samplers: hps,"),
     (dict(method="infonca-hps"), "method = 'infonca-hps' does not exist"),
     (dict(dtype="fp16"), "dtype = 'fp16' does not exist; choose one of fp32, bf16"),
     (dict(betta=0.1), "betta.*--beta"),

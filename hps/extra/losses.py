@@ -1,63 +1,73 @@
-"""Preference losses of a whole list of responses, which are not made of stages: pure functions of (B, K) tensors.
+"""Losses beside the paper's five: pure functions of (B, K) tensors, in three forms.
 
-`LISTWISE` holds the losses that set all responses against the rewards themselves, most of them the official list-wise
-forms of the losses in `losses.py`; `kto_loss` looks at every response by itself. Notation as in `losses.py`.
+`LOSSES` holds more losses of a stage, as in `hps/losses.py`. Those of `LISTWISE` set all responses against the rewards
+themselves; most of them are the official list-wise forms of the paper's losses. KTO looks at every response by itself.
+Notation as in `hps/losses.py`; s are the external rewards, t = softmax(s / alpha) the labels made of them.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hps.losses import LOG_ZERO, Loss, clean, look_up
+from hps.losses import ABSENT_LOG_WEIGHT, Loss, Stage
 
-# Each gives (B, K) terms that are summed over the valid responses; s are the rewards, t = softmax(s / alpha).
-
-
-def _log_labels(s: Tensor, valid: Tensor, temperature: float) -> Tensor:
-    """log t, (B, K); finite, whatever the temperature."""
-    top = s.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
-    return F.log_softmax(torch.where(valid, (s - top) / temperature, LOG_ZERO).clamp(min=LOG_ZERO), dim=1)
+# --------------------------------------------------------------------------------------------------- losses of a stage
 
 
-def _count(s: Tensor, valid: Tensor) -> Tensor:
-    """n, (B, 1), in the dtype of s."""
-    return valid.to(s.dtype).sum(1, keepdim=True).clamp(min=1)
+def simpo(s: Stage, *, beta: float, target_margin: float = 0.5, length_norm: bool = True) -> Tensor:
+    """softplus(target_margin - D) on r = (beta / L) log pi (Eq. 19); its authors name target_margin / beta."""
+    h = s.h / s.lengths() if length_norm else s.h
+    return F.softplus(target_margin - s.margin(beta * h))
 
 
-def _winrate(s: Tensor, valid: Tensor) -> Tensor:
-    """Phat_i = (1/n) sum_j sigmoid(s_i - s_j), j = i included, (B, K): how often i wins against the list."""
-    wins = torch.where(valid[:, None, :], torch.sigmoid(s[:, :, None] - s[:, None, :]), 0.0)
-    return wins.sum(2) / _count(s, valid)
+def slic(s: Stage, *, slic_delta: float = 1.0, slic_lambda: float = 0.1) -> Tensor:
+    """sum_k q_k max(0, delta - h_w + h_k) - lambda h_w on h = log pi; beta and kappa play no part."""
+    # Differs: Eq. 16 draws the regulariser into the max; outside it, as in SLiC-HF, it still acts on won pairs.
+    return s.mean(F.relu(slic_delta - s.h[:, :1] + s.h[:, 1:])) - slic_lambda * s.h[:, 0]
 
 
-def _exo_rw(h: Tensor, s: Tensor, valid: Tensor, *, beta: float, label_temperature: float) -> Tensor:
+def rdpo(s: Stage, *, beta: float, rdpo_alpha: float = 0.01) -> Tensor:
+    """softplus(-D) on beta h_i + alpha L_i, which is the reward (hence plus) if h is best for reward - alpha L."""
+    return F.softplus(-s.margin(beta * s.h + rdpo_alpha * s.lengths().to(s.h.dtype)))
+
+
+# Their values before training hang on the policy itself (no reference) or on lengths, so none is known beforehand.
+LOSSES: dict[str, Loss] = {
+    "simpo": Loss(simpo, needs_reference=False),
+    "slic": Loss(slic, needs_reference=False),
+    "rdpo": Loss(rdpo),
+}
+
+# ---------------------------------------------------------------------------------------------- losses of a whole list
+# Each gives (B, K) terms, which are summed over the valid responses, from h and s (B, K), 0 where invalid, and `valid`.
+
+
+def exo_rw(h: Tensor, s: Tensor, valid: Tensor, *, beta: float, label_temperature: float = 1.0) -> Tensor:
     """KL(softmax(r) || t): EXO's reverse KL to the rewards' own distribution."""
-    log_p = F.log_softmax(torch.where(valid, beta * h, LOG_ZERO), dim=1)
-    return log_p.exp() * (log_p - _log_labels(s, valid, label_temperature))
+    log_p = log_softmax_of_valid(beta * h, valid)
+    return log_p.exp() * (log_p - log_labels(s, valid, label_temperature))
 
 
-def _infonca(h: Tensor, s: Tensor, valid: Tensor, *, beta: float, label_temperature: float) -> Tensor:
+def infonca(h: Tensor, s: Tensor, valid: Tensor, *, beta: float, label_temperature: float = 1.0) -> Tensor:
     """-sum_i t_i log softmax(r)_i; Eq. 6 as alpha -> 0."""
-    log_p = F.log_softmax(torch.where(valid, beta * h, LOG_ZERO), dim=1)
-    return -_log_labels(s, valid, label_temperature).exp() * log_p
+    return -log_labels(s, valid, label_temperature).exp() * log_softmax_of_valid(beta * h, valid)
 
 
-def _nca_soft(h: Tensor, s: Tensor, valid: Tensor, *, beta: float, label_temperature: float) -> Tensor:
+def nca_soft(h: Tensor, s: Tensor, valid: Tensor, *, beta: float, label_temperature: float = 1.0) -> Tensor:
     """sum_i t_i sp(-r_i) + (1/n) sum_i sp(r_i); the first stage of NCA-PL as alpha -> 0."""
-    r, t = beta * h, _log_labels(s, valid, label_temperature).exp()
-    return t * F.softplus(-r) + F.softplus(r) / _count(s, valid)
+    r, t = beta * h, log_labels(s, valid, label_temperature).exp()
+    return t * F.softplus(-r) + F.softplus(r) / count(s, valid)
 
 
-def _sppo_winrate(h: Tensor, s: Tensor, valid: Tensor, *, beta: float) -> Tensor:
+def sppo_winrate(h: Tensor, s: Tensor, valid: Tensor, *, beta: float) -> Tensor:
     """sum_i (h_i - (Phat_i - 1/2) / beta)^2: the sum over responses, where the official code has the mean."""
-    return (h - (_winrate(s, valid) - 0.5) / beta) ** 2
+    return (h - (win_rates(s, valid) - 0.5) / beta) ** 2
 
 
-def _lipo(h: Tensor, s: Tensor, valid: Tensor, *, beta: float) -> Tensor:
+def lipo(h: Tensor, s: Tensor, valid: Tensor, *, beta: float) -> Tensor:
     """LiPO-lambda (Eq. 17): sum over pairs psi_i > psi_j of Delta_ij sp(r_j - r_i), where
 
     Delta_ij = |2^psi_i - 2^psi_j| |1/log(1 + tau_i) - 1/log(1 + tau_j)|, tau the rank under r (1 = best), detached.
@@ -76,103 +86,97 @@ def _lipo(h: Tensor, s: Tensor, valid: Tensor, *, beta: float) -> Tensor:
     return torch.where(pairs, delta * F.softplus(r[upper] - r[lower]), 0.0).sum(2)
 
 
-@dataclass(frozen=True)
-class Listwise:
-    """A list-wise loss: `terms(h, s, valid, *, beta, <options>) -> (B, K)`, and the same where all h = 0,
-    `at_reference(s, valid, *, beta, <options>)`: None for LiPO, whose ranks are rounding noise there."""
-
-    terms: Callable[..., Tensor]
-    at_reference: Callable[..., Tensor] | None
-    options: tuple[str, ...] = ()
+def exo_rw_at_reference(s: Tensor, valid: Tensor, *, beta: float, label_temperature: float = 1.0) -> Tensor:
+    n = count(s, valid)
+    return -(n.log() + log_labels(s, valid, label_temperature)) / n
 
 
-LISTWISE: dict[str, Listwise] = {
-    "exo_rw": Listwise(
-        _exo_rw,
-        lambda s, valid, *, beta, label_temperature: (
-            -(_count(s, valid).log() + _log_labels(s, valid, label_temperature)) / _count(s, valid)
-        ),
-        options=("label_temperature",),
-    ),
-    "infonca": Listwise(
-        _infonca,
-        lambda s, valid, *, beta, label_temperature: _count(s, valid).log() / _count(s, valid),
-        options=("label_temperature",),
-    ),
-    "nca_soft": Listwise(
-        _nca_soft,
-        lambda s, valid, *, beta, label_temperature: 2 * math.log(2) / _count(s, valid),
-        options=("label_temperature",),
-    ),
-    "sppo_winrate": Listwise(_sppo_winrate, lambda s, valid, *, beta: (_winrate(s, valid) - 0.5) ** 2 / beta**2),
-    "lipo": Listwise(_lipo, None),
+def infonca_at_reference(s: Tensor, valid: Tensor, *, beta: float, label_temperature: float = 1.0) -> Tensor:
+    n = count(s, valid)
+    return (n.log() / n).expand_as(s)
+
+
+def nca_soft_at_reference(s: Tensor, valid: Tensor, *, beta: float, label_temperature: float = 1.0) -> Tensor:
+    return (2 * math.log(2) / count(s, valid)).expand_as(s)
+
+
+def sppo_winrate_at_reference(s: Tensor, valid: Tensor, *, beta: float) -> Tensor:
+    return (win_rates(s, valid) - 0.5) ** 2 / beta**2
+
+
+# `function(h, s, valid, *, <options>)` and `at_reference(s, valid, *, <options>)` -> (B, K). LiPO's has none: its ranks
+# are rounding noise where all h = 0.
+LISTWISE: dict[str, Loss] = {
+    "exo_rw": Loss(exo_rw, exo_rw_at_reference, form="list"),
+    "infonca": Loss(infonca, infonca_at_reference, form="list"),
+    "nca_soft": Loss(nca_soft, nca_soft_at_reference, form="list"),
+    "sppo_winrate": Loss(sppo_winrate, sppo_winrate_at_reference, form="list"),
+    "lipo": Loss(lipo, form="list"),
 }
 
-# What the original papers do with a list, by row of the paper's tables. None: `plackett_luce_loss` stays (it is
-# DPO's own form; IPO has pairs only).
-OFFICIAL: dict[str, str | None] = {"dpo": None, "exo": "exo_rw", "ipo": None, "sppo": "sppo_winrate", "nca": "nca_soft"}
+# What the original papers do with a list, by row of the paper's tables. DPO's and IPO's rows keep `plackett_luce_loss`:
+# it is DPO's own form, and IPO has pairs only.
+OFFICIAL: dict[str, str] = {"exo": "exo_rw", "sppo": "sppo_winrate", "nca": "nca_soft"}
 
 
 def listwise_loss(
-    name: str,
-    logratios: Tensor,
-    rewards: Tensor,
-    *,
-    beta: float,
-    valid: Tensor | None = None,
-    num_tokens: Tensor | None = None,
-    length_norm: bool = False,
-    **options: float,
+    loss: Loss, logratios: Tensor, rewards: Tensor, *, valid: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """Per-prompt loss of a whole list of responses against their rewards; the order of the columns is free.
+    """Per-prompt loss (B,) of a whole list of responses against their rewards; the order of the columns is free.
 
     Args:
-        name: a key of `LISTWISE`.
+        loss: a value of `LISTWISE`.
         logratios: (B, K) float, h = policy_logps - ref_logps in nats.
         rewards: (B, K) float, external rewards.
-        beta: KL strength, > 0.
-        valid: (B, K) bool, at least one to a row; None means all.
-        num_tokens: (B, K) int, scored tokens; needed with length_norm.
-        length_norm: divide h by `num_tokens` first.
-        options: label_temperature, the alpha of the labels softmax(rewards / alpha), where the loss has them.
-
-    Returns:
-        (B,) float.
-
-    Raises:
-        ValueError: unknown name, an option out of range or ignored, or `num_tokens` missing where it is needed.
+        valid: (B, K) bool, at least one in each row; None means all.
+        options: beta (KL strength, > 0), and label_temperature, the alpha of the labels, where the loss has it.
     """
     assert logratios.shape == rewards.shape, (logratios.shape, rewards.shape)
-    loss, taken = look_up(LISTWISE, name, options)
-    h, valid = clean(name, logratios, beta=beta, valid=valid, num_tokens=num_tokens, length_norm=length_norm)
+    valid = torch.ones_like(logratios, dtype=torch.bool) if valid is None else valid
+    h = torch.where(valid, logratios, 0.0)  # what stands in an invalid column must not matter, not even inf
     s = torch.where(valid, rewards.to(h.dtype), 0.0)
-    return torch.where(valid, loss.terms(h, s, valid, beta=beta, **taken), 0.0).sum(1)
+    return torch.where(valid, loss.function(h, s, valid, **options), 0.0).sum(1)
 
 
-def listwise_at_reference(
-    name: str, rewards: Tensor, *, beta: float, valid: Tensor | None = None, **options: float
-) -> Tensor:
-    """The list-wise loss (B,) where policy = reference, in closed form from rewards (B, K): log n for InfoNCA.
-
-    Raises:
-        ValueError: lipo, whose value is unknown before training, or as `listwise_loss`.
-    """
-    loss, taken = look_up(LISTWISE, name, options)
-    if loss.at_reference is None:
-        raise ValueError(f"loss {name!r} ranks by rounding noise there: its value is unknown before training")
-    s, valid = clean(name, rewards, beta=beta, valid=valid, num_tokens=None, length_norm=False)
-    return torch.where(valid, loss.at_reference(s, valid, beta=beta, **taken), 0.0).sum(1)
+def listwise_at_reference(loss: Loss, rewards: Tensor, *, valid: Tensor, **options: Any) -> Tensor:
+    """The list-wise loss (B,) where policy = reference, in closed form from rewards (B, K): log n for InfoNCA."""
+    assert loss.at_reference is not None
+    s = torch.where(valid, rewards, 0.0)
+    return torch.where(valid, loss.at_reference(s, valid, **options), 0.0).sum(1)
 
 
-# -------------------------------------------------------------------------------------- responses one by one
+def log_labels(s: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """log t, (B, K); finite, whatever the temperature."""
+    top = s.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    scaled = ((s - top) / temperature).clamp(min=ABSENT_LOG_WEIGHT)
+    return log_softmax_of_valid(scaled, valid)
+
+
+def log_softmax_of_valid(x: Tensor, valid: Tensor) -> Tensor:
+    """log softmax over the valid columns of x (B, K); a huge negative number in the others."""
+    return F.log_softmax(torch.where(valid, x, ABSENT_LOG_WEIGHT), dim=1)
+
+
+def count(s: Tensor, valid: Tensor) -> Tensor:
+    """n, how many responses a row has, (B, 1) in the dtype of s."""
+    return valid.to(s.dtype).sum(1, keepdim=True).clamp(min=1)
+
+
+def win_rates(s: Tensor, valid: Tensor) -> Tensor:
+    """Phat_i = (1/n) sum_j sigmoid(s_i - s_j), j = i included, (B, K): how often i wins against the list."""
+    wins = torch.where(valid[:, None, :], torch.sigmoid(s[:, :, None] - s[:, None, :]), 0.0)
+    return wins.sum(2) / count(s, valid)
+
+
+# ------------------------------------------------------------------------------------------------- responses one by one
 
 
 def kto_loss(
     logratios: Tensor,
+    kl: float | Tensor,
+    valid: Tensor,
     *,
     beta: float,
-    kl: float | Tensor,
-    valid: Tensor | None = None,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
@@ -182,30 +186,24 @@ def kto_loss(
 
     Args:
         logratios: (B, K) float, h = policy_logps - ref_logps in nats, column 0 preferred.
-        beta: KL strength, > 0.
         kl: z0 in nats, a float or (B,): mean h of responses put to other prompts; detached, negative counts as 0.
-        valid: (B, K) bool; None means all.
+        valid: (B, K) bool, False where a ragged row has no response.
+        beta: KL strength, > 0.
         desirable_weight, undesirable_weight: w_D and w_U, >= 0.
 
     Returns:
-        (B,) float; (w_D + w_U (n - 1)) / 2 where policy = reference.
-
-    Raises:
-        ValueError: beta not positive, or a negative weight.
+        (B,) float.
     """
-    if min(desirable_weight, undesirable_weight) < 0:
-        raise ValueError(f"KTO's weights must not be negative, got {desirable_weight} and {undesirable_weight}")
-    h, valid = clean("kto", logratios, beta=beta, valid=valid, num_tokens=None, length_norm=False)
+    h = torch.where(valid, logratios, 0.0)
     z0 = torch.as_tensor(kl, dtype=h.dtype, device=h.device).detach().clamp(min=0).reshape(-1, 1)
     desirable = desirable_weight * torch.sigmoid(beta * (z0[:, 0] - h[:, 0]))
     undesirable = undesirable_weight * torch.sigmoid(beta * (h[:, 1:] - z0))
     return desirable + torch.where(valid[:, 1:], undesirable, 0.0).sum(1)
 
 
-def _kto_at_reference(opponents: float, *, beta: float, desirable_weight: float, undesirable_weight: float) -> float:
-    return (desirable_weight + undesirable_weight * opponents) / 2
+def kto_at_reference(valid: Tensor, *, beta: float, desirable_weight: float, undesirable_weight: float) -> Tensor:
+    """(B,) float64, where all h and z0 are 0."""
+    return (desirable_weight + undesirable_weight * valid[:, 1:].sum(1).double()) / 2
 
 
-# KTO's facts in the form of a stage loss's. It has no q and no kappa: `stage` is called with z0 in their place, and
-# `at_reference` with the number of undesirable responses.
-KTO = Loss(kto_loss, _kto_at_reference, options=("desirable_weight", "undesirable_weight"))
+KTO = Loss(kto_loss, kto_at_reference, form="kto")

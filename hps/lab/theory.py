@@ -25,7 +25,7 @@ from hps.config import parse, run_main
 from hps.evaluate import md
 from hps.evaluate.figures import COLOURS, DPI, STYLE
 from hps.io.files import replacing, write_json, write_text
-from hps.losses import plackett_luce_loss, stage_loss
+from hps.losses import LOSSES, plackett_luce_loss, stage_loss
 from hps.samplers import log_q
 
 D = 8  # dimension of theta
@@ -49,18 +49,18 @@ class Options:
 def hps(gamma: float, *, kappa_n: bool = True) -> Loss:
     """The full HPS loss (Eqs. 8-10), kappa = N = n - 1 or else 1; gamma = 0 with kappa = N is Eq. 6."""
     return lambda r, r_est: stage_loss(
-        "dpo", r, log_q(r_est[:, 1:], gamma), beta=1.0, kappa=r.shape[1] - 1 if kappa_n else 1
+        LOSSES["dpo"], r, log_q(r_est[:, 1:], gamma), beta=1.0, kappa=r.shape[1] - 1 if kappa_n else 1
     )
 
 
 def pl(r: Tensor, r_est: Tensor) -> Tensor:
     """The Plackett-Luce loss of the whole ranking (Eqs. 4-5)."""
-    return plackett_luce_loss("dpo", r, beta=1.0)
+    return plackett_luce_loss(LOSSES["dpo"], r, beta=1.0)
 
 
 def bt(r: Tensor, r_est: Tensor) -> Tensor:
     """The Bradley-Terry loss of the first against the last (Eq. 2)."""
-    return stage_loss("dpo", r[:, [0, -1]], r.new_zeros(len(r), 1), beta=1.0)
+    return stage_loss(LOSSES["dpo"], r[:, [0, -1]], r.new_zeros(len(r), 1), beta=1.0)
 
 
 # ---- Theorem 1: estimation ------------------------------------------------------------------------
