@@ -124,7 +124,7 @@ def import_rows(c: Import) -> None:
 
 
 def export_rows(c: Export) -> None:
-    records, counts, reasons = importers.export_rows(c.format, listwise.read(c.input), pair=c.pair)
+    records, counts, reasons, _ = importers.export_rows(c.format, listwise.read(c.input), pair=c.pair)
     listwise.write_lines(c.output, records)
     tell(c, "export", counts, reasons)
 

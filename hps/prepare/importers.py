@@ -4,103 +4,103 @@ The formats themselves are in hps/prepare/formats.py.
 """
 
 import difflib
-import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hps.data.listwise import Row, decode_json, opened, read_lines
 from hps.io import files
-from hps.prepare.formats import DROPS, EXPORTS, FORMATS, Dropped, Format
+from hps.prepare import formats
+from hps.prepare.formats import DROPS, EXPORTS, FORMATS, Dropped, Record
 
 MAX_REASONS = 5
 EXPORT_DROPS = ("rows_no_pair", "rows_unsupported", "rows_empty_response", "rows_equal_responses")
 
 
-class Imported(NamedTuple):
-    """rows; counts: rows_read = rows_kept + rows_skipped + all DROPS; the first 5 reasons, each with file:line;
-    the columns of the file that no row holds, by name."""
+class Converted(NamedTuple):
+    """rows of one format as those of another; counts: rows_read = rows_kept (rows_written) + rows_skipped + all drops;
+    the first 5 reasons, each with file:line; the columns of a foreign file that no row holds, by name."""
 
-    rows: list[Row]
+    rows: list[Any]
     counts: dict[str, int]
     reasons: list[str]
     columns_left_out: list[str]
 
 
-class Exported(NamedTuple):
-    """records; counts: rows_read = rows_written + all EXPORT_DROPS, and the responses of written rows that are
-    in no pair; the first 5 reasons, each with file:line."""
-
-    records: list[dict[str, object]]
-    counts: dict[str, int]
-    reasons: list[str]
-
-
-def import_file(source: str, path: str | Path, *, order: str = "", limit: int | None = None, skip: int = 0) -> Imported:
+def import_file(
+    source: str, path: str | Path, *, order: str = "", limit: int | None = None, skip: int = 0
+) -> Converted:
     """Read a foreign file as rows: JSON Lines or one JSON list, plain, .gz or .xz, or .parquet (with pyarrow).
 
-    source, order: the keys of FORMATS; a source with several orders needs one named. skip, limit: leave out the
-    first `skip` usable rows, then take at most `limit`, so that (limit=a) and (skip=a) are disjoint. Reading
+    source, order: the keys of FORMATS and of its orders; a source with several needs one named. skip, limit: leave out
+    the first `skip` usable rows, then take at most `limit`, so that (limit=a) and (skip=a) are disjoint. Reading
     stops at the limit.
-    Raises ValueError for an unknown source or order, a broken file, one of another format, or no row left.
+
+    Raises:
+        ValueError: an unknown source or order, a broken file, one of another format, or no row left.
     """
-    form = _format(source, order)
+    check_known("source", source, FORMATS)
+    if order not in (orders := FORMATS[source].orders):
+        if "" in orders:
+            raise ValueError(f"order = {order!r} is of no use: source {source} has one order; leave it out")
+        raise ValueError(f"source {source} needs an order, one of {', '.join(orders)}; it is {order!r}")
     if skip < 0 or (limit is not None and limit < 1):
         raise ValueError(f"skip = {skip} must be at least 0 and limit = {limit} at least 1")
-    counts: dict[str, int] = dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0)
+    counts = dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0)
     rows: list[Row] = []
     reasons: list[str] = []
     columns: set[str] = set()
-    first: dict[str, str] = {}
+    first: dict[str, str] = {}  # where each id was met
     for where, record in _records(path):
         counts["rows_read"] += 1
         columns |= record.keys()
-        row = form.read(record, where)
-        if isinstance(row, Row) and row.id in first:
-            row = Dropped("rows_duplicate", f"the same as {first[row.id]}")
-        if isinstance(row, Dropped):
-            _drop(row, where, counts, reasons)
+        try:
+            row = formats.read(source, record, where, order=order)
+            if row.id in first:
+                raise Dropped("rows_duplicate", f"the same as {first[row.id]}")
+        except Dropped as dropped:
+            _count(dropped, where, counts, reasons)
             continue
         first[row.id] = where
         if len(first) <= skip:
             counts["rows_skipped"] += 1
             continue
-        counts["rows_kept"] += 1
         rows.append(row)
         if len(rows) == limit:
             break
+    counts["rows_kept"] = len(rows)
     if not rows:
         raise ValueError(_nothing_left(f"{path}: no row is left of this {source} file", counts, reasons))
-    return Imported(rows, counts, reasons, sorted(columns - set(form.columns)))
+    return Converted(rows, counts, reasons, sorted(columns - formats.columns_of(source, order)))
 
 
-def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Exported:
+def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Converted:
     """Rows as records of pairs: the answers that do not fit a pair, and the rewards, are not in them.
 
     format: "trl" or "hh-rlhf". pair: "human" (chosen, rejected) or "rewards" (the highest against the lowest,
     the first of equals). A row is left out and counted where it has no such pair (all rewards equal, say), or
     where the format would not give the same texts back.
-    Raises ValueError for an unknown format or pair, for no record left, and for trl where some prompts are
-    strings and some messages: a TRL data set holds one kind.
+
+    Raises:
+        ValueError: an unknown format or pair, no record left, and prompts of both kinds, strings and messages: a TRL
+            data set holds one kind.
     """
-    if format not in EXPORTS:
-        raise ValueError(_unknown("format", format, EXPORTS))
-    if pair not in ("human", "rewards"):
-        raise ValueError(_unknown("pair", pair, ("human", "rewards")))
-    counts: dict[str, int] = dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0)
-    records: list[dict[str, object]] = []
+    check_known("format", format, EXPORTS)
+    check_known("pair", pair, ("human", "rewards"))
+    counts = dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0)
+    records: list[Record] = []
     reasons: list[str] = []
     kinds: dict[type, str] = {}
     for row in rows:
         counts["rows_read"] += 1
-        record = _export_row(format, row, pair)
-        if isinstance(record, Dropped):
-            _drop(record, row.where or f"row {row.id!r}", counts, reasons)
+        try:
+            records.append(formats.write(format, row, *_pair_of(row, pair)))
+        except Dropped as dropped:
+            _count(dropped, row.where or f"row {row.id!r}", counts, reasons)
             continue
-        counts["rows_written"] += 1
         counts["responses_left_out"] += len(row.responses) - 2
-        records.append(record)
         kinds.setdefault(type(row.prompt), row.where)
+    counts["rows_written"] = len(records)
     if len(kinds) == 2:
         raise ValueError(
             f"a TRL data set holds prompts of one kind, but that of {kinds[str]} is a string and that of "
@@ -108,10 +108,10 @@ def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Exp
         )
     if not records:
         raise ValueError(_nothing_left(f"no row can be exported to {format} with pair {pair}", counts, reasons))
-    return Exported(records, counts, reasons)
+    return Converted(records, counts, reasons, [])
 
 
-def write_manifest(input: str | Path, output: str | Path, facts: dict[str, object], *, name: str = "") -> Path:
+def write_manifest(input: str | Path, output: str | Path, facts: dict[str, Any], *, name: str = "") -> Path:
     """Write OUTPUT.manifest.json: `facts` (options, counts) and what identifies both files; returns its path.
 
     name: what the input is called instead of its path, which may be that of a cache.
@@ -119,48 +119,38 @@ def write_manifest(input: str | Path, output: str | Path, facts: dict[str, objec
     The hashes are SHA-256 of the files as they lie, so that `sha256sum` checks them. Equal files and facts give
     equal bytes: there is no time in it.
     """
-    about = {}
-    for key, path in (("input", input), ("output", output)):
-        about[key] = {"path": str(path), "bytes": os.path.getsize(path), "sha256": files.sha256(Path(path))}
-    about["input"]["path"] = name or str(input)
+    about = {
+        key: {"path": called, "bytes": Path(path).stat().st_size, "sha256": files.sha256(Path(path))}
+        for key, path, called in (("input", input, name or str(input)), ("output", output, str(output)))
+    }
     manifest = Path(f"{output}.manifest.json")
     files.write_record(manifest, about | facts)
     return manifest
 
 
-def _format(source: str, order: str) -> Format:
-    if source not in FORMATS:
-        raise ValueError(_unknown("source", source, FORMATS))
-    orders = FORMATS[source]
-    if order not in orders:
-        if "" in orders:
-            raise ValueError(f"order = {order!r} is of no use: source {source} has one order; leave it out")
-        raise ValueError(f"source {source} needs an order, one of {', '.join(orders)}; it is {order!r}")
-    return orders[order]
+def check_known(what: str, name: str, known: Collection[str]) -> None:
+    """Raise ValueError, naming the nearest known one, for a name that is not."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown {what} {name!r}; did you mean {near!r}? Known: {', '.join(known)}")
 
 
-def _export_row(format: str, row: Row, pair: str) -> dict[str, object] | Dropped:
+def _count(dropped: Dropped, where: str, counts: dict[str, int], reasons: list[str]) -> None:
+    counts[dropped.counter] += 1
+    if len(reasons) < MAX_REASONS:
+        reasons.append(f"{where}: {dropped}")
+
+
+def _pair_of(row: Row, pair: str) -> tuple[int, int]:
+    """The indices of a row's preferred and dispreferred response; Dropped where it has no such pair."""
     chosen, rejected = row.chosen, row.rejected
     if pair == "rewards":
         if not row.rewards or min(row.rewards) == max(row.rewards):
-            return Dropped("rows_no_pair", f"row {row.id!r} has no two different rewards")
+            raise Dropped("rows_no_pair", f"row {row.id!r} has no two different rewards")
         chosen, rejected = (row.rewards.index(of(row.rewards)) for of in (max, min))
     if chosen is None or rejected is None:
-        return Dropped("rows_no_pair", f"row {row.id!r} has no chosen and rejected response")
-    record = EXPORTS[format](row, chosen, rejected)
-    if isinstance(record, Dropped):
-        return record
-    back = FORMATS[format][""].read(record, row.where)
-    if isinstance(back, Row):
-        assert (back.prompt, *back.responses) == (row.prompt, row.responses[chosen], row.responses[rejected])
-        return record
-    return back
-
-
-def _drop(dropped: Dropped, where: str, counts: dict[str, int], reasons: list[str]) -> None:
-    counts[dropped.counter] += 1
-    if len(reasons) < MAX_REASONS:
-        reasons.append(f"{where}: {dropped.reason}")
+        raise Dropped("rows_no_pair", f"row {row.id!r} has no chosen and rejected response")
+    return chosen, rejected
 
 
 def _nothing_left(what: str, counts: dict[str, int], reasons: list[str]) -> str:
@@ -168,12 +158,7 @@ def _nothing_left(what: str, counts: dict[str, int], reasons: list[str]) -> str:
     return "\n  ".join([f"{what}: {lost}", *reasons])
 
 
-def _unknown(what: str, name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-    return f"unknown {what} {name!r}; did you mean {near!r}? Known: {', '.join(known)}"
-
-
-def _records(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
+def _records(path: str | Path) -> Iterator[tuple[str, Record]]:
     for where, record in _parquet(path) if Path(path).suffix == ".parquet" else _json(path):
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a record must be a JSON object")

@@ -414,7 +414,7 @@ TARGETS: dict[str, Target] = {
     "broken xz": Target([[ROW]], lambda parts: lzma.compress(lines(parts)), data_file(".xz", bytes)),
     **{f"{source} {order}".strip(): Target(
         fixture(source, *(["trl-standard"] if source == "trl" else [])), lines, imported(source, order)
-    ) for source, orders in FORMATS.items() for order in orders},
+    ) for source, form in FORMATS.items() for order in form.orders},
     "JSON list": Target([fixture("hh-rlhf")], whole, imported("hh-rlhf", "")),
     "options": Target([list(TOML.values())], toml(list(TOML)), options),
     "training options": Target([list(TRAIN.values())], toml(list(TRAIN)), training_options, rf"x\.toml|\b({NAMES})\b"),
