@@ -1,14 +1,18 @@
-"""The plan of a run: the distribution of draws, what is excluded, and what a draw may not depend on."""
+"""The plan of a run: against a slow one, visit by visit; the distribution of draws; what a draw may not depend on."""
+
+import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from hps import plan as planning
 from hps.extra.kto import mismatched
-from hps.plan import dispreferred, padded, plan
-from hps.samplers import Visits, ranks
+from hps.plan import dispreferred, plan
+from hps.samplers import counter_uniform, gamma_at
 
 RUN = dict(epochs=2, prompts_per_step=4, seed=0)
+CONSTANT = dict(sampler="hps", gamma_schedule="constant")
 
 
 def world(rows: int = 40, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
@@ -18,60 +22,165 @@ def world(rows: int = 40, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndar
     return rewards, [np.arange(len(r)) for r in rewards], g.integers(0, 2**63, size=rows, dtype=np.uint64)
 
 
+def same_prompt(r: np.ndarray, times: int, **how) -> planning.Plan:
+    """The plan of one prompt of distinct texts, copied under other keys."""
+    return plan([r] * times, [np.arange(len(r))] * times, np.arange(times), **how)
+
+
+# ------------------------------------------------------------------------------------------------------- a slow plan
+
+
+def contrast(r, texts, positives: int) -> tuple[list[int], list[int], int, int]:
+    """The preferred, those that q runs over, and how many ties and copies are left out."""
+    left, best, ties, copies = [k for k in range(len(r)) if r[k] > -np.inf], [], 0, 0
+    for _ in range(positives):
+        if left:
+            best.append(max(left, key=lambda k: r[k]))
+            tie = [k for k in left if r[k] == r[best[-1]] and k != best[-1]]
+            copy = [k for k in left if r[k] != r[best[-1]] and texts[k] == texts[best[-1]]]
+            ties, copies = ties + len(tie), copies + len(copy)
+            left = [k for k in left if k not in (*tie, *copy, best[-1])]
+    return best, sorted(best[1:] + left) if left else [], ties, copies
+
+
+def ranks_by_hand(r, texts, pool: list[int], size: int) -> list[int]:
+    distinct: list[int] = []
+    for k in sorted(pool, key=lambda k: -r[k]):
+        if all(texts[k] != texts[j] for j in distinct):
+            distinct.append(k)
+    if size and len(distinct) > size - 1:
+        places = np.linspace(0, len(distinct) - 1, size - 1) if size > 2 else [len(distinct) - 1]
+        distinct = [distinct[round(x)] for x in places]
+    return distinct
+
+
+def visit_by_hand(r, texts, key, epoch, progress, sampler, o) -> tuple[list[int], list[float], float, float, float]:
+    """Responses, log_q, kappa, gamma and effective negatives of one visit."""
+    best, pool, _, _ = contrast(r, texts, o.get("positives", 1))
+    if sampler in ("bt", "human"):
+        return [best[0], ranks_by_hand(r, texts, pool, 2)[0]], [0.0], 1, 0, 1
+    if sampler == "pl":
+        ranked = ranks_by_hand(r, texts, pool, o["pl_responses"])
+        return [best[0], *ranked], [0.0] * len(ranked), 1, 0, 1
+    if sampler == "random":
+        u = counter_uniform(o["seed"], 4, key, epoch, np.arange(len(r)))
+        first, *others = np.argsort(u)
+        other = next(k for k in others if r[k] != r[first])
+        return sorted([first, other], key=lambda k: -r[k]), [0.0], 1, 0, 1
+    at = counter_uniform(o["seed"], 3, key, epoch)[0] if o.get("gamma_schedule") == "mixture" else progress
+    how = dict(schedule=o.get("gamma_schedule", "left_knots"), start=o.get("gamma_start", -5.0))
+    gamma = float(gamma_at(at, **how)) if sampler == "hps" else 0.0
+    s = o.get("reward_scale", 1.0) * (stats.zscore(r) if o.get("reward_norm") == "zscore" else r)
+    log_q = gamma * s[pool] - np.logaddexp.reduce(gamma * s[pool])
+    kappa = len(pool) if o.get("n_factor") == "n_minus_one" else 1
+    if o.get("hps_form") == "full":
+        order = np.argsort(-r[pool], kind="stable") if o.get("positives", 1) > 1 else range(len(pool))
+        others, weights = [pool[i] for i in order], [log_q[i] for i in order]
+    else:
+        K, drawn = o.get("hps_samples", 1), []
+        for d in range(K):
+            u = counter_uniform(o["seed"], 2 + 16 * d, key, epoch, np.arange(len(r)))[pool]
+            drawn.append(pool[int(np.argmax(log_q - np.log(-np.log(u))))])
+        others = sorted(set(drawn))
+        weights = [math.log(drawn.count(k) / K) for k in others]
+    return [best[0], *others], weights, kappa, gamma, math.exp(stats.entropy(np.exp(log_q)))
+
+
+CASES = [
+    ("bt", {}),
+    ("bt", dict(shuffle="together")),
+    ("pl", dict(pl_responses=0)),
+    ("pl", dict(pl_responses=5)),
+    ("random", dict(epochs=3)),
+    ("human", dict(shuffle="no")),
+    ("uniform", dict(hps_samples=4, n_factor="n_minus_one")),
+    ("hps", dict(reward_norm="zscore", reward_scale=0.5)),
+    ("hps", dict(gamma_schedule="mixture", hps_form="full", n_factor="n_minus_one")),
+    ("hps", dict(gamma_schedule="linear", gamma_start=-1.0, hps_samples=3)),
+    ("hps", dict(hps_form="full", positives=3, shuffle="together")),
+]
+
+
+@pytest.mark.parametrize(("sampler", "options"), CASES)
+def test_rows_of_any_length_give_what_each_gives_alone(monkeypatch, sampler, options):
+    """The plan works on chunks of prompts, padded; here with ties, copies, single responses and rows of no contrast."""
+    monkeypatch.setattr(planning, "PROMPTS_PER_CHUNK", 50)
+    g = np.random.default_rng(1)
+    sizes = g.integers(1, 12, size=170)
+    rewards = [g.normal(size=n).round(1) for n in sizes]
+    identity = [g.integers(0, n + 1, size=n) for n in sizes]
+    keys = g.integers(0, 2**63, size=170, dtype=np.uint64)
+    human = np.stack([g.integers(-1, sizes), g.integers(-1, sizes)], 1)
+    human[human[:, 0] == human[:, 1]] = -1
+    o = dict(epochs=2, prompts_per_step=7, seed=5, shuffle="epochs") | options
+    p = plan([None] * 170 if sampler == "human" else rewards, identity, keys, sampler=sampler, human=human, **o)
+    reasons = "rows_one_response", "rows_no_dispreferred"
+    if sampler == "human":  # is best against worst of the pair alone
+        reasons, rewards = ("rows_no_human_pair", "pairs_of_equal_texts"), [np.full(n, -np.inf) for n in sizes]
+        for r, pair in zip(rewards, human):
+            r[pair] = (1.0, 0.0) if min(pair) >= 0 else -np.inf
+    found = [contrast(r, t, o.get("positives", 1)) for r, t in zip(rewards, identity)]
+    pools = [pool for _, pool, _, _ in found]
+    single = sum(sum(r > -np.inf) < 2 for r in rewards)
+    dropped = dict(zip(reasons, (single, sum(not pool for pool in pools) - single)))
+    excluded = [sum(x[i] for x in found if x[1]) for i in (2, 3)]
+    assert p.dropped == dropped and p.excluded == dict(zip(("ties_with_best", "copies_of_best"), excluded))
+
+    visits = [(row, epoch) for epoch in range(o["epochs"]) for row in range(170) if pools[row]]
+    number = {v: counter_uniform(o["seed"], 1, v[1], keys[v[0]])[0] for v in visits}
+    by = {"no": lambda v: v[::-1], "together": lambda v: number[v], "epochs": lambda v: (v[1], number[v])}
+    visits.sort(key=by[o["shuffle"]])
+    assert list(zip(p.row, p.epoch)) == visits
+    assert [list(p.step(s)) for s in (0, p.steps - 1)] == [
+        list(range(7)),
+        list(range(len(visits)))[(p.steps - 1) * 7 :],
+    ]
+    widest = 0
+    for v, (row, epoch) in enumerate(visits):
+        how = keys[row], epoch, v // 7 / p.steps, sampler, o
+        responses, log_q, *rest = visit_by_hand(rewards[row], identity[row], *how)
+        widest = max(widest, len(responses))
+        assert p.responses[v][: len(responses)].tolist() == responses and (p.responses[v][len(responses) :] == -1).all()
+        np.testing.assert_allclose(p.log_q[v][: len(log_q)], log_q, rtol=1e-5, atol=1e-6)
+        assert (p.log_q[v][len(log_q) :] == 0).all()
+        np.testing.assert_allclose([p.kappa[v], p.gamma[v], p.effective[v]], rest, rtol=1e-5)
+    assert p.responses.shape[1] == widest
+
+
+# -------------------------------------------------------------------------------------------------- what draws are like
+
+
 def test_draws_follow_q():
-    """One prompt visited 20,000 times at a constant gamma: the counts of the draws against Eq. 9."""
-    rewards = np.array([0.3, 2.0, 1.2, -0.5, 0.9])
-    p = plan(
-        [rewards] * 20_000,
-        [np.arange(5)] * 20_000,
-        np.arange(20_000, dtype=np.uint64),
-        sampler="hps",
-        gamma_schedule="constant",
-        gamma_start=1.5,
-        epochs=1,
-        prompts_per_step=64,
-        seed=3,
-    )
+    """One prompt visited 20,000 times at a constant gamma against Eq. 9; 20,000 draws of a visit; uniform draws."""
+    r = np.array([0.3, 2.0, 1.2, -0.5, 0.9])
+    q = np.exp(1.5 * np.delete(r, 1))
+    many = dict(epochs=1, prompts_per_step=64, seed=3)
+    p = same_prompt(r, 20_000, gamma_start=1.5, **CONSTANT, **many)
     assert (p.responses[:, 0] == 1).all()
-    weights = np.exp(1.5 * np.delete(rewards, 1))
     counts = np.bincount(p.responses[:, 1], minlength=5)
-    assert counts[1] == 0
-    assert stats.chisquare(np.delete(counts, 1), 20_000 * weights / weights.sum()).pvalue > 1e-3
-
-
-def test_uniform_view_draws_evenly_and_redraws_each_epoch():
-    n = 6
-    p = plan(
-        [np.arange(n, dtype=float)] * 5000,
-        [np.arange(n)] * 5000,
-        np.arange(5000, dtype=np.uint64),
-        sampler="uniform",
-        **RUN,
-    )
-    assert stats.chisquare(np.bincount(p.responses[:, 1], minlength=n)[:-1]).pvalue > 1e-3
+    assert counts[1] == 0 and stats.chisquare(np.delete(counts, 1), 20_000 * q / q.sum()).pvalue > 1e-3
+    p = same_prompt(r, 1, gamma_start=1.5, hps_samples=20_000, **CONSTANT, **many)
+    np.testing.assert_allclose(np.exp(p.log_q[0]), q / q.sum(), atol=0.015)
+    p = same_prompt(np.arange(6.0), 5_000, sampler="uniform", **RUN)
+    assert stats.chisquare(np.bincount(p.responses[:, 1], minlength=6)[:-1]).pvalue > 1e-3
     first, second = (dict(zip(p.row[p.epoch == e], p.responses[p.epoch == e, 1], strict=True)) for e in (0, 1))
-    same = np.mean([first[row] == second[row] for row in first])
-    assert abs(same - 1 / (n - 1)) < 0.03  # independent draws agree by chance only
+    assert abs(np.mean([first[row] == second[row] for row in first]) - 1 / 5) < 0.03  # alike by chance only
+    # Gammas in random order: each visit has one of the five, whatever the step (the authors' accident).
+    p = same_prompt(r, 2_000, sampler="hps", gamma_schedule="mixture", **RUN)
+    for half in (p.gamma[:2000], p.gamma[2000:]):
+        values, counts = np.unique(half, return_counts=True)
+        assert values.tolist() == [-5, -3, -1, 1, 3] and stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_draws_depend_on_the_prompt_and_not_on_its_place():
     """Another file order, other prompts left out, wider neighbours (padding), another chunk: the same draws."""
     rewards, identity, keys = world(rows=10_000)  # three chunks
     for i in range(0, 10_000, 7):
-        rewards[i] = np.zeros(3)  # no contrast: not in the plan
-        identity[i] = np.arange(3)
-    whole = plan(rewards, identity, keys, sampler="hps", gamma_schedule="constant", gamma_start=1.0, **RUN)
+        rewards[i], identity[i] = np.zeros(3), np.arange(3)  # no contrast: not in the plan
+    whole = plan(rewards, identity, keys, gamma_start=1.0, **CONSTANT, **RUN)
     at = {(keys[r], e): y for r, e, y in zip(whole.row, whole.epoch, whole.responses, strict=True)}
     some = np.random.default_rng(1).permutation(10_000)[:300]
-    part = plan(
-        [rewards[i] for i in some],
-        [identity[i] for i in some],
-        keys[some],
-        sampler="hps",
-        gamma_schedule="constant",
-        gamma_start=1.0,
-        **RUN,
-    )
+    part = plan([rewards[i] for i in some], [identity[i] for i in some], keys[some], gamma_start=1.0, **CONSTANT, **RUN)
     for r, e, y in zip(part.row, part.epoch, part.responses, strict=True):
         assert y.tolist() == at[keys[some][r], e].tolist()
         assert y[0] == np.argmax(rewards[some[r]])
@@ -80,180 +189,87 @@ def test_draws_depend_on_the_prompt_and_not_on_its_place():
 
 def test_every_prompt_once_an_epoch_in_a_new_order():
     rewards, identity, keys = world()
-    p = plan(rewards, identity, keys, sampler="bt", **RUN)
-    one, two = p.row[:40], p.row[40:]
-    assert sorted(one) == sorted(two) == list(range(40))
-    assert list(one) != list(two)
-    assert p.steps == 20
-    assert [v for s in range(p.steps) for v in p.step(s)] == list(range(80))
-    unshuffled = plan(rewards, identity, keys, sampler="bt", shuffle="no", **RUN)
-    assert list(unshuffled.row) == list(range(40)) * 2
+    p = plan(rewards, identity, keys, sampler="uniform", **RUN)
+    assert sorted(p.row[:40]) == sorted(p.row[40:]) == list(range(40)) and list(p.row[:40]) != list(p.row[40:])
     together = plan(rewards, identity, keys, sampler="uniform", shuffle="together", **RUN)
-    apart = plan(rewards, identity, keys, sampler="uniform", **RUN)
-    assert sorted(apart.row[:40]) == list(range(40)) != sorted(together.row[:40])  # a prompt may come twice at once
-    visits = [sorted(zip(p.row, p.epoch, p.responses[:, 1], strict=True)) for p in (apart, together)]
+    assert sorted(together.row[:40]) != list(range(40))  # a prompt may come twice at once
+    visits = [sorted(zip(x.row, x.epoch, x.responses[:, 1], strict=True)) for x in (p, together)]
     assert visits[0] == visits[1]  # the same draws: each copy has its own
-    with pytest.raises(ValueError, match="unknown shuffle 'yes'; choose one of epochs, together, no"):
-        plan(rewards, identity, keys, sampler="bt", shuffle="yes", **RUN)
 
 
 def test_curriculum_follows_optimizer_steps():
+    """20 steps, four of each gamma; -5 draws low-reward responses, 3 high ones."""
     rewards, identity, keys = world()
-    p = plan(rewards, identity, keys, sampler="hps", **RUN)  # 20 steps, four of each gamma
+    p = plan(rewards, identity, keys, sampler="hps", **RUN)
     assert [p.gamma[p.step(s)[0]] for s in range(20)] == [g for g in (-5, -3, -1, 1, 3) for _ in range(4)]
-    # gamma = -5 draws low-reward responses, gamma = 3 high ones.
-    mean = {
-        g: np.mean(
-            [
-                stats.rankdata(rewards[r])[y] / len(rewards[r])
-                for r, y in zip(p.row[p.gamma == g], p.responses[p.gamma == g, 1], strict=True)
-            ]
-        )
-        for g in (-5, 3)
-    }
-    assert mean[-5] < 0.35 < 0.55 < mean[3]
+    place = [stats.rankdata(rewards[r])[y] / len(rewards[r]) for r, y in zip(p.row, p.responses[:, 1], strict=True)]
+    low, high = (np.mean(np.array(place)[p.gamma == g]) for g in (-5, 3))
+    assert low < 0.35 < 0.55 < high
+
+
+# ------------------------------------------------------------------------------------------------ by hand, and mistakes
 
 
 def test_ties_and_copies_of_the_best_are_excluded_and_counted():
-    """Candidates: best, tie with it, copy of its text with a lower score, two true opponents."""
-    rewards = np.array([3.0, 3.0, 1.0, 2.0, 0.0])
-    identity = np.array([0, 1, 0, 2, 3])
-    best, mask, counts = dispreferred(rewards[None], identity[None])
-    assert best.tolist() == [[0]]
-    assert mask.tolist() == [[False, False, False, True, True]]
-    assert counts == {"ties_with_best": [1], "copies_of_best": [1]}
-    p = plan([rewards] * 50, [identity] * 50, np.arange(50), sampler="uniform", n_factor="n_minus_one", **RUN)
-    assert set(p.responses[:, 1]) == {3, 4}
-    assert p.excluded == {"ties_with_best": 50, "copies_of_best": 50}
-    assert set(p.kappa) == {2.0}  # N counts what q runs over
-
-
-def test_rows_without_contrast_are_dropped_and_counted():
-    rewards = [np.array([1.0]), np.array([2.0, 2.0]), np.array([1.0, 0.0])]
-    identity = [np.array([0]), np.array([0, 1]), np.array([0, 1])]
-    p = plan(rewards, identity, np.arange(3), sampler="bt", **RUN)
-    assert p.dropped == {"rows_one_response": 1, "rows_no_dispreferred": 1}
-    assert set(p.row) == {2}
-    with pytest.raises(ValueError, match="no prompt has a response below its best one"):
-        plan(rewards[:2], identity[:2], np.arange(2), sampler="bt", **RUN)
-
-
-def test_bt_takes_best_and_worst_and_pl_ranks_evenly():
-    rewards = np.array([5.0, 0.0, 9.0, 3.0, 1.0, 7.0, 2.0, 4.0, 6.0, 8.0])
-    same = np.arange(10)
-    bt = plan([rewards], [same], np.arange(1), sampler="bt", **RUN)
-    assert bt.responses[0].tolist() == [2, 1]
-    pl = plan([rewards], [same], np.arange(1), sampler="pl", pl_responses=4, **RUN)
-    # Ranks of the nine dispreferred: 0 (reward 8), 4 (reward 4), 8 (reward 0).
-    assert rewards[pl.responses[0]].tolist() == [9.0, 8.0, 4.0, 0.0]
-    two = plan([rewards[:3], rewards], [same[:3], same], np.arange(2), sampler="pl", pl_responses=4, **RUN)
-    assert two.responses[two.row == 0][0].tolist() == [2, 0, 1, -1]
-    whole = plan([rewards], [same], np.arange(1), sampler="pl", pl_responses=0, **RUN)
-    assert rewards[whole.responses[0]].tolist() == sorted(rewards, reverse=True)
-    # A text that stands twice is ranked once.
-    copies = same.copy()
-    copies[7] = copies[0]
-    assert set(plan([rewards], [copies], np.arange(1), sampler="pl", pl_responses=0, **RUN).responses[0]) == set(
-        range(10)
-    ) - {7}
-    for wrong in (1, -1):
-        with pytest.raises(ValueError, match=r"pl_responses must be 0 \(all\) or at least 2"):
-            plan([rewards], [same], np.arange(1), sampler="pl", pl_responses=wrong, **RUN)
-
-
-def test_effective_negatives():
-    """exp(entropy): n - 1 at gamma = 0, 1 where q is an argmax."""
-    rewards = np.array([9.0, 3.0, 2.0, 1.0, 0.0])
-    for gamma, expected in ((0.0, 4.0), (100.0, 1.0)):
-        p = plan(
-            [rewards], [np.arange(5)], np.arange(1), sampler="hps", gamma_schedule="constant", gamma_start=gamma, **RUN
-        )
-        assert p.effective[0] == pytest.approx(expected, rel=1e-5)
-
-
-def test_several_draws_are_merged_with_their_counts_as_weights():
-    """K draws with replacement: a response drawn c times stands once with weight c / K; the first draw is K = 1's."""
-    rewards, identity, keys = world()
-    how = dict(sampler="hps", gamma_schedule="constant", gamma_start=1.0, **RUN)
-    one = plan(rewards, identity, keys, **how)
-    many = plan(rewards, identity, keys, hps_samples=4, **how)
-    assert many.responses.shape[1] <= 5
-    for v in range(len(many.row)):
-        others = many.responses[v, 1:][many.responses[v, 1:] >= 0]
-        assert len(set(others)) == len(others) and one.responses[v, 1] in others
-        weights = np.exp(many.log_q[v, : len(others)])
-        assert weights.sum() == pytest.approx(1.0, abs=1e-6)
-        assert np.allclose(weights * 4, np.round(weights * 4), atol=1e-5)
-    # Over many draws the weights follow q.
-    r = np.array([0.3, 2.0, 1.2, -0.5, 0.9])
-    p = plan([r], [np.arange(5)], np.arange(1), hps_samples=20_000, **how)
-    q = np.exp(1.0 * r[p.responses[0, 1:]])
-    np.testing.assert_allclose(np.exp(p.log_q[0]), q / q.sum(), atol=0.015)
-
-
-def test_the_full_form_carries_eq_9():
-    r = np.array([0.3, 2.0, 1.2, -0.5, 0.9])
-    p = plan(
-        [r, r[:3]], [np.arange(5), np.arange(3)], np.arange(2), sampler="hps", hps_form="full",
-        gamma_schedule="constant", gamma_start=2.0, **RUN,
-    )  # fmt: skip
-    for n in (5, 3):
-        v = int(np.flatnonzero(p.row == (0 if n == 5 else 1))[0])
-        others = [i for i in range(n) if i != 1]
-        assert p.responses[v, : 1 + len(others)].tolist() == [1, *others]
-        assert (p.responses[v, 1 + len(others) :] == -1).all()
-        q = np.exp(2.0 * r[others])
-        np.testing.assert_allclose(np.exp(p.log_q[v, : len(others)]), q / q.sum(), rtol=1e-5)
-
-
-def test_mixture_shuffles_the_knots_over_all_of_training():
-    """The authors' accident: each visit has one of the five gammas, whatever the step."""
-    rewards, identity, keys = world(rows=2000)
-    p = plan(rewards, identity, keys, sampler="hps", gamma_schedule="mixture", **RUN)
-    for half in (p.gamma[:2000], p.gamma[2000:]):
-        values, counts = np.unique(half, return_counts=True)
-        assert values.tolist() == [-5, -3, -1, 1, 3]
-        assert stats.chisquare(counts).pvalue > 1e-3
-
-
-def test_random_pairs_are_ordered_by_reward_and_even():
-    r = np.array([1.0, 3.0, 3.0, 2.0])
-    p = plan([r] * 6000, [np.arange(4)] * 6000, np.arange(6000), sampler="random", epochs=1, prompts_per_step=8, seed=0)
-    pairs, counts = np.unique(p.responses, axis=0, return_counts=True)
-    assert {tuple(pair) for pair in pairs} == {(1, 0), (2, 0), (3, 0), (1, 3), (2, 3)}
-    assert (r[p.responses[:, 0]] > r[p.responses[:, 1]]).all()
-    assert counts.min() > 800
-
-
-def test_human_pairs_need_no_rewards():
-    pairs = np.array([(1, 0), (-1, -1), (0, 2), (0, 1), (1, -1)])
-    identity = [np.arange(2), np.arange(2), np.arange(3), np.array([5, 5]), np.arange(2)]
-    p = plan([None] * 5, identity, np.arange(5), sampler="human", human=pairs, **RUN)
-    assert {(row, *y) for row, y in zip(p.row.tolist(), p.responses.tolist(), strict=True)} == {(0, 1, 0), (2, 0, 2)}
-    assert p.dropped == {"rows_no_human_pair": 2, "pairs_of_equal_texts": 1}
-    with pytest.raises(ValueError, match="no prompt has a human pair"):
-        plan([None], [np.arange(2)], np.arange(1), sampler="human", human=pairs[1:2], **RUN)
-
-
-def test_several_positives_stand_in_front_and_leave_their_ties_and_copies_out():
     """Rewards 7 7' 6 5 5' 3 2 2, the 3 a copy of 6's text: positives 7, 6, 5; 7', 5' (ties) and 3 (copy) are out."""
     rewards = np.array([2.0, 5.0, 7.0, 6.0, 3.0, 7.0, 5.0, 2.0])
     identity = np.array([0, 1, 2, 3, 3, 5, 6, 7])
     best, below, left_out = dispreferred(rewards[None], identity[None], 3)
     assert best.tolist() == [[2, 3, 1]] and np.flatnonzero(below).tolist() == [0, 7]
     assert left_out == {"ties_with_best": [2], "copies_of_best": [1]}
-    how = dict(
-        sampler="hps", hps_form="full", gamma_schedule="constant", gamma_start=0.5, n_factor="n_minus_one", **RUN
-    )
     short = np.array([1.0, 3.0, 2.0])  # nothing is below three positives
+    how = dict(hps_form="full", n_factor="n_minus_one", gamma_start=0.5, **CONSTANT, **RUN)
     p = plan([rewards, short], [identity, np.arange(3)], np.arange(2), positives=3, **how)
     assert p.dropped == {"rows_one_response": 0, "rows_no_dispreferred": 1}
-    assert p.responses.tolist() == [[2, 3, 1, 0, 7]] * 2
+    assert p.responses.tolist() == [[2, 3, 1, 0, 7]] * 2 and p.kappa.tolist() == [4.0, 4.0]
     q = np.exp(0.5 * np.array([6.0, 5.0, 2.0, 2.0]))
     np.testing.assert_allclose(np.exp(p.log_q), [q / q.sum()] * 2, rtol=1e-6)
-    assert p.kappa.tolist() == [4.0, 4.0]
-    with pytest.raises(ValueError, match="use sampler hps or uniform and hps_form full, or positives = 1"):
-        plan([rewards], [identity], np.arange(1), sampler="bt", positives=2, **RUN)
+
+
+def test_bt_takes_best_and_worst_and_pl_ranks_evenly():
+    r = np.array([5.0, 0.0, 9.0, 3.0, 1.0, 7.0, 2.0, 4.0, 6.0, 8.0])
+    assert same_prompt(r, 1, sampler="bt", **RUN).responses[0].tolist() == [2, 1]
+    pl = same_prompt(r, 1, sampler="pl", pl_responses=4, **RUN)  # ranks 0, 4 and 8 of the nine dispreferred
+    assert r[pl.responses[0]].tolist() == [9.0, 8.0, 4.0, 0.0]
+    whole = same_prompt(r, 1, sampler="pl", pl_responses=0, **RUN)
+    assert r[whole.responses[0]].tolist() == sorted(r, reverse=True)
+
+
+def test_effective_negatives():
+    """exp(entropy): n - 1 at gamma = 0, 1 where q is an argmax."""
+    for gamma, expected in ((0.0, 4.0), (100.0, 1.0)):
+        p = same_prompt(np.array([9.0, 3.0, 2.0, 1.0, 0.0]), 1, gamma_start=gamma, **CONSTANT, **RUN)
+        assert p.effective[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_random_pairs_are_ordered_by_reward_and_even():
+    r = np.array([1.0, 3.0, 3.0, 2.0])
+    p = same_prompt(r, 6000, sampler="random", epochs=1, prompts_per_step=8, seed=0)
+    pairs, counts = np.unique(p.responses, axis=0, return_counts=True)
+    assert {tuple(pair) for pair in pairs} == {(1, 0), (2, 0), (3, 0), (1, 3), (2, 3)}
+    assert (r[p.responses[:, 0]] > r[p.responses[:, 1]]).all() and counts.min() > 800
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(sampler="hsp"), "unknown sampler 'hsp'; choose one of hps, uniform"),
+        (dict(shuffle="yes"), "unknown shuffle 'yes'; choose one of epochs, together, no"),
+        (dict(n_factor="n"), "unknown n_factor 'n'; choose one of one, n_minus_one"),
+        (dict(hps_form="half"), "unknown hps_form 'half'; choose one of sample, full"),
+        (dict(sampler="pl", pl_responses=1), r"pl_responses must be 0 \(all\) or at least 2, got 1"),
+        (dict(sampler="pl", pl_responses=-1), r"pl_responses must be 0 \(all\) or at least 2, got -1"),
+        (dict(epochs=0), "must be at least 1"),
+        (dict(sampler="bt", positives=2, hps_form="full"), "use sampler hps or uniform and hps_form full, or"),
+        (dict(positives=2), "use sampler hps or uniform and hps_form full, or"),
+        (dict(sampler="human", human=np.array([(1, -1)])), "no prompt has a human pair of different texts"),
+        (dict(rewards=[np.array([2.0, 2.0])]), "no prompt has a response below its best one"),
+    ],
+)
+def test_a_mistake_is_named(options, message):
+    how = dict(rewards=[np.array([1.0, 0.0])], sampler="hps", **RUN) | options
+    with pytest.raises(ValueError, match=message):
+        plan(identity=[np.arange(2)], keys=np.arange(1), **how)
 
 
 def test_mismatched_pairs_by_hand():
@@ -267,25 +283,3 @@ def test_mismatched_pairs_by_hand():
     assert mismatched(p).tolist() == [1, 2, 3, 1, 5, 4]
     with pytest.raises(ValueError, match="the first step has only one prompt"):
         mismatched(plan(rewards, identity, keys, epochs=1, prompts_per_step=1, **how))
-
-
-def test_rows_of_any_length_give_what_each_gives_alone():
-    """The plan works on many prompts at once, padded: best, opponents, ranks and q of each must be those of its row."""
-    g = np.random.default_rng(1)
-    rewards = [g.normal(size=n).round(1) for n in g.integers(1, 12, size=300)]  # rounded: ties
-    identity = [g.integers(0, len(r) + 1, size=len(r)) for r in rewards]  # copies
-    r, same = padded(rewards, -np.inf, np.float64), padded(identity, -1, np.int64)
-    best, below, _ = dispreferred(r, same)
-    none = np.zeros(len(r), dtype=np.int64)
-    _, ranked = ranks(Visits(r, below, same, best[:, 0], none, none, none, 0), pl_responses=5)
-    for i, (row, texts) in enumerate(zip(rewards, identity, strict=True)):
-        best = int(np.argmax(row))
-        mask = (row < row[best]) & (texts != texts[best])
-        assert below[i, : len(row)].tolist() == mask.tolist() and not below[i, len(row) :].any()
-        distinct: list[int] = []
-        for k in np.argsort(-row, kind="stable"):
-            if mask[k] and texts[k] not in texts[distinct]:
-                distinct.append(int(k))
-        if len(distinct) > 4:
-            distinct = [distinct[j] for j in np.linspace(0, len(distinct) - 1, 4).round().astype(int)]
-        assert [k for k in ranked[i] if k >= 0] == distinct
