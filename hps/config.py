@@ -66,7 +66,8 @@ def parse(
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120)
     parser._negative_number_matcher = re.compile(r"-[\d.]")  # argparse takes -1e-4 for a flag
     parser.add_argument("--config", action=Once, metavar="FILE.toml", help="keys as below; a flag wins over the file")
-    groups, defaults = {"": parser}, {}
+    groups: dict[str, Any] = {"": parser}
+    defaults = {}
     for name, (group, text) in help_texts(cls).items():
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
@@ -157,8 +158,8 @@ def convert(value: Any, kind: Any, where: str, *, from_text: bool = False) -> An
         value = float(value) if abs(value) < 2**1023 else math.inf
     elif base is tuple and isinstance(value, list) and all(isinstance(word, str) for word in value):
         value = tuple(value)
-    in_range = {int: lambda: -(2**63) <= value < 2**63, float: lambda: math.isfinite(value)}
-    if type(value) is not base or not in_range.get(base, lambda: True)():
+    in_range: dict[type, Callable[[Any], bool]] = {int: lambda x: -(2**63) <= x < 2**63, float: math.isfinite}
+    if type(value) is not base or (base in in_range and not in_range[base](value)):
         raise ValueError(f"{where}: expected {EXPECTED[base]}{' or none' if optional else ''}")
     return value
 

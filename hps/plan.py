@@ -146,8 +146,8 @@ def plan(
                     opponents, log_weights = ranked(r, opponents, log_weights)
             parts.append((at, np.hstack([preferred[:, None], opponents]), log_weights))
     responses, log_q = assembled(parts, len(row))
-    as_float32 = (x.astype(np.float32) for x in (kappa, gamma, effective))
-    return Plan(row, epoch, responses, log_q, *as_float32, prompts_per_step, dropped, excluded)
+    kappa, gamma, effective = (x.astype(np.float32) for x in (kappa, gamma, effective))
+    return Plan(row, epoch, responses, log_q, kappa, gamma, effective, prompts_per_step, dropped, excluded)
 
 
 def plan_demonstrations(
@@ -156,10 +156,8 @@ def plan_demonstrations(
     """The plan of supervised fine-tuning: one response per prompt, `preferred[i]`, nothing to contrast it with."""
     row, epoch = shuffled_visits(np.asarray(keys, dtype=np.uint64), epochs=epochs, seed=seed, shuffle=shuffle)
     responses = np.asarray(preferred, dtype=np.int64)[row][:, None]
-    none = np.zeros(len(row), dtype=np.float32)
-    return Plan(
-        row, epoch, responses, np.zeros((len(row), 0), dtype=np.float32), none + 1, none, none, prompts_per_step, {}, {}
-    )
+    none, no_opponents = np.zeros(len(row), dtype=np.float32), np.zeros((len(row), 0), dtype=np.float32)
+    return Plan(row, epoch, responses, no_opponents, none + 1, none, none, prompts_per_step, {}, {})
 
 
 # ----------------------------------------------------------------------------------------- which rows, which visits
@@ -171,7 +169,8 @@ def contrasted(
     """The rows with a response below their preferred ones, (R',) int64; how many have none, by reason; and how many
     candidates of the others are kept out of q, by reason. ValueError if all rows have none."""
     reasons = ("rows_no_human_pair", "pairs_of_equal_texts") if human else ("rows_one_response", "rows_no_dispreferred")
-    dropped, excluded, kept = dict.fromkeys(reasons, 0), {"ties_with_best": 0, "copies_of_best": 0}, []
+    dropped: dict[str, int] = dict.fromkeys(reasons, 0)
+    excluded, kept = {"ties_with_best": 0, "copies_of_best": 0}, []
     for rows in chunks(count):
         r, same = read(rows)
         _, below, left_out = dispreferred(r, same, positives)

@@ -139,7 +139,7 @@ def sampler_options(name: str) -> frozenset[str]:
     function = sampler.log_q or sampler.pick
     assert function is not None
     own = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    return own | DRAW_OPTIONS if sampler.log_q else frozenset(own)
+    return frozenset(own | DRAW_OPTIONS if sampler.log_q else own)
 
 
 # ------------------------------------------------------------------------------------------ what samplers are made of

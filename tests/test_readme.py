@@ -29,6 +29,7 @@ def test_the_examples_of_a_loss_and_a_sampler_work(monkeypatch):
 
     loss, zero, kappa = LOSSES["hinge2"], torch.zeros(1, 4), torch.tensor([3.0])
     value = stage_loss(loss, zero, torch.full((1, 3), -math.log(3)), beta=0.1, kappa=kappa)
+    assert loss.at_reference is not None
     torch.testing.assert_close(value, loss.at_reference(kappa, beta=0.1))
     ranked = plackett_luce_at_reference(loss, torch.ones(1, 4, dtype=torch.bool), beta=0.1)
     assert plackett_luce_loss(loss, zero, beta=0.1).item() == pytest.approx(ranked.item())
