@@ -34,11 +34,13 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists():
         raise ValueError(f"--out {out} exists already: choose a new folder, or remove that one first")
     beside = Path(c.model).resolve().parent
-    run, summary = (read(beside / name, f"--model {c.model} is no policy of a finished run")
-                    for name in ("run.json", "summary.json"))  # fmt: skip
-    evaluation = read(Path(c.eval_json), f"--eval_json {c.eval_json}") if c.eval_json else None
     try:
-        about = evaluation["config"]["model"] if evaluation else c.model
+        run, summary = (files.read_json(beside / name) for name in ("run.json", "summary.json"))
+    except ValueError as error:
+        raise ValueError(f"--model {c.model} is no policy of a finished run: {error}") from error
+    evaluation = files.read_json(Path(c.eval_json)) if c.eval_json else None
+    try:
+        about = evaluation["config"]["model"] if c.eval_json else c.model
         same = Path(about).resolve() == Path(c.model).resolve()
         reward = run["config"]["loss"] == "reward"
         kind = "reward model" if reward else "model"
@@ -69,17 +71,6 @@ def results(evaluation: dict[str, Any] | None) -> str:
     intervals = "intervals are 95 % bootstrap intervals over prompts."
     header = ("metric", "mean", "interval", "prompts", "what it is")
     return f"## Evaluation\n\nOn {data}, against {reference}; {intervals}\n\n{card.table(header, rows)}"
-
-
-def read(path: Path, problem: str) -> dict[str, Any]:
-    """A JSON object; ValueError, after `problem`, where there is none."""
-    try:
-        found = files.read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{problem}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{problem}: {path} holds no object")
-    return found
 
 
 if __name__ == "__main__":

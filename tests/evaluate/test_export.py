@@ -89,8 +89,10 @@ def test_bf16_weights_are_the_merged_ones_rounded(trained, exported, tmp_path):
 
 
 @pytest.mark.parametrize("which", ["adapter", "merged"])
-def test_the_card_says_what_the_files_say(trained, exported, tiny_world, which):
-    text = ((trained / "policy" if which == "adapter" else exported) / "README.md").read_text()
+def test_the_card_says_what_the_files_say(trained, exported, tiny_world, capsys, which):
+    folder = trained / "policy" if which == "adapter" else exported
+    text = (folder / "README.md").read_text()
+    run_snippet(folder, capsys)  # its lines of Python run
     run, summary = read(trained / "run.json"), read(trained / "summary.json")
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["library_name"] == ("peft" if which == "adapter" else "transformers")
@@ -121,11 +123,6 @@ def test_the_card_says_what_the_files_say(trained, exported, tiny_world, which):
         shown = [float(mean), *map(float, interval.split(" to "))]
         assert shown == pytest.approx([m["mean"], m["low"], m["high"]], abs=0.51 * 10 ** -METRICS[name].digits)
         assert int(prompts) == m["prompts"]
-
-
-@pytest.mark.parametrize("which", ["adapter", "merged"])
-def test_the_cards_lines_of_python_run(trained, exported, capsys, which):
-    run_snippet(trained / "policy" if which == "adapter" else exported, capsys)
 
 
 def test_a_reward_model(tiny_world, tmp_path, capsys):

@@ -424,29 +424,17 @@ def test_rated_by_keyboard_exported_and_aggregated(opened, tmp_path):
     assert {url for url in browser.requests() if not url.startswith("blob:")} == {path.as_uri()}
 
 
-def test_every_response_is_shown_as_text(opened, tmp_path):
-    browser, path, key = opened
+def test_the_policy_stops_what_got_in_all_the_same(opened):
+    """What texts are shown, and that none runs: tests/faults/test_security.py."""
+    browser, path, _ = opened
     browser.keys("x", ENTER)
-    rows = {m: {row.id: row for row in listwise.read(tmp_path / f"{m}.jsonl")} for m in METHODS}
-    seen = set()
-    for i in range(6):
-        browser.js(f"show({i})")
-        at = key["items"][current(browser)]
-        text = rows[at["method"]][at["prompt"]].responses[at["response"]]
-        assert browser.js("byId('response').textContent") == (text or "(an empty response)")
-        assert browser.js("byId('response').childElementCount") == 0
-        assert browser.js("getComputedStyle(byId('response')).whiteSpace") == "pre-wrap"
-        prompt = rows[at["method"]][at["prompt"]].prompt
-        turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-        assert browser.js("[...byId('prompt').querySelectorAll('.text')].map(e => e.textContent)") == turns
-        seen.add(text)
-    assert len(seen & set(NASTY[:4])) >= 2, "the draw should show some of the hostile ones"
-    assert browser.js("document.title") == "Rating responses"
-    assert set(browser.requests()) == {path.as_uri()}
-    assert browser.log("browser") == [], "no error, and nothing that the page's policy had to stop"
+    empty = [item for item in embedded(path.read_text(encoding="utf-8"))["items"] if not item["text"]]
+    for item in empty:
+        browser.js(f"show(order.findIndex(item => item.id === '{item['id']}'))")
+        assert browser.js("byId('response').textContent") == "(an empty response)"
     injected = "Object.assign(document.createElement('script'), {textContent: 'document.title = 1'})"
     browser.js(f"document.body.append({injected})")
-    assert browser.js("document.title") == "Rating responses", "the policy stops what got in all the same"
+    assert browser.js("document.title") == "Rating responses"
 
 
 def test_labels_and_language(opened):
