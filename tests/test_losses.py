@@ -69,9 +69,8 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
 
 
 def stage(h, s, L, valid, name, *, kappa=5.0, gamma=GAMMA, **more):
-    return stage_loss(
-        ALL[name], h, log_q(s, gamma, valid), kappa=kappa, valid=valid, num_tokens=L, **GIVEN[name] | more
-    )
+    weights = torch.where(valid[:, 1:], log_q(s, gamma, valid), 0.0)  # padded as the plan does
+    return stage_loss(ALL[name], h, weights, kappa=kappa, valid=valid, num_tokens=L, **GIVEN[name] | more)
 
 
 def pl(h, s, L, valid, name):
