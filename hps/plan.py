@@ -82,25 +82,12 @@ def plan(
         human: (R, 2) int, (chosen, rejected) of each prompt, -1 where it has none; looked at by `human` alone.
 
     Raises:
-        ValueError: an unknown name, a number out of range, several positives with another sampler or form, or no
-            prompt has a response that may be contrasted with the preferred ones.
+        ValueError: no prompt has a response that may be contrasted with the preferred ones.
     """
-    for name, value, known in (
-        ("sampler", sampler, SAMPLERS),
-        ("n_factor", n_factor, N_FACTORS),
-        ("hps_form", hps_form, FORMS),
-        ("shuffle", shuffle, SHUFFLES),
-    ):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
-    if min(epochs, prompts_per_step, hps_samples, positives) < 1:
-        raise ValueError("epochs, prompts_per_step, hps_samples and positives must be at least 1")
+    assert shuffle in SHUFFLES and n_factor in N_FACTORS and hps_form in FORMS
+    assert min(epochs, prompts_per_step, hps_samples, positives) >= 1
     way = SAMPLERS[sampler]
-    if positives > 1 and (way.log_q is None or hps_form != "full"):
-        raise ValueError(
-            f"positives = {positives} contrasts several winners with all that are below them: use sampler hps or "
-            "uniform and hps_form full, or positives = 1"
-        )
+    assert positives == 1 or (way.log_q and hps_form == "full"), "several winners are contrasted with all below them"
     keys = np.asarray(keys, dtype=np.uint64)
 
     def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

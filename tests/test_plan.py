@@ -253,15 +253,9 @@ def test_random_pairs_are_ordered_by_reward_and_even():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(sampler="hsp"), "unknown sampler 'hsp'; choose one of hps, uniform"),
-        (dict(shuffle="yes"), "unknown shuffle 'yes'; choose one of epochs, together, no"),
-        (dict(n_factor="n"), "unknown n_factor 'n'; choose one of one, n_minus_one"),
-        (dict(hps_form="half"), "unknown hps_form 'half'; choose one of sample, full"),
         (dict(sampler="pl", pl_responses=1), r"pl_responses must be 0 \(all\) or at least 2, got 1"),
         (dict(sampler="pl", pl_responses=-1), r"pl_responses must be 0 \(all\) or at least 2, got -1"),
-        (dict(epochs=0), "must be at least 1"),
-        (dict(sampler="bt", positives=2, hps_form="full"), "use sampler hps or uniform and hps_form full, or"),
-        (dict(positives=2), "use sampler hps or uniform and hps_form full, or"),
+        (dict(gamma_schedule="inclusive", gamma_phases=1), "'inclusive' needs more than 1 gamma_phases"),
         (dict(sampler="human", human=np.array([(1, -1)])), "no prompt has a human pair of different texts"),
         (dict(rewards=[np.array([2.0, 2.0])]), "no prompt has a response below its best one"),
     ],

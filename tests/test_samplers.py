@@ -43,8 +43,6 @@ def test_gamma_schedules():
     assert gamma_at(at, schedule="constant", start=2.0).tolist() == [2.0] * 6
     # 3/5 of 10 steps is step 6: floats must not push it back into the third phase.
     assert gamma_at(np.arange(10) / 10).tolist() == [-5, -5, -3, -3, -1, -1, 1, 1, 3, 3]
-    with pytest.raises(ValueError, match="unknown gamma_schedule 'ramp'"):
-        gamma_at(0.5, schedule="ramp")
 
 
 def test_uniform_numbers_exclude_both_ends():
@@ -72,5 +70,3 @@ def test_reward_normalisation():
     z = normalise_rewards(r, norm="zscore", scale=0.5)
     np.testing.assert_allclose(z, 0.5 * stats.zscore(r))
     assert normalise_rewards(np.array([2.0, 2.0]), norm="zscore").tolist() == [0.0, 0.0]
-    with pytest.raises(ValueError, match="unknown reward_norm 'rank'"):
-        normalise_rewards(r, norm="rank")
