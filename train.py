@@ -256,7 +256,7 @@ def load_policy(
     autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
     if c.loss == "reward":
         policy = reward_model.RewardModel(lm, autocast=autocast).to(ranks.device)
-        reward_model.check_paths_agree(policy, vocab_size=vocab_size)
+        model.check_paths_agree(policy, vocab_size=vocab_size, share_prompt=c.share_prompt)
         untrained = not policy.classifier.score.weight.any()
     else:
         policy = model.PolicyModel(lm, autocast=autocast).to(ranks.device)

@@ -1,10 +1,13 @@
-"""A Hugging Face causal LM as a function from packed prompts to sequence log-probs."""
+"""A Hugging Face causal LM as a function from packed prompts to sequence log-probs: loading, adapters, limits, and the
+check that packed responses get what they would get alone. Most of it serves reward models as well."""
 
+import functools
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,9 @@ from hps.io import files, hub
 from hps.logps import sequence_logps, token_logps
 from hps.packing import Block, Packed, micro_batches, pack, pieces
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-HEADS = {"lm_head", "score"}  # linear layers that get no adapter
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --dtype
+OUTPUT_HEADS = {"lm_head", "score"}  # linear layers that get no adapter
+BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one's is ARM's name for them
 
 
 class PolicyModel(nn.Module):
@@ -35,13 +39,18 @@ class PolicyModel(nn.Module):
 
     @property
     def causal_lm(self) -> nn.Module:
-        """The transformers model itself, with adapters in place if there are any."""
-        return self.lm.get_base_model() if hasattr(self.lm, "peft_config") else self.lm
+        """The transformers model itself, with its adapters in place."""
+        return unwrapped(self.lm)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """All of it below the output head."""
+        return self.causal_lm.get_decoder()
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
-        return decoder_layers(self.causal_lm.get_decoder())
+        return decoder_layers(self.decoder)
 
     @property
     def head(self) -> Tensor:
@@ -50,14 +59,30 @@ class PolicyModel(nn.Module):
 
     def hidden(self, packed: Packed) -> Tensor:
         """States that predict the scored tokens, (T, D), in the compute dtype."""
-        decoder = self.causal_lm.get_decoder()
-        return states(decoder, packed, dense=self.dense_attention, autocast=self.autocast)[packed.predictor]
+        return states(self, packed)[packed.predictor]
 
     def forward(self, packed: Packed) -> Tensor:
         """Log-probs of every response, summed over its tokens, end token included, (B, K) fp32 nats."""
         head = self.head if self.autocast is None else self.head.to(self.autocast)
         logps = token_logps(self.hidden(packed), head, packed.targets)
         return sequence_logps(logps, packed.sequence, packed.valid.shape)
+
+    def alone(self, ids: Tensor, prompt: int) -> Tensor:
+        """Log-prob of a sequence (N,) behind its `prompt` first tokens by the model's own logits, a scalar, nats."""
+        with autocasting(self, ids):
+            logits = self.causal_lm(input_ids=ids[None], use_cache=False).logits[0].float()
+        logps = torch.log_softmax(logits[prompt - 1 : -1], -1)
+        return logps.gather(-1, ids[prompt:, None]).sum()
+
+
+def unwrapped(lm: Any) -> Any:
+    """The transformers model inside a peft model, adapters in place, or the model itself."""
+    return lm.get_base_model() if hasattr(lm, "peft_config") else lm
+
+
+def autocasting(model: Any, on: Tensor) -> torch.autocast:
+    """The context in which a policy or reward model computes on a tensor's device."""
+    return torch.autocast(on.device.type, model.autocast, enabled=model.autocast is not None)
 
 
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
@@ -66,15 +91,15 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     return list(max(stacks, key=len))
 
 
-def states(decoder: nn.Module, packed: Packed, *, dense: bool, autocast: torch.dtype | None) -> Tensor:
-    """Last states of all packed positions, (R * N, D), in the compute dtype."""
-    heads = decoder.config.get_text_config().num_attention_heads
-    with torch.autocast(packed.input_ids.device.type, autocast, enabled=autocast is not None):
-        found = decoder(
+def states(model: Any, packed: Packed) -> Tensor:
+    """Last states of a policy's or reward model's decoder at all packed positions, (R * N, D), in the compute dtype."""
+    heads = model.decoder.config.get_text_config().num_attention_heads
+    with autocasting(model, packed.input_ids):
+        found = model.decoder(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
             use_cache=False,
-            **attention.inputs(packed, heads=heads, dense=dense),
+            **attention.inputs(packed, heads=heads, dense=model.dense_attention),
         ).last_hidden_state
     return found.flatten(0, 1)
 
@@ -82,11 +107,11 @@ def states(decoder: nn.Module, packed: Packed, *, dense: bool, autocast: torch.d
 def score(
     model: nn.Module, blocks: Sequence[Block], *, device: torch.device, budget: int, pad_id: int, progress: str = ""
 ) -> list[np.ndarray]:
-    """What a model gives to all responses, on one rank: one (K,) float32 array a block, in order.
+    """What a model gives to all responses, on one rank: one (K,) float32 array per block, in order.
 
     Args:
         model: packed prompts -> (B, K), a PolicyModel (log-probs, nats) or a RewardModel (rewards).
-        budget: packed tokens a micro-batch.
+        budget: packed tokens per micro-batch.
         progress: name of the progress bar; empty for none.
     """
     whole: list[list[float]] = [[] for _ in blocks]
@@ -103,31 +128,52 @@ def score(
     return [np.array(row, dtype=np.float32) for row in whole]
 
 
+# -- loading --
+
+
+@functools.cache  # so that the log says it once
+def compute_dtype(name: str) -> torch.dtype:
+    """torch's dtype of --dtype; the log says so where this machine would only emulate it."""
+    known = torch.cpu.get_capabilities()
+    if name == "bf16" and not torch.cuda.is_available() and not any(map(known.get, BF16_INSTRUCTIONS)):
+        logging.getLogger(__name__).warning("this CPU emulates bf16, 8 to 27 times slower: use --dtype fp32")
+    return DTYPES[name]
+
+
 def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
     """A causal LM from a local folder or the hub, in evaluation mode; an adapter folder comes merged into its base.
 
     Raises:
-        ValueError: no such model, or one whose log-probs the packed path would get wrong.
+        ValueError: no such model, or one that would have to be unpickled, or to run its own code.
     """
     from transformers import AutoModelForCausalLM
 
-    if adapter := adapter_settings(path):
-        from peft import PeftModel
-
-        base = load_causal_lm(base_of(adapter), dtype=dtype)
-        lm = PeftModel.from_pretrained(base, path).merge_and_unload()
-        return lm.requires_grad_(True).eval()  # peft froze it
-    how: dict[str, Any] = dict(dtype=dtype, attn_implementation="sdpa")
-    try:
-        name, how["revision"] = hub.resolve(path)
+    if adapter := adapter_in(path):
+        return merge_adapter(load_causal_lm(adapter[0], dtype=dtype), path)
+    with explain_load_errors("model", path):
+        name, revision = hub.resolve(path)
+        how: dict[str, Any] = dict(revision=revision, dtype=dtype, attn_implementation="sdpa")
         lm = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **how)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise ValueError(f"cannot load the model {path!r}: {why_not(path, e)}") from e
     return lm.eval()  # dropout off, in scoring and in training alike
 
 
-def adapter_settings(path: str) -> dict[str, Any] | None:
-    """The adapter_config.json of a folder that holds an adapter, or None.
+@contextmanager
+def explain_load_errors(what: str, path: str) -> Iterator[None]:
+    """Say on one line why a model could not be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as e:
+        raise ValueError(f"cannot load the {what} {path!r}: {why_not(path, e)}") from e
+
+
+def why_not(path: str, error: Exception) -> str:
+    """What an error of loading says, on one line."""
+    return " ".join(str(error).split()) + _pickled(Path(path))
+
+
+def adapter_in(path: str) -> tuple[str, str] | None:
+    """(base, task) of the adapter in a folder; the base is a folder or a hub name, with the revision that it pins. None
+    where there is no adapter.
 
     Raises:
         ValueError: it names no base of its own, or its weights are pickled.
@@ -141,18 +187,16 @@ def adapter_settings(path: str) -> dict[str, Any] | None:
         raise ValueError(f"{folder / 'adapter_config.json'}: base_model_name_or_path must be a model, not {base!r}")
     if not (folder / "adapter_model.safetensors").exists():  # peft would unpickle adapter_model.bin
         raise ValueError(f"cannot load the adapter {path!r}: no adapter_model.safetensors there{_pickled(folder)}")
-    return about
+    pinned = f"@{about['revision']}" if about.get("revision") and not Path(base).exists() else ""
+    return base + pinned, about.get("task_type")
 
 
-def base_of(adapter: dict[str, Any]) -> str:
-    """What an adapter was trained on: a folder, or a hub name with the revision that its settings pin."""
-    base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    return f"{base}@{revision}" if revision and not Path(base).exists() else base
+def merge_adapter(base: Any, path: str) -> nn.Module:
+    """The adapter in a folder merged into the weights of its base, all of which can train again."""
+    from peft import PeftModel
 
-
-def why_not(path: str, error: Exception) -> str:
-    """On one line why a model could not be loaded."""
-    return " ".join(str(error).split()) + _pickled(Path(path))
+    merged: Any = PeftModel.from_pretrained(base, path).merge_and_unload()
+    return merged.requires_grad_(True).eval()  # peft froze it
 
 
 def _pickled(folder: Path) -> str:
@@ -172,31 +216,27 @@ def add_lora(
 ) -> nn.Module:
     """Freeze a model and give it fp32 LoRA adapters, zero at first, so that policy = reference at step 0.
 
-    task: peft's name of it; with SEQ_CLS the head that gives the reward is trained as well. revision: the commit of a
-    model of the hub, for whoever loads the adapter: the model may move on there.
+    Args:
+        task: peft's name of it; with SEQ_CLS the head that gives the reward is trained as well.
+        revision: the commit of a model of the hub, for whoever loads the adapter: the model may move on there.
 
     Raises:
         ValueError: a target that the model does not have, or its output head.
     """
     from peft import LoraConfig, get_peft_model
 
-    names = {name.rsplit(".", 1)[-1] for name, m in lm.named_modules() if isinstance(m, nn.Linear)}
-    names |= {name.rsplit(".", 1)[-1] for name, m in lm.named_modules() if type(m).__name__ == "Conv1D"}
-    wrong = [t for t in targets if t not in names or t in HEADS]
-    if wrong:
-        raise ValueError(f"lora_targets {wrong} cannot be used; this model has {sorted(names - HEADS)}")
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(targets),
-        lora_dropout=0.0,
-        bias="none",
-        task_type=task,
-        revision=revision,
-    )
+    linear = [n for n, m in lm.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    names = {name.rsplit(".", 1)[-1] for name in linear} - OUTPUT_HEADS
+    if wrong := [t for t in targets if t not in names]:
+        raise ValueError(f"lora_targets {wrong} cannot be used; this model has {sorted(names)}")
+    sizes: dict[str, Any] = dict(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none")
+    config = LoraConfig(target_modules=list(targets), task_type=task, revision=revision, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # every rank must start from the same adapter
         return get_peft_model(lm, config).eval()
+
+
+# -- what a model must be able to do --
 
 
 def check_limits(lm: nn.Module, *, vocab_size: int, longest: int) -> None:
@@ -234,53 +274,48 @@ def checkpoint_layers(lm: nn.Module) -> None:
     lm.train()
 
 
-def check_paths_agree(model: PolicyModel, *, vocab_size: int, share_prompt: bool = True) -> float:
-    """Compare the packed path with the model's own logits on a few tokens, and return the largest difference.
+def check_paths_agree(model: Any, *, vocab_size: int, share_prompt: bool = True) -> float:
+    """Compare what a policy or reward model gives to packed responses and to each alone, on a few tokens; returns the
+    largest difference.
 
-    Catches what would make every number silently wrong on a user's model: soft-capped or scaled logits, a head
-    bias, attention that ignores the block mask, positions that do not restart. A model whose attention the packed
-    layout does not reach is switched to dense masks, with a line in the log.
+    Catches what would make every number silently wrong on a user's model: soft-capped or scaled logits, a head bias,
+    attention that ignores the block mask, positions that do not restart. A model whose attention the packed layout
+    does not reach is switched to dense masks, with a line in the log.
 
     Raises:
         ValueError: the two differ by more than rounding.
     """
-    worst = _difference(model, vocab_size, share_prompt)
-    coarse = model.autocast or model.head.dtype
+    coarse = model.autocast or next(model.decoder.parameters()).dtype
     tolerance = 1e-3 if coarse == torch.float32 else 0.5
-    if not worst <= tolerance and share_prompt:
+    worst, name = _difference(model, vocab_size, share_prompt), type(unwrapped(model.lm)).__name__
+    if not worst <= tolerance and share_prompt:  # NaN too
         model.dense_attention = True
         if (dense := _difference(model, vocab_size, share_prompt)) <= tolerance:
-            name = type(model.causal_lm).__name__
             logging.getLogger(__name__).warning("%s cannot take the packed layout: dense masks instead, slower", name)
         worst = min(worst, dense)
     if not worst <= tolerance:
         raise ValueError(
-            f"packed log-probs differ from this model's own logits by {worst:.3g} nats: the architecture "
-            f"{type(model.causal_lm).__name__} changes its logits or ignores block masks, which is not supported "
+            f"packed responses get other values than by this model's own forward of each ({worst:.3g} apart): {name} "
+            "changes its logits, pools another token than the last, or ignores block masks, which is not supported "
             "(soft-capping, logit scale, head bias, ALiBi); try --share_prompt false"
         )
     return worst
 
 
-def _difference(model: PolicyModel, vocab_size: int, share_prompt: bool) -> float:
-    """Largest difference (nats) of packed log-probs from the model's own logits; infinite if the layout gets lost."""
+def _difference(model: Any, vocab_size: int, share_prompt: bool) -> float:
+    """Largest difference of packed values from the model's own; infinite if the layout gets lost."""
     draw = np.random.default_rng(0)
-    ids = [draw.integers(0, vocab_size, size=size) for size in (5, 4, 3)]
-    block = Block(ids[0], (ids[1], ids[2]))
-    device = model.head.device
+    prompt, *responses = (draw.integers(0, vocab_size, size=size) for size in (5, 4, 3))
+    device = next(model.parameters()).device
     with torch.inference_mode():
         try:
-            ours = model(pack([block], pad_id=0, share_prompt=share_prompt).to(device))[0].cpu()
+            packed = pack([Block(prompt, tuple(responses))], pad_id=0, share_prompt=share_prompt)
+            ours = model(packed.to(device))[0]
         except attention.LayoutLost:
             return math.inf
-        own = []
-        for response in block.responses:
-            whole = torch.from_numpy(np.concatenate([block.prompt, response])).long().to(device)
-            with torch.autocast(device.type, model.autocast, enabled=model.autocast is not None):
-                logits = model.causal_lm(input_ids=whole[None], use_cache=False).logits[0].float()
-            logps = torch.log_softmax(logits, -1)
-            own.append(sum(logps[t - 1, whole[t]] for t in range(len(block.prompt), len(whole))).cpu())
-    return float((ours - torch.stack(own)).abs().max())
+        sequences = (torch.from_numpy(np.concatenate([prompt, y])).to(device) for y in responses)
+        own = torch.stack([model.alone(ids, len(prompt)) for ids in sequences])
+    return float((ours - own).abs().max())
 
 
 def fingerprint(lm: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""A reward model: a Hugging Face sequence classifier as a function from packed prompts to one reward a response.
+"""A reward model: a Hugging Face sequence classifier as a function from packed prompts to one reward per response.
 
 Either brought along (a scalar head like Skywork's, or several objectives whose mean counts, as the paper uses ArmoRM)
 or trained here: `train.py --loss reward` fits one to human pairs (Bradley-Terry, the paper's Eq. 15). It reads the
@@ -6,17 +6,15 @@ prompt, the response and its end; the state of the last token, through the linea
 """
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hps import attention
 from hps.io import hub
-from hps.model import adapter_settings, base_of, decoder_layers, states, why_not
-from hps.packing import Block, Packed, pack
+from hps.model import adapter_in, autocasting, decoder_layers, explain_load_errors, merge_adapter, states, unwrapped
+from hps.packing import Packed
 
 SEVERAL = (
     "{what} has {labels} labels where a reward model has one: is it a classifier? If they are objectives whose mean is "
@@ -27,34 +25,46 @@ SEVERAL = (
 class RewardModel(nn.Module):
     """`forward(packed) -> (B, K) fp32` rewards; `lm` is a sequence classifier with a layer `score`, plain or in peft.
 
-    Of several objectives the mean is the reward.
+    Of several objectives the mean is the reward. Attributes as in PolicyModel.
     """
 
     def __init__(self, lm: nn.Module, *, autocast: torch.dtype | None = None):
         super().__init__()
         self.lm = lm
         attention.install(self.classifier)
-        self.dense_attention = False  # set by check_paths_agree for a model that needs it
-        self.autocast = autocast  # as in PolicyModel
+        self.dense_attention = False
+        self.autocast = autocast
 
     @property
     def classifier(self) -> nn.Module:
-        """The transformers model itself, with adapters in place if there are any."""
-        return self.lm.get_base_model() if hasattr(self.lm, "peft_config") else self.lm
+        """The transformers model itself, with its adapters in place."""
+        return unwrapped(self.lm)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """All of it below `score`."""
+        return self.classifier.base_model
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
-        return decoder_layers(self.classifier.base_model)
+        return decoder_layers(self.decoder)
 
     def forward(self, packed: Packed) -> Tensor:
         """Rewards (B, K) fp32, 0 where there is no response."""
-        decoder, score = self.classifier.base_model, self.classifier.score
-        found = states(decoder, packed, dense=self.dense_attention, autocast=self.autocast)[packed.last]
-        bias = getattr(score, "bias", None)
-        # Always in fp32: in bf16 rewards of a hundred candidates tie.
-        rewards = nn.functional.linear(found.float(), score.weight.float(), None if bias is None else bias.float())
-        return torch.where(packed.valid, rewards.mean(-1), 0.0)
+        return torch.where(packed.valid, self._rewards(states(self, packed)[packed.last]), 0.0)
+
+    def alone(self, ids: Tensor, prompt: int) -> Tensor:
+        """The reward of a sequence (N,) by a forward of its own, a scalar."""
+        with autocasting(self, ids):
+            found = self.decoder(input_ids=ids[None], use_cache=False).last_hidden_state
+        return self._rewards(found[0, -1])
+
+    def _rewards(self, states: Tensor) -> Tensor:
+        """(..., D) -> (...), always in fp32: in bf16 the rewards of a hundred candidates tie."""
+        score = self.classifier.score
+        bias = None if score.bias is None else score.bias.float()
+        return nn.functional.linear(states.float(), score.weight.float(), bias).mean(-1)
 
 
 class RemoteRewardModel(nn.Module):
@@ -97,30 +107,24 @@ def load_reward_model(path: str, *, dtype: torch.dtype, objectives: str = "one",
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    if about := adapter_settings(path):
-        from peft import PeftModel
-
-        if about.get("task_type") != "SEQ_CLS":
+    if adapter := adapter_in(path):
+        base, task = adapter
+        if task != "SEQ_CLS":
             raise ValueError(f"{path} is the adapter of a policy, not of a reward model: train one with --loss reward")
-        base = load_reward_model(base_of(about), dtype=dtype, objectives=objectives, begin=True)
-        return cast(Any, PeftModel.from_pretrained(base, path)).merge_and_unload().requires_grad_(True).eval()
-    try:
+        return merge_adapter(load_reward_model(base, dtype=dtype, objectives=objectives, begin=True), path)
+    with explain_load_errors("reward model", path):
         name, revision = hub.resolve(path)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot load the reward model {path!r}: {why_not(path, e)}") from e
     ready = any("SequenceClassification" in name for name in config.architectures or [])
     if not ready and not begin:
         kind = ", ".join(config.architectures or ["of no kind"])
         raise ValueError(f"{path} is no reward model but {kind}: train one from it with train.py --loss reward")
-    how: dict[str, Any] = dict(dtype=dtype, attn_implementation="sdpa", revision=revision)
+    how: dict[str, Any] = dict(revision=revision, dtype=dtype, attn_implementation="sdpa")
     how |= {} if ready else {"num_labels": 1}
-    try:
+    with explain_load_errors("reward model", path):
         lm = AutoModelForSequenceClassification.from_pretrained(
             name, trust_remote_code=False, use_safetensors=True, **how
         )
-    except (OSError, ValueError, SafetensorError) as e:
-        raise ValueError(f"cannot load the reward model {path!r}: {why_not(path, e)}") from e
     if not isinstance(getattr(lm, "score", None), nn.Linear):
         raise ValueError(f"{path}: {type(lm).__name__} has no linear layer `score` over its last token's state")
     if lm.score.out_features != 1 and objectives == "one":
@@ -144,51 +148,8 @@ def load_remote(path: str, *, dtype: torch.dtype, revision: str) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
     how: dict[str, Any] = {} if Path(path).exists() else {"revision": revision, "code_revision": revision}
-    try:
+    with explain_load_errors(f"reward model of revision {revision}", path):
         lm = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=dtype, trust_remote_code=True, use_safetensors=True, **how
         )
-    except (OSError, ValueError, SafetensorError) as e:
-        raise ValueError(f"cannot load the reward model {path!r} at revision {revision!r}: {why_not(path, e)}") from e
     return lm.eval()
-
-
-def check_paths_agree(model: RewardModel, *, vocab_size: int) -> float:
-    """Compare packed rewards with the model's own on a few tokens, and return the largest difference.
-
-    A model whose attention the packed layout does not reach is switched to dense masks.
-
-    Raises:
-        ValueError: the two differ by more than rounding.
-    """
-    worst = float("inf")
-    coarse = model.autocast or next(model.classifier.base_model.parameters()).dtype
-    for dense in (False, True):
-        model.dense_attention = dense
-        try:
-            worst = min(worst, _difference(model, vocab_size))
-        except attention.LayoutLost:
-            continue
-        if worst <= (1e-3 if coarse == torch.float32 else 0.5):
-            return worst
-    raise ValueError(
-        f"packed rewards differ from this model's own by {worst:.3g}: {type(model.classifier).__name__} pools another "
-        "token than the last, or ignores block masks, which is not supported"
-    )
-
-
-def _difference(model: RewardModel, vocab_size: int) -> float:
-    draw = np.random.default_rng(0)
-    pad = model.classifier.config.pad_token_id
-    allowed = np.array([i for i in range(min(vocab_size, 1000)) if i != pad])
-    prompt, *responses = (draw.choice(allowed, size=size) for size in (5, 4, 3))
-    classifier, device = model.classifier, next(model.parameters()).device
-    with torch.inference_mode():
-        ours = model(pack([Block(prompt, tuple(responses))], pad_id=0).to(device))[0].cpu()
-        own = []
-        for response in responses:
-            whole = torch.from_numpy(np.concatenate([prompt, response])).long().to(device)
-            with torch.autocast(device.type, model.autocast, enabled=model.autocast is not None):
-                found = classifier.base_model(input_ids=whole[None], use_cache=False).last_hidden_state[0, -1]
-            own.append(classifier.score(found.to(classifier.score.weight.dtype)).float().mean().cpu())
-    return float((ours - torch.stack(own)).abs().max())

@@ -67,7 +67,7 @@ def load_reward_model(
     else:
         lm = reward_model.load_reward_model(path, dtype=model.DTYPES[dtype], objectives=objectives)
         scoring = reward_model.RewardModel(lm).to(device)
-        reward_model.check_paths_agree(scoring, vocab_size=len(tokenizer))
+        model.check_paths_agree(scoring, vocab_size=len(tokenizer))
     model.check_limits(lm, vocab_size=len(tokenizer), longest=0)
     packing = dict(device=device, budget=budget, pad_id=tokenizer.pad_token_id or 0)
     return lambda rows: rewards.annotate_packed(

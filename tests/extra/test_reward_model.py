@@ -3,44 +3,28 @@
 import json
 import math
 
+import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import arguments, blocks_of, losses, run_ranks
+from helpers import VOCABULARY, arguments, blocks_of, losses, run_ranks
 from torch import nn
 from torch.nn.functional import softplus
-from transformers import (
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    Qwen2Config,
-    Qwen2ForSequenceClassification,
-)
+from transformers import AutoModelForSequenceClassification
 
 import train
 from hps.data import listwise, tokens
-from hps.extra.reward_model import RewardModel, check_paths_agree, load_reward_model
-from hps.model import add_lora
+from hps.extra.reward_model import RewardModel, load_reward_model
+from hps.model import add_lora, check_paths_agree
 from hps.packing import Block, pack
 
-V = 61
+FP32 = dict(dtype=torch.float32)
 
 
 def tiny(name: str, labels: int = 1) -> nn.Module:
-    sizes = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-    sizes |= dict(num_labels=labels, pad_token_id=None)
-    torch.manual_seed(0)
-    if name == "llama":
-        lm = LlamaForSequenceClassification(LlamaConfig(**sizes, num_key_value_heads=2))
-    elif name == "qwen2":
-        lm = Qwen2ForSequenceClassification(Qwen2Config(**sizes, num_key_value_heads=2))
-    else:
-        lm = GPT2ForSequenceClassification(
-            GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=128, num_labels=labels)
-        )
+    config = helpers.tiny(name).config
+    config.num_labels, config.pad_token_id = labels, None
+    lm = AutoModelForSequenceClassification.from_config(config)
     for p in lm.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     return lm.eval()
@@ -48,32 +32,31 @@ def tiny(name: str, labels: int = 1) -> nn.Module:
 
 def alone(lm: nn.Module, blocks: list[Block]) -> torch.Tensor:
     """Every conversation by itself through transformers' own classifier, mean over its labels: (B, K)."""
-    rows = []
-    for block in blocks:
-        for y in block.responses:
-            ids = torch.from_numpy(np.concatenate([block.prompt, y]))
-            rows.append(lm(input_ids=ids[None]).logits[0].mean())
-    return torch.stack(rows).view(len(blocks), -1)
+    rows = [np.concatenate([block.prompt, y]) for block in blocks for y in block.responses]
+    rewards = [lm(input_ids=torch.from_numpy(ids).long()[None]).logits[0].mean() for ids in rows]
+    return torch.stack(rewards).view(len(blocks), -1)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
-@pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("labels", [1, 3])
-def test_packed_rewards_equal_transformers(name, share_prompt, labels):
-    """Values and weight gradients; with several labels the mean."""
+def test_packed_rewards_equal_transformers(name, labels):
+    """Values and weight gradients; with several labels the mean; 0 where a prompt has fewer responses."""
     lm, blocks = tiny(name, labels), blocks_of(3)
     upstream = torch.randn(len(blocks), 3, generator=torch.Generator().manual_seed(1))
     values = alone(lm, blocks)
     (values * upstream).sum().backward()
     expected = {n: p.grad.clone() for n, p in lm.named_parameters()}
-    lm.zero_grad()
     model = RewardModel(lm)
-    assert check_paths_agree(model, vocab_size=V) < 1e-4
-    ours = model(pack(blocks, pad_id=0, share_prompt=share_prompt))
-    torch.testing.assert_close(ours, values.detach(), rtol=1e-5, atol=1e-5)
-    (ours * upstream).sum().backward()
-    for n, p in lm.named_parameters():
-        torch.testing.assert_close(p.grad, expected[n], rtol=1e-3, atol=2e-4 * float(expected[n].abs().max()))
+    assert check_paths_agree(model, vocab_size=VOCABULARY) < 1e-4
+    for share_prompt in (True, False):
+        lm.zero_grad()
+        ours = model(pack(blocks, pad_id=0, share_prompt=share_prompt))
+        torch.testing.assert_close(ours, values.detach(), rtol=1e-5, atol=1e-5)
+        (ours * upstream).sum().backward()
+        for n, p in lm.named_parameters():
+            torch.testing.assert_close(p.grad, expected[n], rtol=1e-3, atol=2e-4 * float(expected[n].abs().max()))
+    ragged = model(pack([blocks[0], Block(blocks[1].prompt, blocks[1].responses[:1])], pad_id=0))
+    torch.testing.assert_close(ragged[1], values[1] * torch.tensor([1, 0, 0]), rtol=1e-5, atol=1e-5)
 
 
 def test_rewards_are_fp32_under_bf16_weights():
@@ -83,16 +66,10 @@ def test_rewards_are_fp32_under_bf16_weights():
     assert not torch.equal(rewards, rewards.bfloat16().float())
 
 
-def test_ragged_rows_have_zeros():
-    blocks = [blocks_of(k, seed=k, B=1)[0] for k in (3, 1)]
-    rewards = RewardModel(tiny("llama"))(pack(blocks, pad_id=0))
-    assert rewards.shape == (2, 3) and rewards[1, 1:].tolist() == [0, 0] and rewards[1, 0] != 0
+def test_states_of_another_order_are_refused():
+    """A decoder whose states stand in another order than its tokens."""
 
-
-def test_a_pooling_that_we_do_not_follow_is_refused():
-    """A classifier that takes the first token's state instead of the last."""
-
-    class First(nn.Module):
+    class Flipped(nn.Module):
         def __init__(self, inner):
             super().__init__()
             self.inner, self.config = inner, inner.config
@@ -104,18 +81,19 @@ def test_a_pooling_that_we_do_not_follow_is_refused():
 
     lm = tiny("llama")
     model = RewardModel(lm)
-    lm.model = First(lm.model)
-    with pytest.raises(ValueError, match="pools another token"):
-        check_paths_agree(model, vocab_size=V)
+    lm.model = Flipped(lm.model)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification changes.* pools another token"):
+        check_paths_agree(model, vocab_size=VOCABULARY)
 
 
 def test_a_causal_lm_begins_with_a_head_of_zeros(tmp_path):
     """EOS is its pad: transformers would then take the token before EOS, so the new model has no pad."""
-    sizes = dict(vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
-    LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=2, pad_token_id=2)).save_pretrained(tmp_path)
+    lm = helpers.tiny("llama")
+    lm.config.eos_token_id = lm.config.pad_token_id = 2
+    lm.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is no reward model but LlamaForCausalLM: train one"):
-        load_reward_model(str(tmp_path), dtype=torch.float32)
-    lm = load_reward_model(str(tmp_path), dtype=torch.float32, begin=True)
+        load_reward_model(str(tmp_path), **FP32)
+    lm = load_reward_model(str(tmp_path), **FP32, begin=True)
     assert lm.score.weight.shape == (1, 32) and not lm.score.weight.any()
     nn.init.normal_(lm.score.weight)
     blocks = [Block(b.prompt, tuple(np.append(y, 2) for y in b.responses)) for b in blocks_of(2)]
@@ -124,19 +102,19 @@ def test_a_causal_lm_begins_with_a_head_of_zeros(tmp_path):
 
 def test_what_is_no_reward_model_is_refused(tmp_path):
     tiny("llama", labels=2).save_pretrained(tmp_path / "two")
-    with pytest.raises(ValueError, match="two has 2 labels where a reward model has one.*--objectives mean"):
-        load_reward_model(str(tmp_path / "two"), dtype=torch.float32)
-    load_reward_model(str(tmp_path / "two"), dtype=torch.float32, objectives="mean")
-    with pytest.raises(ValueError, match="cannot load the reward model 'nowhere/at-all'"):
-        load_reward_model("nowhere/at-all", dtype=torch.float32)
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, intermediate_size=48,
-                                      num_attention_heads=4))  # fmt: skip
+    load_reward_model(str(tmp_path / "two"), **FP32, objectives="mean")
+    lm = helpers.tiny("llama")
     lm.save_pretrained(tmp_path / "lm")
     policy = add_lora(lm, rank=2, alpha=4, targets=["q_proj"], seed=0)
     policy.peft_config["default"].base_model_name_or_path = str(tmp_path / "lm")
     policy.save_pretrained(tmp_path / "policy")
-    with pytest.raises(ValueError, match="is the adapter of a policy, not of a reward model"):
-        load_reward_model(str(tmp_path / "policy"), dtype=torch.float32)
+    for path, message in {
+        tmp_path / "two": "two has 2 labels where a reward model has one.*--objectives mean",
+        "nowhere/at-all": "cannot load the reward model 'nowhere/at-all'",
+        tmp_path / "policy": "is the adapter of a policy, not of a reward model",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_reward_model(str(path), **FP32)
 
 
 # -- training --
@@ -159,14 +137,11 @@ def reward_run(**changes) -> dict:
     return dict(loss="reward", method=None, beta=None, reference_cache=None, lr=1e-2) | changes
 
 
-def conversations(folder) -> tuple[list[Block], object]:
+def conversations(folder) -> list[Block]:
     """Chosen and rejected of every row as its template writes them, prompt apart."""
-    tokenizer = tokens.load_tokenizer(str(folder / "model"))
-    blocks = []
-    for row in listwise.read(folder / "train.jsonl"):
-        [block] = tokens.encode_answered(tokenizer, row.prompt, [row.responses[k] for k in (row.chosen, row.rejected)])
-        blocks.append(block)
-    return blocks, tokenizer
+    tokenizer, rows = tokens.load_tokenizer(str(folder / "model")), listwise.read(folder / "train.jsonl")
+    pair = [[row.responses[k] for k in (row.chosen, row.rejected)] for row in rows]
+    return [tokens.encode_answered(tokenizer, row.prompt, texts)[0] for row, texts in zip(rows, pair, strict=True)]
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -180,37 +155,35 @@ def test_training_starts_at_log_2_and_separates_the_pairs(pairs, tmp_path, rank)
     assert "logps/chosen" not in (tmp_path / "metrics.jsonl").read_text()
 
     # The exported model, through transformers' or peft's own loading: the pairs stand apart as in training.
-    blocks, _ = conversations(pairs)
+    blocks, policy = conversations(pairs), str(tmp_path / "policy")
     if rank:
         from peft import AutoPeftModelForSequenceClassification
 
-        lm = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "policy", num_labels=1).eval()
+        lm = AutoPeftModelForSequenceClassification.from_pretrained(policy, num_labels=1).eval()
         lm.config.pad_token_id = None
     else:
-        lm = AutoModelForSequenceClassification.from_pretrained(tmp_path / "policy").eval()
+        lm = AutoModelForSequenceClassification.from_pretrained(policy).eval()
     with torch.no_grad():
         theirs = alone(lm, blocks)
-    loaded = RewardModel(load_reward_model(str(tmp_path / "policy"), dtype=torch.float32))
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(pack(blocks, pad_id=0)), theirs, rtol=1e-4, atol=1e-4)
+        ours = RewardModel(load_reward_model(policy, **FP32))(pack(blocks, pad_id=0))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (theirs[:, 0] > theirs[:, 1]).float().mean() > 0.9
 
 
 def test_the_loss_is_bradley_terry(pairs, tmp_path):
     """A model with a head already: the first loss is the mean of softplus(r_rejected - r_chosen) over its prompts, with
     rewards from transformers' own classifier."""
-    lm = load_reward_model(str(pairs / "model"), dtype=torch.float32, begin=True)
+    start = tmp_path / "start"
+    lm = load_reward_model(str(pairs / "model"), **FP32, begin=True)
     nn.init.normal_(lm.score.weight, generator=torch.Generator().manual_seed(0))
-    blocks, tokenizer = conversations(pairs)
-    lm.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
-    options = reward_run(model=tmp_path / "start", prompts_per_step=24, epochs=1)
-    train.main(arguments(pairs, tmp_path / "out", **options))
+    lm.save_pretrained(start)
+    tokens.load_tokenizer(str(pairs / "model")).save_pretrained(start)
+    train.main(arguments(pairs, tmp_path / "out", **reward_run(model=start, prompts_per_step=24, epochs=1)))
     with torch.no_grad():
-        rewards = alone(lm, blocks)
-    expected = softplus(rewards[:, 1] - rewards[:, 0]).mean()
-    assert abs(float(expected) - math.log(2)) > 1e-2
-    assert losses(tmp_path / "out")[0] == pytest.approx(float(expected), abs=1e-5)
+        rewards = alone(lm, conversations(pairs))
+    expected = float(softplus(rewards[:, 1] - rewards[:, 0]).mean())
+    assert abs(expected - math.log(2)) > 1e-2
+    assert losses(tmp_path / "out")[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_two_ranks_and_a_restart_give_the_same_trajectory(pairs, tmp_path):
@@ -224,20 +197,13 @@ def test_two_ranks_and_a_restart_give_the_same_trajectory(pairs, tmp_path):
     assert json.loads((tmp_path / "one" / "run.json").read_text())["config"]["loss"] == "reward"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(beta=0.1), "loss reward does not use.*beta"),
-        (dict(method="dpo-bt"), "loss reward does not use.*method"),
-        (dict(gamma_end=3), "loss reward does not use.*gamma_end"),
-        (dict(label_smoothing=0.6), r"label_smoothing must lie in \[0, 0.5\)"),
-    ],
-)
-def test_an_option_that_it_ignores_is_an_error(pairs, tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        train.main(arguments(pairs, tmp_path, **reward_run(**options)))
-
-
-def test_data_without_pairs_is_refused(tiny_world, tmp_path):
-    with pytest.raises(ValueError, match="no prompt has a human pair"):
-        train.main(arguments(tiny_world, tmp_path, **reward_run()))
+def test_what_it_would_ignore_or_lacks_is_an_error(pairs, tiny_world, tmp_path):
+    for world, options, message in (
+        (pairs, dict(beta=0.1), "loss reward does not use.*beta"),
+        (pairs, dict(method="dpo-bt"), "loss reward does not use.*method"),
+        (pairs, dict(gamma_end=3), "loss reward does not use.*gamma_end"),
+        (pairs, dict(label_smoothing=0.6), r"label_smoothing must lie in \[0, 0.5\)"),
+        (tiny_world, {}, "no prompt has a human pair"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.main(arguments(world, tmp_path, **reward_run(**options)))
