@@ -229,7 +229,7 @@ def draw(
         longest = max(len(ids) for _, ids in prompts)
         lm = generate.load_vllm(c.model, dtype=c.dtype, max_length=longest + c.max_new_tokens)
     else:
-        lm = model.load_causal_lm(c.model, dtype=model.DTYPES[c.dtype]).to(ranks.device)
+        lm = model.load_causal_lm(c.model, dtype=model.compute_dtype(c.dtype)).to(ranks.device)
     counts: Counter[str] = Counter()
     for id, samples in generate.generate(
         lm,

@@ -91,7 +91,8 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     if not examples:
         raise ValueError(f"{c.data}: no row has rewards that differ, or a human pair (chosen, rejected), that fits")
 
-    policy_lm, ref_lm = (model.load_causal_lm(path, dtype=model.DTYPES[c.dtype]) for path in (c.model, c.reference))
+    dtype = model.compute_dtype(c.dtype)
+    policy_lm, ref_lm = (model.load_causal_lm(path, dtype=dtype) for path in (c.model, c.reference))
     policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in (policy_lm, ref_lm))
     longest = max(map(tokens.longest, examples))
     for scoring in (policy, ref):

@@ -237,7 +237,7 @@ def load_policy(
 
     vocab_size, longest: what it must have embeddings and positions for, tokens.
     """
-    dtype = model.DTYPES[c.dtype]
+    dtype = model.compute_dtype(c.dtype)
     loaded = dtype if c.lora_rank else torch.float32
     if c.loss == "reward":
         from hps.extra import reward_model

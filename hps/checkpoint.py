@@ -32,9 +32,6 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-SUMS = "sums-"  # begins the names of what ranks tell the first one
-
-
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Trained weights and Adam's moments under flat names; moments that do not exist yet are zeros."""
     state: dict[str, Tensor] = {}
@@ -78,10 +75,10 @@ def save(
         for path in shares:
             files.sync(path)
         dist.barrier()  # all have listed the folder
-        files.write_json(partial / f"{SUMS}{ranks.rank}.json", sums)
+        files.write_json(partial / f"checksums-{ranks.rank}.json", sums)
         dist.barrier()
         if ranks.first:
-            parts = list(partial.glob(f"{SUMS}*.json"))
+            parts = list(partial.glob("checksums-*.json"))
             state = state | {"files": {k: v for part in parts for k, v in files.read_json(part).items()}}
             for part in parts:
                 part.unlink()
@@ -121,7 +118,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, rank
         try:
             dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not ranks.sharded)
         except (Exception, dcp.CheckpointException) as e:  # the second is to Python none of the first
-            if dist.lost(e):  # then nothing is wrong with the checkpoint
+            if dist.rank_is_lost(e):  # then nothing is wrong with the checkpoint
                 raise RuntimeError(str(e)) from e
             raise ValueError(f"{path}: cannot be loaded ({e}); {advice}") from e
     return about

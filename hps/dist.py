@@ -33,7 +33,9 @@ class Ranks:
 
 
 # How torch and gloo say that a collective has come to nothing.
-LOST = "(?i)timed out|timeout|closed by peer|connection (reset|refused|closed)|broken pipe|no route to host|unreachable"
+LOST_RANK = (
+    "(?i)timed out|timeout|closed by peer|connection (reset|refused|closed)|broken pipe|no route to host|unreachable"
+)
 
 
 def init(*, timeout: timedelta) -> Ranks:
@@ -59,9 +61,9 @@ def init(*, timeout: timedelta) -> Ranks:
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, sharded=True)
 
 
-def lost(error: BaseException) -> bool:
+def rank_is_lost(error: BaseException) -> bool:
     """Whether an error under torchrun says that another rank is gone or silent."""
-    return "RANK" in os.environ and bool(re.search(LOST, str(error)))
+    return "RANK" in os.environ and bool(re.search(LOST_RANK, str(error)))
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def session(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
     try:
         yield init(timeout=timeout)
     except RuntimeError as error:
-        if not lost(error):
+        if not rank_is_lost(error):
             raise
         rank, why = os.environ["RANK"], str(error).splitlines()[0]
         print(
@@ -120,7 +122,7 @@ def from_first(make: Callable[[], Any], ranks: Ranks | None) -> Any:
 
 
 def shard(model: nn.Module, layers: list[nn.Module], *, ranks: Ranks, dtype: torch.dtype) -> None:
-    """Apply FSDP2 in place: one group a decoder layer, the rest (embeddings, head, norm) in the root group.
+    """Apply FSDP2 in place: one group per decoder layer, the rest (embeddings, head, norm) in the root group.
 
     Master weights keep their dtype; compute runs in `dtype`; gradients are reduced in fp32. Does nothing for a
     process that was not started by torchrun.
@@ -136,10 +138,10 @@ def shard(model: nn.Module, layers: list[nn.Module], *, ranks: Ranks, dtype: tor
 
 
 def reshard(model: nn.Module) -> None:
-    """Give the gathered weights of a forward without gradient back. Must follow every such pass before training:
+    """Give the gathered weights of a forward without gradient back. Must follow every such pass before training.
 
-    FSDP keeps the root group's weights gathered after a forward, and those gathered under no_grad do not carry
-    gradients; training on would lose the gradient of the embeddings and the head without a word.
+    FSDP keeps the root group (embeddings, norm, head) gathered after a forward: parameters that are taken from the
+    model then are gathered copies, and an optimizer made of them would not train the shards, without a word.
     """
     if isinstance(model, FSDPModule):
         model.reshard()

@@ -23,7 +23,7 @@ from hps.model import PolicyModel
 from hps.packing import Block, micro_batches, pack, pieces
 
 # Micro-batches a rank scores between two shards: what a kill can cost, against the number of files.
-MICRO_BATCHES_A_SHARD = 64
+MICRO_BATCHES_PER_SHARD = 64
 
 
 def open_cache(root: str | Path, *, weights: str, tokenizer: str, dtype: str) -> Path:
@@ -163,21 +163,21 @@ def fill(
     if not computed:
         return found, 0
     bar = tqdm(total=computed, desc="reference log-probs", unit="response", disable=not ranks.first)
-    for part in _parts(blocks, absent, budget=budget, tokens=budget * MICRO_BATCHES_A_SHARD * ranks.world_size):
+    for part in _parts(blocks, absent, budget=budget, tokens=budget * MICRO_BATCHES_PER_SHARD * ranks.world_size):
         batches = micro_batches([len(b) for b in part], budget=budget, world_size=ranks.world_size)
         mine: list[Block] = []
         logps: list[float] = []
         for members in batches[ranks.rank]:
             # An idle rank scores a block that another one keeps, so that sharded collectives stay in step.
-            chosen = [part[i] for i in members] or [part[0]]
+            batch = [part[i] for i in members] or [part[0]]
             with torch.no_grad():
-                scored = model(pack(chosen, pad_id=pad_id, share_prompt=share_prompt).to(ranks.device)).cpu()
+                scored = model(pack(batch, pad_id=pad_id, share_prompt=share_prompt).to(ranks.device)).cpu()
             if members:
-                mine += chosen
-                for block, row in zip(chosen, scored.tolist(), strict=True):
+                mine += batch
+                for block, row in zip(batch, scored.tolist(), strict=True):
                     logps += row[: len(block.responses)]
             # Rank 0 stands for all: exact when alone, and never beyond the total.
-            done = ranks.world_size * sum(len(block.responses) for block in chosen)
+            done = ranks.world_size * sum(len(block.responses) for block in batch)
             bar.update(min(done, computed - bar.n))
         if not np.all(np.isfinite(logps)):
             raise ValueError("the reference gives a response a log-prob that is not finite: check its weights, dtype")

@@ -12,6 +12,7 @@ from hps.model import (
     check_limits,
     check_paths_agree,
     checkpoint_layers,
+    compute_dtype,
     fingerprint,
     load_causal_lm,
 )
@@ -124,6 +125,19 @@ def test_data_beyond_the_models_limits_is_refused():
     lm.config.use_sliding_window = True
     with pytest.raises(ValueError, match="a sliding window of 32"):
         check_limits(lm, vocab_size=V, longest=64)
+
+
+def test_bf16_on_a_cpu_that_emulates_it_is_said(monkeypatch, caplog):
+    known = {"avx512_bf16": False, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, instruction, lines in (("fp32", "", 0), ("bf16", "", 1), ("bf16", "amx_bf16", 0)):
+        compute_dtype.cache_clear()
+        caplog.clear()
+        known[instruction] = True
+        assert compute_dtype(name) is compute_dtype(name) is {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+        assert caplog.messages == ["this CPU emulates bf16, 8 to 27 times slower: use --dtype fp32"] * lines
+    compute_dtype.cache_clear()
 
 
 def test_fingerprint_names_content():

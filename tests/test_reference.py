@@ -114,7 +114,7 @@ def test_a_shard_is_keyed_by_blake2b_of_the_ids_in_any_order(tmp_path):
 
 def test_shards_hold_a_bounded_amount_of_work(tmp_path, monkeypatch):
     """A micro-batch a shard: a kill loses one at most. Complete blocks in between are passed over."""
-    monkeypatch.setattr(reference, "MICRO_BATCHES_A_SHARD", 1)
+    monkeypatch.setattr(reference, "MICRO_BATCHES_PER_SHARD", 1)
     lm, blocks = tiny("llama"), blocks_of(5, B=20)
     cache = open_at(tmp_path)
     reference.fill(cache, PolicyModel(lm), [Block(blocks[2].prompt, blocks[2].responses[1:4]), blocks[4]], **HOW)

@@ -62,10 +62,10 @@ def load_reward_model(
     tokenizer = tokens.load_tokenizer(path)
     device, counts = device or torch.device("cpu"), Counter() if counts is None else counts
     if remote_revision:
-        lm = reward_model.load_remote(path, dtype=model.DTYPES[dtype], revision=remote_revision)
+        lm = reward_model.load_remote(path, dtype=model.compute_dtype(dtype), revision=remote_revision)
         scoring = reward_model.RemoteRewardModel(lm, objectives=objectives).to(device)
     else:
-        lm = reward_model.load_reward_model(path, dtype=model.DTYPES[dtype], objectives=objectives)
+        lm = reward_model.load_reward_model(path, dtype=model.compute_dtype(dtype), objectives=objectives)
         scoring = reward_model.RewardModel(lm).to(device)
         model.check_paths_agree(scoring, vocab_size=len(tokenizer))
     model.check_limits(lm, vocab_size=len(tokenizer), longest=0)

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 import train
 from hps.data import listwise, tokens
 
-SMALL_SHARDS = "from hps import reference; reference.MICRO_BATCHES_A_SHARD = 1"  # so that the cache fills in pieces
+SMALL_SHARDS = "from hps import reference; reference.MICRO_BATCHES_PER_SHARD = 1"  # so that the cache fills in pieces
 STEPS = 12
 
 
