@@ -50,17 +50,18 @@ def test_ragged_k_and_batch_order_change_nothing():
         torch.testing.assert_close(backwards[2 - b, : len(alone)], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_checkpointing_changes_memory_only():
+@pytest.mark.parametrize(("name", "share_prompt"), [("gpt2", True), ("llama", False)])
+def test_gradient_checkpointing_changes_memory_only(name, share_prompt):
+    """Training mode would switch dropout on: GPT-2's layers, and Llama's attention, which plain rows leave to torch."""
     grads = []
     for recompute in (False, True):
-        lm = tiny("llama")
-        lm.config.attention_dropout = 0.3
-        for layer in lm.model.layers:
-            layer.self_attn.attention_dropout = 0.3  # training mode would switch it on
+        lm = tiny(name)
+        for layer in lm.model.layers if name == "llama" else []:
+            layer.self_attn.attention_dropout = 0.3
         if recompute:
             checkpoint_layers(lm)
         torch.manual_seed(5)
-        PolicyModel(lm)(pack(blocks_of(2), pad_id=0)).sum().backward()
+        PolicyModel(lm)(pack(blocks_of(2), pad_id=0, share_prompt=share_prompt)).sum().backward()
         grads.append([p.grad for p in lm.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
