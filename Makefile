@@ -12,9 +12,10 @@ SMOLLM2 ?= runs/models/smollm2-135m-instruct
 BIN := .venv/bin
 STAMP := .venv/.stamp
 RUN := OMP_NUM_THREADS=1 $(BIN)/python
+CORE := $(filter-out tests/test_scripts.py tests/test_golden.py tests/test_train.py,$(wildcard tests/test_*.py)) tests/data
 
 .DEFAULT_GOAL := help
-.PHONY: help env test soak lint reproduce model smollm2 bench clean
+.PHONY: help env test check soak lint reproduce model smollm2 bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,14 +34,18 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/pip check
 	touch $@
 
-test: $(STAMP) ## all tests; none needs a GPU or the network
+test: $(STAMP) ## all tests, four minutes; none needs a GPU or the network; HH=file of HH-RLHF rows adds those on them
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+check: $(STAMP) lint ## the linter and the tests of the core: a minute
+	$(RUN) -m pytest -n 2 --dist loadfile $(CORE)
 
 soak: $(STAMP) ## the faults of docs/RELIABILITY.md in full, an hour of training among them: hours
 	$(RUN) -m pytest --soak -v tests/faults
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 reproduce: $(STAMP) ## the paper's comparison: SUITE=headline SEEDS=3 (worlds) OUT=runs/reproduce REPRODUCE_FLAGS=

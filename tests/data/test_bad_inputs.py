@@ -15,32 +15,16 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from helpers import ROOT
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from helpers import ROOT, TURNS, save
 
 import data_prep
 import eval as evaluation
 import train
 
-WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<unk>", "tea", "is", "hot", "cold", "why"]
-TURNS = "{% for m in messages %}<user> {{ m.content }} {% endfor %}"
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TURNS
 ROW = {"id": "a", "prompt": "why", "responses": ["tea is hot", "cold"], "rewards": [1, 0], "chosen": 0, "rejected": 1}
 TALK = [{"role": "system", "content": "tea"}, {"role": "user", "content": "why"}]
 NO_LINES = "; is this JSON Lines, one object a line?"
-
-
-def save(folder: Path, *, labels: int = 0, eos: str | None = "<eos>", template: str | None = "<bos> " + TURNS) -> Path:
-    """A word tokenizer, with a causal LM of 16 positions or a classifier of some labels."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    named = dict(bos_token="<bos>", eos_token=eos, pad_token="<pad>", unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named).save_pretrained(folder)
-    sizes = dict(vocab_size=len(WORDS), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    config = LlamaConfig(**sizes, max_position_embeddings=16, num_labels=labels or 2)
-    (LlamaForSequenceClassification if labels else LlamaForCausalLM)(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ from urllib.parse import quote
 import pytest
 import torch
 from fuzz_targets import EVALUATION, RUN, SUMMARY
-from helpers import arguments, chat_server, classifier, completion, flags, results, run
+from helpers import arguments, chat_server, classifier, completion, flags, results, run, save
 from markdown_it import MarkdownIt
-from test_bad_inputs import ROW, lines, save
 from transformers import AutoTokenizer
 
 import data_prep
@@ -242,7 +241,8 @@ def test_no_id_leads_out_of_the_folder_of_the_output(tmp_path, monkeypatch, capf
     monkeypatch.chdir(tmp_path / "cwd")
     lm, scorer = save(tmp_path / "in/lm"), save(tmp_path / "in/scorer", labels=1)
     data = tmp_path / "in/x.jsonl"
-    data.write_bytes(lines(*(ROW | {"id": id, "source": id} for id in IDS)))
+    row = {"prompt": "why", "responses": ["tea is hot", "cold"], "rewards": [1, 0], "chosen": 0, "rejected": 1}
+    data.write_text("".join(json.dumps(row | {"id": id, "source": id}) + "\n" for id in IDS))
     hostile = results(*(f"../{n}/../../x" for n in range(3)))
     caches = dict(token_cache=out / "tokens", reference_cache=out / "references")
     sampled = dict(data=data, reference=lm, samples=2, max_new_tokens=4, scorer=scorer)

@@ -6,7 +6,7 @@ import subprocess
 from itertools import pairwise
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import data_prep
 import eval as evaluation
