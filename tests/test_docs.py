@@ -11,6 +11,8 @@ from functools import cache
 import pytest
 from helpers import ROOT
 
+from hps import options
+
 PAGES = {"README.md": ROOT / "README.md"} | {f"docs/{path.name}": path for path in (ROOT / "docs").glob("*.md")}
 NAMES = "RESULTS PERFORMANCE PAPER_MAP DATA METRICS EVALUATION RELIABILITY THEORY LOG".split()
 PRESENT = {name: path for name, path in PAGES.items() if name != "docs/LOG.md"}  # the log names what once was
@@ -142,3 +144,17 @@ def test_every_statement_of_reliability_has_its_test():
                     n.name for n in ast.parse((ROOT / path).read_text()).body if isinstance(n, ast.FunctionDef)
                 }
                 assert test in functions, f"{path} has no {test}"
+
+
+def test_names_and_defaults_of_the_readme_are_those_of_the_code():
+    """`file.py: name` is defined at the top of that file, and `option = value` is train.py's default."""
+    code = code_of(PAGES["README.md"].read_text())
+    named = re.findall(r"^(\S+\.py): (\w+)$", code, flags=re.MULTILINE)
+    defaults = re.findall(r"^(\w+) = (\w+)$", code, flags=re.MULTILINE)
+    assert len(named) >= 6 and len(defaults) >= 3
+    for path, name in named:
+        body = ast.parse((ROOT / path).read_text()).body
+        assert name in {getattr(node, "name", None) for node in body}, f"{path} has no {name}"
+    for option, value in defaults:
+        assert str(getattr(options.Config, option)) == value, f"{option} is not {value} by default"
+    assert f"one every {options.Config.save_minutes:g} minutes" in PAGES["README.md"].read_text()
