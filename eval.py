@@ -153,7 +153,7 @@ def pair(example: tokens.Example) -> tuple[int, int]:
     """The pair that single-pair metrics look at: the human one, else the best candidate and the runner-up."""
     if found := human_pair(example):
         return found
-    best, runner_up, *_ = ranked(example)
+    best, runner_up, *_ = metrics.order(example.rewards)
     return int(best), int(runner_up)
 
 

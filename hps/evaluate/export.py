@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         run, summary = (files.read_json(beside / name) for name in ("run.json", "summary.json"))
     except ValueError as error:
         raise ValueError(f"--model {c.model} is no policy of a finished run: {error}") from error
-    evaluation = files.read_json(Path(c.eval_json)) if c.eval_json else None
+    evaluation: Any = files.read_json(Path(c.eval_json)) if c.eval_json else None
     try:
         about = evaluation["config"]["model"] if c.eval_json else c.model
         same = Path(about).resolve() == Path(c.model).resolve()

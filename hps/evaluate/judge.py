@@ -315,9 +315,9 @@ def collect(c: Options, judge: Judge, answers: Answers, items: dict[str, Item]) 
     for tries in range(TRIES):
         due = [key for key in order if len(answers[key]) == tries and key not in refused]
         questions = {key: question(items[key], reminded=tries > 0) for key in due if not first_scores(answers[key])}
-        progress = dict(total=len(questions), desc="judge, once more" if tries else "judge", unit="response")
+        title = "judge, once more" if tries else "judge"
         with closing(judge.ask(questions)) as replies, (Path(c.out) / "answers.jsonl").open("a") as file:
-            for key, reply in tqdm(replies, disable=not questions, **progress):
+            for key, reply in tqdm(replies, title, len(questions), unit="response", disable=not questions):
                 if reply.text is not None:
                     line = {"item": key, "model": reply.model, "answer": reply.text, "max_tokens": c.max_tokens}
                     answers[key].append(line)

@@ -19,8 +19,12 @@ def render(template: str, **values: Any) -> str:
     style, script = (re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[0] for tag in ("style", "script"))
     hashes = [f"'sha256-{b64encode(sha256(part.encode()).digest()).decode()}'" for part in (style, script)]
     policy = "default-src 'none'; img-src data:; style-src {}; script-src {}; base-uri 'none'; form-action 'none'"
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    # The loose `undefined` of jinja2 would leave out what the caller forgot.
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,  # or what the caller forgot would be left out without a word
+    )
     environment.policies["json.dumps_kwargs"] = {}  # JSON keeps the order of its keys
     return environment.from_string(text).render(policy=policy.format(*hashes), **values)

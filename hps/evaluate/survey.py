@@ -87,7 +87,7 @@ def need(good: bool, problem: str) -> None:
 def load(path: Path, **kinds: type) -> dict[str, Any]:
     """A JSON object with just these keys, of these types; ValueError, naming the file, for anything else."""
     with listwise.opened(path) as file:
-        found = listwise.decode_json(file.read(), str(path))
+        found: Any = listwise.decode_json(file.read(), str(path))
     what = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
     need(isinstance(found, dict), f"{path}: need an object with {what}")
     listwise.check_keys(found, tuple(kinds), required=tuple(kinds), where=str(path))

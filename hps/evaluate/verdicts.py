@@ -77,7 +77,8 @@ def summarise(
     others = [name for name in scores if name != baseline]
     pairs = [(name, baseline) for name in others if baseline] + list(itertools.combinations(others, 2))
     comparisons = [
-        {"a": a, "b": b} | compare(full[a], full[b], words and words[a] - words[b], unit=unit) for a, b in pairs
+        {"a": a, "b": b} | compare(full[a], full[b], words[a] - words[b] if words else None, unit=unit)
+        for a, b in pairs
     ]
     return {"unit": unit, "means": means, "comparisons": comparisons}
 
