@@ -14,13 +14,13 @@ import hashlib
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+from helpers import on_ranks
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "golden.json"
@@ -157,19 +157,24 @@ def play(run: str, world: Path) -> dict[str, list]:
     return found
 
 
+def play_rank(runs: list[str], folder: Path) -> None:
+    """In each of several ranks: the runs one after the other; the first rank writes down what they give."""
+    import torch.distributed
+
+    torch.distributed.destroy_process_group = lambda: None  # one group for all runs: joining a second one hangs
+    found = {f"{os.environ['WORLD_SIZE']} {run}": play(run, folder) for run in runs}
+    if os.environ["RANK"] == "0":
+        (folder / "ranks.json").write_text(json.dumps(found))
+
+
 def play_all(runs: list[str], ranks: int, folder: Path) -> dict[str, dict[str, list]]:
-    """What each of the runs gives, in this process or under torchrun: {"1 lora dpo-bt": ...}."""
+    """What each of the runs gives, in this process or on several ranks: {"1 lora dpo-bt": ...}."""
     if not (folder / "data.jsonl").exists():
         write_world(folder)
     if ranks == 1:
         return {f"1 {run}": play(run, folder) for run in runs}
-    done = folder / f"{ranks}-ranks.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command += ["--rank_of", str(folder), "--only", *runs]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(done.read_text())
+    on_ranks(ranks, play_rank, (runs, folder), seconds=900)
+    return json.loads((folder / "ranks.json").read_text())
 
 
 def difference(found: dict[str, list], expected: dict[str, list]) -> float:
@@ -196,17 +201,8 @@ def main() -> None:
     parser.add_argument("--file", type=Path, default=FILE, help="another file")
     parser.add_argument("--tolerance", type=float, default=1e-6, help="relative, of the largest difference")
     parser.add_argument("--only", nargs="*", default=RUNS, help="some of the runs")
-    parser.add_argument("--rank_of", type=Path, help="used by the script itself")
     given = parser.parse_args()
     sys.path.insert(0, os.getcwd())
-    if given.rank_of:
-        import torch.distributed
-
-        torch.distributed.destroy_process_group = lambda: None  # one group for all runs: joining a second one hangs
-        found = {f"{os.environ['WORLD_SIZE']} {run}": play(run, given.rank_of) for run in given.only}
-        if os.environ["RANK"] == "0":
-            (given.rank_of / f"{os.environ['WORLD_SIZE']}-ranks.json").write_text(json.dumps(found))
-        return
     import torch
 
     torch.set_num_threads(1)
