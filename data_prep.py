@@ -105,7 +105,7 @@ def report(counts: dict[str, int], output: str) -> None:
 
 
 def make_world(c: World) -> None:
-    about = world.write(Path(c.out), **{k: v for k, v in config.as_dict(c).items() if k != "out"})
+    about = world.write(Path(c.out), **{k: v for k, v in vars(c).items() if k != "out"})
     report({k: v for k, v in about.items() if isinstance(v, int)}, c.out)
 
 
@@ -133,7 +133,7 @@ def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], *, na
     """Print what was left out and why, and write it to the manifest; name: the input's on the hub."""
     for reason in reasons:
         print(reason, file=sys.stderr)
-    options = {key: value for key, value in config.as_dict(c).items() if key not in ("input", "output")}
+    options = {key: value for key, value in vars(c).items() if key not in ("input", "output")}
     facts = {"command": command, "options": options, "counts": counts, **more, "first_reasons": reasons}
     importers.write_manifest(c.input, c.output, facts, name=name)
     report(counts, c.output)
@@ -171,7 +171,7 @@ def journalled(
     c: Any, rows: list[listwise.Row], ranks: dist.Ranks, work: Work, holds: dict[str, Any]
 ) -> dict[str, dict]:
     """Have `work` note every world_size-th of the rows that no journal has; the first rank gets all records, by id."""
-    settings = {key: value for key, value in config.as_dict(c).items() if key not in FREE}
+    settings = {key: value for key, value in vars(c).items() if key not in FREE}
     settings |= {key: digest(settings[key]) for key in ("model", "scorer", "input") if key in settings}
     done = journal.read(c.output, settings, **holds)
     dist.barrier()  # none may write before all have read

@@ -52,7 +52,7 @@ class Config:
 def main(argv: list[str] | None = None) -> None:
     c, set_keys = config.parse(Config, argv, prog="eval.py", description=str(__doc__).split("\n")[0])
     of_samples = {"temperature", "max_new_tokens", "seed", "scorer", "baseline"}
-    config.check_used(set_keys, set(config.as_dict(c)) - (set() if c.samples else of_samples), what="--samples 0")
+    config.check_used(set_keys, set(vars(c)) - (set() if c.samples else of_samples), what="--samples 0")
     config.check_choices(c, dtype=model.DTYPES)
     out = Path(c.out)
     if c.baseline and not (Path(c.baseline) / "samples.jsonl").exists():
@@ -233,7 +233,7 @@ def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
         "method": c.name or Path(c.model).parent.name,
         "metrics": {name: found | {"prompts": len(table[name])} for name, found in means.items()},
         "counts": counts,
-        "config": config.as_dict(c),
+        "config": vars(c),
     }
     files.write_json(out / "eval.json", result)
     for rank in range(world_size):

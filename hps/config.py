@@ -1,8 +1,8 @@
 """Options of the scripts: one flat dataclass each, filled from a TOML file, then from flags. Strict.
 
 A field is the whole of an option, on one line: its name is the flag and the TOML key, its annotation the type (str,
-int, float, bool, one of them `| None`, or `tuple[str, ...]`: words behind the flag, a TOML array), its trailing comment
-the help text; a comment line `# -- name --` above fields starts a group of `--help`.
+int, float, bool, or `tuple[str, ...]`: words behind the flag, a TOML array), its trailing comment the help text; a
+comment line `# -- name --` above fields starts a group of `--help`.
 
     @dataclass
     class Options:
@@ -25,7 +25,6 @@ import tomllib
 import typing
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -40,13 +39,6 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"command line: {message}{hint}")
 
 
-class Once(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        if hasattr(namespace, self.dest):
-            parser.error(f"--{self.dest} is given twice: keep one")
-        setattr(namespace, self.dest, values)
-
-
 def parse(
     cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str, foreign: bool = False
 ) -> tuple[T, frozenset[str]]:
@@ -54,30 +46,34 @@ def parse(
 
     Args:
         argv: words of the command line, `sys.argv[1:]` when None. `--key value`, `--key=value`, and for a
-            bool a bare `--key`; `-` in a flag's name means `_`. The word `none` gives None where allowed.
+            bool a bare `--key`; `-` in a flag's name means `_`.
         prog, description: what `--help` shows first; `--help` prints and exits with status 0.
         foreign: the file is another script's, which checks it; keys that are no options here are passed over.
 
     Raises:
         ValueError: an unknown, doubled, ill-typed or missing option; an unreadable or nested TOML file.
     """
-    kinds, usage = typing.get_type_hints(cls), f"{prog} [--config FILE.toml] [--key value ...]"
+    kinds = {name: typing.get_origin(kind) or kind for name, kind in typing.get_type_hints(cls).items()}
+    usage = f"{prog} [--config FILE.toml] [--key value ...]"
     parser = Parser(prog, usage, description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120)
     parser._negative_number_matcher = re.compile(r"-[\d.]")  # argparse takes -1e-4 for a flag
-    parser.add_argument("--config", action=Once, metavar="FILE.toml", help="keys as below; a flag wins over the file")
-    groups: dict[str, Any] = {"": parser}
-    defaults = {}
-    for name, (group, text) in help_texts(cls).items():
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        defaults[name] = default = getattr(cls, name, dataclasses.MISSING)
-        shown = str(default).lower() if default is None or isinstance(default, bool) else str(default) or '""'
-        text += " (required)" if default is dataclasses.MISSING else f" (default {shown})"
-        base, optional = base_of(kinds[name])
-        more: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, tuple: {"nargs": "+"}}.get(base, {})
-        metavar = "str" if base is tuple else base.__name__ + " or none" * optional
-        groups[group].add_argument(f"--{name}", action=Once, metavar=metavar, help=text.replace("%", "%%"), **more)
+    add = functools.partial(parser.add_argument, action="append")  # so that a flag given twice is seen
+    add("--config", metavar="FILE.toml", help="keys as below; a flag wins over the file")
+    defaults, told = {field.name: field.default for field in dataclasses.fields(cls)}, []  # type: ignore[arg-type]
+    for line in source_lines(cls):
+        if match := GROUP.match(line):
+            add = functools.partial(parser.add_argument_group(match[1]).add_argument, action="append")
+        elif match := FIELD.match(line):
+            name, text = match.groups()
+            kind, default = kinds[name], defaults[name]
+            shown = (str(default).lower() if kind is bool else str(default)) or '""'
+            text += " (required)" if default is dataclasses.MISSING else f" (default {shown})"
+            more: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, tuple: {"nargs": "+"}}.get(kind, {})
+            metavar = "str" if kind is tuple else kind.__name__
+            add(f"--{name}", metavar=metavar, help=text.replace("%", "%%"), **more)
+            told.append(name)
+    assert told == list(defaults), f"a field's line ends with a comment, its help text: {list(defaults)}, {told}"
 
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words]
@@ -87,8 +83,10 @@ def parse(
         what = f"unknown option {flag}{nearest(flag[2:], kinds)}" if flag[:2] == "--" else f"unexpected {unknown[0]!r}"
         raise ValueError(f"command line: {what}; options are written --key value (see --help)")
     flags = vars(given)
-    values = read_toml(Path(flags.pop("config")), kinds, foreign) if "config" in flags else {}
-    for name, text in flags.items():
+    if twice := [name for name, texts in flags.items() if len(texts) > 1]:
+        raise ValueError(f"command line: --{twice[0]} is given twice: keep one")
+    values = read_toml(Path(flags.pop("config")[0]), kinds, foreign) if "config" in flags else {}
+    for name, (text,) in flags.items():
         shown = " ".join(text) if isinstance(text, list) else text
         values[name] = convert(text, kinds[name], f"command line: --{name} {shown}", from_text=True)
     if missing := [name for name, x in defaults.items() if x is dataclasses.MISSING and name not in values]:
@@ -97,78 +95,45 @@ def parse(
 
 
 @functools.cache
-def help_texts(cls: type) -> dict[str, tuple[str, str]]:
-    """The group and the help text of each field, read from the source of `cls`."""
-    group, found = "", {}
-    for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
-        if match := GROUP.match(line):
-            group = match[1]
-        elif match := FIELD.match(line):
-            found[match[1]] = group, match[2]
-    names = [field.name for field in dataclasses.fields(cls)]
-    assert list(found) == names, f"a field's line ends with a comment, its help text: {names}, {list(found)}"
-    return found
+def source_lines(cls: type) -> list[str]:
+    return textwrap.dedent(inspect.getsource(cls)).splitlines()
 
 
-def read_toml(path: Path, kinds: dict[str, Any], foreign: bool) -> dict[str, Any]:
+def read_toml(path: Path, kinds: dict[str, type], foreign: bool) -> dict[str, Any]:
     """The values of a flat TOML file by option name, each checked against its option's type."""
-    text = ""
     try:
         text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        found = re.search(r" \(at line (\d+)", str(error))  # absent at the end of the document
-        raise ValueError(f"{path}:{found[1] if found else len(text.splitlines())}: not TOML: {error}") from error
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, thousands of digits, brackets in brackets ...
+    except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, brackets in brackets in brackets ...
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     values = {}
     for key, value in table.items():
         # tomllib keeps no positions; the keys of a flat file stand at the start of their lines.
         at_key = re.compile(rf"""\s*\[*\s*["']?{re.escape(key)}["']?\s*[].=]""")
-        lines = [number for number, line in enumerate(text.splitlines(), 1) if at_key.match(line)]
-        where = f"{path}:{lines[0]}" if lines else str(path)
+        lines = [f":{n}: {line:.80}" for n, line in enumerate(text.splitlines(), 1) if at_key.match(line)]
+        where = f"{path}{lines[0] if lines else f': {key}'}"
         if isinstance(value, dict):
             raise ValueError(f"{where}: {key} is a table, and options are flat: write key = value lines only")
         if key in kinds:
-            values[key] = convert(value, kinds[key], f"{where}: {key} = {brief(value)}")
+            values[key] = convert(value, kinds[key], where)
         elif not foreign:
             raise ValueError(f"{where}: unknown key {key}{nearest(key, kinds)} (see --help)")
     return values
 
 
-def base_of(kind: Any) -> tuple[type, bool]:
-    """str, int, float, bool or tuple, and whether None is allowed beside it."""
-    kinds = {tuple} if typing.get_origin(kind) is tuple else set(typing.get_args(kind)) or {kind}
-    (base,) = kinds - {NoneType}
-    assert base in EXPECTED, f"{kind} is no option type"
-    return base, NoneType in kinds
-
-
-def convert(value: Any, kind: Any, where: str, *, from_text: bool = False) -> Any:
+def convert(value: Any, kind: type, where: str, *, from_text: bool = False) -> Any:
     """A TOML value, or the text of a flag, as the type of its option; `where` begins the ValueError if it is none."""
-    base, optional = base_of(kind)
-    if optional and value == "none":
-        return None
-    if from_text and base is bool:
-        value = {"true": True, "false": False}.get(value)
-    elif from_text and base in (int, float):
-        with contextlib.suppress(ValueError):
-            value = base(value)
-    elif base is float and type(value) is int:
-        value = float(value) if abs(value) < 2**1023 else math.inf
-    elif base is tuple and isinstance(value, list) and all(isinstance(word, str) for word in value):
-        value = tuple(value)
+    with contextlib.suppress(ValueError, OverflowError):  # what stays of another type is refused below
+        if from_text and kind is bool:
+            value = {"true": True, "false": False}.get(value)
+        elif (from_text and kind in (int, float)) or (kind is float and type(value) is int):
+            value = kind(value)
+        elif kind is tuple and isinstance(value, list) and all(isinstance(word, str) for word in value):
+            value = tuple(value)
     in_range: dict[type, Callable[[Any], bool]] = {int: lambda x: -(2**63) <= x < 2**63, float: math.isfinite}
-    if type(value) is not base or (base in in_range and not in_range[base](value)):
-        raise ValueError(f"{where}: expected {EXPECTED[base]}{' or none' if optional else ''}")
+    if type(value) is not kind or (kind in in_range and not in_range[kind](value)):
+        raise ValueError(f"{where}: expected {EXPECTED[kind]}")
     return value
-
-
-def brief(value: Any) -> str:
-    try:
-        return f"{value!r:.60}"
-    except (ValueError, RecursionError):  # Python prints no int of more than 4,300 digits
-        return "thousands of digits or brackets"
 
 
 def nearest(name: str, names: Collection[str]) -> str:
@@ -191,20 +156,6 @@ def check_choices(config: Any, **known: Collection[str]) -> None:
     for name, values in known.items():
         if (value := getattr(config, name)) not in values:
             raise ValueError(f"{name} = {value!r} does not exist; choose one of {', '.join(values)}")
-
-
-def named_files(words: Collection[str]) -> dict[str, str]:
-    """Path by name out of words NAME=FILE, those of --methods; ValueError unless two names or more differ."""
-    pairs = [word.partition("=") for word in words]
-    named = {name: path for name, _, path in pairs}
-    if len(pairs) < 2 or len(named) < len(pairs) or not all(name and path for name, _, path in pairs):
-        raise ValueError(f"--methods {' '.join(words)}: need NAME=FILE NAME=FILE ... with two or more different names")
-    return named
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """The options by name, in the order of the dataclass."""
-    return dataclasses.asdict(config)
 
 
 def run_command(

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     if bool(c.model) == bool(c.endpoint) or (c.endpoint and not c.judge_model):
         raise ValueError("the judge is either --model FOLDER, or --endpoint URL with --judge_model NAME")
     kind, unused = ("--model", REMOTE) if c.model else ("--endpoint", LOCAL)
-    config.check_used(set_keys, set(config.as_dict(c)) - unused, what=kind)
+    config.check_used(set_keys, set(vars(c)) - unused, what=kind)
     if min(c.max_tokens, c.batch_size, c.in_flight, c.attempts) < 1 or c.timeout <= 0:
         raise ValueError("max_tokens, batch_size, in_flight and attempts must be at least 1, and timeout above 0")
     if min(c.responses, c.requests_per_minute) < 0:
@@ -150,7 +150,7 @@ def run(c: Options, samples: dict[str, list[listwise.Row]], judge: Judge) -> Non
     served = Counter(line["model"] for some in asked.values() for line in some)
     results = {"judge": judge.identity, "template": template, "served": served, "counts": counts}
     results |= verdicts.summarise(scores, words, unit="prompts", baseline=c.baseline)
-    files.write_json(out / "judge.json", results | {"config": config.as_dict(c)})
+    files.write_json(out / "judge.json", results | {"config": vars(c)})
     told = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
     page = f"Judge: {c.model or f'{c.judge_model} at {c.endpoint}'}; {told}.\n\n{verdicts.markdown(results)}\n"
     files.write_text(out / "judge.md", page)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from hps import config
 from hps.data import listwise
 from hps.evaluate import md, metrics
 from hps.evaluate.metrics import Floats
@@ -43,7 +42,12 @@ def read_samples(methods: Any, writes: Path) -> dict[str, dict[str, listwise.Row
     Raises:
         ValueError: fewer than two methods, one id that stands for two prompts, or a file that will be written to.
     """
-    paths = config.named_files(methods)
+    pairs = [word.partition("=") for word in methods]
+    paths = {name: path for name, _, path in pairs}
+    if len(pairs) < 2 or len(paths) < len(pairs) or not all(name and path for name, _, path in pairs):
+        raise ValueError(
+            f"--methods {' '.join(methods)}: need NAME=FILE NAME=FILE ... with two or more different names"
+        )
     if taken := [path for path in paths.values() if Path(path).resolve() == writes.resolve()]:
         raise ValueError(f"{taken[0]} would be overwritten: choose another --out")
     samples = {name: {row.id: row for row in listwise.read(path)} for name, path in paths.items()}

@@ -225,7 +225,7 @@ def estimate(c: Options) -> dict[str, Any]:
     found = {"parameters": parameters, "bytes_per_rank": parts | {"total": total}, "fits": total < c.gpu_gib * 2**30}
     steps = c.epochs * -(-c.prompts // c.prompts_per_step)
     return (
-        {"options": config.as_dict(c)}
+        {"options": vars(c)}
         | found
         | {"steps": steps, "ways": work(c, lm, counted["forward"] / N, counted["backward"] / N)}
     )

@@ -127,7 +127,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     stages, cells = plan(c, suite, out)
     kept = run_in_workers(stages, c.jobs, out, f"{name}, {seeds} seeds")
     rows, comparisons = summarise(cells, suite.pairs)
-    settings = config.as_dict(c) | SIZES[c.small] | course(stages, kept, out)
+    settings = vars(c) | SIZES[c.small] | course(stages, kept, out)
     results: dict[str, Any] = {"suite": name, "commit": commit(), "machine": machine(), "seconds": time.time() - began}
     results |= {"rows": rows, "comparisons": comparisons, "settings": settings, "series": suite.series}
     results |= curves_of(cells)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hps.evaluate.verdicts import SCALES, length_controlled, markdown, summarise
+from hps.evaluate.verdicts import SCALES, length_controlled, markdown, read_samples, summarise
 
 NAN = np.nan
 # Four prompts, two responses; the criteria are all alike but for clarity, so that an average is (3 good + safe) / 4.
@@ -129,3 +129,9 @@ def test_the_tables_of_verdicts():
     assert lines[5].startswith("| a | b | prompts | a - b: correctness |")
     ratings = markdown(summarise({"x|y": four(A), "b": four(B)}, unit="ratings")).splitlines()
     assert ratings[0].endswith("| average |") and ratings[5].endswith("| p |") and ratings[2].startswith("| x\\|y | ")
+
+
+def test_methods_are_two_named_files_or_more(tmp_path):
+    for words in ((), ("a=x",), ("a=x", "a=y"), ("a=x", "y"), ("a=x", "b="), ("a=x", "=y"), ("a=x,b=y",)):
+        with pytest.raises(ValueError, match="NAME=FILE NAME=FILE ... with two or more different names"):
+            read_samples(words, tmp_path / "out")
