@@ -20,17 +20,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from hps import batches, checkpoint, config, dist, model, reference
 from hps.data import store, tokens
 from hps.io import files, hub, loggers
-from hps.objective import check_first_loss, expected_first_loss, objective
+from hps.objective import Statistics, check_first_loss, objective
 from hps.options import Config, as_preference, check, is_kto, needs_reference, needs_rewards, parts, settings
 from hps.record import RECORD, check_folder, claim
-from hps.statistics import Statistics
 
 if TYPE_CHECKING:
     from hps.extra import reward_model
@@ -88,16 +86,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     if needs_reference(c) and c.reference:
         scorer, inputs["reference"] = load_reference(c, ranks, tokenizer=inputs["tokenizer"])
     claim(out, c, inputs, started is not None, ranks)
-    run = batches.Run(
-        plan=plan,
-        examples=examples,
-        ref_logps=np.zeros(plan.responses.shape, dtype=np.float32),
-        rewards=batches.visit_rewards(c, plan, examples),
-        ranks=ranks,
-        budget=c.tokens_per_micro_batch,
-        pad_id=tokenizer.pad_token_id,
-        share_prompt=c.share_prompt,
-    )
+    run = batches.Run(c, plan, examples, ranks, pad_id=tokenizer.pad_token_id)
     z0 = None  # KTO's alone
     if needs_reference(c):
         scored_by = dict(weights=inputs.get("reference", weights), tokenizer=inputs["tokenizer"], dtype=c.dtype)
@@ -161,8 +150,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
                 f"step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; no update was made. Rows: {rows}"
             )
         if step == 0 and untrained:
-            expected = expected_first_loss(c, plan, run.rewards)
-            say(ranks, check_first_loss(c, expected, metrics["loss"], float(statistics.largest)))
+            say(ranks, check_first_loss(c, plan, run.rewards, metrics["loss"], float(statistics.largest)))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -256,12 +244,11 @@ def load_policy(
     autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
     if c.loss == "reward":
         policy = reward_model.RewardModel(lm, autocast=autocast).to(ranks.device)
-        model.check_paths_agree(policy, vocab_size=vocab_size, share_prompt=c.share_prompt)
         untrained = not policy.classifier.score.weight.any()
     else:
         policy = model.PolicyModel(lm, autocast=autocast).to(ranks.device)
-        model.check_paths_agree(policy, vocab_size=vocab_size, share_prompt=c.share_prompt)
         untrained = needs_reference(c) and not c.reference
+    model.check_paths_agree(policy, vocab_size=vocab_size, share_prompt=c.share_prompt)
     dist.shard(policy, policy.layers, ranks=ranks, dtype=dtype)
     return policy, weights, untrained
 

@@ -41,25 +41,28 @@ class Batch:
     weight: float
 
 
-@dataclass(frozen=True)
 class Run:
     """All visits of a run and what belongs to them, in host memory; V visits, K responses at most.
 
-    ref_logps: (V, K) float32 nats. rewards: (V, K) float32. budget: packed tokens per micro-batch.
+    ref_logps: (V, K) float32 nats, once they were looked up. rewards: (V, K) float32, 0 where the loss looks at none.
     """
 
-    plan: planning.Plan
-    examples: store.Store
-    ref_logps: np.ndarray
-    rewards: np.ndarray
-    ranks: dist.Ranks
-    budget: int
-    pad_id: int
-    share_prompt: bool
+    def __init__(self, c: Config, plan: planning.Plan, examples: store.Store, ranks: dist.Ranks, *, pad_id: int):
+        self.plan, self.examples, self.ranks = plan, examples, ranks
+        self._budget = c.tokens_per_micro_batch
+        self._layout = dict(pad_id=pad_id, share_prompt=c.share_prompt)
+        self.ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
+        self.rewards = np.zeros_like(self.ref_logps)
+        if needs_rewards(c):
+            at = np.nonzero(plan.responses >= 0)
+            self.rewards[at] = examples.rewards_of(plan.row[at[0]], plan.responses[at])
 
     def blocks(self, step: int) -> list[Block]:
-        """The token blocks of a step, in the order of its visits, those of all ranks."""
-        return [visit_block(self.plan, self.examples, v) for v in self.plan.step(step)]
+        """The prompt and the responses of each visit of a step, preferred first; those of all ranks, in order."""
+        visits = self.plan.step(step)
+        return [
+            self.examples.block(self.plan.row[v], self.plan.responses[v][self.plan.responses[v] >= 0]) for v in visits
+        ]
 
     def micro_batches(self, step: int, blocks: list[Block], *, kl: float = 0.0) -> Iterator[Batch]:
         """This rank's share of a step, of which `blocks` are all. Every rank gets the same number of micro-batches, or
@@ -90,17 +93,15 @@ class Run:
 
     def score(self, cache: Path, scorer: PolicyModel, blocks: Sequence[Block]) -> tuple[np.ndarray, int]:
         """Log-probs (T,) float32 nats of all responses of `blocks`, and how many had to be computed. Collective."""
-        how = dict(ranks=self.ranks, budget=self.budget, pad_id=self.pad_id, share_prompt=self.share_prompt)
-        return reference.fill(cache, scorer, blocks, **how)
+        return reference.fill(cache, scorer, blocks, ranks=self.ranks, budget=self._budget, **self._layout)
 
     def shares(self, lengths: list[int]) -> list[list[int]]:
         """Which of blocks of these lengths this rank computes, by micro-batch; empty ones where it is idle."""
-        return micro_batches(lengths, budget=self.budget, world_size=self.ranks.world_size)[self.ranks.rank]
+        return micro_batches(lengths, budget=self._budget, world_size=self.ranks.world_size)[self.ranks.rank]
 
     def pack(self, blocks: list[Block]) -> Packed:
         """Blocks as one micro-batch on the rank's device."""
-        packed = pack(blocks, pad_id=self.pad_id, share_prompt=self.share_prompt)
-        return packed.to(self.ranks.device)
+        return pack(blocks, **self._layout).to(self.ranks.device)
 
     def _column(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.ranks.device)
@@ -129,12 +130,6 @@ def preferred(examples: store.Store) -> np.ndarray:
     return best
 
 
-def visit_block(plan: planning.Plan, examples: store.Store, v: int) -> Block:
-    """The prompt and the responses of visit `v`, preferred first."""
-    ks = plan.responses[v]
-    return examples.block(plan.row[v], ks[ks >= 0])
-
-
 def touched_blocks(plan: planning.Plan, examples: store.Store) -> tuple[store.Lazy, np.ndarray]:
     """Every response that the plan visits, once, gathered by prompt; and which of them each entry of
     `plan.responses[plan.responses >= 0]` is, (T,) int64."""
@@ -148,12 +143,3 @@ def touched_blocks(plan: planning.Plan, examples: store.Store) -> tuple[store.La
         return [examples.block(rows[first[i]], ks[first[i] : first[i + 1]]) for i in range(a, b)]
 
     return store.Lazy(len(first) - 1, read), at
-
-
-def visit_rewards(c: Config, plan: planning.Plan, examples: store.Store) -> np.ndarray:
-    """The rewards (V, K) float32 that the loss looks at: of the plan's responses, and 0 where it looks at none."""
-    rewards = np.zeros(plan.responses.shape, dtype=np.float32)
-    if needs_rewards(c):
-        v, k = np.nonzero(plan.responses >= 0)
-        rewards[v, k] = examples.rewards_of(plan.row[v], plan.responses[v, k])
-    return rewards

@@ -274,8 +274,3 @@ def stages_of(
             opponents = valid[:, columns[1:]].sum(1)
             at_least_one = opponents.clamp(min=1)
             yield weight, columns, opponents, at_least_one if n_factor == "n_minus_one" else torch.ones_like(opponents)
-
-
-def implicit_rewards(logratios: Tensor, *, beta: float) -> Tensor:
-    """beta * (policy_logps - ref_logps), (B, K), detached: what metrics call `rewards/...` (Eq. 3)."""
-    return beta * logratios.detach()

@@ -1,4 +1,5 @@
-"""The objective of a run: its loss as one function of log-probs and a batch, and the value that it must begin with."""
+"""The objective of a run: its loss as one function of log-probs and a batch, the value that it must begin with, and
+what the log says of a step."""
 
 from collections.abc import Callable
 
@@ -6,10 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hps import losses
+from hps import dist, losses
 from hps.batches import Batch
 from hps.options import Config, parts, positive_stages
 from hps.plan import Plan
+
+# Per-prompt values of the log, in the order of `Statistics.sums`; names are the field's.
+METRICS = ("loss", *(f"rewards/{which}" for which in ("chosen", "rejected", "margins", "accuracies")))
+METRICS += ("logps/chosen", "logps/rejected")
+METRICS_OF = {"sft": METRICS[:1], "reward": METRICS[:5], "preference": METRICS}
 
 
 def objective(c: Config) -> Callable[[Tensor, Batch], Tensor]:
@@ -47,11 +53,24 @@ def logratios_of(policy_logps: Tensor, batch: Batch) -> Tensor:
     return torch.where(batch.packed.valid, policy_logps - batch.ref_logps, 0.0)
 
 
-def expected_first_loss(c: Config, plan: Plan, rewards: np.ndarray) -> float | None:
-    """What the first step's loss must be while policy = reference, in closed form (log 2 for DPO-BT), or None.
+def check_first_loss(c: Config, plan: Plan, rewards: np.ndarray, loss: float, largest: float) -> str:
+    """A line on the first step's loss and its largest |log-ratio|, nats; ValueError if the loss is not the known one.
 
-    A wrong mask, shift, dropout or dtype shows there, before a step is taken.
+    rewards: (V, K) float, as in `Run`. A wrong mask, shift, dropout or dtype shows there, before a step is taken.
     """
+    expected = expected_first_loss(c, plan, rewards)
+    known = "not known beforehand" if expected is None else f"expected {expected:.6f}"
+    tolerance = 1e-3 if c.dtype == "fp32" else 5e-2
+    if expected is not None and abs(loss - expected) > tolerance * max(1.0, abs(expected)):
+        raise ValueError(
+            f"step 0: the loss is {loss:.6f}, but with policy = reference {c.method} must give {expected:.6f}. Policy "
+            "and reference are scored differently: delete the reference cache if the model's code changed"
+        )
+    return f"step 0: loss {loss:.6f}, {known}; largest |log-ratio| {largest:.2g} (should be 0)"
+
+
+def expected_first_loss(c: Config, plan: Plan, rewards: np.ndarray) -> float | None:
+    """What the first step's loss must be while policy = reference, in closed form (log 2 for DPO-BT), or None."""
     loss, sampler = parts(c)
     if loss.at_reference is None:
         return None
@@ -72,14 +91,45 @@ def expected_first_loss(c: Config, plan: Plan, rewards: np.ndarray) -> float | N
     return float(values.mean())
 
 
-def check_first_loss(c: Config, expected: float | None, loss: float, largest: float) -> str:
-    """A line on the first step's loss and its largest |log-ratio|, nats; ValueError if the loss is not `expected`."""
-    known = "not known beforehand" if expected is None else f"expected {expected:.6f}"
-    line = f"step 0: loss {loss:.6f}, {known}; largest |log-ratio| {largest:.2g} (should be 0)"
-    tolerance = 1e-3 if c.dtype == "fp32" else 5e-2
-    if expected is not None and abs(loss - expected) > tolerance * max(1.0, abs(expected)):
-        raise ValueError(
-            f"step 0: the loss is {loss:.6f}, but with policy = reference {c.method} must give {expected:.6f}. Policy "
-            "and reference are scored differently: delete the reference cache if the model's code changed"
-        )
-    return line
+class Statistics:
+    """Sums over the prompts of one step, kept on the device until they are read once.
+
+    sums: (len(METRICS) + 2,) float64: the columns of METRICS, then how many ranks want to stop and to save.
+    largest: largest |log-ratio| of this rank, nats.
+    """
+
+    def __init__(self, c: Config, device: torch.device) -> None:
+        self._c = c
+        self.sums = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=device)
+        self.largest = torch.zeros((), device=device)
+
+    def add(self, per_prompt: Tensor, policy_logps: Tensor, batch: Batch) -> None:
+        """Add a micro-batch: its losses (B,) and the policy's log-probs (B, K), nats."""
+        columns, logps = [per_prompt.detach()], policy_logps.detach()
+        if self._c.loss != "sft":
+            h = logratios_of(logps, batch)
+            self.largest = torch.maximum(self.largest, h.abs().max())
+            rewards = self._c.beta * h  # the implicit reward (Eq. 3)
+            # "chosen" is the best response, "rejected" a mean over those behind all positives, accuracy the share of
+            # them that the best one beats.
+            opponents = batch.packed.valid[:, self._c.positives :]
+            count = opponents.sum(1).clamp(min=1)
+
+            def mean(x: Tensor) -> Tensor:
+                return torch.where(opponents, x[:, self._c.positives :], 0.0).sum(1) / count
+
+            chosen, rejected = rewards[:, 0], mean(rewards)
+            columns += [chosen, rejected, chosen - rejected, mean((rewards[:, :1] > rewards).float())]
+            columns += [logps[:, 0], mean(logps)]
+        self.sums[: len(columns)] += batch.weight * torch.stack(columns, dim=1).double().sum(0)
+
+    def read(
+        self, count: int, grad_norm: Tensor, *, asked: bool, late: bool
+    ) -> tuple[dict[str, float], float, bool, bool]:
+        """Means over the step's `count` prompts of all ranks, by name; the gradient's norm; and whether a rank was
+        asked to stop, or finds it time for a checkpoint. Collective."""
+        self.sums[-2:] = torch.tensor([float(asked), float(late)], dtype=torch.float64)
+        dist.all_sum(self.sums)
+        *sums, stops, saves, norm = torch.cat([self.sums, grad_norm.detach().double().reshape(1)]).tolist()
+        means = {key: value / count for key, value in zip(METRICS_OF[self._c.loss], sums, strict=False)}
+        return means, norm, stops > 0, saves > 0

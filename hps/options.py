@@ -94,15 +94,20 @@ class Config:
 POSITIVE_STAGES = {"positive_lambda", "exclude_positives"}
 
 # What a number must be, and of which options that is asked.
-RANGES: list[tuple[str, Callable[[float], bool], str]] = [
-    ("be positive", lambda x: x > 0, "beta lr epochs prompts_per_step positives hps_samples tokens_per_micro_batch"),
-    ("be positive", lambda x: x > 0, "slic_delta label_temperature reward_scale sample_prompts timeout"),
-    ("not be negative", lambda x: x >= 0, "target_margin slic_lambda rdpo_alpha desirable_weight undesirable_weight"),
-    ("not be negative", lambda x: x >= 0, "candidates length_penalty lora_rank warmup_steps weight_decay stop_after"),
-    ("not be negative", lambda x: x >= 0, "max_grad_norm save_minutes save_every sample_every"),
-    ("lie in [0, 0.5)", lambda x: 0 <= x < 0.5, "label_smoothing"),
-    ("lie in (0, 1)", lambda x: 0 < x < 1, "exo_eps"),
-]
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "be positive": (
+        lambda x: x > 0,
+        "beta lr epochs prompts_per_step positives hps_samples tokens_per_micro_batch slic_delta label_temperature "
+        "reward_scale sample_prompts timeout",
+    ),
+    "not be negative": (
+        lambda x: x >= 0,
+        "target_margin slic_lambda rdpo_alpha desirable_weight undesirable_weight candidates length_penalty lora_rank "
+        "warmup_steps weight_decay stop_after max_grad_norm save_minutes save_every sample_every",
+    ),
+    "lie in [0, 0.5)": (lambda x: 0 <= x < 0.5, "label_smoothing"),
+    "lie in (0, 1)": (lambda x: 0 < x < 1, "exo_eps"),
+}
 
 
 def all_losses() -> dict[str, Loss]:
@@ -189,13 +194,12 @@ def check_method(method: str) -> None:
     """ValueError unless the method is LOSS-SAMPLER, of which both exist and go together."""
     everything = all_losses()
     with_pl_only = [name for name, loss in everything.items() if loss.form == "list"]
-    known = [f"{name}-{sampler}" for name in everything for sampler in SAMPLERS if name not in with_pl_only]
-    known += [f"{name}-pl" for name in with_pl_only]
+    known = [f"{x}-{sampler}" for x in everything for sampler in (["pl"] if x in with_pl_only else SAMPLERS)]
     if method not in known:
         near = difflib.get_close_matches(method, known, n=1)
         raise ValueError(
             f"method = {method!r} does not exist{f': did you mean {near[0]}?' if near else '.'} A method is "
-            f"LOSS-SAMPLER. Losses: {', '.join(name for name in everything if name not in with_pl_only)}; with pl "
+            f"LOSS-SAMPLER. Losses: {', '.join(x for x in everything if x not in with_pl_only)}; with pl "
             f"only: {', '.join(with_pl_only)}. Samplers: {', '.join(SAMPLERS)}"
         )
 
@@ -215,7 +219,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         n_factor=planning.N_FACTORS,
         shuffle=planning.SHUFFLES,
     )
-    for words, allowed, keys in RANGES:
+    for words, (allowed, keys) in RANGES.items():
         for key in keys.split():
             if not allowed(getattr(c, key)):
                 raise ValueError(f"{key} must {words}, got {getattr(c, key)}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ import train
 from hps import batches, packing, reference
 from hps.data import listwise, tokens
 from hps.model import load_causal_lm
-from hps.statistics import METRICS, prompt_metrics
+from hps.objective import Statistics
+from hps.options import Config
 
 LORA = dict(lora_rank=4, lora_alpha=8, lr=3e-2)
 ONE = dict(tokens_per_micro_batch=100_000)  # one micro-batch per step
@@ -312,11 +314,13 @@ def test_each_positive_is_a_run_of_the_full_form(tiny_world, tmp_path, weights, 
 def test_metrics_of_two_positives_leave_the_second_out_of_the_rejected():
     """h = 1 3 2 -4 with beta .5: chosen .5, rejected (1 - 2) / 2 = -.5, which leaves 3 out; 1 beats one of two."""
     h, valid = torch.tensor([[1.0, 3.0, 2.0, -4.0, 0.0]]), torch.tensor([[True, True, True, True, False]])
-    row = prompt_metrics(torch.tensor([7.0]), h - 10, h, valid, 0.5, positives=2)
-    assert dict(zip(METRICS, row[0].tolist(), strict=True)) == {
+    batch = SimpleNamespace(packed=SimpleNamespace(valid=valid), ref_logps=torch.full_like(h, -10.0), weight=1.0)
+    statistics = Statistics(Config("m", "d", "o", beta=0.5, positives=2), torch.device("cpu"))
+    statistics.add(torch.tensor([7.0]), h - 10, batch)
+    assert statistics.read(1, torch.tensor(2.0), asked=False, late=True) == ({
         "loss": 7.0, "rewards/chosen": 0.5, "rewards/rejected": -0.5, "rewards/margins": 1.0,
         "rewards/accuracies": 0.5, "logps/chosen": -9.0, "logps/rejected": -11.0,
-    }  # fmt: skip
+    }, 2.0, False, True)  # fmt: skip
 
 
 def penalised_rewards(world: Path, penalty: float) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -114,13 +114,14 @@ def test_what_a_run_reads_of_a_plan(tiny_world, tmp_path, tokenizer):
     argv = ["--model=m", "--data=d", "--out=o", "--method=dpo-pl", "--pl_responses=4", "--prompts_per_step=8"]
     c, _ = config.parse(Config, argv, prog="train.py", description="")
     p = batches.make_plan(c, found)
+    visited_blocks = batches.Run(c, p, found, dist.Ranks(0, 1, torch.device("cpu"), False), pad_id=0).blocks
     assert (p.responses < 0).any()  # ragged
     touched, at = batches.touched_blocks(p, found)
     flat = [(b.prompt.tolist(), y.tolist()) for b in touched for y in b.responses]
     asked = []
     for v, (row, ks) in enumerate(zip(p.row, p.responses, strict=True)):
         some = [examples[row].response_ids[k].tolist() for k in ks if k >= 0]
-        assert [y.tolist() for y in batches.visit_block(p, found, v).responses] == some
+        assert [y.tolist() for y in visited_blocks(v // 8)[v % 8].responses] == some
         asked += [(examples[row].prompt_ids.tolist(), y) for y in some]
     assert [flat[i] for i in at] == asked and len(touched) == len(set(p.row))
     visited = {(row, k) for row, ks in zip(p.row, p.responses.tolist(), strict=True) for k in ks if k >= 0}
