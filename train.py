@@ -27,7 +27,7 @@ from hps import batches, checkpoint, config, dist, model, reference
 from hps.data import store, tokens
 from hps.io import files, hub, loggers
 from hps.objective import Statistics, check_first_loss, objective
-from hps.options import Config, as_preference, check, is_kto, needs_reference, needs_rewards, parts, settings
+from hps.options import Config, as_preference, check, form, needs_reference, parts, settings
 from hps.record import RECORD, check_folder, claim
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         truncate=c.truncate,
         closing=c.loss == "reward",
         candidates=c.candidates,
-        need_rewards=c.loss != "sft" and (parts(c)[1] != "human" or needs_rewards(c)),
+        need_rewards=c.loss != "sft" and (parts(c)[1] != "human" or form(c) == "list"),
         length_penalty=c.length_penalty,
         ranks=ranks,
     )
@@ -92,7 +92,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         scored_by = dict(weights=inputs.get("reference", weights), tokenizer=inputs["tokenizer"], dtype=c.dtype)
         cache = reference.open_cache(c.reference_cache, **scored_by)
         computed = run.look_up_reference(cache, scorer)
-        if is_kto(c):
+        if form(c) == "kto":
             from hps.extra import kto
 
             z0 = kto.Mismatched(run, c.max_length)

@@ -16,7 +16,7 @@ from hps import dist, reference
 from hps import plan as planning
 from hps.data import store
 from hps.model import PolicyModel
-from hps.options import Config, needs_rewards
+from hps.options import Config, form
 from hps.packing import Block, Packed, micro_batches, pack
 from hps.samplers import sampler_options
 
@@ -53,7 +53,7 @@ class Run:
         self._layout = dict(pad_id=pad_id, share_prompt=c.share_prompt)
         self.ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
         self.rewards = np.zeros_like(self.ref_logps)
-        if needs_rewards(c):
+        if form(c) == "list":
             at = np.nonzero(plan.responses >= 0)
             self.rewards[at] = examples.rewards_of(plan.row[at[0]], plan.responses[at])
 

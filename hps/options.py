@@ -94,20 +94,15 @@ class Config:
 POSITIVE_STAGES = {"positive_lambda", "exclude_positives"}
 
 # What a number must be, and of which options that is asked.
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "be positive": (
-        lambda x: x > 0,
-        "beta lr epochs prompts_per_step positives hps_samples tokens_per_micro_batch slic_delta label_temperature "
-        "reward_scale sample_prompts timeout",
-    ),
-    "not be negative": (
-        lambda x: x >= 0,
-        "target_margin slic_lambda rdpo_alpha desirable_weight undesirable_weight candidates length_penalty lora_rank "
-        "warmup_steps weight_decay stop_after max_grad_norm save_minutes save_every sample_every",
-    ),
-    "lie in [0, 0.5)": (lambda x: 0 <= x < 0.5, "label_smoothing"),
-    "lie in (0, 1)": (lambda x: 0 < x < 1, "exo_eps"),
-}
+RANGES: list[tuple[str, Callable[[float], bool], str]] = [
+    ("be positive", lambda x: x > 0, "beta lr epochs prompts_per_step positives hps_samples tokens_per_micro_batch"),
+    ("be positive", lambda x: x > 0, "slic_delta label_temperature reward_scale sample_prompts timeout"),
+    ("not be negative", lambda x: x >= 0, "target_margin slic_lambda rdpo_alpha desirable_weight undesirable_weight"),
+    ("not be negative", lambda x: x >= 0, "candidates length_penalty lora_rank warmup_steps weight_decay stop_after"),
+    ("not be negative", lambda x: x >= 0, "max_grad_norm save_minutes save_every sample_every"),
+    ("lie in [0, 0.5)", lambda x: 0 <= x < 0.5, "label_smoothing"),
+    ("lie in (0, 1)", lambda x: 0 < x < 1, "exo_eps"),
+]
 
 
 def all_losses() -> dict[str, Loss]:
@@ -133,19 +128,14 @@ def as_preference(c: Config) -> Config:
     return dataclasses.replace(c, method="dpo-human", beta=1.0) if c.loss == "reward" else c
 
 
-def is_kto(c: Config) -> bool:
-    """Whether the loss is KTO's, which needs z0 in every step."""
-    return c.loss == "preference" and parts(c)[0].form == "kto"
+def form(c: Config) -> str:
+    """What the loss looks at: "sft" and "reward" by name, of a preference loss "stage", "list" (rewards) or "kto"."""
+    return parts(c)[0].form if c.loss == "preference" else c.loss
 
 
 def needs_reference(c: Config) -> bool:
     """Whether log-probs of a reference are looked up: not by SFT and reward models, nor by SimPO and SLiC."""
     return c.loss == "preference" and parts(c)[0].needs_reference
-
-
-def needs_rewards(c: Config) -> bool:
-    """Whether the loss itself looks at the rewards, not the sampler alone."""
-    return c.loss == "preference" and parts(c)[0].form == "list"
 
 
 def used_options(c: Config) -> set[str]:
@@ -207,19 +197,10 @@ def check_method(method: str) -> None:
 def check(c: Config, set_keys: frozenset[str]) -> None:
     """ValueError for a choice that does not exist or that the run would ignore."""
     check_method(c.method)
-    config.check_choices(
-        c,
-        loss=["preference", "sft", "reward"],
-        dtype=model.DTYPES,
-        truncate=tokens.TRUNCATE,
-        gamma_schedule=SCHEDULES,
-        hps_form=planning.FORMS,
-        pl_form=["stagewise", "official"],
-        reward_norm=REWARD_NORMS,
-        n_factor=planning.N_FACTORS,
-        shuffle=planning.SHUFFLES,
-    )
-    for words, (allowed, keys) in RANGES.items():
+    config.check_choices(c, loss=["preference", "sft", "reward"], dtype=model.DTYPES, truncate=tokens.TRUNCATE)
+    config.check_choices(c, gamma_schedule=SCHEDULES, reward_norm=REWARD_NORMS, pl_form=["stagewise", "official"])
+    config.check_choices(c, hps_form=planning.FORMS, n_factor=planning.N_FACTORS, shuffle=planning.SHUFFLES)
+    for words, allowed, keys in RANGES:
         for key in keys.split():
             if not allowed(getattr(c, key)):
                 raise ValueError(f"{key} must {words}, got {getattr(c, key)}")
@@ -229,7 +210,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
     positive_stages(c)
     loggers.check_names(c.log_to)
-    if is_kto(c) and c.prompts_per_step < 2:
+    if form(c) == "kto" and c.prompts_per_step < 2:
         raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
     if c.lora_rank and (Path(c.model) / "adapter_config.json").exists():
         raise ValueError(

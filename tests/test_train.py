@@ -5,8 +5,6 @@ import gc
 import json
 import math
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SFT, arguments, distinct, losses, plain_logp, rewrite, run, run_ranks
+from helpers import SFT, distinct, losses, plain_logp, rewrite, run, run_ranks
 from peft import AutoPeftModelForCausalLM
 
 import train
@@ -83,12 +81,11 @@ def test_a_shared_start_of_all_prompts_changes_rounding_only(tiny_world, tmp_pat
     close(found[8], found[10**9])
 
 
-@pytest.mark.parametrize(("ranks", "budget"), [(2, 100_000), (3, 20)])
-def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base, ranks, budget):
-    """Sharded on gloo ranks, which share new caches. Three ranks share 8 prompts, each a micro-batch of its own: in
-    every step one of them has nothing left and repeats a block with weight 0."""
+def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base):
+    """Sharded on three gloo ranks, which share new caches and 8 prompts, each a micro-batch of its own: in every step
+    one rank has nothing left and repeats a block with weight 0."""
     caches = dict(token_cache=tmp_path / "tokens", reference_cache=tmp_path / "cache")
-    values = run_ranks(tiny_world, tmp_path / "run", ranks, tokens_per_micro_batch=budget, **caches)
+    values = run_ranks(tiny_world, tmp_path / "run", 3, tokens_per_micro_batch=20, **caches)
     assert len(list((tmp_path / "tokens").iterdir())) == 1
     close(values, base)
 
@@ -105,22 +102,19 @@ def test_lora_on_two_ranks_exports_the_trained_adapter(tiny_world, tmp_path):
 
 
 def test_bf16_follows_fp32(tiny_world, tmp_path, base):
-    for name, options, expected in (("full", {}, base), ("lora", LORA | dict(lr=3e-3), None)):
-        low = run(tiny_world, tmp_path / name, dtype="bf16", **options)
-        assert low[0] == pytest.approx(math.log(2), abs=2e-2) and np.isfinite(low).all()
-        if expected:
-            close(low, expected, atol=0.1)
+    close(run(tiny_world, tmp_path / "full", dtype="bf16"), base, atol=0.1)
+    low = run(tiny_world, tmp_path / "lora", dtype="bf16", **LORA | dict(lr=3e-3))
+    assert low[0] == pytest.approx(math.log(2), abs=2e-2) and np.isfinite(low).all()
 
 
 # --------------------------------------------------------------------------------------------------- going on
 
 
-@pytest.mark.parametrize("stop", [1, 4])
-def test_a_resumed_run_is_bit_identical(tiny_world, tmp_path, base, stop):
+def test_a_resumed_run_is_bit_identical(tiny_world, tmp_path, base):
     """Stopped after some steps and started again with the same command: the remaining losses to the last bit."""
     whole = run(tiny_world, tmp_path / "whole", **ONE)
     assert whole == base  # the loop itself is deterministic
-    assert run(tiny_world, tmp_path / "half", stop_after=stop, **ONE) == whole[:stop]
+    assert run(tiny_world, tmp_path / "half", stop_after=4, **ONE) == whole[:4]
     assert run(tiny_world, tmp_path / "half", **ONE) == whole
     for key in ("grad_norm", "lr", "gamma"):
         assert losses(tmp_path / "half", key) == losses(tmp_path / "whole", key)
@@ -145,16 +139,15 @@ def test_resume_reads_the_last_checkpoint_and_cuts_the_log(tiny_world, tmp_path,
     assert run(tiny_world, tmp_path, save_every=3, **ONE) == base
 
 
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
-def test_a_resumed_run_never_scores_the_reference_with_trained_weights(tiny_world, tmp_path, options):
+def test_a_resumed_run_never_scores_the_reference_with_trained_weights(tiny_world, tmp_path):
     """With the cache gone, the model that the run began with fills it again."""
     cache = tmp_path / "cache"
-    calm = run(tiny_world, tmp_path / "calm", **options)
-    run(tiny_world, tmp_path / "run", stop_after=2, reference_cache=cache, **options)
+    calm = run(tiny_world, tmp_path / "calm", **LORA)
+    run(tiny_world, tmp_path / "run", stop_after=2, reference_cache=cache, **LORA)
     for shard in cache.rglob("shard-*"):
         shard.unlink()
     assert np.std(calm[2:]) > 1e-3
-    close(run(tiny_world, tmp_path / "run", reference_cache=cache, **options), calm)
+    close(run(tiny_world, tmp_path / "run", reference_cache=cache, **LORA), calm)
 
 
 def test_a_run_does_not_go_on_with_other_settings_or_inputs(tiny_world, tmp_path):
@@ -246,15 +239,13 @@ def test_the_self_check_fails_on_a_wrong_reference(tiny_world, tmp_path, monkeyp
     assert not (tmp_path / "policy").exists()
 
 
-@pytest.mark.parametrize("method", ["simpo-hps", "slic-bt"])
-def test_losses_without_a_reference_need_no_cache(tiny_world, tmp_path, monkeypatch, method):
-    """SimPO: softplus(target - beta (mean log p_w - mean log p_l)) of the first pairs, by hand at the start model."""
+def test_losses_without_a_reference_need_no_cache(tiny_world, tmp_path, monkeypatch):
+    """SimPO: softplus(target - beta (mean log p_w - mean log p_l)) of the first pairs, by hand at the start, where the
+    model gives every token about log(1/V): the margin is nearly zero."""
     monkeypatch.setattr(reference, "open_cache", lambda *args, **kwargs: pytest.fail("no reference is needed"))
-    options = dict(beta=None) if method == "slic-bt" else dict(beta=2.0, target_margin=0.3)
-    values = run(tiny_world, tmp_path, method=method, reference_cache=None, **options)
+    values = run(tiny_world, tmp_path, method="simpo-hps", reference_cache=None, beta=2.0, target_margin=0.3)
+    assert values[0] == pytest.approx(math.log1p(math.exp(0.3)), abs=0.05)
     assert np.isfinite(values).all() and np.std(values) > 1e-3
-    if method == "simpo-hps":  # an untrained model gives every token about log(1/V): the margin is nearly zero
-        assert values[0] == pytest.approx(math.log1p(math.exp(0.3)), abs=0.05)
 
 
 # ------------------------------------------------------------------------------------------------- the methods
@@ -263,11 +254,8 @@ def test_losses_without_a_reference_need_no_cache(tiny_world, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("method", "options", "expected"),
     [
-        ("dpo-hps", {"hps_samples": 3}, math.log(2)),
         ("dpo-hps", {"hps_form": "full"}, math.log(2)),
         ("ipo-uniform", {}, 1 / (4 * 0.5**2)),
-        ("nca-bt", {}, 2 * math.log(2)),
-        ("sppo-bt", {}, 1 / (2 * 0.5**2)),
         ("infonca-pl", {"pl_responses": 2}, math.log(2)),
         ("sppo-pl", {"pl_form": "official", "pl_responses": 2}, None),
         ("exo-random", {}, -math.log(2) - (math.log(0.999) + math.log(0.001)) / 2),
@@ -354,12 +342,11 @@ def test_human_pairs_train_without_rewards(tiny_world, tmp_path):
     assert values[0] == pytest.approx(math.log(2), abs=1e-4) and np.std(values[1:]) > 1e-2
 
 
-@pytest.mark.parametrize("method", ["dpo-bt", "rdpo-bt", "lipo-pl", "nca_soft-pl"])
+@pytest.mark.parametrize("method", ["dpo-bt", "rdpo-bt", "lipo-pl"])
 def test_training_raises_the_margin_that_it_optimises(tiny_world, tmp_path, method):
-    values = run(tiny_world, tmp_path, epochs=6, method=method)
+    run(tiny_world, tmp_path, epochs=6, method=method)
     margins, accuracies = losses(tmp_path, "rewards/margins"), losses(tmp_path, "rewards/accuracies")
-    assert np.isfinite(values).all() and margins[0] == pytest.approx(0, abs=1e-4)
-    assert np.mean(margins[-4:]) > 0.2
+    assert margins[0] == pytest.approx(0, abs=1e-4) and np.mean(margins[-4:]) > 0.2
     assert method != "dpo-bt" or (np.mean(margins[-4:]) > 0.7 and np.mean(accuracies[-4:]) > 0.8)
 
 
@@ -392,27 +379,6 @@ def test_odd_rows_are_dropped_and_counted(tiny_world, tmp_path):
     assert len(values) == math.ceil(2 * 21 / 8) and np.isfinite(values).all()
 
 
-def test_bad_data_is_named_with_file_and_line(tiny_world, tmp_path):
-    def cut_line(path: Path) -> None:
-        lines = path.read_text().splitlines()
-        path.write_text("\n".join([*lines[:4], lines[4][:-9], *lines[5:], ""]))
-
-    cases = [
-        (lambda rows: rows[4].pop("rewards"), r"changed\.jsonl:5: .*data_prep\.py annotate"),
-        (lambda rows: rows[4]["rewards"].pop(), r"changed\.jsonl:5: "),
-        (lambda rows: rows[4]["rewards"].__setitem__(0, float("nan")), r"changed\.jsonl:5: "),
-        (lambda rows: rows[4].update(id=rows[0]["id"]), r"changed\.jsonl:5: "),
-        (lambda rows: [r.update(rewards=[1.0] * len(r["rewards"])) for r in rows], "no prompt has a response below"),
-        (lambda rows: None, r"changed\.jsonl:5: "),  # its fifth line is cut below
-    ]
-    for number, (change, message) in enumerate(cases):
-        data = rewrite(tiny_world, tmp_path, change)
-        if number == len(cases) - 1:
-            cut_line(data)
-        with pytest.raises(ValueError, match=message):
-            run(tiny_world, tmp_path / "out", data=data)
-
-
 TWO = dict(hps_form="full", positives=2)
 WRONG = [
     (dict(method="dpo-hsp"), "method = 'dpo-hsp' does not exist: did you mean dpo-hps.*Samplers: hps,"),
@@ -423,14 +389,16 @@ WRONG = [
     (dict(model="nowhere"), "nowhere"),
     (dict(truncate="error", max_length=12), r"train\.jsonl:\d+: "),
     (dict(positives=2), "positives = 2 are set against all.*add --hps_form full"),
-    *((TWO | dict(positive_lambda=x), "give 2 comma-separated weights >= 0") for x in ("1", "1,x", "1,-1", "1,nan")),
-    (TWO | dict(positive_lambda="inf,1"), "give 2 comma-separated weights >= 0"),
+    *(
+        (TWO | dict(positive_lambda=x), "give 2 comma-separated weights >= 0")
+        for x in ("1", "1,x", "1,-1", "1,nan", "inf,1")
+    ),
     (TWO | dict(positive_lambda="0,0"), "not all 0"),
     (dict(method="dpo-bt", label_smoothing=0.7), r"label_smoothing must lie in \[0, 0.5\), got 0.7"),
     (dict(beta=0), "beta must be positive"),
     (dict(positives=0), "positives must be positive"),
     (dict(candidates=-1), "candidates must not be negative"),
-    (dict(length_penalty=-0.1), "length_penalty must not be negative"),
+    (dict(method="kto-hps", prompts_per_step=1), "prompts_per_step must be >= 2"),
 ]
 NOT_USED = [  # each set to what a method ignores: the last option is named
     dict(method="dpo-bt", gamma_end=3),
@@ -446,6 +414,12 @@ NOT_USED = [  # each set to what a method ignores: the last option is named
     dict(method="dpo-human", length_penalty=0.1),
     dict(loss="sft", beta=None, reference_cache=None, method="dpo-bt"),
     SFT | dict(length_penalty=0.1),
+    dict(method="kto-hps", hps_form="full"),
+    dict(method="kto-hps", n_factor="n_minus_one"),
+    dict(method="kto-pl", pl_form="official"),
+    dict(method="dpo-bt", desirable_weight=2.0),
+    dict(sample_prompts=2),
+    SFT | dict(loss="reward", sample_every=1),
     dict(lora_alpha=4),
 ]
 
@@ -456,11 +430,3 @@ NOT_USED = [  # each set to what a method ignores: the last option is named
 def test_a_wrong_option_is_named(tiny_world, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(tiny_world, tmp_path, **options)
-
-
-def test_errors_end_with_status_2_and_no_traceback(tiny_world, tmp_path):
-    argv = [sys.executable, "train.py", *arguments(tiny_world, tmp_path, method="dpo-bt", gamma_end=3)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in done.stderr

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import distinct, losses, rewrite, run, run_ranks
+from helpers import SFT, distinct, losses, plain_logp, rewrite, run, run_ranks
 
 from hps import batches, dist
 from hps.batches import make_plan
@@ -17,21 +17,11 @@ from hps.options import Config
 def taught(tiny_world, tmp_path_factory):
     """The start model after some likelihood training: of another model, so that no log-ratio is 0."""
     out = tmp_path_factory.mktemp("taught")
-    options = dict(loss="sft", method=None, beta=None, reference_cache=None, data=tiny_world / "sft.jsonl")
-    run(tiny_world, out, **options)
+    run(tiny_world, out, **SFT, data=tiny_world / "sft.jsonl")
     return out / "policy"
 
 
-def plain_logp(lm, prompt: np.ndarray, response: np.ndarray) -> float:
-    """Summed log-prob of a response by one unpacked, unpadded forward and torch's own log-softmax, in nats."""
-    ids = torch.from_numpy(np.concatenate([prompt, response])).long()
-    with torch.no_grad():
-        logps = torch.log_softmax(lm(input_ids=ids[None]).logits[0].double(), -1)
-    return sum(float(logps[t - 1, ids[t]]) for t in range(len(prompt), len(ids)))
-
-
-@pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize("budget", [100_000, 1])
+@pytest.mark.parametrize(("swapped", "budget"), [(False, 1), (True, 100_000)])
 def test_z0_and_loss_of_a_step_by_plain_forwards(tiny_world, tmp_path, taught, swapped, budget):
     """z0 = max(0, mean_i h(x_i, best of x_{i+1})), cyclically; the loss is the mean of w_D s(beta (z0 - h_best)) +
     w_U s(beta (h_worst - z0)). Policy and reference swapped turn z0's mean negative, and it counts as 0."""
@@ -44,7 +34,7 @@ def test_z0_and_loss_of_a_step_by_plain_forwards(tiny_world, tmp_path, taught, s
     pairs = [(e.prompt_ids, e.response_ids[o[-1]], e.response_ids[o[0]]) for e, o in zip(examples, order, strict=True)]
 
     def h(prompt, response):
-        return plain_logp(policy, prompt, response) - plain_logp(ref, prompt, response)
+        return (plain_logp(policy, prompt, response) - plain_logp(ref, prompt, response)).item()
 
     mean = np.mean([h(pairs[i][0], pairs[(i + 1) % 8][1]) for i in range(8)])
     assert abs(mean) > 0.5 and (mean < 0) == swapped
@@ -99,10 +89,9 @@ def test_micro_batches_do_not_change_the_trajectory(tiny_world, tmp_path, base, 
     np.testing.assert_allclose(losses(tmp_path, "kl"), base[1], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize(("ranks", "budget"), [(2, 100_000), (3, 20)])
-def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base, ranks, budget):
+def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base):
     """The cache is full, so that the first pass is z0's; 8 prompts on three ranks leave one of them a dummy."""
-    values = run_ranks(tiny_world, tmp_path, ranks, tokens_per_micro_batch=budget, **KTO)
+    values = run_ranks(tiny_world, tmp_path, 3, tokens_per_micro_batch=20, **KTO)
     np.testing.assert_allclose(values, base[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses(tmp_path, "kl"), base[1], rtol=0, atol=1e-3)
 
@@ -112,7 +101,7 @@ def test_a_resumed_run_is_bit_identical(tiny_world, tmp_path, base):
     assert run(tiny_world, tmp_path, tokens_per_micro_batch=100_000, **KTO) == base[0]
 
 
-@pytest.mark.parametrize("method", ["kto-random", "kto-uniform", "kto-pl"])
+@pytest.mark.parametrize("method", ["kto-random", "kto-pl"])
 def test_first_loss_is_half_of_the_weights(tiny_world, tmp_path, method):
     """h = z0 = 0: (w_D + w_U (n - 1)) / 2, three responses for each prompt of pl, else two."""
     options = dict(desirable_weight=1.5, undesirable_weight=0.5, stop_after=1)
@@ -130,22 +119,6 @@ def test_a_last_step_of_one_prompt_looks_back(tiny_world, tmp_path, taught):
     run(tiny_world, tmp_path / "out", lr=1e-12, epochs=1, prompts_per_step=len(examples) - 1, **options)
     prompt, response = examples[-1].prompt_ids, examples[-2].response_ids[np.argmax(examples[-2].rewards)]
     lms = (load_causal_lm(str(path), dtype=torch.float32) for path in (taught, tiny_world / "model"))
-    policy, ref = (plain_logp(lm, prompt, response) for lm in lms)
+    policy, ref = (plain_logp(lm, prompt, response).item() for lm in lms)
     z0 = losses(tmp_path / "out", "kl")
     assert len(z0) == 2 and z0[1] == pytest.approx(policy - ref, abs=1e-3) and z0[1] > 0.5
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(prompts_per_step=1), "prompts_per_step must be >= 2"),
-        (dict(hps_form="full"), "method kto-hps does not use.*hps_form"),
-        (dict(n_factor="n_minus_one"), "method kto-hps does not use.*n_factor"),
-        (dict(undesirable_weight=-1.0), "undesirable_weight must not be negative"),
-        (dict(method="dpo-bt", desirable_weight=2.0), "method dpo-bt does not use.*desirable_weight"),
-        (dict(method="kto-pl", pl_form="official"), "method kto-pl does not use.*pl_form"),
-    ],
-)
-def test_a_wrong_option_is_named(tiny_world, tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        run(tiny_world, tmp_path, **dict(method="kto-hps") | options)
