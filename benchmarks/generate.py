@@ -66,7 +66,7 @@ def contestants(
 
     def of_hps() -> list[int]:
         settings = dict(n=n, eos_token_id=eos, max_new_tokens=limit, temperature=TEMPERATURE, max_rows=c.max_rows)
-        settings |= dict(unique=False, keep_unfinished=True, oversample=1.0, progress=False, seed=next(seeds))
+        settings |= dict(as_drawn=True, progress=False, seed=next(seeds))
         groups = generate.generate(ours, named, counts=Counter(), **settings)
         return [len(one.token_ids) for _, group in groups for one in group]
 

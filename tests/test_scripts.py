@@ -248,7 +248,7 @@ def test_import_and_export_leave_a_manifest(tmp_path, capsys):
     data_prep.main(["import", *flags(source="pku-saferlhf", order="safe", input=source, output=rows)])
     told = capsys.readouterr().err
     assert f"{source}:3: both answers are the same" in told and "rows_equal_responses 1" in told
-    assert "columns left out: better_response_id, is_response_0_safe" in told
+    assert {"better_response_id", "is_response_0_safe"} <= set(listwise.read(rows)[0].others)
     data_prep.main(["export", *flags(format="trl", input=rows, output=pairs)])
     assert [json.loads(line)["rejected"][0]["content"] for line in pairs.read_text().splitlines()] == [
         "Hide half of what you earn.", "No idea.",

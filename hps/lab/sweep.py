@@ -72,10 +72,10 @@ def finished(stages: list[Stage], keys: dict[Path, str]) -> set[Path]:
         known = stage.record.read_text() if stage.record.exists() else ""
         if known == keys[stage.product] and others.keys().isdisjoint(stage.needs):
             done |= {stage.product} if stage.product.exists() else set()
-        elif stage.output.exists() or journal.files(stage.output):
+        elif stage.output.exists() or journal.journals(stage.output):
             others[stage.product] = stage
     for stage in others.values():
-        for path in journal.files(stage.output):
+        for path in journal.journals(stage.output):
             path.unlink()
         if stage.output.exists():  # and has not gone with a folder around it
             old = stage.output.with_name(f"{stage.output.name}.old")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from hps.data.listwise import Row, check_keys, parse_row
+from hps.data.listwise import KEYS, Row, check_keys, parse_row
 
 HH_MARK = re.compile(r"\n\n(Human|Assistant): ?")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -46,35 +46,36 @@ class Dropped(Exception):
 class Format:
     """How records are read: `fields(record, column)` gives prompt, responses and the preference of a list-wise row.
 
-    columns: those that a record must have, and of what type. optional: those that it may have. closed: it has no
-    others; else they are left out, and reported. orders: what --order may say, and the column that holds the
-    preference then; a format with one order has it under "".
+    columns: those that a record must have, and of what type. optional: those that it may have. orders: what --order
+    may say, and the column that holds the preference then; a format with one order has it under "".
     """
 
     fields: Callable[[Record, str], Record]
     columns: Columns
     optional: tuple[str, ...] = ()
-    closed: bool = False
     orders: dict[str, str] = field(default_factory=lambda: {"": ""})
 
 
 def read(source: str, record: Record, where: str, *, order: str = "") -> Row:
     """The row of one record of the format `source`; its id is a hash of prompt and responses.
 
+    Columns that the format does not need stay beside them, but for those that a row would take for its own.
+
     Raises:
         Dropped: it cannot be used, or no row may hold its texts (an empty turn, half of a surrogate pair, ...).
         ValueError: with `where`, "file:line", for a record of another format.
     """
     form = FORMATS[source]
-    known = (*form.columns, *form.optional) if form.closed else tuple(record)
-    check_keys(record, known, required=tuple(form.columns), where=where)
     try:
         _check(record, form.columns)
         fields = form.fields(record, form.orders[order])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    fields |= {"id": source, "source": source}
+    own = {*KEYS, *columns_of(source, order)}
+    others = {key: value for key, value in record.items() if key not in own and _can_stay({key: value}, fields)}
     try:
-        row = parse_row({"id": source, **fields, "source": source}, where)  # first: it refuses what has no JSON
+        row = parse_row(fields | others, where)  # before the hash: it refuses what has no JSON
     except ValueError as error:
         raise Dropped("rows_malformed", str(error).removeprefix(f"{where}: ")) from error
     content = json.dumps([fields["prompt"], fields["responses"]]).encode()
@@ -121,7 +122,7 @@ def hh_rlhf(record: Record, _: str) -> Record:
 
 def authors(record: Record, _: str) -> Record:
     """The format of the released HPS code: a prompt in its template already, responses, rewards if scored."""
-    return record
+    return {key: record[key] for key in ("prompt", "responses", "rewards") if key in record}
 
 
 def pku_saferlhf(record: Record, label: str) -> Record:
@@ -164,7 +165,7 @@ def trl(record: Record, _: str) -> Record:
     Without one, or with a string beside conversations (as in ultrafeedback_binarized), the prompt is what both
     begin with, as TRL's `extract_prompt` has it. A standard prompt stays a string, in no chat template.
     Dropped: nothing in common; completions of several messages, or of other than the assistant's text; tools
-    and images, which a row cannot hold.
+    and images, which change the prompt beyond its messages.
     """
     for key in ("tools", "images", "image", "chat_template_kwargs"):
         if record.get(key):
@@ -181,9 +182,10 @@ def trl(record: Record, _: str) -> Record:
         prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
     if not isinstance(chosen, str):
         for name, side in (("chosen", chosen), ("rejected", rejected)):
-            if [message["role"] for message in side] != ["assistant"]:
-                roles = [message["role"] for message in side]
-                raise Dropped("rows_unsupported", f"{name} is {roles}, not one message of the assistant")
+            roles = [message["role"] for message in side]
+            if roles != ["assistant"] or side[0].keys() != {"role", "content"} or type(side[0]["content"]) is not str:
+                what = f"{name} is {roles}, not one message of the assistant's with a text and no more"
+                raise Dropped("rows_unsupported", what)
         chosen, rejected = chosen[0]["content"], rejected[0]["content"]
     return _pair(prompt, chosen, rejected)
 
@@ -218,6 +220,15 @@ def _check(record: Any, columns: Columns, what: str = "") -> None:
             raise ValueError(f"{what}{key} must be {KINDS[kind]}, not {type(record[key]).__name__}")
 
 
+def _can_stay(other: Record, fields: Record) -> bool:
+    """Whether a row can hold another column: it can be written as JSON, and looks like no misspelled key."""
+    try:
+        check_keys(fields | other, KEYS, required=(), where="", others=True)
+    except (ValueError, TypeError):  # a date of parquet, say
+        return False
+    return True
+
+
 def _question(text: str) -> list[Record]:
     return [{"role": "user", "content": text}]
 
@@ -247,11 +258,7 @@ def _messages(value: Any, name: str) -> Any:
     for i, turn in enumerate(value):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
             raise ValueError(f"{name}[{i}] must be an object with role and content")
-        messages.append({key: part for key, part in turn.items() if part is not None})
-        if extra := messages[-1].keys() - {"role", "content"}:
-            raise Dropped("rows_unsupported", f"{name}[{i}] holds {', '.join(sorted(extra))}")
-        if not isinstance(turn["content"], str):
-            raise Dropped("rows_unsupported", f"the content of {name}[{i}] is not one text")
+        messages.append({key: part for key, part in turn.items() if part is not None or key == "content"})
     return messages
 
 
@@ -291,8 +298,8 @@ def _ranked(prompt: Any, record: Record, name: str, *, text: str, score: str, si
 
 
 FORMATS = {
-    "hh-rlhf": Format(hh_rlhf, {"chosen": str, "rejected": str}, closed=True),
-    "authors": Format(authors, {"prompt": str, "responses": list}, ("rewards",), closed=True),
+    "hh-rlhf": Format(hh_rlhf, {"chosen": str, "rejected": str}),
+    "authors": Format(authors, {"prompt": str, "responses": list}, ("rewards",)),
     "pku-saferlhf": Format(
         pku_saferlhf,
         {"prompt": str, "response_0": str, "response_1": str},

@@ -25,6 +25,9 @@ from transformers import PreTrainedTokenizerFast
 from hps.io import hub
 from hps.prepare.decode import Request, Sample, decode
 
+OVERSAMPLE = 1.1  # draws for each sample that is asked for, at first: some will be lost
+DRAW_LIMIT = 4.0  # draws for each sample that is asked for, at most
+
 
 def prompt_seed(seed: int, prompt_id: str) -> int:
     """The seed, 0 to 2**63 - 1, of the random stream that belongs to one prompt of one run."""
@@ -41,9 +44,8 @@ class _Stream:
     kept: list[Sample] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
-    done: bool = False
 
-    def absorb(self, *, n: int, unique: bool, keep_unfinished: bool) -> None:
+    def absorb(self, n: int, *, as_drawn: bool) -> None:
         """Keep or count the samples that came since the last call."""
         for one in self.request.samples[self.counts["samples"] :]:
             assert one is not None
@@ -51,13 +53,20 @@ class _Stream:
             self.counts["samples"] += 1
             if len(self.kept) == n:
                 self.counts["surplus"] += 1
-            elif not one.finished and not keep_unfinished:
+            elif not one.finished and not as_drawn:
                 self.counts["unfinished"] += 1
-            elif unique and key in self.seen:
+            elif key in self.seen and not as_drawn:
                 self.counts["duplicates"] += 1
             else:
                 self.kept.append(one)
                 self.seen.add(key)
+
+    def still_due(self, n: int, oversample: float, limit: float) -> int:
+        """How many samples to draw next: what is missing, by the share that was kept so far."""
+        drawn = self.counts["samples"]
+        due = math.ceil((n - len(self.kept)) * oversample * (drawn + 1) / (len(self.kept) + 1))
+        due = due and max(due, drawn // 8)  # growing steps, or the last ones would trickle in
+        return min(due, math.ceil(n * limit) - drawn)
 
 
 def generate(
@@ -70,17 +79,14 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.9,
     seed: int = 0,
-    unique: bool = True,
-    keep_unfinished: bool = False,
-    oversample: float = 1.1,
-    draw_limit: float = 4.0,
+    as_drawn: bool = False,
     max_rows: int = 512,
     progress: bool = True,
 ) -> Iterator[tuple[str, list[Sample]]]:
-    """Yields (prompt id, its first n finished samples) in input order.
+    """Yields (prompt id, its first n samples that are finished and distinct) in input order.
 
-    A prompt gets n * oversample draws at first and further ones until it has n finished (and, with
-    `unique`, distinct) samples or n * draw_limit draws. Draws of all prompts share the batches.
+    A prompt gets n * OVERSAMPLE draws at first and further ones until it has n such samples or n * DRAW_LIMIT draws.
+    Draws of all prompts share the batches.
 
     Args:
         model: a causal language model of `transformers` in eval mode, or what `load_vllm` returns.
@@ -89,62 +95,53 @@ def generate(
             (drawn beyond the n-th), and "prompts_short", prompts that ended with fewer than n.
         max_new_tokens: longest response in tokens, end token included.
         temperature: 0 is greedy, else at least 0.01.
-        keep_unfinished: keep samples cut off at max_new_tokens: an evaluation must see a policy that rambles.
+        as_drawn: the first n samples whatever they are: an evaluation must see a policy that rambles or repeats itself.
         max_rows: sequences of a batch at most, or handed to vLLM at once; lower it when memory runs out.
 
     Raises:
         ValueError: a repeated id, an empty or a too long prompt, settings out of range, a model in training mode or
             one that cannot be decoded here, log-probs that are not finite.
     """
-    if n < 1 or max_rows < 1 or max_new_tokens < 1 or not 1 <= oversample <= draw_limit < math.inf:
-        raise ValueError("generate() needs n, max_rows, max_new_tokens >= 1 and 1 <= oversample <= draw_limit")
+    if n < 1 or max_rows < 1 or max_new_tokens < 1:
+        raise ValueError("generate() needs n, max_rows and max_new_tokens of at least 1")
     if temperature != 0 and not 0.01 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or at least 0.01, not {temperature}")
-    if temperature == 0:
-        if n > 1:
-            raise ValueError("temperature 0 would give n equal responses: set n=1 or a temperature")
-        oversample = draw_limit = 1.0  # a further greedy response would be the same one
+    if temperature == 0 and n > 1:
+        raise ValueError("temperature 0 would give n equal responses: set n=1 or a temperature")
+    # A further greedy response would be the same one.
+    oversample, limit = (1.0, 1.0) if as_drawn or temperature == 0 else (OVERSAMPLE, DRAW_LIMIT)
     ours = isinstance(model, torch.nn.Module)
     if ours and model.training:
         raise ValueError("the model is in training mode (dropout): call model.eval() before sampling")
-    limit = positions(model.config) if ours else math.inf  # vLLM checks its own
-    streams: deque[_Stream] = deque()
+    longest = positions(model.config) - max_new_tokens if ours else math.inf  # vLLM checks its own
     for prompt_id, ids in prompts:
-        if not 0 < len(ids) <= limit - max_new_tokens:
+        if not 0 < len(ids) <= longest:
             raise ValueError(
-                f"prompt {prompt_id!r} has {len(ids)} tokens; the model's {limit} positions and "
-                f"max_new_tokens={max_new_tokens} allow 1 to {limit - max_new_tokens}: lower max_new_tokens, or "
-                f"shorten or drop it (data_prep.py generate drops it with --max_prompt_length {limit - max_new_tokens})"
+                f"prompt {prompt_id!r} has {len(ids)} tokens; the model's {longest + max_new_tokens} positions and "
+                f"max_new_tokens={max_new_tokens} allow 1 to {longest}: lower max_new_tokens, or shorten or drop it "
+                f"(data_prep.py generate drops it with --max_prompt_length {longest})"
             )
-        streams.append(_Stream(prompt_id, Request(ids, prompt_seed(seed, prompt_id))))
-    if len({stream.prompt_id for stream in streams}) < len(streams):
+    streams = {id: _Stream(id, Request(ids, prompt_seed(seed, id))) for id, ids in prompts}
+    if len(streams) < len(prompts):
         raise ValueError("two prompts share an id and would get the same samples: make the ids distinct")
-
-    def still_due(stream: _Stream) -> int:
-        drawn = stream.counts["samples"]
-        due = math.ceil((n - len(stream.kept)) * oversample * (drawn + 1) / (len(stream.kept) + 1))
-        due = due and max(due, drawn // 8)  # growing steps, or the last ones would trickle in
-        return min(due, math.ceil(n * draw_limit) - drawn)
-
-    for stream in streams:
-        stream.request.due = still_due(stream)
-    stream_of = {id(stream.request): stream for stream in streams}
-    waiting = deque(stream.request for stream in streams)
+    for stream in streams.values():
+        stream.request.due = stream.still_due(n, oversample, limit)
+    running = {id(stream.request): stream for stream in streams.values()}
+    waiting = deque(stream.request for stream in streams.values())
     settings: dict[str, Any] = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
     results = (decode if ours else ask_vllm)(model, waiting, max_rows=max_rows, **settings)
     with tqdm(total=len(streams), unit="prompt", desc="generate", disable=not progress) as bar:
         for request in results:
-            stream = stream_of[id(request)]
-            stream.absorb(n=n, unique=unique, keep_unfinished=keep_unfinished)
-            request.due = still_due(stream)
-            if request.due:
+            stream = running[id(request)]
+            stream.absorb(n, as_drawn=as_drawn)
+            if due := stream.still_due(n, oversample, limit):
+                request.due = due
                 waiting.appendleft(request)
                 continue
-            stream.done = True
             bar.update()
-            del stream_of[id(request)]  # its samples need not stay in memory until the last prompt is done
-            while streams and streams[0].done:
-                first = streams.popleft()
+            del running[id(request)]
+            while streams and id((first := next(iter(streams.values()))).request) not in running:
+                del streams[first.prompt_id]  # its samples need not stay in memory until the last prompt is done
                 counts.update(first.counts, prompts_short=int(len(first.kept) < n))
                 yield first.prompt_id, first.kept
 
@@ -154,34 +151,16 @@ def answer(
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[tuple[str, Sequence[int]]],
     *,
-    n: int,
-    counts: Counter[str],
-    max_new_tokens: int,
-    temperature: float,
     seed: int,
-    progress: bool,
+    **how: Any,
 ) -> Iterator[tuple[str, list[str]]]:
     """Yields (prompt id, n texts): what a model says, equal and unfinished answers included. Arguments as `generate`.
 
-    A policy that rambles or repeats itself must be seen to do so, by an evaluation as by a person. The streams are none
-    of `generate` with a seed of 0 or more: with those, the model that drew the candidates would draw them once more,
-    and BLEU against the best of them find them equal.
+    The streams are none of `generate` with a seed of 0 or more: with those, the model that drew the candidates would
+    draw them once more, and BLEU against the best of them find them equal.
     """
-    samples = generate(
-        model,
-        prompts,
-        n=n,
-        counts=counts,
-        eos_token_id=tokenizer.eos_token_id,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=~seed,
-        unique=False,
-        keep_unfinished=True,
-        oversample=1.0,
-        progress=progress,
-    )
-    for id, some in samples:
+    eos = tokenizer.eos_token_id
+    for id, some in generate(model, prompts, eos_token_id=eos, seed=~seed, as_drawn=True, **how):
         yield id, [text_of(tokenizer, one) for one in some]
 
 

@@ -49,11 +49,10 @@ def import_file(
     counts = dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0)
     rows: list[Row] = []
     reasons: list[str] = []
-    columns: set[str] = set()
+    left_out: set[str] = set()
     first: dict[str, str] = {}  # where each id was met
     for where, record in _records(path):
         counts["rows_read"] += 1
-        columns |= record.keys()
         try:
             row = formats.read(source, record, where, order=order)
             if row.id in first:
@@ -66,12 +65,13 @@ def import_file(
             counts["rows_skipped"] += 1
             continue
         rows.append(row)
+        left_out |= record.keys() - formats.columns_of(source, order) - row.others.keys()
         if len(rows) == limit:
             break
     counts["rows_kept"] = len(rows)
     if not rows:
         raise ValueError(_nothing_left(f"{path}: no row is left of this {source} file", counts, reasons))
-    return Converted(rows, counts, reasons, sorted(columns - formats.columns_of(source, order)))
+    return Converted(rows, counts, reasons, sorted(left_out))
 
 
 def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Converted:

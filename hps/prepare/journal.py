@@ -1,54 +1,118 @@
-"""What a long run has finished so far, line by line beside its output, so that a killed run goes on where it was.
+"""Work on many rows that is shared out over ranks, and goes on where it was when it is killed.
 
-OUTPUT.journal-RANK holds the run's settings and then a JSON line for every finished piece. It is appended to and
+OUTPUT.journal-RANK holds the run's settings and then a JSON line for every row that is done. It is appended to and
 flushed, and a last line without its end, torn when the run was killed, is as if it had not been written.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hps.data.listwise import decode_json
+from hps import dist
+from hps.data.listwise import Row, decode_json
+from hps.io import files
+
+# Options that change nothing of what a journal holds: a run that was killed may go on with others.
+FREE = {"output", "max_rows", "pairs", "tokens_per_micro_batch"}
+
+Work = Callable[[list[Row], Counter[str], dist.Ranks], Iterator[tuple[str, list]]]
 
 
-def files(output: str | Path) -> list[Path]:
+def in_shares(c: Any, rows: list[Row], work: Work, write: Callable[[dict[str, list], Counter[str]], None]) -> None:
+    """Do `work` on the rows that no journal beside c.output has, every world_size-th on each rank, then `write` once.
+
+    While it lasts no other process works on the same output, and the journals go when that is written.
+
+    Args:
+        c: options of the command, with an `output`; with others than a journal's, but for FREE, nothing is begun.
+        work: (rows, counts, ranks) -> (id, what was found: texts or numbers) of each row, as it is done; it adds to
+            `counts` what becomes of the row.
+        write: what was found by id, and all counts; called on the first rank.
+
+    Raises:
+        ValueError: another process is at work on this output, or another run has left it unfinished.
+    """
+    output = Path(c.output)
+    settings = {key: value for key, value in vars(c).items() if key not in FREE}
+    settings |= {key: _digest(settings[key]) for key in ("model", "scorer", "input") if key in settings}
+    advice = "wait until it ends, or choose another --output"
+    with dist.session(timeout=timedelta(days=30)) as ranks:  # a rank may be done days before another
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = files.lock(Path(f"{output}.lock"), what="data_prep.py", advice=advice) if ranks.first else nullcontext()
+        with lock:
+            if ranks.first:
+                files.remove_stale_temporaries(output.parent, output.name)
+            done = read(output, settings)
+            dist.barrier()  # none may write before all have read
+            if mine := [row for row in rows if row.id not in done][ranks.rank :: ranks.world_size]:
+                counts: Counter[str] = Counter()
+                notes = Journal(output, ranks.rank, settings)
+                for id, found in work(mine, counts, ranks):
+                    notes.write({"id": id, "found": found, "counts": counts})
+                    counts.clear()
+            dist.barrier()
+            if ranks.first:
+                done = read(output, settings)
+                total: Counter[str] = Counter()
+                for row in rows:
+                    total.update(done[row.id]["counts"])  # which, unlike a sum of counters, keeps zeros
+                write({row.id: done[row.id]["found"] for row in rows}, total)
+                for path in journals(output):
+                    path.unlink()
+
+
+def _digest(path: str) -> str:
+    """A hash of what a file, or each of a folder's files, holds; what is no path (a hub name) stands for itself."""
+    if not Path(path).exists():
+        return path
+    inside = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+    sums = "".join(files.sha256(file) for file in inside if file.is_file())
+    return hashlib.sha256(bytes.fromhex(sums)).hexdigest()
+
+
+def journals(output: str | Path) -> list[Path]:
     """The journals beside an output, of all ranks that have ever written one."""
     begin = f"{Path(output).name}.journal-"
     folder = Path(output).parent
     return sorted(path for path in folder.iterdir() if path.name.startswith(begin)) if folder.exists() else []
 
 
-def read(output: str | Path, settings: dict[str, object], **holds: tuple[type, type]) -> dict[str, dict]:
+def read(output: str | Path, settings: dict[str, object]) -> dict[str, dict]:
     """id -> record of all that is in the journals beside an output.
-
-    holds: what each record has beside its id, by name: a list or a dict, and of what.
 
     Raises:
         ValueError: a journal was written with other settings, or a line in it is no such record.
     """
     records = {}
-    for path in files(output):
+    for path in journals(output):
         for number, line in enumerate(_whole_lines(path), 1):
             record: Any = decode_json(line, f"{path}:{number}")
-            if number == 1 and record != settings:
+            if number == 1:
                 before = record if isinstance(record, dict) else {}
-                other = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
-                raise ValueError(
-                    f"{path} is what another run left unfinished: it differs in {', '.join(other)}. Start that run "
-                    f"again to finish it, or delete {Path(output).name}.journal-* to begin anew"
-                )
-            if number > 1:
-                good = isinstance(record, dict) and type(record.get("id")) is str
-                if not good or not all(_holds(record.get(name), *kinds) for name, kinds in holds.items()):
-                    raise ValueError(f"{path}:{number}: no record of a finished prompt; remove that line")
+                if other := [key for key in {**before, **settings} if before.get(key) != settings.get(key)]:
+                    raise ValueError(
+                        f"{path} is what another run left unfinished: it differs in {', '.join(other)}. Start that run "
+                        f"again to finish it, or delete {Path(output).name}.journal-* to begin anew"
+                    )
+            elif not _is_record(record):
+                raise ValueError(f"{path}:{number}: no record of a finished prompt; remove that line")
+            else:
                 records[record["id"]] = record
     return records
 
 
-def _holds(value: Any, kind: type, inner: type) -> bool:
-    items = value.values() if isinstance(value, dict) else value
-    return isinstance(value, kind) and all(type(item) is inner for item in items)
+def _is_record(record: Any) -> bool:
+    """{"id": text, "found": texts or numbers, "counts": {name: int}}, as `in_shares` relies on it."""
+    if not isinstance(record, dict) or type(record.get("id")) is not str:
+        return False
+    found, counts = record.get("found"), record.get("counts")
+    uniform = isinstance(found, list) and {type(item) for item in found} in ({str}, {float}, set())
+    return uniform and isinstance(counts, dict) and all(type(n) is int for n in counts.values())
 
 
 class Journal:

@@ -267,7 +267,7 @@ def test_a_hub_name_while_offline(tmp_path, folders, monkeypatch):
 
 TALK_OF_HH = "\n\nHuman: Hi\n\nAssistant: {}"
 FOREIGN = [  # what it is, options, file name, content, message behind the file's name
-    ("another format", {}, "x.jsonl", lines(ROW), ":1: unknown key 'id'; did you mean "),
+    ("another format", {}, "x.jsonl", lines(ROW), ":1: chosen must be a string, not int"),
     ("a column too few", {}, "x.jsonl", lines({"chosen": "a"}), ":1: the key 'rejected' is missing"),
     (
         "a column too few where others may be", dict(source="pku-saferlhf", order="safe"), "x.jsonl",

@@ -46,7 +46,7 @@ def expected(path, history: list[tuple[str, str]], turn: int, seed: int = 0, tem
     lm, tokenizer = load_causal_lm(str(path), dtype=torch.float32), tokens.load_tokenizer(str(path))
     ids = tokens.encode_prompt(tokenizer, tuple({"role": role, "content": text} for role, text in history))
     how = dict(n=1, counts=Counter(), eos_token_id=tokenizer.eos_token_id, max_new_tokens=12, seed=~seed)
-    how |= dict(temperature=temperature, keep_unfinished=True, progress=False)
+    how |= dict(temperature=temperature, as_drawn=True, progress=False)
     [(_, [sample])] = generate.generate(lm, [(f"turn {turn}", ids)], **how)
     return tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
 

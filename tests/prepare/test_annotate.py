@@ -72,7 +72,7 @@ def test_rewards_are_those_of_transformers(reward_model, data, tokenizer, tmp_pa
     expected = by_transformers(reward_model, rows, tokenizer)
     assert np.std(np.concatenate(expected)) > 0.3
     assert_rewards(rows, expected)
-    assert not journal.files(tmp_path / "out.jsonl")
+    assert not journal.journals(tmp_path / "out.jsonl")
 
 
 def test_the_mean_of_objectives(tokenizer, data, tmp_path):

@@ -1,6 +1,5 @@
 """Which samples are kept, in what order, by which engine; `data_prep.py generate` killed, taken up, and shared out."""
 
-import json
 import math
 import os
 import signal
@@ -11,6 +10,7 @@ from collections import Counter, deque
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ import data_prep
 from hps.data import listwise
 from hps.io import hub
 from hps.prepare import decode, journal
+from hps.prepare import generate as generation
 from hps.prepare.generate import answer, generate, load_vllm, prompt_seed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -88,24 +89,19 @@ def draw(model, ids, name, *, n, max_new_tokens=12):
     return request.samples
 
 
-def run(model, prompts, **more):
+def run(model, prompts, *, draw_limit=30.0, **more):
+    """All samples by prompt and the counts; the small model seldom ends within 12 tokens, so it may try often."""
     counts = Counter()
-    settings = {
-        "n": 4,
-        "eos_token_id": EOS,
-        "max_new_tokens": 12,
-        "draw_limit": 30.0,
-        "progress": False,
-        "counts": counts,
-    } | more
-    return dict(generate(model, prompts, **settings)), counts
+    settings = dict(n=4, eos_token_id=EOS, max_new_tokens=12, progress=False, counts=counts) | more
+    with mock.patch.object(generation, "DRAW_LIMIT", draw_limit):
+        return dict(generate(model, prompts, **settings)), counts
 
 
 def test_whole_responses_follow_their_exact_probabilities():
     # Tokens: 0, 1, EOS. The second step depends on the first, so a mixed-up cache would show.
     table = {(): [0.5, 0.3, 0.2], (0,): [0.1, 0.2, 0.7], (1,): [0.6, 0.1, 0.3]}
     fake = scripted(lambda row: table.get(tuple(row[1:]), [0.0, 0.0, 1.0]), 3)
-    settings = dict(unique=False, oversample=1.0, temperature=1.0, max_rows=700)
+    settings = dict(as_drawn=True, temperature=1.0, max_rows=700)
     seen = Counter(tuple(one.token_ids) for one in run(fake, [("x", [1])], n=4000, **settings)[0]["x"])
     exact = {(2,): 0.2}
     for first, p in ((0, 0.5), (1, 0.3)):
@@ -124,7 +120,7 @@ def test_answers_are_not_the_candidates_once_more(llama):
     tokenizer = SimpleNamespace(eos_token_id=EOS, decode=lambda ids, **_: " ".join(map(str, ids)))
     settings = dict(n=4, counts=Counter(), max_new_tokens=12, temperature=0.9, seed=0, progress=False)
     answers = dict(answer(llama, tokenizer, PROMPTS, **settings))
-    drawn, _ = run(llama, PROMPTS, seed=0, unique=False, keep_unfinished=True)
+    drawn, _ = run(llama, PROMPTS, seed=0, as_drawn=True)
     candidates = {name: [tokenizer.decode(one.token_ids) for one in some] for name, some in drawn.items()}
     same = [len({*answers[name]} & {*candidates[name]}) for name, _ in PROMPTS]
     assert len(answers) == len(PROMPTS) > 3 and sum(same) < len(PROMPTS)  # some are short and met by chance
@@ -152,19 +148,18 @@ def test_equal_prompts_with_unequal_ids_have_their_own_draws(llama):
 def test_results_come_in_input_order_and_batches_hold_no_more_than_max_rows():
     fake = scripted(lambda row: [0, 0, 1.0] if 0 in row else [1.0, 0, 0], 3)  # every row decodes one step
     prompts = [(name, [1] * len(ids)) for name, ids in PROMPTS]
-    samples, _ = run(fake, prompts, unique=False, max_rows=10)
+    samples, _ = run(fake, prompts, as_drawn=True, max_rows=10, n=5)
     assert list(samples) == [name for name, _ in PROMPTS]
     assert max(fake.row_counts) == 10
     assert all(one.token_ids.tolist() == [0, 2] for group in samples.values() for one in group)
 
 
-@pytest.mark.parametrize("unique", [True, False])
-def test_kept_samples_are_the_first_n_of_the_stream(llama, unique):
-    samples, counts = run(llama, PROMPTS[:3], n=6, unique=unique)
+def test_kept_samples_are_the_first_n_of_the_stream(llama):
+    samples, counts = run(llama, PROMPTS[:3], n=6)
     for name, ids in PROMPTS[:3]:
         expected, seen = [], set()
         for one in draw(llama, ids, name, n=180):
-            if one.finished and not (unique and tuple(one.token_ids) in seen):
+            if one.finished and tuple(one.token_ids) not in seen:
                 expected.append(one.token_ids.tolist())
                 seen.add(tuple(one.token_ids))
         assert [one.token_ids.tolist() for one in samples[name]] == expected[:6]
@@ -186,17 +181,14 @@ def test_a_model_that_can_say_three_things_is_counted_and_given_up():
     )
 
 
-def test_duplicates_stay_when_uniqueness_is_not_asked_for():
-    fake = scripted(lambda row: [0.5, 0.0, 0.5] if len(row) == 2 else [0, 0, 1.0], 3)
-    samples, counts = run(fake, [("a", [1, 1])], n=10, unique=False)
-    assert len(samples["a"]) == 10 and counts["duplicates"] == 0 and counts["prompts_short"] == 0
-
-
-def test_unfinished_samples_are_kept_when_asked_for(llama):
+def test_as_drawn_keeps_unfinished_and_equal_samples(llama):
     name, ids = PROMPTS[0]
-    samples, counts = run(llama, [(name, ids)], n=30, unique=False, keep_unfinished=True)
+    samples, counts = run(llama, [(name, ids)], n=30, as_drawn=True)
     assert flat([samples[name]]) == flat([draw(llama, ids, name, n=30)])
-    assert {one.finished for one in samples[name]} == {True, False} and counts["unfinished"] == 0
+    assert {one.finished for one in samples[name]} == {True, False}
+    fake = scripted(lambda row: [0.5, 0.0, 0.5] if len(row) == 2 else [0, 0, 1.0], 3)
+    samples, more = run(fake, [("a", [1, 1])], n=10, as_drawn=True)
+    assert len(samples["a"]) == 10 and counts + more == {"samples": 40}
 
 
 def test_greedy_generation_draws_once_per_prompt(llama):
@@ -211,7 +203,6 @@ def test_greedy_generation_draws_once_per_prompt(llama):
         ([("empty", [])], {}, "'empty' has 0 tokens"),
         ([("a", [1]), ("a", [3])], {}, "share an id"),
         ([("a", [1])], {"n": 0}, "n, max_rows"),
-        ([("a", [1])], {"oversample": 0.5}, "oversample"),
         ([("a", [1])], {"temperature": -1.0}, "temperature must be"),
         ([("a", [1])], {"temperature": math.nan}, "temperature must be"),
         ([("a", [1])], {"temperature": 0}, "equal responses"),
@@ -309,7 +300,7 @@ def vllm(llama, monkeypatch):
 def test_vllm_gives_the_same_records(vllm, llama):
     options = {"model": "some/model", "dtype": "bfloat16", "max_model_len": 40}
     assert vllm.options == options | {"revision": "c" * 40, "tokenizer_revision": "c" * 40}
-    samples, counts = run(vllm, PROMPTS[:3], n=8, temperature=0.7, unique=False, keep_unfinished=True)
+    samples, counts = run(vllm, PROMPTS[:3], n=8, temperature=0.7, as_drawn=True)
     ends = set()
     for name, ids in PROMPTS[:3]:
         for one in samples[name]:
@@ -329,13 +320,13 @@ def test_vllm_samples_depend_on_seed_and_id_alone(vllm):
     for max_rows in (1, 17):
         assert flat(run(vllm, PROMPTS, n=5, max_rows=max_rows)[0].values()) == flat(whole.values())
     assert max(LLM.calls[-5:]) <= 17
-    twice, _ = run(vllm, PROMPTS[:2], n=9, oversample=1.0, unique=False)  # the second round goes on with the stream
+    twice, _ = run(vllm, PROMPTS[:2], n=9)  # the second round goes on with the stream
     for name, ids in PROMPTS[:2]:
         params = SamplingParams(seed=prompt_seed(0, name) // 2, temperature=0.9, stop_token_ids=[EOS], ignore_eos=True,
                                 max_tokens=12, logprobs=0)  # fmt: skip
         stream = [vllm._one(ids, params, j).token_ids for j in range(40)]
-        ended = [list(y) for y in stream if y[-1] == EOS]
-        assert [one.token_ids.tolist() for one in twice[name]] == ended[:9] and stream.index(tuple(ended[8])) >= 9
+        ended = list(dict.fromkeys(y for y in stream if y[-1] == EOS))
+        assert [tuple(one.token_ids.tolist()) for one in twice[name]] == ended[:9] and stream.index(ended[8]) >= 9
     backwards = run(vllm, PROMPTS[::-1], n=5)[0]
     assert all(flat([backwards[name]]) == flat([whole[name]]) for name in whole)
     assert len({str(group) for group in flat(whole.values())}) == len(PROMPTS)
@@ -344,7 +335,7 @@ def test_vllm_samples_depend_on_seed_and_id_alone(vllm):
 
 
 def test_vllm_greedy_is_ours(vllm, llama):
-    settings = dict(n=1, temperature=0, keep_unfinished=True)
+    settings = dict(n=1, temperature=0, as_drawn=True)
     assert flat(run(vllm, PROMPTS, **settings)[0].values()) == flat(run(llama, PROMPTS, **settings)[0].values())
 
 
@@ -369,56 +360,11 @@ def task(tiny_world, tmp_path_factory):
     listwise.write(folder / "in.jsonl", pairs)
     flags = [f"--model={tiny_world / 'model'}", f"--input={folder / 'in.jsonl'}", "--n=4", "--max_new_tokens=60"]
     data_prep.main(["generate", *flags, f"--output={folder / 'out.jsonl'}"])
-    assert journal.files(folder / "out.jsonl") == []
+    assert journal.journals(folder / "out.jsonl") == []
     written = listwise.read(folder / "out.jsonl")
     assert [r.responses[:2] for r in written] == [r.responses for r in pairs] and written[0].chosen == 0
     assert sum(len(r.responses) - 2 for r in written) > 16
     return SimpleNamespace(flags=flags, expected=(folder / "out.jsonl").read_bytes(), ids=[r.id for r in rows])
-
-
-def test_a_run_cut_anywhere_goes_on_and_writes_the_same(task, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "out.jsonl"
-    argv = ["generate", *task.flags, f"--output={output}"]
-    with monkeypatch.context() as patch:  # killed when all is generated and nothing written
-        patch.setattr(listwise, "write", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            data_prep.main(argv)
-    (path,) = journal.files(output)
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    assert [json.loads(line)["id"] for line in lines[1:]] == task.ids
-    for cut in (0, len(lines[0]) - 1, len(lines[0]), len(b"".join(lines[:3])) + 20, len(whole) - 1, len(whole)):
-        path.write_bytes(whole[:cut])
-        capsys.readouterr()
-        data_prep.main([*argv, "--max_rows=7"])
-        assert output.read_bytes() == task.expected and journal.files(output) == []
-        told = capsys.readouterr().err.splitlines()[-1]
-        counts = [sum(json.loads(line)["counts"][key] for line in lines[1:]) for key in ("samples", "prompts_short")]
-        assert f"samples {counts[0]}," in told and f"prompts_short {counts[1]}" in told
-
-
-def test_another_run_than_the_one_left_unfinished_is_refused(task, tmp_path, tiny_world, monkeypatch):
-    output = tmp_path / "out.jsonl"
-    argv = ["generate", *task.flags, f"--output={output}"]
-    with monkeypatch.context() as patch:
-        patch.setattr(listwise, "write", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            data_prep.main(argv)
-    monkeypatch.setattr(data_prep.model, "load_causal_lm", lambda *_, **__: pytest.fail("checked too late"))
-    with pytest.raises(ValueError, match=r"journal-0 is what another run left unfinished: it differs in seed\."):
-        data_prep.main([*argv, "--seed=1"])
-    other_input = tmp_path / "in.jsonl"
-    listwise.write(other_input, listwise.read(tiny_world / "test.jsonl"))
-    with pytest.raises(ValueError, match=r"it differs in input\."):
-        data_prep.main(["generate", *task.flags[:1], f"--input={other_input}", *task.flags[2:], f"--output={output}"])
-    other_model = tmp_path / "model"
-    other_model.mkdir()
-    for file in (tiny_world / "model").iterdir():
-        (other_model / file.name).write_bytes(file.read_bytes())
-    with open(other_model / "config.json", "a") as file:
-        file.write("\n")
-    with pytest.raises(ValueError, match=r"it differs in model\."):
-        data_prep.main(["generate", f"--model={other_model}", *task.flags[1:], f"--output={output}"])
 
 
 def environment():
@@ -448,41 +394,7 @@ def test_two_ranks_write_what_one_does_and_share_out_what_is_left(task, tmp_path
     command += ["data_prep.py", "generate", *task.flags, f"--output={output}"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert output.read_bytes() == task.expected and journal.files(output) == []
-
-
-def test_a_rank_takes_its_share(task, tmp_path):
-    argv = [*task.flags, f"--output={tmp_path / 'out.jsonl'}"]
-    c, _ = data_prep.config.parse(data_prep.Generate, argv, prog="", description="")
-    second = data_prep.dist.Ranks(rank=1, world_size=3, device=torch.device("cpu"), sharded=True)
-    data_prep.generate_share(c, second)
-    (path,) = journal.files(tmp_path / "out.jsonl")
-    assert path.name == "out.jsonl.journal-1" and not (tmp_path / "out.jsonl").exists()
-    assert [json.loads(line)["id"] for line in path.read_text().splitlines()[1:]] == task.ids[1::3]
-
-
-def test_journals_of_more_ranks_than_go_on_are_read(task, tmp_path, monkeypatch):
-    output = tmp_path / "out.jsonl"
-    argv = ["generate", *task.flags, f"--output={output}"]
-    with monkeypatch.context() as patch:
-        patch.setattr(listwise, "write", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            data_prep.main(argv)
-    first = Path(f"{output}.journal-0")
-    header, *lines = first.read_bytes().splitlines(keepends=True)
-    Path(f"{output}.journal-5").write_bytes(header + b"".join(lines[1::2])[:-9])
-    first.write_bytes(header + lines[0])
-    drawn = []
-    generate_some = data_prep.generate.generate
-
-    def spy(lm, prompts, **more):
-        drawn.extend(id for id, _ in prompts)
-        return generate_some(lm, prompts, **more)
-
-    monkeypatch.setattr(data_prep.generate, "generate", spy)
-    data_prep.main(argv)
-    assert drawn == [id for k, id in enumerate(task.ids) if k and (k % 2 == 0 or k == len(task.ids) - 1)]
-    assert output.read_bytes() == task.expected
+    assert output.read_bytes() == task.expected and journal.journals(output) == []
 
 
 def test_vllm_through_the_script(task, vllm, tmp_path, monkeypatch, tiny_world):

@@ -1,13 +1,21 @@
-"""The journal of a long run: what is read back, after which kinds of an end."""
+"""Work that is shared out and journalled: what is read back, after which kinds of an end, and who does the rest."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import pytest
+import torch
 
+from hps.data.listwise import Row
+from hps.dist import Ranks
 from hps.prepare import journal
 
 SETTINGS = {"n": 8, "temperature": 0.9, "model": "abc"}
-RECORDS = [{"id": "a", "responses": ["one\ntwo", "\u00fc"]}, {"id": "b", "responses": []}]
+RECORDS = [
+    {"id": "a", "found": ["one\ntwo", "\u00fc"], "counts": {"samples": 3}},
+    {"id": "b", "found": [], "counts": {}},
+]
 
 
 def write(output, rank, records, settings=SETTINGS):
@@ -16,45 +24,113 @@ def write(output, rank, records, settings=SETTINGS):
         one.write(record)
 
 
-def test_what_all_ranks_wrote_is_read_back(tmp_path):
-    output = tmp_path / "new" / "out.jsonl"
-    assert journal.read(output, SETTINGS) == {} and journal.files(output) == []
-    write(output, 0, RECORDS[:1])
-    write(output, 11, RECORDS[1:])
-    write(output.with_name("out.jsonl2"), 0, [{"id": "of another output"}])
-    assert journal.read(output, SETTINGS) == {"a": RECORDS[0], "b": RECORDS[1]}
-    assert [path.name for path in journal.files(output)] == ["out.jsonl.journal-0", "out.jsonl.journal-11"]
-
-
-def test_every_line_is_on_disk_when_write_returns(tmp_path):
+def test_cut_anywhere_it_keeps_the_whole_lines(tmp_path):
+    path = tmp_path / "out.journal-0"
     one = journal.Journal(tmp_path / "out", 0, SETTINGS)
     for at, record in enumerate(RECORDS, 1):
         one.write(record)
-        assert len((tmp_path / "out.journal-0").read_bytes().splitlines()) == 1 + at
-
-
-def test_cut_anywhere_it_keeps_the_whole_lines_and_can_be_taken_up(tmp_path):
-    path = tmp_path / "out.journal-0"
-    write(tmp_path / "out", 0, RECORDS)
+        assert len(path.read_bytes().splitlines()) == 1 + at  # on the disk when write returns
     whole = path.read_bytes()
     ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         kept = max(sum(end <= cut for end in ends) - 1, 0)
-        assert list(journal.read(tmp_path / "out", SETTINGS)) == ["a", "b"][:kept]
+        assert journal.read(tmp_path / "out", SETTINGS) == {record["id"]: record for record in RECORDS[:kept]}
         write(tmp_path / "out", 0, RECORDS[kept:])
         assert path.read_bytes() == whole
-
-    path.write_bytes(whole + b'{"id": "c", "responses": ["a long one, of which nothing may be left')
+    path.write_bytes(whole + b'{"id": "c", "found": ["a long one, of which nothing may be left')
     write(tmp_path / "out", 0, [{"id": "d"}])
     assert path.read_bytes() == whole + b'{"id": "d"}\n'
 
 
 def test_other_settings_and_broken_lines_are_refused(tmp_path):
+    path = tmp_path / "out.journal-0"
     write(tmp_path / "out", 0, RECORDS)
     with pytest.raises(ValueError, match=r"out.journal-0 .* differs in n, seed\. .* delete out.journal-\*"):
         journal.read(tmp_path / "out", SETTINGS | {"n": 9, "seed": 1})
-    with open(tmp_path / "out.journal-0", "ab") as file:
-        file.write(b'{"id": "c", \n' + json.dumps({"id": "d"}).encode() + b"\n")
+    whole = path.read_bytes()
+    for bad in ({"found": ["x", 1.0]}, {"found": [1]}, {"found": "x"}, {"counts": {"a": 1.5}}, {"id": 3}):
+        path.write_bytes(whole + json.dumps(RECORDS[0] | bad).encode() + b"\n")
+        with pytest.raises(ValueError, match="out.journal-0:4: no record of a finished prompt; remove that line"):
+            journal.read(tmp_path / "out", SETTINGS)
+    path.write_bytes(whole + b'{"id": "c", \n')
     with pytest.raises(ValueError, match="out.journal-0:4: broken JSON"):
         journal.read(tmp_path / "out", SETTINGS)
+
+
+@dataclass
+class Command:
+    model: str
+    input: str
+    output: str
+    n: int = 8
+    max_rows: int = 512
+
+
+@pytest.fixture
+def command(tmp_path):
+    (tmp_path / "in").write_text("rows")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("weights")
+    return Command(str(tmp_path / "model"), str(tmp_path / "in"), str(tmp_path / "new" / "out"))
+
+
+ROWS = [Row(id, "prompt", (), where="f:1") for id in "abcdefg"]
+
+
+def run(command, monkeypatch, *, rank=0, world_size=1, ends_before=""):
+    """The ids whose work was done now, and the results of all rows where the run came to its end."""
+    ranks = Ranks(rank=rank, world_size=world_size, device=torch.device("cpu"), sharded=world_size > 1)
+    monkeypatch.setattr(journal.dist, "session", lambda **_: nullcontext(ranks))
+    done, written = [], {}
+
+    def work(mine, counts, _):
+        for row in mine:
+            if row.id == ends_before:
+                raise KeyboardInterrupt
+            counts["samples"] += 2
+            counts["lost"] += 0
+            done.append(row.id)
+            yield row.id, [row.id * 2]
+
+    def write(found, counts):
+        assert all(path.exists() for path in journal.journals(command.output))  # until the output is there
+        assert counts == {"samples": 14, "lost": 0} and "lost" in counts
+        written.update(found)
+
+    with pytest.raises(KeyboardInterrupt) if ends_before else nullcontext():
+        journal.in_shares(command, ROWS, work, write)
+    return "".join(done), written
+
+
+def test_a_killed_run_goes_on_where_it_was(command, monkeypatch):
+    assert run(command, monkeypatch, ends_before="d") == ("abc", {})
+    done, written = run(replace(command, max_rows=7), monkeypatch)  # which changes nothing of what is found
+    assert done == "defg" and list(written.items()) == [(id, [id * 2]) for id in "abcdefg"]
+    assert journal.journals(command.output) == []
+
+
+def test_ranks_share_what_no_journal_has(command, monkeypatch):
+    """Each takes every third; a run on one rank then reads the journals of all three, but not another output's."""
+    write(command.output + "2", 0, [RECORDS[0] | {"id": "g"}])
+    assert run(command, monkeypatch, rank=1, world_size=3) == ("be", {})
+    assert run(command, monkeypatch, rank=2, world_size=3) == ("d", {})  # of the five that are left then
+    assert [path.name for path in journal.journals(command.output)] == ["out.journal-1", "out.journal-2"]
+    done, written = run(command, monkeypatch)
+    assert done == "acfg" and list(written) == list("abcdefg")
+
+
+def test_another_run_than_the_unfinished_one_is_refused(command, monkeypatch, tmp_path):
+    run(command, monkeypatch, ends_before="d")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "weights").write_text("weights")
+    other = tmp_path / "other"
+    other.write_text("others")
+    for change, name in ((dict(n=9), "n"), (dict(input=str(other)), "input"), (dict(model="hub/name"), "model")):
+        with pytest.raises(ValueError, match=rf"journal-0 is what another run left unfinished: it differs in {name}\."):
+            run(replace(command, **change), monkeypatch)
+    (tmp_path / "model" / "weights").write_text("others")
+    with pytest.raises(ValueError, match=r"it differs in model\."):
+        run(command, monkeypatch)
+    assert run(replace(command, model=str(copy)), monkeypatch)[0] == "defg"  # what it holds counts, not its name
