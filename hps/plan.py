@@ -5,7 +5,7 @@ step 0. From the plan follow which reference log-probs are needed, how long the 
 next. Whom a sampler contrasts is in `samplers.py`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,11 @@ class Plan:
 
     row: np.ndarray  # (V,) int64, index of the prompt in the examples
     epoch: np.ndarray  # (V,) int64
-    responses: (
-        np.ndarray
-    )  # (V, K) int64, candidates, column 0 preferred, -1 where ragged; pl, positives: in ranked order
+    responses: np.ndarray  # (V, K) int64, column 0 preferred, -1 where ragged; of pl and several positives ranked
     log_q: np.ndarray  # (V, K-1) float32, log-weights of the opponents in the loss; 0 for a single opponent
     kappa: np.ndarray  # (V,) float32, the N factor
     gamma: np.ndarray  # (V,) float32, hardness; 0 where nothing is drawn
-    effective: (
-        np.ndarray
-    )  # (V,) float32, exp(entropy of q): how many negatives q spreads over; 1 where nothing is drawn
+    effective: np.ndarray  # (V,) float32, exp(entropy of q): how many negatives q spreads over; 1 without q
     prompts_per_step: int
     dropped: dict[str, int]  # rows that give no contrast, by reason
     excluded: dict[str, int]  # candidates kept out of q, by reason
@@ -126,11 +122,12 @@ def plan(
                 assert way.log_q is not None
                 preferred, (log_q, gamma[at]) = v.best, way.log_q(v, **options)
                 effective[at] = np.exp(-(np.exp(log_q) * np.where(log_q > -np.inf, log_q, 0.0)).sum(1))
-                opponents, log_weights = all_weighted(log_q) if hps_form == "full" else draw(log_q, v, hps_samples)
+                if hps_form == "full":
+                    opponents, log_weights = all_weighted(log_q, r if positives > 1 else np.zeros(r.shape))
+                else:
+                    opponents, log_weights = draw(log_q, v, hps_samples)
                 if n_factor == "n_minus_one":
                     kappa[at] = eligible.sum(1)
-                if positives > 1:
-                    opponents, log_weights = ranked(r, opponents, log_weights)
             parts.append((at, np.hstack([preferred[:, None], opponents]), log_weights))
     responses, log_q = assembled(parts, len(row))
     kappa, gamma, effective = (x.astype(np.float32) for x in (kappa, gamma, effective))
@@ -258,18 +255,13 @@ def draw(log_q: np.ndarray, v: Visits, samples: int) -> tuple[np.ndarray, np.nda
     return drawn, np.log(np.maximum(counts, 1) / samples) * (drawn >= 0)
 
 
-def all_weighted(log_q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All responses that q may draw, (C, k), -1 behind those of a visit that has fewer, and their log q, (C, k)."""
-    found = to_the_left(np.broadcast_to(np.arange(log_q.shape[1]), log_q.shape), log_q > -np.inf)
+def all_weighted(log_q: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All responses that q may draw, (C, k), the highest first, -1 behind those of a visit that has fewer, and their
+    log q, (C, k). log_q, heights: (C, n)."""
+    rank = np.argsort(-heights, axis=1, kind="stable")
+    found = to_the_left(rank, np.take_along_axis(log_q, rank, axis=1) > -np.inf)
     found = found[:, : (found >= 0).sum(1).max()]
     return found, np.where(found >= 0, np.take_along_axis(log_q, found.clip(min=0), axis=1), 0.0)
-
-
-def ranked(rewards: np.ndarray, opponents: np.ndarray, log_weights: np.ndarray) -> Iterator[np.ndarray]:
-    """Opponents and their log-weights, (C, k) each, the highest reward first."""
-    heights = np.where(opponents >= 0, np.take_along_axis(rewards, opponents.clip(min=0), axis=1), -np.inf)
-    rank = np.argsort(-heights, axis=1, kind="stable")
-    return (np.take_along_axis(x, rank, axis=1) for x in (opponents, log_weights))
 
 
 def assembled(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], visits: int) -> tuple[np.ndarray, np.ndarray]:

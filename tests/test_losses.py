@@ -272,24 +272,6 @@ def test_closed_form_at_the_reference(form, name):
         close(form(torch.zeros_like(s), s, L, valid, name), expected, 1e-10)
 
 
-def test_known_numbers_at_the_reference():
-    """log 2, log(1 + kappa) - e log kappa, log n!, 1/(4 beta^2), 1/(2 beta^2), 2 log 2 ..."""
-
-    def value(name, kappa=1.0, **more):
-        closed_form = LOSSES[name].at_reference
-        return closed_form(torch.tensor(kappa, dtype=torch.float64), beta=0.1, **more).item() if closed_form else None
-
-    assert value("dpo") == pytest.approx(math.log(2))
-    assert value("dpo", 99.0, label_smoothing=0.1) == pytest.approx(math.log(100) - 0.1 * math.log(99))
-    five = torch.ones(1, 5, dtype=torch.bool)
-    assert plackett_luce_at_reference(LOSSES["dpo"], five, beta=0.1).item() == pytest.approx(math.log(120))
-    assert (value("ipo"), value("sppo"), value("nca")) == pytest.approx((25.0, 50.0, 2 * math.log(2)))
-    assert value("exo") == pytest.approx(-math.log(2) - (math.log(0.999) + math.log(0.001)) / 2)
-    infonca = extra.listwise_at_reference(extra.LISTWISE["infonca"], torch.randn(1, 5), valid=five, beta=0.1)
-    assert infonca.item() == pytest.approx(math.log(5))
-    assert extra.kto_at_reference(five, **GIVEN["kto"]).item() == pytest.approx((1.5 + 0.5 * 4) / 2)
-
-
 # ------------------------------------------------------------------------------- identities of the family, of the paper
 
 

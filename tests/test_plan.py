@@ -151,7 +151,7 @@ def test_rows_of_any_length_give_what_each_gives_alone(monkeypatch, sampler, opt
 
 
 def test_draws_follow_q():
-    """One prompt visited 20,000 times at a constant gamma against Eq. 9; 20,000 draws of a visit; uniform draws."""
+    """One prompt visited 20,000 times at a constant gamma against Eq. 9; 4,000 draws of a visit; uniform draws."""
     r = np.array([0.3, 2.0, 1.2, -0.5, 0.9])
     q = np.exp(1.5 * np.delete(r, 1))
     many = dict(epochs=1, prompts_per_step=64, seed=3)
@@ -159,8 +159,8 @@ def test_draws_follow_q():
     assert (p.responses[:, 0] == 1).all()
     counts = np.bincount(p.responses[:, 1], minlength=5)
     assert counts[1] == 0 and stats.chisquare(np.delete(counts, 1), 20_000 * q / q.sum()).pvalue > 1e-3
-    p = same_prompt(r, 1, gamma_start=1.5, hps_samples=20_000, **CONSTANT, **many)
-    np.testing.assert_allclose(np.exp(p.log_q[0]), q / q.sum(), atol=0.015)
+    p = same_prompt(r, 1, gamma_start=1.5, hps_samples=4_000, **CONSTANT, **many)
+    np.testing.assert_allclose(np.exp(p.log_q[0]), q / q.sum(), atol=0.03)
     p = same_prompt(np.arange(6.0), 5_000, sampler="uniform", **RUN)
     assert stats.chisquare(np.bincount(p.responses[:, 1], minlength=6)[:-1]).pvalue > 1e-3
     first, second = (dict(zip(p.row[p.epoch == e], p.responses[p.epoch == e, 1], strict=True)) for e in (0, 1))
@@ -185,16 +185,6 @@ def test_draws_depend_on_the_prompt_and_not_on_its_place():
         assert y.tolist() == at[keys[some][r], e].tolist()
         assert y[0] == np.argmax(rewards[some[r]])
     assert len(part.row) == 2 * sum(i % 7 > 0 for i in some)
-
-
-def test_every_prompt_once_an_epoch_in_a_new_order():
-    rewards, identity, keys = world()
-    p = plan(rewards, identity, keys, sampler="uniform", **RUN)
-    assert sorted(p.row[:40]) == sorted(p.row[40:]) == list(range(40)) and list(p.row[:40]) != list(p.row[40:])
-    together = plan(rewards, identity, keys, sampler="uniform", shuffle="together", **RUN)
-    assert sorted(together.row[:40]) != list(range(40))  # a prompt may come twice at once
-    visits = [sorted(zip(x.row, x.epoch, x.responses[:, 1], strict=True)) for x in (p, together)]
-    assert visits[0] == visits[1]  # the same draws: each copy has its own
 
 
 def test_curriculum_follows_optimizer_steps():
@@ -233,21 +223,6 @@ def test_bt_takes_best_and_worst_and_pl_ranks_evenly():
     assert r[pl.responses[0]].tolist() == [9.0, 8.0, 4.0, 0.0]
     whole = same_prompt(r, 1, sampler="pl", pl_responses=0, **RUN)
     assert r[whole.responses[0]].tolist() == sorted(r, reverse=True)
-
-
-def test_effective_negatives():
-    """exp(entropy): n - 1 at gamma = 0, 1 where q is an argmax."""
-    for gamma, expected in ((0.0, 4.0), (100.0, 1.0)):
-        p = same_prompt(np.array([9.0, 3.0, 2.0, 1.0, 0.0]), 1, gamma_start=gamma, **CONSTANT, **RUN)
-        assert p.effective[0] == pytest.approx(expected, rel=1e-5)
-
-
-def test_random_pairs_are_ordered_by_reward_and_even():
-    r = np.array([1.0, 3.0, 3.0, 2.0])
-    p = same_prompt(r, 6000, sampler="random", epochs=1, prompts_per_step=8, seed=0)
-    pairs, counts = np.unique(p.responses, axis=0, return_counts=True)
-    assert {tuple(pair) for pair in pairs} == {(1, 0), (2, 0), (3, 0), (1, 3), (2, 3)}
-    assert (r[p.responses[:, 0]] > r[p.responses[:, 1]]).all() and counts.min() > 800
 
 
 @pytest.mark.parametrize(
