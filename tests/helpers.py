@@ -92,6 +92,7 @@ def run_ranks(world: Path, out: Path, ranks: int, **changes) -> list[float]:
 
 # A fork of a process that has imported everything starts in a hundredth of a second instead of ten. It runs no test
 # code, so it has no threads and no state of the tests.
+os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # the server imports the scripts from there
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["train", "data_prep", "eval", "torch.distributed.run", "torch.distributed.checkpoint", "peft.tuners.lora",
@@ -101,7 +102,6 @@ SERVER.set_forkserver_preload(
 
 def fork(work: Callable, args: tuple, log: Path, environment: dict[str, str]) -> BaseProcess:
     """A process of the server's that does `work(*args)`; what it says is in a file."""
-    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # the server, once, imports the scripts from there
     process = SERVER.Process(target=child, args=(work, args, str(log), environment))
     process.start()
     return process

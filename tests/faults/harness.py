@@ -1,66 +1,203 @@
-"""Commands in processes of their own, to be killed, stopped or cut off at any moment, and what they leave behind."""
+"""Commands in processes of their own, to be killed, stopped, spoiled or cut off, and what they leave behind."""
 
 import hashlib
-import importlib
+import itertools
 import json
-import multiprocessing
+import math
 import os
 import random
 import re
 import signal
-import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import driver
 import numpy as np
 import psutil
 import pytest
-from helpers import ROOT
+from helpers import fork, run_script
 
-from hps import checkpoint
+import train
+from hps import batches, checkpoint, dist, reference
 from hps.io import files
 
 SECONDS = 120  # what a command without a fault may take on a busy machine
 DRAWN = ("step", "epoch", "gamma", "effective_negatives")  # of a line of the log: what was drawn, not computed
+LOST = r"error: rank \d: another rank is gone, or has not answered for 0:00:06 \(.*\)\. Look for its own message"
+TIMEOUT = 0.1  # minutes, those of LOST
 
-# A fork of a process that has imported everything starts in a hundredth of a second instead of five. It runs no test
-# code, so it has no threads and no state of the tests.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "data_prep", "eval", "torch.distributed.run"])
+# Where a fault can strike: right before this is called.
+PLACES = {
+    "reference": (reference, "_write_shard"),  # the reference pass has scored some responses
+    "load": (checkpoint.dcp, "load"),  # a run goes on, its checkpoint is found whole
+    "step": (train, "lr_at"),  # a step begins, the others are about to wait for this rank's weights
+    "gradient": (dist, "clip_gradients"),  # the gradients are there, the update is not
+    "save": (checkpoint.dcp, "save"),  # the step is done, the checkpoint's folder is empty
+    "seal": (files, "write_record"),  # the shards are on the disk, the checkpoint has no name yet; rank 0 alone
+    "export": (checkpoint, "export"),  # all steps are done
+}
 
 
-def command(script: str, argv: list[str], log: str, setup: str) -> None:
-    """In the child: what `python SCRIPT.py ARGV` does; `setup` is code that runs before it."""
-    sys.path.insert(0, str(ROOT))
-    os.setsid()
+class Fault(NamedTuple):
+    """What goes wrong, once.
+
+    do: kill, stop, nan (the gradient; where: gradient, in this rank's share alone, or loss, in what it adds to all
+        shares), wait (until SIGTERM or a file `mark`.go).
+    where: a name of PLACES. mark: a file that is made at that moment, with the process in it; there is no second time
+        once it exists. rank, step: in which, None for any.
+    """
+
+    do: str
+    where: str
+    mark: Path
+    rank: int | None = None
+    step: int | None = None
+
+
+# ------------------------------------------------------------------------------------------- in the child
+
+
+def install(fault: Fault | None, journal: Path | None) -> None:
+    """Put a fault, and a journal of what is trained on, into the modules."""
+    step: list[int | None] = [None]
+    if fault:
+        put(fault, step)
+    before(train, "lr_at", lambda c, now, steps: step.__setitem__(0, now))
+    if journal:
+        journal.mkdir(parents=True, exist_ok=True)
+        file = journal / f"{os.getpid()}.jsonl"
+        before(batches.Run, "micro_batches", lambda *args, **more: write_visits(file, *args))
+
+
+def before(module: Any, name: str, do: Callable[..., Any], patch: Any = None, *, call: int | None = None) -> None:
+    """Have `do` called with the arguments of every call of a function, or of that one, right before it.
+
+    patch: pytest's monkeypatch, where it shall not be for good.
+    """
+    real, calls = getattr(module, name), itertools.count()
+
+    def wrapped(*args: Any, **more: Any) -> Any:
+        if call in (None, next(calls)):
+            do(*args, **more)
+        return real(*args, **more)
+
+    (patch or pytest.MonkeyPatch()).setattr(module, name, wrapped)
+
+
+def put(fault: Fault, step: list[int | None]) -> None:
+    def now() -> bool:
+        mine = fault.rank in (None, int(os.environ.get("RANK", 0)))
+        return mine and fault.step in (None, step[0]) and not fault.mark.exists()
+
+    def strike(*args: Any, **more: Any) -> None:
+        if not now():
+            return
+        fault.mark.with_suffix(".part").write_text(str(os.getpid()))
+        fault.mark.with_suffix(".part").rename(fault.mark)
+        if fault.do == "wait":
+            wait(fault.mark.with_suffix(".go"))
+        elif fault.do == "nan":
+            for p in args[0]:
+                getattr(p.grad, "_local_tensor", p.grad).fill_(math.nan)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL if fault.do == "kill" else signal.SIGSTOP)
+
+    def spoil(per_prompt: Any) -> Any:
+        if now():
+            fault.mark.write_text(str(os.getpid()))
+            per_prompt.register_hook(lambda gradient: gradient * math.nan)
+        return per_prompt
+
+    if fault.where == "loss":
+        real = train.objective
+
+        def objective(c: Any) -> Callable[..., Any]:
+            loss = real(c)
+            return lambda *args: spoil(loss(*args))
+
+        train.objective = objective
+    else:
+        before(*PLACES[fault.where], strike)
+
+
+def wait(go: Path) -> None:
+    """Until SIGTERM has come to the one who handles it, or there is a file."""
+    come, handler = threading.Event(), signal.getsignal(signal.SIGTERM)
+
+    def handle(*args: Any) -> None:
+        come.set()
+        if callable(handler):
+            handler(*args)
+
+    signal.signal(signal.SIGTERM, handle)
+    while not (come.is_set() or go.exists()):
+        time.sleep(0.02)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def write_visits(file: Path, run: batches.Run, step: int, blocks: list) -> None:
+    """Write down each visit by the rank and in the step that trains on it: epoch, prompt, responses."""
+    visits, plan = run.plan.step(step), run.plan
+    mine = [visits[i] for members in run.shares([len(block) for block in blocks]) for i in members]
+    with file.open("a") as journal:
+        for v in mine:
+            about = {"epoch": int(plan.epoch[v]), "id": run.examples.id(plan.row[v]), "step": step}
+            about |= {"responses": plan.responses[v].tolist(), "rank": run.ranks.rank}
+            journal.write(json.dumps(about) + "\n")
+
+
+def work(script: str, argv: list[str], setup: str, fault: Fault | None, journal: Path | None) -> None:
+    """A script with what is put into it; `setup` is code that runs before it."""
+    exec(setup, {})
+    if script == "train":
+        install(fault, journal)
+    run_script(script, argv)
+
+
+def work_of_a_rank(log: str, *args: Any) -> None:
+    Path(f"{log}.rank-{os.environ['RANK']}").write_text(str(os.getpid()))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.chdir(ROOT)
-    exec(setup, {})
-    from hps import config
+    work(*args)
 
-    config.run_main(lambda: importlib.import_module(script).main(argv))
+
+def agent(
+    words: list[str], server: str, log: str, environment: dict[str, str], script: str, argv: list, setup: str, *more
+):
+    """torchrun itself, but its workers come from the server of forks too, instead of importing everything anew."""
+    from torch.distributed import run
+
+    forkserver._forkserver._forkserver_address = server
+    forkserver._forkserver.ensure_running = lambda: None
+    real, setup_of_rank = run.config_from_args, f"import os\nos.environ.update({environment!r})\n{setup}"
+    args = [log, script, argv, setup_of_rank, *more]
+    run.config_from_args = lambda parsed: (real(parsed)[0], work_of_a_rank, args)
+    exec(setup, {})
+    run.main(["--start_method=forkserver", *words, "worker"])
+
+
+# ---------------------------------------------------------------------------------------------- a command
 
 
 class Job:
-    """A script in one process, or train.py's workers under a torchrun that has imported torch already."""
+    """A script in one process, or train.py's workers under torchrun."""
 
-    def __init__(self, argv: list[str], log: Path, script: str, torchrun: list[str], env: dict, setup: str) -> None:
-        os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # the server imports the scripts from there
-        self.log, self.argv = log, argv
-        setup = f"import os\nos.environ.update({env | {'JOB_LOG': str(log)}!r})\n{setup}\n"
+    def __init__(self, log: Path, torchrun: list[str], environment: dict[str, str], *args: Any) -> None:
+        self.log = log
+        for path in (log, *log.parent.glob(f"{log.name}.rank-*")):
+            path.unlink(missing_ok=True)
         if torchrun:
-            script, argv = "torch.distributed.run", [*torchrun, driver.__file__, *argv]
-        elif env["FAULT"] != "null" or env["JOURNAL"]:
-            setup += f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport driver\ndriver.install()"
-        self.process = SERVER.Process(target=command, args=(script, argv, str(log), setup))
-        self.process.start()
+            forkserver.ensure_running()
+            server = forkserver._forkserver._forkserver_address
+            self.process = fork(agent, (torchrun, server, str(log), environment, *args), log, environment)
+        else:
+            self.process = fork(work, args, log, environment)
 
     @property
     def pid(self) -> int:
@@ -78,26 +215,17 @@ class Job:
             pytest.fail(f"it hangs for {seconds} s\n{self.text()[-4000:]}")
         return self.process.exitcode
 
-    def workers(self) -> list[psutil.Process]:
-        """Those alive, by their command and (two hosts have the same one) by where they write."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                mine = process.cmdline()[-len(self.argv) :] == self.argv
-                if mine and process.environ().get("JOB_LOG") == str(self.log):
-                    found.append(process)
-        return found
+    def rank(self, number: int) -> int:
+        """The process of a rank."""
+        return int(Path(f"{self.log}.rank-{number}").read_text())
 
     def kill(self) -> None:
         """SIGKILL for all that is left of it, the workers of a dead torchrun too."""
-        left = []
-        with suppress(psutil.NoSuchProcess):
-            agent = psutil.Process(self.pid)
-            left = [*agent.children(recursive=True), agent]
-        for process in [*left, *self.workers()]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        self.process.kill()
         self.process.join(10)
+        for path in self.log.parent.glob(f"{self.log.name}.rank-*"):
+            with suppress(psutil.NoSuchProcess, ValueError):
+                psutil.Process(int(path.read_text())).kill()
 
     def wait(self, for_what: Path | str) -> None:
         """Until there is a file, or until something like a pattern is said."""
@@ -120,16 +248,15 @@ def job(
     script: str = "train",
     ranks: int = 1,
     torchrun: list[str] | None = None,
-    fault: dict[str, Any] | None = None,
+    fault: Fault | None = None,
     journal: Path | None = None,
     env: dict[str, str] | None = None,
     setup: str = "",
 ) -> Iterator[Job]:
     """A command for the length of a block; nothing of it is left behind. More than one rank: under torchrun."""
-    log.unlink(missing_ok=True)
     if ranks > 1:
         torchrun = ["--standalone", f"--nproc_per_node={ranks}", *(torchrun or [])]
-    made = Job(argv, log, script, torchrun or [], driver.environment(fault, journal) | (env or {}), setup)
+    made = Job(log, torchrun or [], env or {}, script, argv, setup, fault, journal)
     try:
         yield made
     finally:

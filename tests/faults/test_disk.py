@@ -3,7 +3,6 @@ the same command goes on once there is room. The disk is a tmpfs that the test m
 """
 
 import contextlib
-import itertools
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ class Disk:
     def __init__(self, folder: Path) -> None:
         self.folder, self.filler = folder, folder / "filler"
 
-    def fill(self, *_) -> None:
+    def fill(self, *_, **__) -> None:
         """Leave no room, not in the page that a file's end lies in either: what is there is grown to its page."""
         for size in (2**20, 512):
             with contextlib.suppress(OSError), open(self.filler, "ab", buffering=0) as file:
@@ -56,18 +55,6 @@ def disk(tmp_path) -> Iterator[Disk]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def before(monkeypatch, module, name: str, do, call: int = 0) -> None:
-    """Have `do` called right before that call of a function."""
-    real, calls = getattr(module, name), itertools.count()
-
-    def wrapped(*args, **more):
-        if next(calls) == call:
-            do()
-        return real(*args, **more)
-
-    monkeypatch.setattr(module, name, wrapped)
-
-
 @pytest.fixture(scope="module")
 def calm(tiny_world, tmp_path_factory):
     """calm(options): the log and the weights of a run that nothing disturbs, with caches of its own."""
@@ -91,9 +78,9 @@ def test_a_full_disk_under_a_run(tiny_world, tmp_path, disk, monkeypatch, calm, 
     argv = arguments(tiny_world, out, reference_cache=cache, **options)
     train.main([*argv, "--stop_after=2"])
     if what == "policy":
-        before(monkeypatch, checkpoint, "export", disk.fill)
+        harness.before(checkpoint, "export", disk.fill, monkeypatch, call=0)
     else:
-        before(monkeypatch, train, "lr_at", disk.fill, call=2)
+        harness.before(train, "lr_at", disk.fill, monkeypatch, call=2)
     with pytest.raises(ValueError, match=f"{disk.folder}.*free space") as caught:
         train.main([*argv, f"--save_every={3 if what == 'checkpoint' else 0}"])
     assert "the same command goes on" in str(caught.value) or what == "policy"
@@ -131,7 +118,7 @@ def test_a_full_disk_under_a_cache(tiny_world, tmp_path, disk, monkeypatch, calm
     argv = arguments(tiny_world, tmp_path / "run", **options)
     there.mkdir()
     if which == "shard":
-        before(monkeypatch, reference, "_write_shard", disk.fill)
+        harness.before(reference, "_write_shard", disk.fill, monkeypatch, call=0)
     else:
         disk.fill()
     with pytest.raises(ValueError, match="free space") as caught:

@@ -15,13 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import driver
 import harness
 import pytest
+from harness import LOST, TIMEOUT
 from helpers import arguments
 
-TIMEOUT = 0.1  # minutes
-LOST = r"error: rank \d: another rank is gone, or has not answered for 0:00:06 \(.*\)\. Look for its own message"
 STEPS = 12
 PORT = 29400  # in a namespace of its own, no other program has it
 CABLE = "veth0"  # at both of its ends
@@ -45,8 +43,8 @@ class Hosts:
         for i, name in enumerate(self.names):
             # IPv6 off, or gloo may choose an address of that kind. tcp_retries2: torchrun on the host without the store
             # asks it again and again, with no timeout of its own but TCP's; as Linux sets it, 15 minutes can pass
-            # after the worker has ended before torchrun does. With 5 it is about 13 s.
-            for value, setting in (("1", "ipv6/conf/all/disable_ipv6"), ("5", "ipv4/tcp_retries2")):
+            # after the worker has ended before torchrun does. With 3 it is about 3 s.
+            for value, setting in (("1", "ipv6/conf/all/disable_ipv6"), ("3", "ipv4/tcp_retries2")):
                 set_it = f"echo {value} > /proc/sys/net/{setting}"
                 ip("netns", "exec", name, "sh", "-c", set_it, check=False)
             ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", CABLE)
@@ -80,7 +78,7 @@ class Hosts:
         words = [f"--nnodes={nodes}", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=10.77.0.1:{PORT}"]
         words += ["--rdzv_id=hps", f"--rdzv_conf={conf}", f"--local_addr=10.77.0.{host + 1}"]
         enter = f"""
-import ctypes
+import ctypes, os
 space = os.open("/run/netns/{self.names[host]}", os.O_RDONLY)
 assert ctypes.CDLL(None).setns(space, {0x40000000}) == 0
 """
@@ -126,8 +124,8 @@ def test_a_cable_that_is_cut(tiny_world, tmp_path, hosts):
     """In the middle of a step. Both sides end, and say why; with the cable mended, the same two commands go on. What
     they do in the end, steps of the first job and of the second, is what one process does."""
     argv, logs = begin(tiny_world, tmp_path)
-    mark, how = tmp_path / "mark", dict(nodes="2", conf="read_timeout=5")
-    fault = driver.fault("wait", "gradient", mark, step=5)
+    mark, how = tmp_path / "mark", dict(nodes="2", conf="read_timeout=2")
+    fault = harness.Fault("wait", "gradient", mark, step=5)
     with hosts.job(0, argv, logs[0], **how) as first, hosts.job(1, argv, logs[1], fault=fault, **how) as second:
         second.wait(mark)
         hosts.cut()
@@ -158,8 +156,8 @@ def test_a_host_that_dies_and_comes_back(tiny_world, tmp_path, hosts, amount):
     death, alone = tmp_path / "death", tmp_path / "alone"
     conf = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3,read_timeout=20"
     how: dict[str, Any] = dict(nodes="1:2", conf=conf)
-    with hosts.job(0, argv, logs[0], fault=driver.fault("wait", "step", alone, step=7), **how) as first:
-        with hosts.job(1, argv, logs[1], fault=driver.fault("wait", "gradient", death, step=5), **how) as second:
+    with hosts.job(0, argv, logs[0], fault=harness.Fault("wait", "step", alone, step=7), **how) as first:
+        with hosts.job(1, argv, logs[1], fault=harness.Fault("wait", "gradient", death, step=5), **how) as second:
             second.wait(death)
             hosts.kill(1)
             began = time.time()

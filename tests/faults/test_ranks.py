@@ -12,15 +12,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import driver
 import harness
 import pytest
+from harness import LOST, TIMEOUT
 from helpers import SFT, arguments, run_ranks
 
 from hps.data import listwise
 
-TIMEOUT = 0.1  # minutes
-LOST = r"error: rank \d: another rank is gone, or has not answered for 0:00:06 \(.*\)\. Look for its own message"
 KILLED = r"Signal 9 \(SIGKILL\) received"
 SIZES: dict[str, dict[str, Any]] = {"full": dict(lora_rank=0), "lora": dict(lora_rank=8, lr=3e-2)}
 STEPS, EVERY = 12, 2  # of a run, and between its checkpoints
@@ -65,9 +63,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny_world, tmp_path, amount
         print(f"\n{size} {method}, ranks {sizes}: apart by at most {harness.check_follows(parts, whole):.1e}")
 
 
-def test_two_ranks_give_the_same_bits_twice(tiny_world, tmp_path, amount):
-    if not amount(0, 1):
-        pytest.skip("two launches of torchrun: make soak")
+def test_two_ranks_give_the_same_bits_twice(tiny_world, tmp_path):
     for name in "ab":
         caches = {"token_cache": tmp_path / name / "tokens", "reference_cache": tmp_path / name / "cache"}
         run_ranks(tiny_world, tmp_path / name / "run", 2, **caches)
@@ -120,15 +116,14 @@ def struck(argv: list[str], folder: Path, out: Path, strike: Strike, slot: int, 
     elif strike.where == "export":
         expected = STEPS - EVERY
     mark = folder / f"mark-{slot}"
-    fault = driver.fault(strike.do, strike.where, mark, rank=strike.rank, step=step)
+    fault = harness.Fault(strike.do, strike.where, mark, rank=strike.rank, step=step)
     with harness.job(argv, folder / "log", ranks=2, fault=fault) as job:
         job.wait(mark)
         began = mark.stat().st_mtime
         if strike.term == "torchrun":
             os.kill(job.pid, signal.SIGTERM)
         elif strike.term:
-            (worker,) = (p for p in job.workers() if p.environ()["RANK"] == strike.term)
-            worker.send_signal(signal.SIGTERM)
+            os.kill(job.rank(int(strike.term)), signal.SIGTERM)
             if int(strike.term) != strike.rank:
                 mark.with_suffix(".go").touch()
         if strike.do == "stop" and not patient:
@@ -151,32 +146,20 @@ def struck(argv: list[str], folder: Path, out: Path, strike: Strike, slot: int, 
     return seconds
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_rank_is_struck_and_the_command_goes_on(tiny_world, tmp_path, amount, size):
+def test_a_rank_is_struck_and_the_command_goes_on(tiny_world, tmp_path, amount):
     """One fault after the other in one run; with --soak in seven of each size. The rest is done by a job without."""
     soak = bool(amount(0, 1))
-    if size == "lora" and not soak:
-        pytest.skip("with --soak only")
-    harness.run(arguments(tiny_world, tmp_path / "calm", **options(tmp_path, size)), tmp_path / "log")
-    for i, chain in enumerate(FULL if soak else SMALL):
-        strikes = [Strike(do, where, int(rank), *term) for do, where, rank, *term in map(str.split, chain.split(", "))]
-        folder = tmp_path / f"chain-{i}"
+    for size in list(SIZES)[: amount(1, 2)]:
+        folder = tmp_path / size
         folder.mkdir()
-        argv = arguments(tiny_world, folder / "run", **options(folder, size))
-        took = [struck(argv, folder, folder / "run", s, slot, patient=soak) for slot, s in enumerate(strikes)]
-        harness.run(argv, folder / "log", ranks=amount(1, 2))  # one rank does as well, and starts at once
-        apart = harness.check_follows(folder / "run", tmp_path / "calm")
-        print(f"\n{size}: {chain}: ended after {[f'{t:.1f}' for t in took]} s; losses apart by at most {apart:.1e}")
-
-
-def test_a_job_that_restarts_by_itself(tiny_world, tmp_path, amount):
-    """torchrun --max_restarts: a rank is killed, and the job goes on from the last checkpoint without anybody."""
-    if amount(0, 1) == 0:
-        pytest.skip("with --soak only")
-    harness.run(arguments(tiny_world, tmp_path / "calm", **options(tmp_path, "full")), tmp_path / "log")
-    argv = arguments(tiny_world, tmp_path / "run", **options(tmp_path / "other", "full"))
-    fault = driver.fault("kill", "gradient", tmp_path / "mark", rank=1, step=5)
-    with harness.job(argv, tmp_path / "log", ranks=2, torchrun=["--max_restarts=1"], fault=fault) as job:
-        assert job.end() == 0, job.text()[-3000:]
-        assert re.search(LOST, job.text()) and "step-00000004 (4 of 12 steps)" in job.text()
-    harness.check_follows(tmp_path / "run", tmp_path / "calm")
+        harness.run(arguments(tiny_world, folder / "calm", **options(folder, size)), folder / "log")
+        for i, chain in enumerate(FULL if soak else SMALL):
+            words = map(str.split, chain.split(", "))
+            strikes = [Strike(do, where, int(rank), *term) for do, where, rank, *term in words]
+            there = folder / f"chain-{i}"
+            there.mkdir()
+            argv = arguments(tiny_world, there / "run", **options(there, size))
+            took = [struck(argv, there, there / "run", s, slot, patient=soak) for slot, s in enumerate(strikes)]
+            harness.run(argv, there / "log", ranks=amount(1, 2))  # one rank does as well, and starts at once
+            apart = harness.check_follows(there / "run", folder / "calm")
+            print(f"\n{size}: {chain}: ended after {[f'{t:.1f}' for t in took]} s; losses apart by at most {apart:.1e}")
