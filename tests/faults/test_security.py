@@ -444,7 +444,7 @@ def test_a_browser_shows_hostile_texts_and_runs_none(written, browser, name):
         browser.js("enter('x')")
         shown = []
         for i in range(8):
-            browser.js(f"show({i})")
+            browser.js(f"goTo({i})")
             shown.append(browser.js("document.body.innerText"))
             assert browser.js("document.querySelectorAll('.text *').length") == 0
         expected = [*HOSTILE, LINK]
