@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hps import checkpoint, config, dist, logps, model, reference
 from hps.data import listwise, tokens
-from hps.evaluate import metrics, report
+from hps.evaluate import metrics, report, scoring
 from hps.io import files
 from hps.lab import scorers
 from hps.lab.world import World
@@ -95,9 +95,9 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     policy_lm, ref_lm = (model.load_causal_lm(path, dtype=dtype) for path in (c.model, c.reference))
     policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in (policy_lm, ref_lm))
     longest = max(map(tokens.longest, examples))
-    for scoring in (policy, ref):
-        model.check_limits(scoring.causal_lm, vocab_size=len(tokenizer), longest=longest)
-        model.check_paths_agree(scoring, vocab_size=len(tokenizer))
+    for one in (policy, ref):
+        model.check_limits(one.causal_lm, vocab_size=len(tokenizer), longest=longest)
+        model.check_paths_agree(one, vocab_size=len(tokenizer))
 
     # The same cache as in training: the log-probs of a test set are computed once for all methods and seeds.
     packing = dict(budget=c.tokens_per_micro_batch, pad_id=tokenizer.pad_token_id)
@@ -109,7 +109,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
 
     mine = range(ranks.rank, len(examples), ranks.world_size)
     shown = "policy log-probs" * ranks.first
-    scored = model.score(policy, [blocks[i] for i in mine], device=ranks.device, progress=shown, **packing)
+    scored = scoring.score(policy, [blocks[i] for i in mine], device=ranks.device, progress=shown, **packing)
     winners = [Block(blocks[i].prompt, (blocks[i].responses[pair(examples[i])[0]],)) for i in mine]
     kls = exact_kl(policy, ref, winners, ranks.device, c.tokens_per_micro_batch)
     human = any(map(human_pair, examples))
@@ -184,7 +184,7 @@ def exact_kl(
     for members in micro_batches([len(w) for w in winners], budget=budget, world_size=1)[0]:
         packed = pack([winners[i] for i in members], pad_id=0).to(device)
         with torch.no_grad():
-            kl = logps.token_kl(policy.hidden(packed), policy.head, ref.hidden(packed), ref.head)
+            kl = scoring.token_kl(policy.hidden(packed), policy.head, ref.hidden(packed), ref.head)
         found[members] = logps.sequence_logps(kl, packed.sequence, packed.valid.shape)[:, 0].cpu()
     return found.tolist()
 

@@ -236,9 +236,11 @@ def load_policy(
     model.check_limits(lm, vocab_size=vocab_size, longest=longest)
     weights = model.fingerprint(lm)  # while they are whole and untouched
     if c.lora_rank:
+        from hps import adapters
+
         adapter = dict(rank=c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets.split(","), seed=c.seed)
         more = dict(task="SEQ_CLS" if c.loss == "reward" else "CAUSAL_LM", revision=hub.resolve(c.model)[1])
-        lm = model.add_lora(lm, **adapter, **more)
+        lm = adapters.add_lora(lm, **adapter, **more)
     if c.gradient_checkpointing:
         model.checkpoint_layers(lm)
     autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None

@@ -2,13 +2,8 @@
 
 A row is blocks of [prompt | y_1 | ... | y_K], behind what all prompts begin with, if that is laid out once. A token of
 y_k sees the start, its prompt and its own response's past. `packed_attention` stands in for transformers' own attention
-(`AttentionInterface`) and serves a row in one of three ways:
-
-    blockwise  CPU: every causal stretch by itself, and y_2..y_K against the prompt, merged by their log-sum-exp
-    padded     CPU, many short responses: one batched call for all of them, each over [a copy of the prompt | itself]
-    flex       CUDA: FlexAttention with the block mask
-
-A model that does not hand the layout on to its attention gets the dense mask instead (model.check_paths_agree).
+(`AttentionInterface`): on CUDA FlexAttention with the block mask, on a CPU the calls of `hps.attention_cpu`. A model
+that does not hand the layout on to its attention gets the dense mask instead (model.check_paths_agree).
 """
 
 import functools
@@ -17,17 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
 
 from hps.packing import Packed
 
 NAME = "hps_packed"  # of `packed_attention` among transformers' attention functions
-
-# What a call costs beside its work, in entries of the score matrix: about 0.18 ms for forward and backward against 20
-# ns per entry (one thread). So a hundred short responses go into one padded call, long ones each into their own.
-ENTRIES_PER_CALL = 9_000
 
 
 class LayoutLost(ValueError):
@@ -68,7 +56,13 @@ def inputs(packed: Packed, *, heads: int, dense: bool = False) -> dict[str, Any]
         return {"attention_mask": block_mask(packed)}
     # transformers passes a 4-D mask on as it is; this one keeps it from making an (N, N) mask of its own.
     mask = torch.empty(1, 1, 1, 0, device=packed.input_ids.device)
-    return {"attention_mask": mask, "packed_layout": _layout(packed, heads)}
+    if packed.input_ids.is_cuda:
+        layout = flex(packed)
+    else:
+        from hps import attention_cpu
+
+        layout = attention_cpu.layout(packed, heads)
+    return {"attention_mask": mask, "packed_layout": layout}
 
 
 def packed_attention(
@@ -112,133 +106,6 @@ def install(lm: nn.Module) -> None:
     lm.set_attn_implementation(NAME)
 
 
-def _layout(packed: Packed, heads: int) -> Callable[..., Tensor]:
-    """The function of (query, key, value, scaling) that serves this row, its plan made once for all layers."""
-    if packed.input_ids.is_cuda:
-        return _flex(packed)
-    return _padded(packed) if padding_pays(packed, heads) else _blockwise(packed)
-
-
-def padding_pays(packed: Packed, heads: int) -> bool:
-    """Whether on a CPU the pads of two calls cost less than the calls that do without them."""
-    parts = _parts(packed)
-    exact = sum((q.stop - q.start) * (k.stop - k.start) for q, k, _ in parts)
-    prompt = packed.prefix + max(P for P, _ in packed.spans)
-    lengths = [n for _, responses in packed.spans for n in responses]
-    padded = len(packed.spans) * prompt**2 + len(lengths) * max(lengths) * (prompt + max(lengths))
-    return heads * padded < heads * exact + ENTRIES_PER_CALL * len(parts)
-
-
-# -- blockwise: no pads, many calls --
-
-# torch's own flash attention on CPUs, below autograd: only here does it give, and take, the log-sum-exp (1, H, N).
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def _parts(packed: Packed) -> list[tuple[slice, slice, bool]]:
-    """(queries, keys, is causal) of each call. Causal stretches, which see their own past, cover the row and come
-    first; then what their tokens see beside it: y_2..y_K their prompt, and all blocks the shared start."""
-    causal, beside = [], []
-    S, N = packed.prefix, packed.input_ids.shape[1]
-    if S:
-        causal.append((slice(0, S), slice(0, S), True))
-        beside.append((slice(S, N), slice(0, S), False))
-    at = S
-    for P, lengths in packed.spans:
-        prompt, second = slice(at, at + P), at + P + lengths[0]
-        for length in (P + lengths[0], *lengths[1:]):  # the first response simply goes on
-            causal.append((slice(at, at + length), slice(at, at + length), True))
-            at += length
-        if at > second:
-            beside.append((slice(second, at), prompt, False))
-    return causal + beside
-
-
-def _blockwise(packed: Packed) -> Callable[..., Tensor]:
-    parts = _parts(packed)
-    return lambda query, key, value, scaling: _Blockwise.apply(query, key, value, scaling, parts)
-
-
-class _Blockwise(torch.autograd.Function):
-    """Partial attentions merged by their log-sum-exp. The backward of each part is that of flash attention with the
-    merged output and log-sum-exp in place of the part's own: then its weights are the merged softmax's."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, scaling, parts):
-        out = torch.empty_like(query)
-        lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        for q, k, causal in parts:
-            part, part_lse = _forward(query[:, :, q], key[:, :, k], value[:, :, k], 0.0, causal, scale=scaling)
-            if causal:
-                out[:, :, q], lse[:, :, q] = part, part_lse
-            else:
-                share = torch.sigmoid(part_lse - lse[:, :, q]).unsqueeze(-1)  # exp(part) / (exp(part) + exp(so far))
-                out[:, :, q] = torch.lerp(out[:, :, q].float(), part.float(), share).to(out.dtype)
-                lse[:, :, q] = torch.logaddexp(lse[:, :, q], part_lse)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.scaling, ctx.parts = scaling, parts
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        query, key, value, out, lse = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in (query, key, value)]
-        for q, k, causal in ctx.parts:
-            inputs = query[:, :, q], key[:, :, k], value[:, :, k], out[:, :, q], lse[:, :, q]
-            found = _backward(grad[:, :, q], *inputs, 0.0, causal, scale=ctx.scaling)
-            for whole, part, x in zip(grads, found, (q, k, k), strict=True):
-                if causal:  # the first to write there
-                    whole[:, :, x] = part
-                else:
-                    whole[:, :, x] += part
-        return *grads, None, None
-
-
-# -- padded: two calls, with pads --
-
-
-def _padded(packed: Packed) -> Callable[..., Tensor]:
-    """Prompts in one causal call, responses in another, each over [its prompt | itself], padded to the longest."""
-    N, S, segment = packed.input_ids.shape[1], packed.prefix, packed.segment[0]
-    at = torch.arange(N)
-    start, own = at[:S], at[S:][segment[S:] == 0].split([P for P, _ in packed.spans])
-    responses = at[segment > 0].split([n for _, lengths in packed.spans for n in lengths])
-    owner = torch.tensor([b for b, (_, lengths) in enumerate(packed.spans) for _ in lengths])
-    # Which packed token stands where, (prompts, longest) and (responses, longest); N on pads, so that a token sees the
-    # keys up to its own index, pads (or softmax would be NaN there) see anything, and nobody else sees a pad.
-    prompts = pad_sequence([torch.cat([start, x]) for x in own], batch_first=True, padding_value=N)
-    queries = pad_sequence(responses, batch_first=True, padding_value=N)
-    keys = torch.cat([prompts[owner], queries], dim=1)
-    mask = (keys[:, None] <= queries[:, :, None])[:, None]
-    # Where the result of each packed token is among those of both calls; the shared start's is the first prompt's.
-    there = torch.cat([prompts.flatten(), queries.flatten()])
-    back = torch.empty(N + 1, dtype=torch.int64).index_put_((there,), torch.arange(len(there)))[:N]
-    back[:S] = start
-    prompts, queries, keys = (x.clamp(max=N - 1) for x in (prompts, queries, keys))
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        rows = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]  # (N, heads * Dh) each
-        Dh = query.shape[-1]
-
-        def gather(x: Tensor, index: Tensor) -> Tensor:  # -> (batch, heads, length, Dh)
-            return x.index_select(0, index.flatten()).view(*index.shape, -1, Dh).transpose(1, 2)
-
-        def call(q: Tensor, k: Tensor, **mask: Any) -> Tensor:
-            parts = gather(rows[0], q), gather(rows[1], k), gather(rows[2], k)
-            out = scaled_dot_product_attention(*parts, scale=scaling, enable_gqa=True, **mask)
-            return out.transpose(1, 2).reshape(-1, rows[0].shape[1])
-
-        out = torch.cat([call(prompts, prompts, is_causal=True), call(queries, keys, attn_mask=mask)])
-        return out.index_select(0, back).view(1, -1, query.shape[1], Dh).transpose(1, 2)
-
-    return attend
-
-
-# -- flex: CUDA --
-
-
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
@@ -246,7 +113,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex(packed: Packed, attend: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
+def flex(packed: Packed, attend: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
     """FlexAttention; `attend` is its compiled form unless given (uncompiled it holds the (N, N) scores)."""
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -32,17 +32,14 @@ class Ranks:
         return self.rank == 0
 
 
-# How torch and gloo say that a collective has come to nothing.
+# How torch and gloo say that a collective has come to nothing, in any case.
 LOST_RANK = (
-    "(?i)timed out|timeout|closed by peer|connection (reset|refused|closed)|broken pipe|no route to host|unreachable"
+    "timed out|timeout|closed by peer|connection (reset|refused|closed)|broken pipe|no route to host|unreachable"
 )
 
 
 def init(*, timeout: timedelta) -> Ranks:
-    """Join the process group that torchrun announces (nccl on GPUs, gloo on CPUs), or run alone without one.
-
-    timeout: how long ranks wait for each other. torchrun ends all of them when one dies, however long it is.
-    """
+    """Join the process group that torchrun announces (nccl on GPUs, gloo on CPUs), or run alone without one."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -63,14 +60,15 @@ def init(*, timeout: timedelta) -> Ranks:
 
 def rank_is_lost(error: BaseException) -> bool:
     """Whether an error under torchrun says that another rank is gone or silent."""
-    return "RANK" in os.environ and bool(re.search(LOST_RANK, str(error)))
+    return "RANK" in os.environ and bool(re.search(LOST_RANK, str(error), re.IGNORECASE))
 
 
 @contextmanager
 def session(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
     """`init` for the length of a block. Where another rank is gone or silent it ends with status 1 and a line on that.
 
-    NCCL ends a process that waits in vain by itself.
+    timeout: how long ranks wait for each other. torchrun ends all of them when one dies, however long it is, and NCCL
+    ends a process that waits in vain by itself.
     """
     try:
         yield init(timeout=timeout)
@@ -145,11 +143,6 @@ def reshard(model: nn.Module) -> None:
     """
     if isinstance(model, FSDPModule):
         model.reshard()
-
-
-def any_rank(flag: bool, ranks: Ranks) -> bool:
-    """Whether the flag is set on one of the ranks at least. Collective."""
-    return bool(all_sum(torch.tensor([float(flag)], device=ranks.device)) > 0)
 
 
 def all_sum(values: Tensor) -> Tensor:

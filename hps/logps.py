@@ -25,14 +25,10 @@ def chunk_for(vocabulary: int, device: str) -> int:
     return max(1, min(1024, CHUNK_LOGITS[device] // vocabulary))
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T), (t, V) fp32, the plain way."""
-    return torch.log_softmax((hidden.to(weight.dtype) @ weight.T).float(), dim=-1)
-
-
 def dense_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """log softmax(hidden @ weight.T)[targets], (T,) fp32, the plain way. Arguments as `token_logps`."""
-    return _log_softmax(hidden, weight).gather(-1, targets[:, None]).squeeze(-1)
+    logps = torch.log_softmax((hidden.to(weight.dtype) @ weight.T).float(), dim=-1)
+    return logps.gather(-1, targets[:, None]).squeeze(-1)
 
 
 def _chunks(
@@ -151,19 +147,3 @@ def sequence_logps(token_logps: Tensor, sequence: Tensor, shape: torch.Size) -> 
     """Sum token log-probs (T,) into (B, K) fp32 by `sequence` = b * K + k; columns without tokens are 0."""
     total = token_logps.new_zeros(shape.numel())
     return total.index_add(0, sequence, token_logps).view(shape)
-
-
-def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
-    """Exact next-token KL(policy || reference) at each position, (T,) fp32 nats >= 0; no gradient.
-
-    Args:
-        hidden, ref_hidden: (T, D) states of the two models at the same positions. weight, ref_weight: (V, D) heads.
-    """
-    kl = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    chunk = chunk_for(len(weight), weight.device.type)
-    with torch.no_grad():
-        for i in range(0, len(hidden), chunk):
-            part = slice(i, i + chunk)
-            logps, ref = _log_softmax(hidden[part], weight), _log_softmax(ref_hidden[part], ref_weight)
-            kl[part] = (logps.exp() * (logps - ref)).sum(-1)
-    return kl.clamp(min=0)  # rounding may leave -1e-8 where the two agree

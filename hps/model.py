@@ -1,12 +1,12 @@
-"""A Hugging Face causal LM as a function from packed prompts to sequence log-probs: loading, adapters, limits, and the
-check that packed responses get what they would get alone. Most of it serves reward models as well."""
+"""A Hugging Face causal LM as a function from packed prompts to sequence log-probs: loading, limits, and the check
+that packed responses get what they would get alone. Most of it serves reward models as well."""
 
 import functools
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hps import attention
-from hps.io import files, hub
+from hps.io import hub
 from hps.logps import sequence_logps, token_logps
-from hps.packing import Block, Packed, micro_batches, pack, pieces
+from hps.packing import Block, Packed, pack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of --dtype
-OUTPUT_HEADS = {"lm_head", "score"}  # linear layers that get no adapter
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one's is ARM's name for them
 
 
@@ -104,30 +102,6 @@ def states(model: Any, packed: Packed) -> Tensor:
     return found.flatten(0, 1)
 
 
-def score(
-    model: nn.Module, blocks: Sequence[Block], *, device: torch.device, budget: int, pad_id: int, progress: str = ""
-) -> list[np.ndarray]:
-    """What a model gives to all responses, on one rank: one (K,) float32 array per block, in order.
-
-    Args:
-        model: packed prompts -> (B, K), a PolicyModel (log-probs, nats) or a RewardModel (rewards).
-        budget: packed tokens per micro-batch.
-        progress: name of the progress bar; empty for none.
-    """
-    whole: list[list[float]] = [[] for _ in blocks]
-    cut = [(b, piece) for b, block in enumerate(blocks) for piece in pieces(block, tokens=budget)]
-    scored: list[list[float]] = [[] for _ in cut]
-    batches = micro_batches([len(piece) for _, piece in cut], budget=budget, world_size=1)[0]
-    for members in tqdm(batches, desc=progress, unit="batch", disable=not progress):
-        with torch.no_grad():
-            rows = model(pack([cut[i][1] for i in members], pad_id=pad_id).to(device)).tolist()
-        for i, row in zip(members, rows, strict=True):
-            scored[i] = row[: len(cut[i][1].responses)]
-    for (b, _), row in zip(cut, scored, strict=True):
-        whole[b] += row
-    return [np.array(row, dtype=np.float32) for row in whole]
-
-
 # -- loading --
 
 
@@ -148,8 +122,12 @@ def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    if adapter := adapter_in(path):
-        return merge_adapter(load_causal_lm(adapter[0], dtype=dtype), path)
+    from hps import adapters
+
+    with explain_load_errors("model", path):
+        adapter = adapters.adapter_in(path)
+    if adapter:
+        return adapters.merge_adapter(load_causal_lm(adapter[0], dtype=dtype), path)
     with explain_load_errors("model", path):
         name, revision = hub.resolve(path)
         how: dict[str, Any] = dict(revision=revision, dtype=dtype, attn_implementation="sdpa")
@@ -167,73 +145,11 @@ def explain_load_errors(what: str, path: str) -> Iterator[None]:
 
 
 def why_not(path: str, error: Exception) -> str:
-    """What an error of loading says, on one line."""
-    return " ".join(str(error).split()) + _pickled(Path(path))
-
-
-def adapter_in(path: str) -> tuple[str, str] | None:
-    """(base, task) of the adapter in a folder; the base is a folder or a hub name, with the revision that it pins. None
-    where there is no adapter.
-
-    Raises:
-        ValueError: it names no base of its own, or its weights are pickled.
-    """
-    folder = Path(path)
-    if not (folder / "adapter_config.json").exists():
-        return None
-    about = files.read_json(folder / "adapter_config.json")
-    base = about.get("base_model_name_or_path") if isinstance(about, dict) else None
-    if not isinstance(base, str) or (Path(base) / "adapter_config.json").exists():
-        raise ValueError(f"{folder / 'adapter_config.json'}: base_model_name_or_path must be a model, not {base!r}")
-    if not (folder / "adapter_model.safetensors").exists():  # peft would unpickle adapter_model.bin
-        raise ValueError(f"cannot load the adapter {path!r}: no adapter_model.safetensors there{_pickled(folder)}")
-    pinned = f"@{about['revision']}" if about.get("revision") and not Path(base).exists() else ""
-    return base + pinned, about.get("task_type")
-
-
-def merge_adapter(base: Any, path: str) -> nn.Module:
-    """The adapter in a folder merged into the weights of its base, all of which can train again."""
-    from peft import PeftModel
-
-    merged: Any = PeftModel.from_pretrained(base, path).merge_and_unload()
-    return merged.requires_grad_(True).eval()  # peft froze it
-
-
-def _pickled(folder: Path) -> str:
-    found = sorted(file.name for file in folder.glob("*.bin"))
-    return f"; {found[0]} is a pickle, which can run code, and is not read: save it as safetensors" if found else ""
-
-
-def add_lora(
-    lm: nn.Module,
-    *,
-    rank: int,
-    alpha: int,
-    targets: Sequence[str],
-    seed: int,
-    task: str = "CAUSAL_LM",
-    revision: str | None = None,
-) -> nn.Module:
-    """Freeze a model and give it fp32 LoRA adapters, zero at first, so that policy = reference at step 0.
-
-    Args:
-        task: peft's name of it; with SEQ_CLS the head that gives the reward is trained as well.
-        revision: the commit of a model of the hub, for whoever loads the adapter: the model may move on there.
-
-    Raises:
-        ValueError: a target that the model does not have, or its output head.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    linear = [n for n, m in lm.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    names = {name.rsplit(".", 1)[-1] for name in linear} - OUTPUT_HEADS
-    if wrong := [t for t in targets if t not in names]:
-        raise ValueError(f"lora_targets {wrong} cannot be used; this model has {sorted(names)}")
-    sizes: dict[str, Any] = dict(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none")
-    config = LoraConfig(target_modules=list(targets), task_type=task, revision=revision, **sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # every rank must start from the same adapter
-        return get_peft_model(lm, config).eval()
+    """What an error of loading says, on one line, and that a pickle beside it was not read."""
+    said = " ".join(str(error).split())
+    for file in sorted(Path(path).glob("*.bin"))[:1]:
+        said += f"; {file.name} is a pickle, which can run code, and is not read: save it as safetensors"
+    return said
 
 
 # -- what a model must be able to do --

@@ -38,9 +38,9 @@ def pieces(block: Block, *, tokens: int) -> list[Block]:
     prompt that is half the budget, may be longer. Pieces in order hold the responses in order.
     """
     room = max(tokens, 2 * len(block.prompt)) - len(block.prompt)
-    cut: list[list[np.ndarray]] = [[]]
+    cut: list[list[np.ndarray]] = []
     for y in block.responses:
-        if cut[-1] and sum(map(len, cut[-1])) + len(y) > room:
+        if not cut or sum(map(len, cut[-1])) + len(y) > room:
             cut.append([])
         cut[-1].append(y)
     return [Block(block.prompt, tuple(responses)) for responses in cut]

@@ -116,18 +116,15 @@ def _parts(blocks: Iterable[Block], absent: np.ndarray, *, budget: int, tokens: 
     """The absent (T,) bool ones of the blocks' responses, in pieces of a micro-batch's `budget` at most, about `tokens`
     packed tokens at a time."""
     part: list[Block] = []
-    size = at = 0
+    size, lacking = 0, iter(absent)
     for block in blocks:
-        lacks = absent[at : at + len(block.responses)]
-        at += len(block.responses)
-        if lacks.any():
-            cut = Block(block.prompt, tuple(itertools.compress(block.responses, lacks)))
-            for piece in pieces(cut, tokens=budget):
-                part.append(piece)
-                size += len(piece)
-                if size >= tokens:
-                    yield part
-                    part, size = [], 0
+        lacks = itertools.compress(block.responses, lacking)
+        for piece in pieces(Block(block.prompt, tuple(lacks)), tokens=budget):
+            part.append(piece)
+            size += len(piece)
+            if size >= tokens:
+                yield part
+                part, size = [], 0
     if part:
         yield part
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hps import attention
+from hps import attention, attention_cpu
 from hps.model import PolicyModel, check_paths_agree
 from hps.packing import Block, pack
 
@@ -57,7 +57,7 @@ SPANS = {
 }
 
 
-@pytest.mark.parametrize("way", [attention._blockwise, attention._padded])
+@pytest.mark.parametrize("way", [attention_cpu.blockwise, attention_cpu.padded])
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
 def test_packed_attention_is_dense_attention(way, spans):
     """fp32 values and gradients to 1e-5 of the largest, against float64 and the (N, N) mask."""
@@ -79,7 +79,7 @@ def test_the_flex_mask_is_the_dense_mask(spans):
     """Uncompiled FlexAttention on a CPU, forward only (it has no backward there); its CUDA kernel is not run here."""
     packed = row(spans)
     query, key, value = (x.detach() for x in qkv(packed.input_ids.shape[1], torch.float32))
-    found = attention._flex(packed, flex_attention)(query, key, value, SCALE)
+    found = attention.flex(packed, flex_attention)(query, key, value, SCALE)
     torch.testing.assert_close(found, dense(query, key, value, attention.block_mask(packed)), rtol=0, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_bf16_is_as_close_as_dense_bf16():
     mask = attention.block_mask(packed)
     exact = dense(*[x.detach().double() for x in rounded], mask)
     plain = dense(*rounded, mask)
-    ours = attention._blockwise(packed)(*rounded, SCALE)
+    ours = attention_cpu.blockwise(packed)(*rounded, SCALE)
     assert (ours.double() - exact).abs().max() <= 1.5 * (plain.double() - exact).abs().max()
 
 
@@ -99,8 +99,8 @@ def test_many_short_responses_share_a_call_and_long_ones_do_not():
     world = row([(8, (12, 20))] * 16)
     candidates = row([(8, (15,) * 100)] * 2)
     pairs = row(SPANS["a pair of real text"])
-    assert attention.padding_pays(world, 4) and attention.padding_pays(candidates, 4)
-    assert not attention.padding_pays(pairs, 9)
+    assert attention_cpu.padding_pays(world, 4) and attention_cpu.padding_pays(candidates, 4)
+    assert not attention_cpu.padding_pays(pairs, 9)
 
 
 def tiny() -> LlamaForCausalLM:

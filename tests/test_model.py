@@ -6,9 +6,9 @@ from helpers import VOCABULARY as V
 from helpers import blocks_of, separate_logps, tiny
 from torch import nn
 
+from hps.adapters import add_lora
 from hps.model import (
     PolicyModel,
-    add_lora,
     check_limits,
     check_paths_agree,
     checkpoint_layers,

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from hps import reference
 from hps.dist import Ranks
-from hps.model import PolicyModel, score
+from hps.model import PolicyModel
 from hps.packing import Block
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
@@ -150,15 +150,6 @@ def test_torn_and_poisoned_shards_are_named(tmp_path):
     put(cache, *poison)
     with pytest.raises(ValueError, match="not log-probs"):
         lookup(cache, blocks)
-
-
-def test_score_keeps_order_over_pieces(tmp_path):
-    """More candidates than a piece holds, scored in pieces, come back whole and in order."""
-    lm = tiny("llama")
-    blocks = blocks_of(70, B=2)
-    rows = score(PolicyModel(lm), blocks, device=torch.device("cpu"), budget=512, pad_id=0)
-    expected = separate_logps(lm, blocks).detach().numpy()
-    np.testing.assert_allclose(np.stack(rows), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_reference_that_gives_nan_is_refused(tmp_path):

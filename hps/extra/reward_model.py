@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hps import attention
+from hps import adapters, attention
 from hps.io import hub
-from hps.model import adapter_in, autocasting, decoder_layers, explain_load_errors, merge_adapter, states, unwrapped
+from hps.model import autocasting, decoder_layers, explain_load_errors, states, unwrapped
 from hps.packing import Packed
 
 SEVERAL = (
@@ -107,11 +107,13 @@ def load_reward_model(path: str, *, dtype: torch.dtype, objectives: str = "one",
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    if adapter := adapter_in(path):
+    with explain_load_errors("reward model", path):
+        adapter = adapters.adapter_in(path)
+    if adapter:
         base, task = adapter
         if task != "SEQ_CLS":
             raise ValueError(f"{path} is the adapter of a policy, not of a reward model: train one with --loss reward")
-        return merge_adapter(load_reward_model(base, dtype=dtype, objectives=objectives, begin=True), path)
+        return adapters.merge_adapter(load_reward_model(base, dtype=dtype, objectives=objectives, begin=True), path)
     with explain_load_errors("reward model", path):
         name, revision = hub.resolve(path)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)

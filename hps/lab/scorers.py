@@ -8,6 +8,7 @@ import torch
 from hps import model
 from hps.data import tokens
 from hps.data.listwise import Row
+from hps.evaluate.scoring import score
 from hps.extra import reward_model
 from hps.lab.world import NOISE_STD, World
 from hps.prepare import rewards
@@ -72,7 +73,7 @@ def load_reward_model(
     packing = dict(device=device, budget=budget, pad_id=tokenizer.pad_token_id or 0)
     return lambda rows: rewards.annotate_packed(
         rows,
-        lambda blocks: model.score(scoring, blocks, **packing),
+        lambda blocks: score(scoring, blocks, **packing),
         tokenizer,
         positions=getattr(lm.config, "max_position_embeddings", None) or 2**31,
         pad_id=lm.config.pad_token_id,

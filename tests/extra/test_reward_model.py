@@ -13,9 +13,10 @@ from torch.nn.functional import softplus
 from transformers import AutoModelForSequenceClassification
 
 import train
+from hps.adapters import add_lora
 from hps.data import listwise, tokens
 from hps.extra.reward_model import RewardModel, load_reward_model
-from hps.model import add_lora, check_paths_agree
+from hps.model import check_paths_agree
 from hps.packing import Block, pack
 
 FP32 = dict(dtype=torch.float32)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 import data_prep
 import eval as evaluation
 import train
-from hps import checkpoint, model
+from hps import adapters, checkpoint, model
 from hps.data import listwise, tokens
 from hps.evaluate import endpoint, export, judge, report, survey
 from hps.extra import reward_model
@@ -91,7 +91,7 @@ def models(tiny_world, tmp_path_factory) -> dict[str, Path]:
     made = dict(rank=2, alpha=4, targets=["q_proj"], seed=0)
     for kind, load, task in (("policy", model.load_causal_lm, "CAUSAL_LM"),
                              ("reward", reward_model.load_reward_model, "SEQ_CLS")):  # fmt: skip
-        lm = model.add_lora(load(str(root / kind), **FP32), task=task, **made)
+        lm = adapters.add_lora(load(str(root / kind), **FP32), task=task, **made)
         lm.peft_config["default"].base_model_name_or_path = str(root / kind)
         lm.save_pretrained(root / f"{kind} adapter")
     return {kind: root / kind for kind in ("policy", "reward", "policy adapter", "reward adapter")}

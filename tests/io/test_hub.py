@@ -18,7 +18,8 @@ import json, pathlib, sys, torch, data_prep
 from hps.io import hub
 from hps.checkpoint import export
 from hps.dist import Ranks
-from hps.model import add_lora, fingerprint, load_causal_lm
+from hps.adapters import add_lora
+from hps.model import fingerprint, load_causal_lm
 from hps.extra.reward_model import load_reward_model
 from hps.data.tokens import load_tokenizer
 out, first, second, alone = sys.argv[1:]

@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from hps import attention, config, dist, model
+from hps import adapters, attention_cpu, config, dist, model
 from hps.lab import estimate
 from hps.options import Config
 from hps.packing import Block, Packed, pack
@@ -39,7 +39,7 @@ def policy(name: str, c: estimate.Options) -> model.PolicyModel:
     """The model of train.py on the CPU, adapters in the compute dtype as FSDP casts them."""
     lm = AutoModelForCausalLM.from_config(MODELS[name]).eval()
     targets = c.lora_targets.split(",")
-    lm = model.add_lora(lm, rank=c.lora_rank, alpha=16, targets=targets, seed=0) if c.lora_rank else lm
+    lm = adapters.add_lora(lm, rank=c.lora_rank, alpha=16, targets=targets, seed=0) if c.lora_rank else lm
     if c.gradient_checkpointing:
         model.checkpoint_layers(lm)
     return model.PolicyModel(lm.to(model.DTYPES[c.dtype]))
@@ -70,7 +70,7 @@ def test_bytes_of_rank_0_are_those_of_meta_shards(world_size, rank):
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(LlamaConfig(**estimate.LLAMA_3_8B))
             if rank:  # as train.py: a frozen bf16 base and fp32 adapters; full training is fp32
-                lm = model.add_lora(lm.to(torch.bfloat16), rank=rank, alpha=16, targets=LORA.split(","), seed=0)
+                lm = adapters.add_lora(lm.to(torch.bfloat16), rank=rank, alpha=16, targets=LORA.split(","), seed=0)
         whole = model.PolicyModel(lm)
         ranks = dist.Ranks(rank=0, world_size=world_size, device=torch.device("cpu"), sharded=True)
         dist.shard(whole, whole.layers, ranks=ranks, dtype=torch.bfloat16)
@@ -102,7 +102,7 @@ def attended_backward(grad, query, key, value, out, lse, dropout=0.0, causal=Fal
     return 2 * attended(query, key, value, dropout, causal)
 
 
-FLASH = {attention._forward: attended, attention._backward: attended_backward}
+FLASH = {attention_cpu._forward: attended, attention_cpu._backward: attended_backward}
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
@@ -110,7 +110,7 @@ FLASH = {attention._forward: attended, attention._backward: attended_backward}
 @pytest.mark.parametrize(("name", "rank", "targets"), CASES)
 def test_flops_are_the_counted_ones(monkeypatch, shape, share_prompt, checkpointing, name, rank, targets):
     """Forward, and forward with backward, exactly; what the kernels are called with is what is counted of attention."""
-    monkeypatch.setattr(attention, "_layout", lambda packed, heads: attention._blockwise(packed))
+    monkeypatch.setattr(attention_cpu, "layout", lambda packed, heads: attention_cpu.blockwise(packed))
     c = options(lora_rank=rank, lora_targets=targets, gradient_checkpointing=checkpointing, share_prompt=share_prompt)
     c = dataclasses.replace(c, shape=shape(name), prompts=2, epochs=1, prompt_tokens=7, response_tokens=5, responses=3)
     way = estimate.estimate(c)["ways"][1 if share_prompt else 3]  # no cache: a forward beside each training step
@@ -129,7 +129,7 @@ def test_flops_are_the_counted_ones(monkeypatch, shape, share_prompt, checkpoint
 def test_a_decoder_keeps_what_autograd_keeps(monkeypatch, shape, share_prompt, dtype, name, rank, targets):
     """Of the bytes that autograd keeps of the model of train.py, each storage once, parameters and small change apart:
     cosines and masks, of which a large model's are nothing beside its states."""
-    monkeypatch.setattr(attention, "_layout", lambda packed, heads: attention._blockwise(packed))
+    monkeypatch.setattr(attention_cpu, "layout", lambda packed, heads: attention_cpu.blockwise(packed))
     c = options(shape=shape(name), lora_rank=rank, lora_targets=targets, dtype=dtype)
     packed, lm = batch(share_prompt), policy(name, c)
     own = {p.untyped_storage().data_ptr() for p in lm.parameters()}

@@ -1,0 +1,55 @@
+"""What a finished model gives to responses, on one rank: log-probs or rewards, and the exact KL between two models."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hps.logps import chunk_for
+from hps.packing import Block, micro_batches, pack, pieces
+
+
+def score(
+    model: nn.Module, blocks: Sequence[Block], *, device: torch.device, budget: int, pad_id: int, progress: str = ""
+) -> list[np.ndarray]:
+    """What a model gives to all responses: one (K,) float32 array per block, in order.
+
+    Args:
+        model: packed prompts -> (B, K), a PolicyModel (log-probs, nats) or a reward model (rewards).
+        budget: packed tokens per micro-batch.
+        progress: name of the progress bar; empty for none.
+    """
+    cut = [(b, piece) for b, block in enumerate(blocks) for piece in pieces(block, tokens=budget)]
+    scored: list[list[float]] = [[] for _ in cut]
+    batches = micro_batches([len(piece) for _, piece in cut], budget=budget, world_size=1)[0]
+    for members in tqdm(batches, desc=progress, unit="batch", disable=not progress):
+        with torch.no_grad():
+            rows = model(pack([cut[i][1] for i in members], pad_id=pad_id).to(device)).tolist()
+        for i, row in zip(members, rows, strict=True):
+            scored[i] = row[: len(cut[i][1].responses)]
+    whole: list[list[float]] = [[] for _ in blocks]
+    for (b, _), row in zip(cut, scored, strict=True):
+        whole[b] += row
+    return [np.array(row, dtype=np.float32) for row in whole]
+
+
+def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+    """Exact next-token KL(policy || reference) at each position, (T,) fp32 nats >= 0; no gradient.
+
+    Args:
+        hidden, ref_hidden: (T, D) states of the two models at the same positions. weight, ref_weight: (V, D) heads.
+    """
+    kl = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    chunk = chunk_for(len(weight), weight.device.type)
+
+    def log_softmax(states: Tensor, head: Tensor) -> Tensor:
+        return torch.log_softmax((states.to(head.dtype) @ head.T).float(), dim=-1)
+
+    with torch.no_grad():
+        for i in range(0, len(hidden), chunk):
+            part = slice(i, i + chunk)
+            logps, ref = log_softmax(hidden[part], weight), log_softmax(ref_hidden[part], ref_weight)
+            kl[part] = (logps.exp() * (logps - ref)).sum(-1)
+    return kl.clamp(min=0)  # rounding may leave -1e-8 where the two agree
