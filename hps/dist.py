@@ -33,9 +33,7 @@ class Ranks:
 
 
 # How torch and gloo say that a collective has come to nothing, in any case.
-LOST_RANK = (
-    "timed out|timeout|closed by peer|connection (reset|refused|closed)|broken pipe|no route to host|unreachable"
-)
+LOST_RANK = "timed out|timeout|closed by peer|connection (reset|refused|closed)|broken pipe|no route|unreachable"
 
 
 def init(*, timeout: timedelta) -> Ranks:
