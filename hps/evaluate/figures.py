@@ -5,7 +5,7 @@ Drawn from a results dict (its keys: report.py); colours and markers follow the 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,6 +59,11 @@ def _whiskers(numbers: np.ndarray) -> np.ndarray:
     """(2, rows): how far the interval reaches below and above the mean; rounding does not make it less than 0."""
     mean, low, high = numbers.T
     return np.maximum(0.0, [mean - low, high - mean])
+
+
+def _room(names: Iterable[str]) -> float:
+    """Inches that the longest of the names takes beyond the sixteen letters which every figure has room for."""
+    return 0.085 * max(0, max(map(len, names)) - 16)
 
 
 def _legend(figure: "Figure") -> None:
@@ -140,7 +145,7 @@ def _lines(results: dict[str, Any], name: str, series: dict[str, Any], caption: 
     rows, columns = _grid(len(names))
     alt = f"{titles} over {over}, one line each for {', '.join(series['lines'])}."
     draw = functools.partial(_draw_lines, rows=results["rows"], names=names, series=series)
-    return [Plan(name, text, alt, (1.8 + 2.6 * columns, 0.5 + 2.4 * rows), draw)]
+    return [Plan(name, text, alt, (1.8 + 2.6 * columns + _room(series["lines"]), 0.5 + 2.4 * rows), draw)]
 
 
 def _log_scale_if_wide(axes: "Axes") -> None:
@@ -185,7 +190,8 @@ def plans(results: dict[str, Any]) -> list[Plan]:
     """Every figure that these results have the numbers for, in the order of the report."""
     rows, found = results["rows"], []
     if names := present(rows, MARGINS):
-        size = (max(3.6, 1.2 + 1.35 * len(names)), 0.9 + 0.27 * len(rows))
+        width = max(3.6, 1.2 + 1.35 * len(names)) + _room(row["method"] for row in rows)
+        size = (width, 0.9 + 0.27 * len(rows))
         caption = "Margins of the best candidate, mean and interval."
         alt = "One panel per margin, one row per method: the mean as a point, the interval as a bar."
         found.append(Plan("margins", caption, alt, size, functools.partial(_draw_margins, rows=rows, names=names)))
@@ -195,13 +201,15 @@ def plans(results: dict[str, Any]) -> list[Plan]:
     if lines:
         series = {"x": {"metric": kl}, "panels": ["true_reward"], "lines": lines}
         caption = "Reward against distance from the reference on the winner (nats), means and intervals."
-        found += [plan._replace(size=(5.6, 3.6)) for plan in _lines(results, "reward_kl", series, caption)]
+        size = (5.6 + _room(lines), 3.6)
+        found += [plan._replace(size=size) for plan in _lines(results, "reward_kl", series, caption)]
     for name, series in results.get("series", {}).items():
         found += _lines(results, f"series_{name}", series)
     if results.get("curves"):
         caption = "Training curves: every logged value, and its mean over 5 % of the run."
         alt = "Loss and margin over the optimiser steps, one line per method."
-        found.append(Plan("curves", caption, alt, (8.0, 2.9), functools.partial(_draw_curves, results=results)))
+        size = (8.0 + _room(results["curves"]), 2.9)
+        found.append(Plan("curves", caption, alt, size, functools.partial(_draw_curves, results=results)))
     if schedule := results.get("schedule"):
         gamma, effective = schedule["gamma"], schedule["effective_negatives"]
         caption = "Hardness and the number of equally likely negatives it amounts to."

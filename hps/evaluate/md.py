@@ -1,10 +1,36 @@
 """Texts and tables in GitHub Markdown, for every page that is written: what a text holds is shown and not read."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 
 # What would begin code, an HTML tag, an entity or a link's address, and what would escape the escape.
 MARKUP = r"[\\`]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=\()"
+
+
+WIDEST_TABLE = 160  # characters of a line
+# A word that would begin a list, a heading or a quotation if it stood first on a line.
+BEGINS_A_BLOCK = r" (?=>|(?:[-+*]|#+|\d+[.)])(?: |$))"
+
+
+def wrapped(text: str) -> str:
+    """A paragraph, or an item of a list, of Markdown in lines of 120 characters; a longer word keeps one of its own."""
+    text = re.sub(BEGINS_A_BLOCK, "\0", text)
+    indent = "  " if text.startswith("* ") else ""
+    lines = textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\0", " ")
+
+
+def tables(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """`table`, as several one below the other where its lines are too long: the first column stands in each."""
+    first, *others = zip(header, *rows)
+    blocks = [[first]]
+    for column in others:
+        lines = zip(*blocks[-1], column)
+        if len(blocks[-1]) > 1 and max(len(f"| {' | '.join(cells)} |") for cells in lines) > WIDEST_TABLE:
+            blocks.append([first])
+        blocks[-1].append(column)
+    return "\n\n".join(table(names, cells) for names, *cells in (zip(*block) for block in blocks))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

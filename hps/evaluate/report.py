@@ -62,7 +62,7 @@ def markdown(table: Table) -> str:
         text = f"**{md.cell(cell.text)}**" if cell.mark == "best" else md.cell(cell.text)
         return " ".join(filter(None, (text, cell.interval, "~" if cell.mark == "near" else "")))
 
-    return md.table(table.header, [[show(cell) for cell in row] for row in table.rows])
+    return md.tables(table.header, [[show(cell) for cell in row] for row in table.rows])
 
 
 def _number(item: dict[str, float], digits: int, sign: str = "", mark: str = "") -> Cell:
@@ -95,7 +95,7 @@ def methods_table(results: dict[str, Any], group: str = "") -> Table:
 
 def table(results: dict[str, Any]) -> str:
     """GitHub Markdown of all metrics of all methods, and LEGEND below."""
-    return f"{markdown(methods_table(results))}\n\n{LEGEND}\n"
+    return f"{markdown(methods_table(results))}\n\n{md.wrapped(LEGEND)}\n"
 
 
 def comparisons_table(results: dict[str, Any]) -> str:
@@ -145,14 +145,16 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
 
     title, minutes = f"Results: {results['suite']}", f"{results['seconds'] / 60:.1f} minutes"
     settings = [(key, json.dumps(value)) for key, value in results.get("settings", {}).items()]
-    parts = [f"# {md.plain(title)}", f"Commit {md.code(results['commit'])}, {md.plain(results['machine'])}, {minutes}."]
-    parts += ["\n".join(f"* {md.plain(key)}: {md.code(value)}" for key, value in settings), LEGEND]
+    about = f"Commit {md.code(results['commit'])}, {md.plain(results['machine'])}, {minutes}."
+    items = [md.wrapped(f"* {md.plain(key)}: {md.code(value)}") for key, value in settings]
+    parts = [f"# {md.plain(title)}", md.wrapped(about), "\n".join(items), md.wrapped(LEGEND)]
     for each in tables:
-        parts += [f"## {each.title}", markdown(each), each.note]
+        parts += [f"## {each.title}", markdown(each), md.wrapped(each.note)]
     for plan, path in zip(plans, drawn, strict=True):
-        parts.append(f"![{md.plain(plan.alt, also=r'[][]')}](figures/{path.name})\n\n{md.plain(plan.caption)}")
+        parts.append(md.wrapped(f"![{md.plain(plan.alt, also=r'[][]')}](figures/{path.name})"))
+        parts.append(md.wrapped(md.plain(plan.caption)))
     meanings = (f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}" for name in present(results["rows"]))
-    parts += ["## What the columns mean", "\n".join(meanings)]
+    parts += ["## What the columns mean", "\n".join(map(md.wrapped, meanings))]
     files.write_text(out / "RESULTS.md", "\n\n".join(filter(None, parts)) + "\n")
 
     images = [b64encode(path.read_bytes()).decode() for path in drawn]
