@@ -118,21 +118,6 @@ def test_a_model_beside_pickles_is_loaded_and_of_pickles_alone_refused(models, k
     assert str(folder) in said and ".bin is a pickle, which can run code" in said and "\n" not in said
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_not_even_an_honest_pickle_is_read(models, kind, tmp_path):
-    """What torch.load would take, with nothing but tensors in it, is refused too: there is one format."""
-    from safetensors.torch import load_file
-
-    folder = tmp_path / "model"
-    shutil.copytree(models[kind], folder)
-    [weights] = folder.glob("*.safetensors")
-    name = "adapter_model.bin" if "adapter" in kind else "pytorch_model.bin"
-    torch.save(load_file(weights), folder / name)
-    weights.unlink()
-    with pytest.raises(ValueError, match=f"{name} is a pickle"):
-        loader(kind)(str(folder), **FP32)
-
-
 def test_an_adapter_of_an_adapter_and_one_without_a_base_are_refused(models, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(models["policy adapter"], folder)
@@ -196,19 +181,15 @@ def test_code_of_a_model_does_not_run(odd, tiny_world, tmp_path):
         assert not mark.exists()
 
 
-@pytest.mark.parametrize("kind", ["policy", "reward"])
-def test_a_known_architecture_is_loaded_by_transformers_own_code(odd, models, kind):
+def test_a_known_architecture_is_loaded_by_transformers_own_code(odd, models):
+    """And with a revision the code of a reward model runs: so the tests have something to stop."""
     make, mark = odd
-    known = json.loads((models[kind] / "config.json").read_text())["model_type"]
-    folder = str(make(known, kind))
-    assert type(loader(kind)(folder, **FP32)).__module__.startswith("transformers.models.")
-    tokens.load_tokenizer(folder)
-    assert not mark.exists()
-
-
-def test_with_a_revision_the_code_of_a_reward_model_runs(odd):
-    """So the other tests have something to stop."""
-    make, mark = odd
+    for kind in ("policy", "reward"):
+        known = json.loads((models[kind] / "config.json").read_text())["model_type"]
+        folder = str(make(known, kind))
+        assert type(loader(kind)(folder, **FP32)).__module__.startswith("transformers.models.")
+        tokens.load_tokenizer(folder)
+        assert not mark.exists()
     with pytest.raises(Exception, match="odd"):
         reward_model.load_remote(str(make("odd", "reward")), revision="abc", **FP32)
     assert mark.exists()
@@ -302,7 +283,7 @@ def says(form: str, echo: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("form", ["text", "json", "php", "url", "html", "cut"])
-@pytest.mark.parametrize("status", [200, 400, 401, 500])
+@pytest.mark.parametrize("status", [200, 400])
 def test_a_key_is_in_no_file_and_no_message(status, form, tmp_path, monkeypatch, capfd, caplog):
     """A judge whose server repeats every header that it gets: in an answer, in its name, in an error."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -356,115 +337,53 @@ HOSTILE = [
 LINK = "![y](http://127.0.0.1:9/y.png) [x](javascript:window.ran=1) `` ` `` ![z](http://127.0.0.1:9/z.png)"
 
 
-def hostile_results() -> dict:
-    """Every text that a results file holds is one of those above."""
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """report.html, RESULTS.md and a model card, all of hostile texts; both Markdown files as HTML."""
+    out = tmp_path_factory.mktemp("hostile")
     found = results(*HOSTILE) | {"suite": HOSTILE[0], "commit": f"{HOSTILE[1]} {LINK}", "machine": LINK}
     found["settings"] = {HOSTILE[2]: LINK, LINK: {HOSTILE[1]: HOSTILE[0]}}
     found["claims"] = [{"claim": LINK, "paper": HOSTILE[2], "verdict": "not measured here", "reason": HOSTILE[0]}]
     x = {"label": HOSTILE[1], "values": {HOSTILE[0]: 1, HOSTILE[1]: 2}}
     found["series"] = {"n": {"x": x, "panels": ["rm2"], "lines": {f"{HOSTILE[2]} {LINK}": [HOSTILE[0], HOSTILE[1]]}}}
-    return found
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Path:
-    """report.html, RESULTS.md, a model card and a survey, all of hostile texts; both Markdown files as HTML."""
-    out = tmp_path_factory.mktemp("hostile")
-    report.write_report(hostile_results(), out)
-    about = dict(RUN["config"], model=HOSTILE[0], data=f"{HOSTILE[1]} {LINK}", method=HOSTILE[2])
-    run = RUN | {"config": about | {"lora_targets": LINK}, "changed": ["model", "lora_targets"]}
-    counts = {LINK: 1, HOSTILE[2]: 2}
+    report.write_report(found, out)
+    about = dict(RUN["config"], model=HOSTILE[0], data=f"{HOSTILE[1]} {LINK}", method=HOSTILE[2], lora_targets=LINK)
+    run, summary = RUN | {"config": about, "changed": ["model", "lora_targets"]}, SUMMARY | {"counts": {LINK: 1}}
     evaluated = EVALUATION | {"config": {"model": "policy", "data": LINK, "reference": HOSTILE[2]}}
-    (out / "card.md").write_text(
-        card.card(run, SUMMARY | {"counts": counts}, kind="model", results=export.results(evaluated))
-    )
+    (out / "card.md").write_text(card.card(run, summary, kind="model", results=export.results(evaluated)))
     render = MarkdownIt("commonmark", {"html": True}).enable("table").render  # as permissive as a viewer may be
     for name in ("RESULTS", "card"):
-        text = (out / f"{name}.md").read_text()
-        body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # the card's front matter
+        body = re.sub(r"\A---\n.*?\n---\n", "", (out / f"{name}.md").read_text(), flags=re.DOTALL)  # front matter
         (out / f"{name}.html").write_text(f"<!DOCTYPE html><meta charset=utf-8><title>{name}</title>\n{render(body)}")
-    for name in ("a", "b"):
-        listwise.write(out / f"{name}.jsonl", [
-            listwise.Row(f"p{n}", ({"role": "user", "content": text},), (text + name,))
-            for n, text in enumerate([*HOSTILE, LINK])])  # fmt: skip
-    methods = f"<script>run()</script>={out}/a.jsonl", f"<img src onerror>={out}/b.jsonl"
-    survey.main(["export", "--methods", *methods, f"--out={out}", "--items=4"])
     return out
 
 
-class Tags(HTMLParser):
-    """Tags with their attributes, and the texts of the cells of tables, row by row."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.rows, self.open = [], [], False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        self.open = tag in ("td", "th") or (self.open and tag in ("strong", "code", "em"))
-
-    def handle_endtag(self, tag):
-        self.open = self.open and tag not in ("td", "th")
-
-    def handle_data(self, data):
-        if self.open:
-            self.rows[-1][-1] += data
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-@pytest.mark.parametrize(("name", "images"), [("RESULTS", 6), ("card", 0)])
-def test_markdown_of_hostile_texts_holds_no_tag_and_no_cell_more(written, name, images):
-    html = Tags((written / f"{name}.html").read_text())
+@pytest.mark.parametrize("name", ["RESULTS", "card"])
+def test_markdown_of_hostile_texts_holds_no_tag_and_no_link(written, name):
+    tags = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: tags.append((tag, dict(attrs)))
+    parser.feed((written / f"{name}.html").read_text())
     allowed = {"meta", "title", "h1", "h2", "p", "ul", "li", "code", "pre", "table", "thead", "tbody", "tr", "th", "td",
                "strong", "em", "img", "a"}  # fmt: skip
-    assert {tag for tag, _ in html.tags} <= allowed
-    sources = [attrs["src"] for tag, attrs in html.tags if tag == "img"]
-    assert len(sources) >= bool(images) and all(re.fullmatch(r"figures/\w+\.png", source) for source in sources)
-    links = [attrs["href"] for tag, attrs in html.tags if tag == "a"]
-    assert set(links) <= {card.PAPER}
-    cells = {cell for row in html.rows for cell in row}
-    texts = [*HOSTILE, LINK] if name == "RESULTS" else [HOSTILE[2], LINK]
-    assert {one_line(text) for text in texts} <= {one_line(cell) for cell in cells}
-    assert len([tag for tag, _ in html.tags if tag == "h1"]) == 1
+    assert {tag for tag, _ in tags} <= allowed and [tag for tag, _ in tags].count("h1") == 1
+    assert all(re.fullmatch(r"figures/\w+\.png", attrs["src"]) for tag, attrs in tags if tag == "img")
+    assert {attrs["href"] for tag, attrs in tags if tag == "a"} <= {card.PAPER}
 
 
-@pytest.mark.parametrize("name", ["report", "RESULTS", "card", "survey"])
-def test_a_browser_shows_hostile_texts_and_runs_none(written, browser, name):
+@pytest.mark.parametrize("name", ["report", "RESULTS", "card"])
+def test_a_browser_shows_hostile_texts_and_runs_none(written, browser, name, tmp_path):
+    bad = tmp_path / "bad.html"  # the same texts as they are: there something runs, or this test shows nothing
+    bad.write_text(f"<!DOCTYPE html><title>x</title>{HOSTILE[0]}{HOSTILE[1]}")
+    browser.open(bad)
+    assert browser.js("window.ran") == 1
     path = written / f"{name}.html"
     browser.open_fresh(path)
-    if name == "survey":
-        browser.js("enter('x')")
-        shown = []
-        for i in range(8):
-            browser.js(f"goTo({i})")
-            shown.append(browser.js("document.body.innerText"))
-            assert browser.js("document.querySelectorAll('.text *').length") == 0
-        expected = [*HOSTILE, LINK]
-    else:
-        shown = browser.js("[...document.querySelectorAll('td, th')].map(cell => cell.textContent)")
-        expected = [HOSTILE[2], LINK] if name == "card" else [*HOSTILE, LINK]
-    for text in expected:
-        assert any(one_line(text) in one_line(each) for each in shown), text
+    shown = browser.js("[...document.querySelectorAll('td, th')].map(cell => cell.textContent)")
+    for text in [HOSTILE[2], LINK] if name == "card" else [*HOSTILE, LINK]:
+        assert any(" ".join(text.split()) in " ".join(each.split()) for each in shown), text
     assert browser.js("window.ran ?? null") is None
     assert browser.js("document.querySelectorAll('[onerror], [onload], svg, iframe').length") == 0
     asked = {url for url in browser.requests() if not url.startswith("data:")}
     assert asked - {path.as_uri()} <= {p.as_uri() for p in (written / "figures").iterdir()}
     assert browser.log("browser") == []
-
-
-def test_the_browser_would_have_told(browser, tmp_path):
-    """The same texts as they are: there something runs, or the test before shows nothing."""
-    path = tmp_path / "bad.html"
-    path.write_text(f"<!DOCTYPE html><title>x</title>{HOSTILE[0]}{HOSTILE[1]}")
-    browser.open(path)
-    assert browser.js("window.ran") == 1
-    browser.log("browser")
-    browser.requests()
