@@ -53,11 +53,11 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         raise ValueError("--sample_every needs the whole model in one process: leave it out under torchrun")
     out = Path(c.out)
     started = checkpoint.latest(out / "checkpoints")
-    check_folder(out, c, started is not None)
+    check_folder(out, c, started is not None)  # a mistake is told before hours of reading
     if (out / "policy").exists():
         say(ranks, f"{out}: this run is finished; its policy is in {out / 'policy'}")
         return
-    torch.manual_seed(c.seed)
+    torch.manual_seed(c.seed)  # of what peft draws; our own draws are counted, not in sequence
 
     # Data -> the plan of the whole run. No draw is left to the loop, so a run that goes on cannot draw differently.
     tokenizer = tokens.load_tokenizer(c.model)
@@ -102,6 +102,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
 
     # The optimizer, how far the run is, and where its numbers go.
     parameters = list(checkpoint.trained(policy).values())
+    # Its moments are fp32 as the trained weights are: at lr 5e-7 an update in bf16 would round to nothing.
     optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.weight_decay)
     done = 0
     if started is not None:
@@ -138,12 +139,13 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             # FSDP averages gradients over ranks; the factor turns that mean into the sum that we want.
             (per_prompt.sum() * (batch.weight * ranks.world_size / count)).backward()
             statistics.add(per_prompt, policy_logps, batch)
-        grad_norm = dist.clip_gradients(parameters, c.max_grad_norm)
+        grad_norm = dist.clip_gradients(parameters, c.max_grad_norm)  # over the shards of all ranks
         # One exchange between ranks and one read from the device per step; what each rank wants to stop for goes along.
         late = c.save_minutes > 0 and time.monotonic() - saved > 60 * c.save_minutes
         metrics, grad_norm, asked, late = statistics.read(
             count, grad_norm, asked=terminated.is_set(), late=late and ranks.first
         )
+        # One NaN would spread to every weight, and the next checkpoint would keep it.
         if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
             rows = ", ".join(examples.id(plan.row[v]) for v in plan.step(step))
             raise ValueError(
@@ -169,7 +171,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         bar.update()
         if c.sample_every and (step + 1) % c.sample_every == 0:
             clock += samples.sample(c, policy, tokenizer, examples, step + 1)  # which is no time of training
-        last = step + 1 == plan.steps
+        last = step + 1 == plan.steps  # which needs no checkpoint: its policy is exported
         stop = asked or step + 1 == c.stop_after
         if stop or (not last and (late or (c.save_every and (step + 1) % c.save_every == 0))):
             checkpoint.save(out / "checkpoints", policy, optimizer, {"step": step + 1}, ranks=ranks)
@@ -226,7 +228,7 @@ def load_policy(
     vocab_size, longest: what it must have embeddings and positions for, tokens.
     """
     dtype = model.compute_dtype(c.dtype)
-    loaded = dtype if c.lora_rank else torch.float32
+    loaded = dtype if c.lora_rank else torch.float32  # trained weights are fp32, a frozen base is not updated
     if c.loss == "reward":
         from hps.extra import reward_model
 
@@ -243,6 +245,7 @@ def load_policy(
         lm = adapters.add_lora(lm, **adapter, **more)
     if c.gradient_checkpointing:
         model.checkpoint_layers(lm)
+    # Under FSDP its mixed precision casts the fp32 weights, in one process autocast does.
     autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
     if c.loss == "reward":
         policy = reward_model.RewardModel(lm, autocast=autocast).to(ranks.device)

@@ -54,7 +54,7 @@ class Run:
         self.ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
         self.rewards = np.zeros_like(self.ref_logps)
         if form(c) == "list":
-            at = np.nonzero(plan.responses >= 0)
+            at = np.nonzero(plan.responses >= 0)  # -1 pads the rows of the plan
             self.rewards[at] = examples.rewards_of(plan.row[at[0]], plan.responses[at])
 
     def blocks(self, step: int) -> list[Block]:
@@ -86,7 +86,7 @@ class Run:
 
     def look_up_reference(self, cache: Path, scorer: PolicyModel) -> int:
         """Fill `ref_logps` from the reference cache; how many log-probs `scorer` had to compute for it. Collective."""
-        touched, at = touched_blocks(self.plan, self.examples)
+        touched, at = touched_blocks(self.plan, self.examples)  # once each: epochs and views meet them again
         found, computed = self.score(cache, scorer, touched)
         self.ref_logps[self.plan.responses >= 0] = found[at]
         return computed
@@ -120,7 +120,7 @@ def make_plan(c: Config, examples: store.Store) -> planning.Plan:
 
 def preferred(examples: store.Store) -> np.ndarray:
     """The response of each prompt that SFT learns: the human choice, else the highest reward, else the only one."""
-    best = examples.human[:, 0].astype(np.int64)
+    best = examples.human[:, 0].astype(np.int64)  # -1 where a row has no human choice
     for rows in planning.chunks(len(best)):
         for i, rewards in zip(rows, examples.rewards[rows[0] : rows[-1] + 1], strict=True):
             if best[i] < 0 and len(rewards) > 1 and np.isnan(rewards[0]):
@@ -134,7 +134,7 @@ def touched_blocks(plan: planning.Plan, examples: store.Store) -> tuple[store.La
     """Every response that the plan visits, once, gathered by prompt; and which of them each entry of
     `plan.responses[plan.responses >= 0]` is, (T,) int64."""
     v, k = np.nonzero(plan.responses >= 0)
-    width = plan.responses.max() + 1
+    width = plan.responses.max() + 1  # makes (prompt, response) one number, which sorts by prompt
     responses, at = np.unique(plan.row[v] * width + plan.responses[v, k], return_inverse=True)
     rows, ks = np.divmod(responses, width)
     first = np.flatnonzero(np.diff(rows, prepend=-1, append=-1))  # where each prompt's responses begin, and the end

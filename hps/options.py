@@ -233,5 +233,4 @@ def settings(c: Config) -> dict[str, object]:
 
 def changed_settings(c: Config) -> list[str]:
     """Names of the settings that the run uses at another value than their default."""
-    default = {field.name: field.default for field in dataclasses.fields(Config)}
-    return [key for key, value in settings(c).items() if key in used_options(c) and value != default[key]]
+    return [key for key, value in settings(c).items() if key in used_options(c) and value != getattr(Config, key, None)]
