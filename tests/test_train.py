@@ -16,7 +16,7 @@ from helpers import SFT, distinct, losses, plain_logp, rewrite, run, run_ranks
 from peft import AutoPeftModelForCausalLM
 
 import train
-from hps import batches, packing, reference
+from hps import batches, reference
 from hps.data import listwise, tokens
 from hps.model import load_causal_lm
 from hps.objective import Statistics
@@ -60,25 +60,6 @@ def test_a_live_reference_gives_the_cached_trajectory(tiny_world, tmp_path, base
 
     monkeypatch.setattr(reference, "fill", live)
     close(run(tiny_world, tmp_path), base)
-
-
-def test_a_shared_start_of_all_prompts_changes_rounding_only(tiny_world, tmp_path, monkeypatch):
-    """A system prompt that all prompts begin with is computed once per micro-batch, or with every prompt."""
-
-    def begin_alike(rows: list[dict]) -> None:
-        for row in rows:
-            row["prompt"] = " <user> " + "may i eat this " * 4 + row["prompt"][-1]["content"]
-
-    data, widths, found = rewrite(tiny_world, tmp_path, begin_alike), {}, {}
-    real = packing.pack
-    for least in (8, 10**9):
-        seen = widths[least] = []
-        monkeypatch.setattr(batches, "pack", lambda *a, seen=seen, **m: seen.append(real(*a, **m)) or seen[-1])
-        monkeypatch.setattr(packing, "MIN_PREFIX", least)
-        caches = dict(token_cache=tmp_path / "tokens", reference_cache=tmp_path / f"cache-{least}")
-        found[least] = run(tiny_world, tmp_path / f"{least}", data=data, **caches)
-    assert [max(packed.prefix for packed in seen) >= 16 for seen in widths.values()] == [True, False]
-    close(found[8], found[10**9])
 
 
 def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base):
