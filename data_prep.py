@@ -28,7 +28,7 @@ from hps import config, dist, model
 from hps.data import listwise, tokens
 from hps.io import hub
 from hps.lab import scorers, world
-from hps.prepare import doctor, generate, importers, journal, rewards
+from hps.prepare import doctor, formats, generate, importers, journal, rewards
 
 
 @dataclass
@@ -106,12 +106,11 @@ def make_world(c: World) -> None:
 def import_rows(c: Import) -> None:
     """Turn a foreign file of preferences into list-wise rows, and count what is left out."""
     check_apart(c)
+    config.check_choices(c, source=formats.FORMATS)
     local, name = hub.fetch(c.input)
     limit = c.limit or None
     rows, counts, reasons, left_out = importers.import_file(c.source, local, order=c.order, limit=limit, skip=c.skip)
     listwise.write(c.output, rows)
-    if name:
-        print(f"read from {name}", file=sys.stderr)
     if left_out:
         print(f"{c.input}: columns left out: {', '.join(left_out)}", file=sys.stderr)
     tell(dataclasses.replace(c, input=local), "import", counts, reasons, name=name, columns_left_out=left_out)
@@ -120,6 +119,7 @@ def import_rows(c: Import) -> None:
 def export_rows(c: Export) -> None:
     """Write the pairs of list-wise rows in the format of another trainer, and count what is left out."""
     check_apart(c)
+    config.check_choices(c, format=formats.EXPORTS, pair=("human", "rewards"))
     records, counts, reasons, _ = importers.export_rows(c.format, listwise.read(c.input), pair=c.pair)
     listwise.write_lines(c.output, records)
     tell(c, "export", counts, reasons)

@@ -263,7 +263,17 @@ def test_import_and_export_leave_a_manifest(tmp_path, capsys):
 def test_data_prep_names_mistakes(tmp_path, tiny_world):
     with pytest.raises(ValueError, match="unknown command 'imports'; choose one of world, import"):
         data_prep.main(["imports"])
-    with pytest.raises(ValueError, match="unknown source 'hhrlhf'.*hh-rlhf"):
+    with pytest.raises(ValueError, match="source = 'hhrlhf' does not exist; choose one of hh-rlhf"):
         data_prep.main(["import", *flags(source="hhrlhf", input="x", output="y")])
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes((tiny_world / "test.jsonl").read_bytes())
+    (tmp_path / "link.jsonl").symlink_to(path)
+    options = dict(import_=dict(source="trl"), export=dict(format="trl"), annotate=dict(scorer="world-true"))
+    for command, more in (options | dict(generate=dict(model=tiny_world / "model"))).items():
+        for output in (path, tmp_path / "link.jsonl", tmp_path / "x" / ".." / "rows.jsonl"):
+            (tmp_path / "x").mkdir(exist_ok=True)
+            with pytest.raises(ValueError, match="is the input, which would be lost: choose another name"):
+                data_prep.main([command.strip("_"), *flags(**more, input=path, output=output)])
+    assert path.read_bytes() == (tiny_world / "test.jsonl").read_bytes()
     with pytest.raises(ValueError, match="scorer human needs a row of two responses"):
         data_prep.main(["annotate", *flags(scorer="human", input=tiny_world / "train.jsonl", output=tmp_path / "r")])

@@ -39,8 +39,6 @@ def diagnose(
         "responses_per_prompt": _range([len(e.kept) for e in examples]),
         "prompt_tokens": _range([len(e.prompt_ids) for e in examples]),
         "response_tokens": _range([len(ids) for e in examples for ids in e.response_ids]),
-        "prompt_characters": _range([_characters(row) for row in rows]),
-        "response_characters": _range([len(text) for row in rows for text in row.responses]),
         "duplicates": sum(len(e.identity) - len(np.unique(e.identity)) for e in examples),
         "human_pairs": len(pairs),
         "human_pairs_identical": identical,
@@ -64,8 +62,6 @@ def format_report(report: dict[str, Any]) -> str:
         "best reward minus worst": rewards.get("spread"),
         "tokens of a prompt": report["prompt_tokens"],
         "tokens of a response, end token included": report["response_tokens"],
-        "characters of a prompt": report["prompt_characters"],
-        "characters of a response": report["response_characters"],
     }
     for label, r in ranges.items():
         lines += [f"{label:40}{r['min']:>10,.6g}{r['median']:>10,.6g}{r['max']:>10,.6g}"] if r else []
@@ -216,8 +212,3 @@ def _range(values: Sequence[float]) -> dict[str, float] | None:
     if not values:
         return None
     return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
-
-
-def _characters(row: Row) -> int:
-    texts = [row.prompt] if isinstance(row.prompt, str) else [turn["content"] for turn in row.prompt]
-    return sum(len(text) for text in texts)

@@ -3,15 +3,14 @@
 The formats themselves are in hps/prepare/formats.py.
 """
 
-import difflib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hps.data.listwise import Row, decode_json, opened, read_lines
 from hps.io import files
 from hps.prepare import formats
-from hps.prepare.formats import DROPS, EXPORTS, FORMATS, Dropped, Record
+from hps.prepare.formats import DROPS, FORMATS, Dropped, Record
 
 MAX_REASONS = 5
 EXPORT_DROPS = ("rows_no_pair", "rows_unsupported", "rows_empty_response", "rows_equal_responses")
@@ -32,14 +31,13 @@ def import_file(
 ) -> Converted:
     """Read a foreign file as rows: JSON Lines or one JSON list, plain, .gz or .xz, or .parquet (with pyarrow).
 
-    source, order: the keys of FORMATS and of its orders; a source with several needs one named. skip, limit: leave out
-    the first `skip` usable rows, then take at most `limit`, so that (limit=a) and (skip=a) are disjoint. Reading
-    stops at the limit.
+    source, order: keys of FORMATS and of its orders; a source with several needs one named. skip, limit: leave out the
+    first `skip` usable rows, then take at most `limit`, so that (limit=a) and (skip=a) are disjoint. Reading stops at
+    the limit.
 
     Raises:
-        ValueError: an unknown source or order, a broken file, one of another format, or no row left.
+        ValueError: an unknown order, a broken file, one of another format, or no row left.
     """
-    check_known("source", source, FORMATS)
     if order not in (orders := FORMATS[source].orders):
         if "" in orders:
             raise ValueError(f"order = {order!r} is of no use: source {source} has one order; leave it out")
@@ -77,16 +75,13 @@ def import_file(
 def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Converted:
     """Rows as records of pairs: the answers that do not fit a pair, and the rewards, are not in them.
 
-    format: "trl" or "hh-rlhf". pair: "human" (chosen, rejected) or "rewards" (the highest against the lowest,
-    the first of equals). A row is left out and counted where it has no such pair (all rewards equal, say), or
+    format: a key of EXPORTS. pair: "human" (chosen, rejected) or "rewards" (the highest against the lowest, the first
+    of equals). A row is left out and counted where it has no such pair (all rewards equal, say), or
     where the format would not give the same texts back.
 
     Raises:
-        ValueError: an unknown format or pair, no record left, and prompts of both kinds, strings and messages: a TRL
-            data set holds one kind.
+        ValueError: no record left, and prompts of both kinds, strings and messages: a TRL data set holds one kind.
     """
-    check_known("format", format, EXPORTS)
-    check_known("pair", pair, ("human", "rewards"))
     counts = dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0)
     records: list[Record] = []
     reasons: list[str] = []
@@ -126,13 +121,6 @@ def write_manifest(input: str | Path, output: str | Path, facts: dict[str, Any],
     manifest = Path(f"{output}.manifest.json")
     files.write_record(manifest, about | facts)
     return manifest
-
-
-def check_known(what: str, name: str, known: Collection[str]) -> None:
-    """Raise ValueError, naming the nearest known one, for a name that is not."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown {what} {name!r}; did you mean {near!r}? Known: {', '.join(known)}")
 
 
 def _count(dropped: Dropped, where: str, counts: dict[str, int], reasons: list[str]) -> None:

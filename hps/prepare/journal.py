@@ -51,9 +51,10 @@ def in_shares(c: Any, rows: list[Row], work: Work, write: Callable[[dict[str, li
             dist.barrier()  # none may write before all have read
             if mine := [row for row in rows if row.id not in done][ranks.rank :: ranks.world_size]:
                 counts: Counter[str] = Counter()
-                notes = Journal(output, ranks.rank, settings)
+                file = None  # opened with the first record: a run that ends before has left nothing behind
                 for id, found in work(mine, counts, ranks):
-                    notes.write({"id": id, "found": found, "counts": counts})
+                    file = file or begin(output, ranks.rank, settings)
+                    note(file, {"id": id, "found": found, "counts": counts})
                     counts.clear()
             dist.barrier()
             if ranks.first:
@@ -77,9 +78,9 @@ def _digest(path: str) -> str:
 
 def journals(output: str | Path) -> list[Path]:
     """The journals beside an output, of all ranks that have ever written one."""
-    begin = f"{Path(output).name}.journal-"
+    prefix = f"{Path(output).name}.journal-"
     folder = Path(output).parent
-    return sorted(path for path in folder.iterdir() if path.name.startswith(begin)) if folder.exists() else []
+    return sorted(path for path in folder.iterdir() if path.name.startswith(prefix)) if folder.exists() else []
 
 
 def read(output: str | Path, settings: dict[str, object]) -> dict[str, dict]:
@@ -115,30 +116,23 @@ def _is_record(record: Any) -> bool:
     return uniform and isinstance(counts, dict) and all(type(n) is int for n in counts.values())
 
 
-class Journal:
-    """The journal that one rank appends to. All ranks must have read before one of them begins.
+def begin(output: str | Path, rank: int, settings: dict[str, object]) -> BinaryIO:
+    """The journal of a rank, behind its last whole line. All ranks must have read before one of them begins."""
+    path = Path(f"{output}.journal-{rank}")
+    path.touch()
+    whole = sum(map(len, _whole_lines(path)))
+    file = open(path, "r+b")
+    file.truncate(whole)
+    file.seek(whole)
+    if not whole:
+        note(file, settings)
+    return file
 
-    The file appears with its first record: a run that ends before has left nothing behind that a run on mended data
-    would have to be told to forget.
-    """
 
-    def __init__(self, output: str | Path, rank: int, settings: dict[str, object]):
-        self.path, self.settings = Path(f"{output}.journal-{rank}"), settings
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file: BinaryIO | None = None
-
-    def write(self, record: dict) -> None:
-        """Append one record, which has an `id`."""
-        lines = [record]
-        if self.file is None:
-            self.path.touch()
-            whole = sum(map(len, _whole_lines(self.path)))
-            self.file = open(self.path, "r+b")
-            self.file.truncate(whole)
-            self.file.seek(whole)
-            lines = [record] if whole else [self.settings, record]
-        self.file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-        self.file.flush()
+def note(file: BinaryIO, record: dict[str, Any]) -> None:
+    """Append one record, which is on its way to the disk when this returns."""
+    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    file.flush()
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:

@@ -1,14 +1,13 @@
 """`data_prep.py annotate` with reward models: the rewards that transformers itself gives to rendered conversations."""
 
 import json
-import os
-import subprocess
-import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, classifier
+from helpers import classifier
 from transformers import AutoModelForSequenceClassification
 
 import data_prep
@@ -66,13 +65,16 @@ def assert_rewards(rows, expected):
     np.testing.assert_allclose(np.concatenate([r.rewards for r in rows]), np.concatenate(expected), atol=1e-4)
 
 
-@pytest.mark.parametrize("budget", [4096, 60])
-def test_rewards_are_those_of_transformers(reward_model, data, tokenizer, tmp_path, budget):
-    rows = annotate(reward_model, data, tmp_path / "out.jsonl", tokens_per_micro_batch=budget)
-    expected = by_transformers(reward_model, rows, tokenizer)
+def test_rewards_are_those_of_transformers(reward_model, data, tokenizer, tmp_path):
+    expected = by_transformers(reward_model, listwise.read(data), tokenizer)
     assert np.std(np.concatenate(expected)) > 0.3
-    assert_rewards(rows, expected)
+    for budget in (4096, 60):
+        assert_rewards(annotate(reward_model, data, tmp_path / "out.jsonl", tokens_per_micro_batch=budget), expected)
     assert not journal.journals(tmp_path / "out.jsonl")
+    score = scorers.load(reward_model)  # as eval.py asks: one prompt and its responses at a time
+    for row, one in zip(listwise.read(data)[:4], expected, strict=False):
+        prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
+        np.testing.assert_allclose(score(prompt, list(row.responses)), one, atol=1e-4)
 
 
 def test_the_mean_of_objectives(tokenizer, data, tmp_path):
@@ -97,45 +99,21 @@ def test_a_classifier_whose_pad_is_eos_reads_the_token_before(tokenizer, data, t
 
 
 def test_a_killed_run_goes_on(reward_model, data, tmp_path, monkeypatch):
-    """Ended after seven rows: the second start scores the others alone, and the file is that of a run undisturbed."""
-    whole = tmp_path / "whole.jsonl"
-    annotate(reward_model, data, whole)
-    scored = []
-    annotate_packed = rewards.annotate_packed
-
-    def ends(rows, *args, **more):
-        for n, found in enumerate(annotate_packed(rows, *args, **more)):
-            if n == 7:
-                raise KeyboardInterrupt
-            yield found
-
-    def spy(rows, *args, **more):
-        scored.extend(row.id for row in rows)
-        return annotate_packed(rows, *args, **more)
-
-    monkeypatch.setattr(rewards, "annotate_packed", ends)
-    with pytest.raises(KeyboardInterrupt):
-        annotate(reward_model, data, tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
-    monkeypatch.setattr(rewards, "annotate_packed", spy)
-    with pytest.raises(ValueError, match=r"another run left unfinished: it differs in dtype"):
-        annotate(reward_model, data, tmp_path / "out.jsonl", dtype="bf16")
-    annotate(reward_model, data, tmp_path / "out.jsonl")
-    assert scored == [row.id for row in listwise.read(data)][7:]
-    ours, theirs = (listwise.read(path) for path in (tmp_path / "out.jsonl", whole))
-    assert_rewards(ours, [row.rewards for row in theirs])
-
-
-def test_two_ranks_share_the_prompts(reward_model, data, tmp_path):
-    one = annotate(reward_model, data, tmp_path / "one.jsonl")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    command += ["data_prep.py", "annotate", f"--scorer={reward_model}", f"--input={data}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, f"--output={tmp_path / 'two.jsonl'}"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_rewards(listwise.read(tmp_path / "two.jsonl"), [row.rewards for row in one])
+    """Ended with all rows scored and nothing written: none is scored again, by whatever kind of scorer."""
+    for name in (reward_model, "human"):
+        rows = listwise.read(data)
+        pairs = [replace(r, responses=r.responses[:2], chosen=0, rejected=1) for r in rows if len(r.responses) > 1]
+        listwise.write(tmp_path / "in.jsonl", pairs)
+        output = tmp_path / f"{Path(name).name}.jsonl"
+        with monkeypatch.context() as patch:
+            patch.setattr(listwise, "write", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                annotate(name, tmp_path / "in.jsonl", output)
+        assert not output.exists()
+        with monkeypatch.context() as patch:
+            patch.setattr(rewards, "annotate_packed", lambda *_, **__: pytest.fail("scored again"))
+            patch.setattr(rewards, "by_people", lambda *_, **__: pytest.fail("scored again"))
+            assert len(annotate(name, tmp_path / "in.jsonl", output, pairs="true")) == len(pairs)
 
 
 def test_what_does_not_fit_is_cut_and_counted(tokenizer, data, tmp_path, capsys):
@@ -215,12 +193,3 @@ def test_a_model_with_its_own_code(tokenizer, data, tmp_path, monkeypatch):
 def test_options_that_a_scorer_ignores_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match="scorer human does not use dtype, objectives"):
         annotate("human", data, tmp_path / "out.jsonl", dtype="bf16", objectives="mean")
-
-
-def test_a_reward_model_is_a_scorer_of_samples(reward_model, data, tokenizer):
-    """As eval.py asks: one prompt and its responses at a time."""
-    rows = listwise.read(data)[:4]
-    score = scorers.load(reward_model)
-    for row, expected in zip(rows, by_transformers(reward_model, rows, tokenizer), strict=True):
-        prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
-        np.testing.assert_allclose(score(prompt, list(row.responses)), expected, atol=1e-4)

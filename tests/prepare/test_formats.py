@@ -191,24 +191,17 @@ def test_an_implicit_prompt_ends_where_trl_ends_it(start, chosen, rejected):
     ("source", "change", "counter", "reason"),
     [
         ("hh-rlhf", {"chosen": "Human: Hi\n\nAssistant: Yes."}, "rows_malformed", "chosen does not start"),
-        ("hh-rlhf", {"chosen": ""}, "rows_malformed", "chosen does not start"),
-        ("hh-rlhf", {"chosen": "Well." + talk("Yes.")}, "rows_malformed", "chosen does not start"),
         ("hh-rlhf", {"chosen": "\n\nAssistant: Yes."}, "rows_malformed", "chosen does not start"),
         ("hh-rlhf", {"chosen": ASK}, "rows_malformed", "chosen does not end with a turn of Assistant"),
         ("hh-rlhf", {"chosen": talk("Yes.\n\nAssistant: M")}, "rows_malformed", "two turns of one speaker in a row"),
         ("hh-rlhf", {"chosen": talk("Yes.", "\n\nHuman: T")}, "rows_prompts_differ", "differ before the last answer"),
-        ("hh-rlhf", {"chosen": talk("Yes.", ASK + " ")}, "rows_prompts_differ", "differ before the last answer"),
-        ("hh-rlhf", {"chosen": talk(" \n")}, "rows_empty_response", "an answer is empty"),
         ("hh-rlhf", {"chosen": ASK + "\n\nAssistant:"}, "rows_empty_response", "an answer is empty"),
         ("hh-rlhf", {"chosen": talk("No. ")}, "rows_equal_responses", "both answers are the same"),
         ("hh-rlhf", {"chosen": talk("Yes \ud800")}, "rows_malformed", "half of a surrogate pair"),
         ("pku-saferlhf", {"better_response_id": -1}, "rows_no_preference", "better_response_id is -1"),
         ("pku-saferlhf", {"better_response_id": True}, "rows_no_preference", "is True, neither 0 nor 1"),
-        ("pku-saferlhf", {"prompt": " "}, "rows_malformed", "prompt[0].content is empty"),
-        ("nectar", {"prompt": "\n\nHuman: Hi"}, "rows_malformed", "does not end with a turn of Assistant"),
         ("nectar", {"answers": [{"answer": "a", "rank": 10**400}] * 2}, "rows_no_preference", "not a number"),
         ("nectar", {"answers": [{"answer": "a", "rank": float("nan")}] * 2}, "rows_no_preference", "is nan"),
-        ("nectar", {"answers": [{"answer": "a", "rank": "1"}] * 2}, "rows_no_preference", "is '1', not a number"),
         ("trl", {"tools": [{"name": "f"}]}, "rows_unsupported", "tools changes the prompt"),
         ("trl", {"chosen": [{"role": "assistant", "content": "a"}] * 2}, "rows_unsupported", "not one message"),
         ("trl", {"chosen": [{"role": "user", "content": "a"}]}, "rows_unsupported", "['user'], not one message"),
@@ -233,13 +226,10 @@ def test_unusable_records_are_dropped(source, change, counter, reason):
     [
         ("hh-rlhf", {"rejected": ...}, "x.jsonl:1: the key 'rejected' is missing"),
         ("hh-rlhf", {"chosen": []}, "x.jsonl:1: chosen must be a string, not list"),
-        ("authors", {"prompt": []}, "x.jsonl:1: prompt must be a string"),
-        ("pku-saferlhf", {"response_1": 3}, "x.jsonl:1: response_1 must be a string, not int"),
         ("pku-saferlhf", {"better_response_id": ...}, "x.jsonl:1: the key 'better_response_id' is missing"),
         ("ultrafeedback", {"completions": "a"}, "x.jsonl:1: completions must be a list, not str"),
         ("ultrafeedback", {"completions": [{"response": "a"}]}, r"\[0\]: the key 'overall_score' is missing"),
         ("nectar", {"answers": [3]}, r"x.jsonl:1: answers\[0\] must be an object with answer and rank"),
-        ("nectar", {"prompt": None}, "x.jsonl:1: prompt must be a string, not NoneType"),
         ("trl", {"chosen": "a"}, "x.jsonl:1: chosen and rejected must both be strings or both be lists"),
         ("trl", {"chosen": [{"from": "gpt", "value": "a"}]}, r"chosen\[0\] must be an object with role and content"),
         ("trl", {"chosen": "a", "rejected": "b"}, "the prompt is a list of messages but chosen is a string"),
@@ -259,7 +249,6 @@ def test_options_and_files_that_are_refused(tmp_path, monkeypatch):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     put(tmp_path / "number.jsonl", 3)
     for source, file, options, message in [
-        ("hhrlhf", path, {}, "unknown source 'hhrlhf'; did you mean 'hh-rlhf'"),
         ("hh-rlhf", path, {"skip": -1}, "skip = -1 must be"),
         ("hh-rlhf", path, {"limit": 0}, "limit = 0 at least 1"),
         ("hh-rlhf", path, {"skip": 1}, r"no row is left .*rows_read = 1, rows_skipped = 1"),
@@ -267,7 +256,6 @@ def test_options_and_files_that_are_refused(tmp_path, monkeypatch):
         ("nectar", path, {"order": "safe"}, "order = 'safe' is of no use: source nectar has one"),
         ("hh-rlhf", tmp_path / "number.jsonl", {}, "number.jsonl:1: a record must be a JSON object"),
         ("authors", tmp_path / "cut.json", {}, "cut.json: broken JSON at character 17"),
-        ("authors", tmp_path / "nowhere.jsonl", {}, "nowhere.jsonl: cannot be read"),
     ]:
         with pytest.raises(ValueError, match=message):
             import_file(source, file, **options)
@@ -372,8 +360,6 @@ def test_each_format_to_trl_and_back(source, order, pair, left, tmp_path):
         ({"rejected": None}, "rows_no_pair", "row 'a' has no chosen and rejected"),
         ({"prompt": "Hi"}, "rows_unsupported", "the prompt is a string"),
         ({"prompt": ({"role": "system", "content": "s"}, *ONE_TURN)}, "rows_unsupported", "turns must go Human"),
-        ({"prompt": ONE_TURN * 2}, "rows_unsupported", "turns must go Human"),
-        ({"responses": ("x\n\nHuman: y", "z")}, "rows_unsupported", "no such mark inside a text"),
         ({"responses": ("x\n\nHuman: y\n\nAssistant: z", "z")}, "rows_unsupported", "no such mark inside a text"),
         ({"responses": ("x", " ")}, "rows_empty_response", "an answer is empty"),
         ({"responses": ("x", "x ")}, "rows_equal_responses", "both answers are the same"),
@@ -389,14 +375,10 @@ def test_export_leaves_out_what_would_not_come_back(change, counter, reason):
 
 def test_exports_that_are_refused():
     rows = [r for n in ("trl", "trl-standard") for r in import_file("trl", FIXTURES / f"{n}.jsonl").rows]
-    for options, message in [
-        ({"format": "trl"}, r"trl-standard.jsonl:1 is a string and that of .*trl.jsonl:1 a list"),
-        ({"format": "tlr"}, "unknown format 'tlr'; did you mean 'trl'"),
-        ({"format": "trl", "pair": "best"}, "unknown pair 'best'"),
-        ({"format": "trl", "pair": "rewards"}, "no row can be exported .*rows_no_pair = 6\n"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            export_rows(rows=rows, **options)
+    with pytest.raises(ValueError, match=r"trl-standard.jsonl:1 is a string and that of .*trl.jsonl:1 a list"):
+        export_rows("trl", rows)
+    with pytest.raises(ValueError, match="no row can be exported .*rows_no_pair = 6\n"):
+        export_rows("trl", rows, pair="rewards")
 
 
 pieces = st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " ", "\n", "Tea", "\ud800", "Human: "])
@@ -432,6 +414,3 @@ def test_the_manifest_identifies_both_files(tmp_path):
     assert path == tmp_path / "out.manifest.json" and found["counts"] == {"rows_read": 1}
     assert found["input"]["sha256"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert found["output"]["sha256"] == hashlib.sha256().hexdigest() and found["input"]["bytes"] == 3
-    before = path.read_bytes()
-    write_manifest(tmp_path / "in", tmp_path / "out", {"counts": {"rows_read": 1}})
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 3

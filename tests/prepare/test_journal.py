@@ -19,16 +19,16 @@ RECORDS = [
 
 
 def write(output, rank, records, settings=SETTINGS):
-    one = journal.Journal(output, rank, settings)
-    for record in records:
-        one.write(record)
+    with journal.begin(output, rank, settings) as file:
+        for record in records:
+            journal.note(file, record)
 
 
 def test_cut_anywhere_it_keeps_the_whole_lines(tmp_path):
     path = tmp_path / "out.journal-0"
-    one = journal.Journal(tmp_path / "out", 0, SETTINGS)
+    file = journal.begin(tmp_path / "out", 0, SETTINGS)
     for at, record in enumerate(RECORDS, 1):
-        one.write(record)
+        journal.note(file, record)
         assert len(path.read_bytes().splitlines()) == 1 + at  # on the disk when write returns
     whole = path.read_bytes()
     ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
@@ -112,8 +112,8 @@ def test_a_killed_run_goes_on_where_it_was(command, monkeypatch):
 
 def test_ranks_share_what_no_journal_has(command, monkeypatch):
     """Each takes every third; a run on one rank then reads the journals of all three, but not another output's."""
-    write(command.output + "2", 0, [RECORDS[0] | {"id": "g"}])
     assert run(command, monkeypatch, rank=1, world_size=3) == ("be", {})
+    write(command.output + "2", 0, [RECORDS[0] | {"id": "g"}])
     assert run(command, monkeypatch, rank=2, world_size=3) == ("d", {})  # of the five that are left then
     assert [path.name for path in journal.journals(command.output)] == ["out.journal-1", "out.journal-2"]
     done, written = run(command, monkeypatch)
