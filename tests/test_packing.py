@@ -1,5 +1,7 @@
 """Packed rows: the literal layout, the budget, and the block mask against a brute-force reading of its rule."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ def test_the_layout_of_the_docstring():
     assert packed.num_tokens.tolist() == [[2, 3]]
 
 
-def test_the_padded_layout():
+def test_the_layout_of_plain_rows():
     packed = pack([Block(np.array([7, 8]), (np.array([5, 2]), np.array([6, 9, 2])))], pad_id=0, share_prompt=False)
     assert packed.input_ids.tolist() == [[7, 8, 5, 2, 0], [7, 8, 6, 9, 2]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
@@ -65,6 +67,9 @@ def test_every_token_is_scored_once_by_its_predecessor(share_prompt):
     blocks = random_blocks(0)
     packed = pack(blocks, pad_id=0, share_prompt=share_prompt)
     flat, K = packed.input_ids.flatten(), packed.num_tokens.shape[1]
+    if share_prompt:  # one row without pads
+        assert flat.tolist() == [t for b in blocks for part in (b.prompt, *b.responses) for t in part]
+        assert packed.spans == tuple((len(b.prompt), tuple(map(len, b.responses))) for b in blocks)
     for b, block in enumerate(blocks):
         for k, y in enumerate(block.responses):
             mine = packed.sequence == b * K + k
@@ -79,34 +84,23 @@ def test_block_mask_is_the_rule():
     """Brute force over every pair of positions, each carrying (block, segment) written out from the blocks."""
     packed = pack(random_blocks(1), pad_id=0)
     mask = block_mask(packed)[:, 0]
-    R, N = packed.input_ids.shape
-    for r in range(R):
-        for i in range(N):
-            for j in range(N):
-                same = packed.block[r, i] == packed.block[r, j]
-                prompt_or_own = packed.segment[r, j] == 0 or packed.segment[r, j] == packed.segment[r, i]
-                assert mask[r, i, j] == bool(same and prompt_or_own and j <= i)
+    block, segment = packed.block[0].tolist(), packed.segment[0].tolist()
+    for i, j in itertools.product(range(len(block)), repeat=2):
+        assert mask[0, i, j] == (block[i] == block[j] and segment[j] in (0, segment[i]) and j <= i)
     assert mask.any(-1).all()  # no empty softmax row
 
 
-def test_a_packed_row_holds_all_blocks_and_no_pads():
-    blocks = random_blocks(2, B=40)
-    packed = pack(blocks, pad_id=0)
-    assert packed.input_ids.tolist() == [[t for b in blocks for part in (b.prompt, *b.responses) for t in part]]
-    assert packed.spans == tuple((len(b.prompt), tuple(map(len, b.responses))) for b in blocks)
-    assert bool((packed.block >= 0).all())
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("budget", [1, 30, 100, 10_000])
-def test_micro_batches_cover_all_within_budget_and_agree_on_their_number(world_size, budget):
+def test_micro_batches_cover_all_within_budget_alike():
+    """On every number of ranks; none is empty for blocks that are longer than the budget."""
     lengths = [len(b) for b in random_blocks(3, B=23)]
-    ranks = micro_batches(lengths, budget=budget, world_size=world_size)
-    assert sorted(i for batches in ranks for members in batches for i in members) == list(range(23))
-    assert len({len(batches) for batches in ranks}) == 1  # or sharded collectives hang
-    for batches in ranks:
-        for members in batches:
+    for budget, world_size in itertools.product((1, 30, 100, 10_000), (1, 2, 3)):
+        ranks = micro_batches(lengths, budget=budget, world_size=world_size)
+        assert sorted(i for batches in ranks for members in batches for i in members) == list(range(23))
+        assert len({len(batches) for batches in ranks}) == 1  # or sharded collectives hang
+        for members in itertools.chain.from_iterable(ranks):
             assert len(members) <= 1 or sum(lengths[i] for i in members) <= budget
+    assert micro_batches([700] * 8, budget=512, world_size=1) == [[[i] for i in range(8)]]
+    assert [len(batches) for batches in micro_batches([30] * 7, budget=1, world_size=2)] == [4, 4]
 
 
 def test_pieces_hold_all_responses_in_order():
@@ -116,8 +110,3 @@ def test_pieces_hold_all_responses_in_order():
     assert [y.tolist() for piece in cut for y in piece.responses] == [y.tolist() for y in block.responses]
     assert all(len(piece) <= 60 or len(piece.responses) == 1 for piece in cut)
     assert len(cut) < 29
-
-
-def test_blocks_longer_than_the_budget_bring_no_empty_micro_batches():
-    assert micro_batches([700] * 8, budget=512, world_size=1) == [[[i] for i in range(8)]]
-    assert [len(batches) for batches in micro_batches([30] * 7, budget=1, world_size=2)] == [4, 4]

@@ -33,28 +33,25 @@ def lookup(cache: Path, blocks: list[Block]) -> np.ndarray:
     return reference.lookup(cache, reference.response_keys(blocks))
 
 
-def test_filled_entries_are_the_reference_log_probs(tmp_path):
-    lm, blocks = tiny("llama"), blocks_of(5)
-    cache = open_at(tmp_path)
-    filled, computed = reference.fill(cache, PolicyModel(lm), blocks, **HOW)
+def test_a_second_run_computes_nothing_and_a_wider_one_only_the_rest(tmp_path, monkeypatch):
+    """Values by separate forwards. A shard holds a micro-batch here, and so much is what a kill may cost."""
+    monkeypatch.setattr(reference, "MICRO_BATCHES_PER_SHARD", 1)
+    lm, blocks = tiny("llama"), blocks_of(5, B=20)
+    model, cache = PolicyModel(lm), open_at(tmp_path)
     expected = separate_logps(lm, blocks).detach().numpy()
+    narrow = [Block(blocks[2].prompt, blocks[2].responses[1:4]), blocks[4]]
+    filled, computed = reference.fill(cache, model, narrow, **HOW)
+    np.testing.assert_allclose(filled, [*expected[2, 1:4], *expected[4]], rtol=1e-5, atol=1e-4)
+    before = len(list(cache.glob("shard-*")))
+    filled, rest = reference.fill(open_at(tmp_path), model, blocks, **HOW)
+    assert (computed, rest) == (8, 92)
     np.testing.assert_allclose(filled, expected.ravel(), rtol=1e-5, atol=1e-4)
-    assert computed == 15 and lookup(cache, blocks).tolist() == filled.tolist()
-    for block, row in zip(blocks, expected, strict=True):
-        np.testing.assert_allclose(lookup(cache, [block]), row, rtol=1e-5, atol=1e-4)
-
-
-def test_a_second_run_computes_nothing_and_a_wider_one_only_the_rest(tmp_path):
-    lm, blocks = tiny("llama"), blocks_of(5)
-    model = PolicyModel(lm)
-    narrow = [Block(b.prompt, b.responses[:2]) for b in blocks]
-    assert reference.fill(open_at(tmp_path), model, narrow, **HOW)[1] == 6
-    filled, computed = reference.fill(open_at(tmp_path), model, blocks, **HOW)
-    assert computed == 9
+    todo = sum(map(len, blocks)) - sum(map(len, narrow))
+    assert len(list(cache.glob("shard-*"))) - before >= todo // (64 + max(map(len, blocks))) > 3
     calls = []
     model.register_forward_hook(lambda *args: calls.append(1))
     again, computed = reference.fill(open_at(tmp_path), model, blocks, **HOW)
-    assert computed == 0 and not calls and again.tolist() == filled.tolist()
+    assert computed == 0 and not calls and again.tolist() == lookup(cache, blocks).tolist() == filled.tolist()
 
 
 def test_entries_are_addressed_by_content(tmp_path):
@@ -110,20 +107,6 @@ def test_a_shard_is_keyed_by_blake2b_of_the_ids_in_any_order(tmp_path):
     reference.fill(other, PolicyModel(tiny("llama")), [block], **HOW)
     shards = [load_file(path)["keys"] for path in other.glob("shard-*.safetensors")]
     assert sorted(map(bytes, np.concatenate(shards))) == sorted(by_hand)
-
-
-def test_shards_hold_a_bounded_amount_of_work(tmp_path, monkeypatch):
-    """A micro-batch a shard: a kill loses one at most. Complete blocks in between are passed over."""
-    monkeypatch.setattr(reference, "MICRO_BATCHES_PER_SHARD", 1)
-    lm, blocks = tiny("llama"), blocks_of(5, B=20)
-    cache = open_at(tmp_path)
-    reference.fill(cache, PolicyModel(lm), [Block(blocks[2].prompt, blocks[2].responses[1:4]), blocks[4]], **HOW)
-    before = len(list(cache.glob("shard-*")))
-    assert reference.fill(cache, PolicyModel(lm), blocks, **HOW)[1] == 5 * 20 - 8
-    todo = sum(map(len, blocks)) - len(blocks[4]) - sum(len(y) for y in blocks[2].responses[1:4])
-    assert len(list(cache.glob("shard-*"))) - before >= todo // (64 + max(map(len, blocks))) > 3
-    expected = separate_logps(lm, blocks).detach().numpy()
-    np.testing.assert_allclose(lookup(cache, blocks), expected.ravel(), rtol=1e-5, atol=1e-4)
 
 
 def test_a_missing_entry_is_an_error(tmp_path):
