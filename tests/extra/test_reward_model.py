@@ -1,6 +1,5 @@
 """Reward models: packed rewards against transformers' own classifiers; training against the Bradley-Terry formula."""
 
-import json
 import math
 
 import helpers
@@ -187,22 +186,17 @@ def test_the_loss_is_bradley_terry(pairs, tmp_path):
     assert losses(tmp_path / "out")[0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_two_ranks_and_a_restart_give_the_same_trajectory(pairs, tmp_path):
+def test_a_restart_on_two_ranks_gives_the_same_trajectory(pairs, tmp_path):
     one = reward_run(lora_rank=4, lora_alpha=8, lr=3e-2)
     train.main(arguments(pairs, tmp_path / "one", **one))
+    train.main(arguments(pairs, tmp_path / "two", **one, stop_after=2))
     two = run_ranks(pairs, tmp_path / "two", 2, **one)
     np.testing.assert_allclose(two, losses(tmp_path / "one"), rtol=0, atol=1e-5)
-    train.main(arguments(pairs, tmp_path / "stopped", **one, stop_after=2))
-    train.main(arguments(pairs, tmp_path / "stopped", **one))
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "one")
-    assert json.loads((tmp_path / "one" / "run.json").read_text())["config"]["loss"] == "reward"
 
 
 def test_what_it_would_ignore_or_lacks_is_an_error(pairs, tiny_world, tmp_path):
     for world, options, message in (
-        (pairs, dict(beta=0.1), "loss reward does not use.*beta"),
-        (pairs, dict(method="dpo-bt"), "loss reward does not use.*method"),
-        (pairs, dict(gamma_end=3), "loss reward does not use.*gamma_end"),
+        (pairs, dict(beta=0.1, method="dpo-bt", gamma_end=3), "loss reward does not use.*beta, gamma_end, method"),
         (pairs, dict(label_smoothing=0.6), r"label_smoothing must lie in \[0, 0.5\)"),
         (tiny_world, {}, "no prompt has a human pair"),
     ):
