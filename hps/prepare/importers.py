@@ -44,7 +44,7 @@ def import_file(
         raise ValueError(f"source {source} needs an order, one of {', '.join(orders)}; it is {order!r}")
     if skip < 0 or (limit is not None and limit < 1):
         raise ValueError(f"skip = {skip} must be at least 0 and limit = {limit} at least 1")
-    counts = dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0)
+    counts: dict[str, int] = dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0)
     rows: list[Row] = []
     reasons: list[str] = []
     left_out: set[str] = set()
@@ -82,7 +82,7 @@ def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Con
     Raises:
         ValueError: no record left, and prompts of both kinds, strings and messages: a TRL data set holds one kind.
     """
-    counts = dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0)
+    counts: dict[str, int] = dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0)
     records: list[Record] = []
     reasons: list[str] = []
     kinds: dict[type, str] = {}

@@ -1,7 +1,6 @@
 """Foreign formats: each by hand from a small file in tests/fixtures, every reason to leave a record out, and back."""
 
 import gzip
-import hashlib
 import json
 import lzma
 import re
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from hps.data.listwise import Row, read, write, write_lines
 from hps.prepare import formats
 from hps.prepare.formats import DROPS, FORMATS, Dropped
-from hps.prepare.importers import export_rows, import_file, write_manifest
+from hps.prepare.importers import export_rows, import_file
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 ASK = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Tea?"
@@ -136,37 +135,34 @@ def test_trl():
     assert lost(found.counts) == {"rows_prompts_differ": 1}
 
 
-def test_authors_as_list_and_as_lines(tmp_path):
+def test_authors_as_a_list(tmp_path):
     records = [
         {"prompt": "<|user|>Hi<|assistant|>", "responses": ["a", "b", "c"], "rewards": [1.5, 2, -1]},
         {"prompt": "p", "responses": ["a"]},
     ]
-    lines, *_ = import_file("authors", put(tmp_path / "x.jsonl", *records))
-    assert [(row.prompt, row.responses, row.rewards) for row in lines] == [
+    (tmp_path / "x.json").write_text(json.dumps(records, indent=2))
+    rows, counts, *_ = import_file("authors", tmp_path / "x.json")
+    assert [(row.prompt, row.responses, row.rewards) for row in rows] == [
         ("<|user|>Hi<|assistant|>", ("a", "b", "c"), (1.5, 2.0, -1.0)),
         ("p", ("a",), None),
     ]
-    (tmp_path / "x.json").write_text(json.dumps(records, indent=2))
-    rows, counts, *_ = import_file("authors", tmp_path / "x.json")
-    assert [(row.id, row.rewards) for row in rows] == [(row.id, row.rewards) for row in lines]
     assert rows[1].where == f"{tmp_path / 'x.json'}[1]" and counts["rows_read"] == 2
 
 
 # -- against TRL's own code --
 
 
-@pytest.mark.parametrize("name", ["trl.jsonl", "trl-standard.jsonl"])
-def test_trl_fixtures_are_read_as_trl_reads_them(name):
+def test_trl_fixtures_are_read_as_trl_reads_them():
     oracle = pytest.importorskip("trl.data_utils", reason="TRL is a development extra")
-    rows = [(record, dropped("trl", record)) for record in load(name)]
-    rows = [(record, row) for record, row in rows if isinstance(row, Row)]
-    assert len(rows) == 3
-    for record, row in rows:
-        theirs = oracle.maybe_extract_prompt(record)
-        sides = [theirs["chosen"], theirs["rejected"]]
-        texts = [side if isinstance(side, str) else side[0]["content"] for side in sides]
-        assert row.prompt == (theirs["prompt"] if isinstance(theirs["prompt"], str) else tuple(theirs["prompt"]))
-        assert list(row.responses) == texts
+    for name in ("trl.jsonl", "trl-standard.jsonl"):
+        rows = [(record, dropped("trl", record)) for record in load(name)]
+        rows = [(record, row) for record, row in rows if isinstance(row, Row)]
+        assert len(rows) == 3
+        for record, row in rows:
+            theirs = oracle.maybe_extract_prompt(record)
+            texts = [s if isinstance(s, str) else s[0]["content"] for s in (theirs["chosen"], theirs["rejected"])]
+            assert row.prompt == (theirs["prompt"] if isinstance(theirs["prompt"], str) else tuple(theirs["prompt"]))
+            assert list(row.responses) == texts
 
 
 @given(st.text("ab ", max_size=6), st.text("ab ", min_size=1, max_size=4), st.text("ab ", min_size=1, max_size=4))
@@ -403,14 +399,3 @@ def test_the_real_hh_rlhf_both_ways(hh_rlhf_path):
     for row, record in zip(rows, kept, strict=True):
         # The published rule of thumb, independent of our parser: the answer follows the last "Assistant:".
         assert row.responses[0] == record["chosen"].rpartition("\n\nAssistant: ")[2]
-
-
-def test_the_manifest_identifies_both_files(tmp_path):
-    """SHA-256 of the empty file and of "abc" as in FIPS 180-2, appendix B.1."""
-    (tmp_path / "in").write_bytes(b"abc")
-    (tmp_path / "out").write_bytes(b"")
-    path = write_manifest(tmp_path / "in", tmp_path / "out", {"counts": {"rows_read": 1}})
-    found = json.loads(path.read_text())
-    assert path == tmp_path / "out.manifest.json" and found["counts"] == {"rows_read": 1}
-    assert found["input"]["sha256"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert found["output"]["sha256"] == hashlib.sha256().hexdigest() and found["input"]["bytes"] == 3

@@ -9,10 +9,10 @@ from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from helpers import fork, run_script, torchrun
-from scipy import stats
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import data_prep
@@ -36,42 +36,19 @@ def llama():
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def scripted(probs_of_prefix, vocab_size):
-    """A model whose next-token distribution is a function of the whole prefix.
+def scripted(monkeypatch, *responses):
+    """In place of the engine: each prompt gets these responses in turn, the last one that asks is served first."""
 
-    Its keys are one-hot positions, its values one-hot tokens, and head h asks for position h: so attention gives the
-    prefix back.
-    """
-    positions = torch.eye(64)
+    def engine(model, requests, **_):
+        while requests:
+            request = requests.pop()
+            for at in range(len(request.samples), len(request.samples) + request.due):
+                ids = np.array(responses[at % len(responses)], np.int32)
+                request.samples.append(decode.Sample(ids, bool(ids[-1] == EOS), -1.0))
+            request.due = 0
+            yield request
 
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.anchor = torch.nn.Parameter(torch.zeros(1))  # gives the model a device
-            self.config = SimpleNamespace(max_position_embeddings=64)
-            self.row_counts = []
-
-        def set_attn_implementation(self, name):
-            self.config._attn_implementation = name
-
-        def forward(self, ids, past_key_values=None, position_ids=None, packed_layout=None, logits_to_keep=None, **_):
-            at = torch.arange(ids.shape[1])[None] if position_ids is None else position_ids
-            keys = (30 * positions[at.expand_as(ids)])[:, None]
-            values = torch.nn.functional.one_hot(ids, vocab_size).float()[:, None]
-            if past_key_values is None:
-                keep = range(ids.shape[1]) if logits_to_keep is None else logits_to_keep.tolist()
-                prefixes = [[row[: k + 1] for k in keep] for row in ids.tolist()]
-                past_key_values = SimpleNamespace(layers=[SimpleNamespace(keys=keys, values=values)])
-            else:
-                self.row_counts.append(len(ids))
-                keys, values = past_key_values.update(keys, values, 0)
-                found = packed_layout(30 * positions.expand(len(ids), 64, 64)[:, :, None], keys, values, 1.0)
-                tokens = found[:, :, 0].argmax(-1).tolist()
-                prefixes = [[row[: int(p) + 1]] for row, p in zip(tokens, at[:, 0], strict=True)]
-            probs = torch.tensor([[probs_of_prefix(prefix) for prefix in row] for row in prefixes])
-            return SimpleNamespace(logits=probs.log(), past_key_values=past_key_values)
-
-    return Model().eval()
+    monkeypatch.setattr(generation, "decode", engine)
 
 
 def flat(groups):
@@ -92,21 +69,6 @@ def run(model, prompts, *, draw_limit=30.0, **more):
     settings = dict(n=4, eos_token_id=EOS, max_new_tokens=12, progress=False, counts=counts) | more
     with mock.patch.object(generation, "DRAW_LIMIT", draw_limit):
         return dict(generate(model, prompts, **settings)), counts
-
-
-def test_whole_responses_follow_their_exact_probabilities():
-    # Tokens: 0, 1, EOS. The second step depends on the first, so a mixed-up cache would show.
-    table = {(): [0.5, 0.3, 0.2], (0,): [0.1, 0.2, 0.7], (1,): [0.6, 0.1, 0.3]}
-    fake = scripted(lambda row: table.get(tuple(row[1:]), [0.0, 0.0, 1.0]), 3)
-    settings = dict(as_drawn=True, temperature=1.0, max_rows=700)
-    seen = Counter(tuple(one.token_ids) for one in run(fake, [("x", [1])], n=4000, **settings)[0]["x"])
-    exact = {(2,): 0.2}
-    for first, p in ((0, 0.5), (1, 0.3)):
-        for second in range(3):
-            key = (first, 2) if second == 2 else (first, second, 2)
-            exact[key] = p * table[(first,)][second]
-    assert set(seen) == set(exact)
-    assert stats.chisquare([seen[k] for k in exact], [4000 * p for p in exact.values()]).pvalue > 0.01
 
 
 # --- what is kept ------------------------------------------------------------------------------------------
@@ -139,13 +101,11 @@ def test_samples_do_not_depend_on_grouping_order_or_sharding(llama):
     assert flat(other.values()) != flat([whole["a"]])  # equal prompts with unequal ids have their own draws
 
 
-def test_results_come_in_input_order_and_batches_hold_no_more_than_max_rows():
-    fake = scripted(lambda row: [0, 0, 1.0] if 0 in row else [1.0, 0, 0], 3)  # every row decodes one step
-    prompts = [(name, [1] * len(ids)) for name, ids in PROMPTS]
-    samples, _ = run(fake, prompts, as_drawn=True, max_rows=10, n=5)
+def test_results_come_in_input_order(llama, monkeypatch):
+    scripted(monkeypatch, [0, EOS])
+    samples, _ = run(llama, PROMPTS, as_drawn=True)
     assert list(samples) == [name for name, _ in PROMPTS]
-    assert max(fake.row_counts) == 10
-    assert all(one.token_ids.tolist() == [0, 2] for group in samples.values() for one in group)
+    assert flat(samples.values()) == [[([0, EOS], True)] * 4] * len(PROMPTS)
 
 
 def test_kept_samples_are_the_first_n_of_the_stream(llama):
@@ -161,28 +121,20 @@ def test_kept_samples_are_the_first_n_of_the_stream(llama):
     assert counts["samples"] == kept + counts["unfinished"] + counts["duplicates"] + counts["surplus"]
 
 
-def test_a_model_that_can_say_three_things_is_counted_and_given_up():
-    # First token 0 or 1 or EOS, then EOS; a first token 3 never ends.
-    fake = scripted(lambda row: [0.0, 0.0, 0.0, 1.0] if 3 in row else [0.25] * 4 if len(row) == 2 else [0, 0, 1, 0], 4)
-    samples, counts = run(fake, [("a", [1, 1]), ("b", [1, 0])], n=10, draw_limit=3.0)
-    for group in samples.values():
-        assert {tuple(one.token_ids) for one in group} == {(0, 2), (1, 2), (2,)} and len(group) == 3
-        assert all(one.logp == pytest.approx(math.log(0.25), abs=1e-6) for one in group)
-    streams = [draw(fake, [1, 1], "a", n=30), draw(fake, [1, 0], "b", n=30)]
-    unfinished = sum(not one.finished for group in streams for one in group)
-    assert counts == Counter(
-        samples=60, unfinished=unfinished, duplicates=60 - unfinished - 6, prompts_short=2, surplus=0
-    )
+def test_a_model_that_can_say_three_things_is_given_up(llama, monkeypatch):
+    """30 draws of each of two prompts: every fourth does not end, the rest are the three over again."""
+    three = [[0, EOS], [1, EOS], [EOS]]
+    scripted(monkeypatch, *three, [3] * 12)
+    samples, counts = run(llama, PROMPTS[:2], n=10, draw_limit=3.0)
+    assert flat(samples.values()) == [[(ids, True) for ids in three]] * 2
+    assert counts == Counter(samples=60, unfinished=14, duplicates=40, prompts_short=2, surplus=0)
 
 
-def test_as_drawn_keeps_unfinished_and_equal_samples(llama):
-    name, ids = PROMPTS[0]
-    samples, counts = run(llama, [(name, ids)], n=30, as_drawn=True)
-    assert flat([samples[name]]) == flat([draw(llama, ids, name, n=30)])
-    assert {one.finished for one in samples[name]} == {True, False}
-    fake = scripted(lambda row: [0.5, 0.0, 0.5] if len(row) == 2 else [0, 0, 1.0], 3)
-    samples, more = run(fake, [("a", [1, 1])], n=10, as_drawn=True)
-    assert len(samples["a"]) == 10 and counts + more == {"samples": 40}
+def test_as_drawn_keeps_unfinished_and_equal_samples(llama, monkeypatch):
+    scripted(monkeypatch, [0, EOS], [0, EOS], [3] * 12)
+    samples, counts = run(llama, PROMPTS[:1], n=6, as_drawn=True)
+    assert flat(samples.values()) == [([([0, EOS], True)] * 2 + [([3] * 12, False)]) * 2]
+    assert +counts == {"samples": 6}
 
 
 def test_greedy_generation_draws_once_per_prompt(llama):
@@ -204,7 +156,7 @@ def test_mistakes_are_named(llama, monkeypatch):
         with pytest.raises(ValueError, match=message):
             run(llama, prompts, **more)
     with pytest.raises(ValueError, match="training mode"):
-        run(scripted(lambda row: [1.0], 1).train(), [("a", [0])])
+        run(AutoModelForCausalLM.from_config(llama.config).train(), [("a", [1])])
     monkeypatch.setattr(llama.config, "sliding_window", 20, raising=False)
     run(llama, [("a", [3] * 8)], n=1)
     with pytest.raises(ValueError, match="'a' has 9 tokens; the model's 20 positions"):
