@@ -2,7 +2,8 @@
 
     python -m hps.evaluate.chat --model runs/hps/policy --reference M
 
-/reset begins a new conversation; /quit, or the end of the input, ends the program.
+/reset begins a new conversation; /quit, or the end of the input, ends the program. The policy's answers enter the
+conversation; the reference answers that one as well.
 """
 
 import shutil
@@ -10,7 +11,6 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,9 +18,6 @@ import torch
 from hps import config, model
 from hps.data import listwise, tokens
 from hps.prepare import generate
-
-TWO_COLUMNS_FROM = 80  # columns of a terminal; below, answers stand one under the other
-GAP = " | "
 
 
 @dataclass
@@ -36,8 +33,7 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> None:
-    page = f"{__doc__}\nThe policy's answers enter the conversation; the reference answers that one as well."
-    c, _ = config.parse(Options, argv, prog="python -m hps.evaluate.chat", description=page.strip())
+    c, _ = config.parse(Options, argv, prog="python -m hps.evaluate.chat", description=str(__doc__).strip())
     config.check_choices(c, dtype=model.DTYPES)
     names = {"policy": c.model} | ({"reference": c.reference} if c.reference else {})
     speakers = {name: load(path, c.dtype) for name, path in names.items()}
@@ -67,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"error: {error}\nThat was not added to the conversation; /reset begins a new one.")
                 continue
             history = (*asked, {"role": "assistant", "content": found["policy"]})
-            print(show(found, shutil.get_terminal_size().columns))
+            for name, text in found.items():
+                print(f"{name}:", *wrapped(text, shutil.get_terminal_size().columns), "", sep="\n")
 
 
 def load(path: str, dtype: str) -> tuple[Any, Any]:
@@ -90,16 +87,6 @@ def answers(lm: Any, tokenizer: Any, prompts: dict[str, Sequence[int]], **how: A
     """What a model says to prompts of token ids, each by the random stream of its name; `how`: see generate.answer."""
     found = generate.answer(lm, tokenizer, list(prompts.items()), n=1, counts=Counter(), progress=False, **how)
     return {name: text for name, [text] in found}
-
-
-def show(found: dict[str, str], width: int) -> str:
-    """Named answers as two columns, or one under the other where there is one or the terminal is narrow."""
-    if len(found) == 1 or width < TWO_COLUMNS_FROM:
-        return "\n".join(line for name, text in found.items() for line in (f"{name}:", *wrapped(text, width), ""))
-    each = (width - len(GAP)) // 2
-    columns = [[f"{name}:", *wrapped(text, each)] for name, text in found.items()]
-    rows = zip_longest(*columns, fillvalue="")
-    return "\n".join(f"{left:<{each}}{GAP}{right}".rstrip() for left, right in rows) + "\n"
 
 
 def wrapped(text: str, width: int) -> list[str]:

@@ -6,7 +6,6 @@
 survey.html goes to the raters; key.json, which says what wrote each response, stays. docs/EVALUATION.md tells the rest.
 """
 
-import itertools
 import json
 import random
 import reprlib
@@ -164,21 +163,6 @@ def krippendorff_alpha(values: metrics.Floats) -> float | None:
     return float(1 - observed / present.var(ddof=1))
 
 
-def mean_correlations(values: metrics.Floats) -> dict[str, Any]:
-    """Mean Pearson and Spearman correlation over pairs of raters; (raters, units), NaN where a unit was left out.
-
-    A pair counts with three units or more in common that neither rated all alike. None without such a pair.
-    """
-    stats, found = metrics.extra("scipy.stats"), []
-    pairs = list(itertools.combinations(values, 2))
-    for a, b in pairs:
-        both = ~np.isnan(a) & ~np.isnan(b)
-        if both.sum() >= 3 and np.ptp(a[both]) > 0 and np.ptp(b[both]) > 0:
-            found.append((stats.pearsonr(a[both], b[both])[0], stats.spearmanr(a[both], b[both])[0]))
-    pearson, spearman = np.mean(found, axis=0).tolist() if found else (None, None)
-    return {"pearson": pearson, "spearman": spearman, "pairs": len(found), "pairs_left_out": len(pairs) - len(found)}
-
-
 def results_of(key: dict[str, Any], given: list[dict[str, Any]]) -> dict[str, Any]:
     """What survey.json holds: means, paired differences, agreement and counts of checked files."""
     prompts = sorted({item["prompt"] for item in key["items"].values()})
@@ -205,24 +189,20 @@ def results_of(key: dict[str, Any], given: list[dict[str, Any]]) -> dict[str, An
             "ratings_missing": len(given) * len(key["items"]) - started,
         },
         **verdicts.summarise(scores, unit="ratings"),
-        "agreement": {
-            name: {"alpha": krippendorff_alpha(units[..., k]), **mean_correlations(units[..., k])}
-            for k, name in enumerate(SCALES)
-        },
+        "agreement": {name: krippendorff_alpha(units[..., k]) for k, name in enumerate(SCALES)},
     }
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The tables of survey.md."""
-    agreement = [
-        [name, *("-" if found[key] is None else f"{found[key]:z.2f}" for key in ("alpha", "pearson", "spearman"))]
-        + [str(found["pairs"])]
-        for name, found in results["agreement"].items()
-    ]
+    agreement = [[name, "-" if alpha is None else f"{alpha:z.2f}"] for name, alpha in results["agreement"].items()]
     counts = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in results["counts"].items())
-    columns = ["criterion", "Krippendorff's alpha", "mean Pearson", "mean Spearman", "pairs of raters"]
     parts = [f"# Human ratings\n\nStudy `{results['study']}`: {counts}. Ratings from 1.00 to 5.00."]
-    parts += [verdicts.markdown(results), "## Agreement between raters", md.table(columns, agreement)]
+    parts += [
+        verdicts.markdown(results),
+        "## Agreement between raters",
+        md.table(["criterion", "Krippendorff's alpha"], agreement),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,6 +1,7 @@
 """The chat, fed by a standard input that stands in for a person."""
 
 import io
+import re
 import shutil
 from collections import Counter
 
@@ -51,15 +52,9 @@ def expected(path, history: list[tuple[str, str]], turn: int, seed: int = 0, tem
     return tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
 
 
-def columns_of(printed: str) -> list[tuple[str, str]]:
-    """The pairs of answers out of what was printed in two columns."""
-    found = []
-    for block in printed.split("you> "):
-        lines = [line.partition(" |") for line in block.splitlines()]
-        if lines and lines[0][0].strip() == "policy:":
-            left, right = (" ".join(line[i].strip() for line in lines[1:]) for i in (0, 2))
-            found.append((" ".join(left.split()), " ".join(right.split())))
-    return found
+def said_by(printed: str, name: str) -> list[str]:
+    """The answers of one of them, in the order of the turns."""
+    return [" ".join(text.split()) for text in re.findall(rf"{name}:\n(.*?)\n\n", printed, re.DOTALL)]
 
 
 def test_both_answer_one_conversation_which_the_policy_continues(talk, tiny_world, other):
@@ -72,17 +67,15 @@ def test_both_answer_one_conversation_which_the_policy_continues(talk, tiny_worl
     second = [*first, ("assistant", policy), ("user", "three")]
     turns = [tuple(expected(path, said, turn, seed=3) for path in (model, other))
              for turn, said in ((1, first), (2, second), (1, first))]  # fmt: skip
-    assert columns_of(out) == [tuple(" ".join(text.split()) for text in pair) for pair in turns]
+    for name, answers in zip(("policy", "reference"), zip(*turns)):
+        assert said_by(out, name) == [" ".join(text.split()) for text in answers]
 
 
 def test_greedy_without_a_reference_until_quit(talk, tiny_world):
     model = tiny_world / "model"
     out = talk(["hello", "/quit", "never"], model=model, temperature=0, max_new_tokens=12)
-    assert (
-        out.split("policy:\n")[1].split("you>")[0].split()
-        == expected(model, [("user", "hello")], 1, temperature=0).split()
-    )
-    assert out.count("policy:") == 1 and "reference:" not in out
+    assert said_by(out, "policy") == [" ".join(expected(model, [("user", "hello")], 1, temperature=0).split())]
+    assert "reference:" not in out
 
 
 def test_a_turn_that_does_not_fit_is_told_and_forgotten(talk, tiny_world):
@@ -100,11 +93,6 @@ def test_no_chat_template_is_an_error_before_the_first_question(talk, tiny_world
         talk(["hello"], model=tmp_path / "model")
 
 
-def test_columns_where_there_is_room_else_one_under_the_other():
-    answers = {"policy": "a b c", "reference": "d"}
-    assert chat.show(answers, 20) == "policy:\na b c\n\nreference:\nd\n"
-    lines = chat.show({"policy": "word " * 30, "reference": "d"}, 83).splitlines()
-    assert lines[0] == f"{'policy:':<40} | reference:" and lines[1].endswith(" | d")
-    assert len(lines) == 1 + 4 and max(map(len, lines)) <= 83
-    # An answer cannot steer the terminal.
+def test_lines_fit_the_terminal_and_cannot_steer_it():
+    assert max(map(len, chat.wrapped("word " * 30, 40))) <= 40
     assert chat.wrapped("a\x1b[2Jb\n\nc\td", 40) == ["a [2Jb", "", "c d"]
