@@ -1,6 +1,7 @@
 """The rules that keep the house small: what `import train` loads, no import circle, and who may import whom."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,14 @@ def test_rooms_import_inwards():
     assert not wrong, wrong
 
 
-def test_losses_import_nothing_of_ours():
+def test_losses_and_options_stand_alone():
+    """The losses import nothing of ours, and reading options asks for nothing but the standard library."""
     assert not imports(MODULES["hps.losses"], MODULES, anywhere=True)
+    nodes = ast.walk(ast.parse(MODULES["hps.config"].read_text(encoding="utf-8")))
+    named = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {alias.name for node in named if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {str(node.module) for node in named if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in modules} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(

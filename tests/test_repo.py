@@ -38,23 +38,6 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def imports(path: Path) -> set[str]:
-    """Full names of what a file imports anywhere in it: `from hps import dist` gives hps.dist."""
-    found = set()
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import; write the full name"
-            ours = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
-            found |= ours or {node.module or ""}
-    return found
-
-
-def test_config_imports_the_standard_library_only():
-    assert {name.split(".")[0] for name in imports(PACKAGE["hps.config"])} <= sys.stdlib_module_names
-
-
 def test_importing_everything_has_no_side_effects():
     no_triton = importlib.util.find_spec("triton") is None  # it is for Linux only; hps.logps does without
     names = [name for name in MODULES if not (no_triton and name == "hps.kernels")]
@@ -187,12 +170,6 @@ def test_public_signatures_are_typed():
     assert not [line for path in PACKAGE.values() for line in untyped(path)]
 
 
-def test_the_typing_check_itself(tmp_path):
-    path = tmp_path / "bad.py"
-    path.write_text("def a(x: int) -> int: 1\ndef b(x: int): 1\ndef c(*, y) -> int: 1\ndef _d(x): 1\n")
-    assert [line.split()[1] for line in untyped(path)] == ["b", "c"]
-
-
 def options_of(path: Path) -> dict[str, set[str]]:
     """Names of the options of each dataclass of a file that `config` fills: Config, Options, or a command's."""
     found = {}
@@ -243,15 +220,6 @@ def test_every_option_is_read():
     modules = MODULES | {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
     assert sum(len(options) for path in modules.values() for options in options_of(path).values()) > 150
     assert not [line for name, path in modules.items() for line in unread(path, elsewhere.get(name, set()))]
-
-
-def test_the_check_of_options_itself(tmp_path):
-    path = tmp_path / "script.py"
-    path.write_text(
-        "@dataclass\nclass Options:\n    a: int  # x\n    b: int  # x\n    c: int  # x\n    d: int  # x\n"
-        "def f(o): return o.a, getattr(o, 'b'), c\n"
-    )
-    assert unread(path, {"d"}) == ["script.py: Options.c"]
 
 
 # -- packaging --

@@ -231,17 +231,6 @@ def test_annotate_scorers_with_noise_and_pairs(tiny_world, tmp_path):
             data_prep.main(["annotate", *flags(scorer=scorer, input=source, output=tmp_path / "a.jsonl")])
 
 
-def test_import_and_annotate_hh_rlhf(hh_rlhf_path, tiny_world, tmp_path, capsys):
-    train_file, rest = tmp_path / "train.jsonl", tmp_path / "rest.jsonl.gz"
-    source = dict(source="hh-rlhf", input=hh_rlhf_path)
-    data_prep.main(["import", *flags(**source, output=train_file, limit=16)])
-    data_prep.main(["import", *flags(**source, output=rest, skip=16, limit=200)])
-    ids = [{r.id for r in listwise.read(path)} for path in (train_file, rest)]
-    assert len(ids[0]) == 16 and len(ids[1]) == 200 and not ids[0] & ids[1]
-    data_prep.main(["annotate", *flags(scorer="human", input=train_file, output=tmp_path / "h.jsonl")])
-    assert {r.rewards for r in listwise.read(tmp_path / "h.jsonl")} == {(1.0, 0.0)}
-
-
 def test_import_and_export_leave_a_manifest(tmp_path, capsys):
     """Two of the three rows are usable in the safe order; the file that TRL would read holds their pairs."""
     source, rows, pairs = ROOT / "tests/fixtures/pku-saferlhf.jsonl", tmp_path / "r.jsonl", tmp_path / "p.jsonl"
