@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hps.config import check_choices, check_used, parse, run_command, run_main
@@ -75,6 +75,7 @@ def test_a_flag_of_each_type(argv, name, value):
     assert run(*argv, "--data", "a") == (config, names)  # a bare bool does not swallow the next flag
 
 
+@settings(max_examples=30)
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**63), 2**63 - 1), st.text(min_size=1))
 def test_flags_give_back_any_value(number, whole, text):
     config, _ = run(f"--lr={number!r}", f"--max_length={whole}", f"--data={text}")
