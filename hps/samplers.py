@@ -187,7 +187,7 @@ def gamma_at(
     if phases < (2 if schedule == "inclusive" else 1):
         raise ValueError(f"gamma_schedule {schedule!r} needs more than {phases} gamma_phases")
     progress = np.asarray(progress, dtype=np.float64)
-    # A step that begins exactly on a knot must not fall before it: 0.6 * 5 is 2.9999999999999996 in floats.
+    # A step that begins exactly on a knot must not fall before it: 1 / 49 * 49 is below 1 in floats.
     phase = np.minimum(np.floor(progress * phases + 1e-9), phases - 1)
     share = {
         "left_knots": phase / phases,

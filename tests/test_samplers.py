@@ -35,7 +35,8 @@ def test_gamma_schedules():
     assert gamma_at(at, schedule="inclusive").tolist() == [-5, -5, -2.5, 0, 2.5, 5]
     np.testing.assert_allclose(gamma_at(at, schedule="linear"), -5 + 10 * at)
     assert gamma_at(at, schedule="constant", start=2.0).tolist() == [2.0] * 6
-    # 3/5 of 10 steps is step 6: floats must not push it back into the third phase.
+    # Floats must not push a step that begins on a knot back into the phase before: 1 / 49 * 49 is below 1 in them.
+    assert gamma_at(1 / 49, start=0.0, end=49.0, phases=49) == pytest.approx(1.0)
     assert gamma_at(np.arange(10) / 10).tolist() == [-5, -5, -3, -3, -1, -1, 1, 1, 3, 3]
 
 

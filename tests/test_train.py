@@ -88,6 +88,12 @@ def test_bf16_follows_fp32(tiny_world, tmp_path, base):
     assert low[0] == pytest.approx(math.log(2), abs=2e-2) and np.isfinite(low).all()
 
 
+def test_the_learning_rate_warms_up_and_ends_where_told():
+    """By hand: up in four equal steps, then half a cosine from lr to lr_end * lr."""
+    c = Config("m", "d", "o", lr=2.0, warmup_steps=4, lr_end=0.1)
+    close([train.lr_at(c, step, 24) for step in (0, 3, 4, 14, 24)], [0.5, 2.0, 2.0, 2.0 * 0.55, 0.2], atol=1e-12)
+
+
 # --------------------------------------------------------------------------------------------------- going on
 
 
