@@ -195,6 +195,10 @@ def test_curriculum_follows_optimizer_steps():
     place = [stats.rankdata(rewards[r])[y] / len(rewards[r]) for r, y in zip(p.row, p.responses[:, 1], strict=True)]
     low, high = (np.mean(np.array(place)[p.gamma == g]) for g in (-5, 3))
     assert low < 0.35 < 0.55 < high
+    # A last step that is not full is a step as well: five visits by two are three of them.
+    how = dict(sampler="hps", gamma_schedule="linear", epochs=1, prompts_per_step=2, seed=0)
+    p = plan(rewards[:5], identity[:5], keys[:5], **how)
+    np.testing.assert_allclose([p.gamma[p.step(s)[0]] for s in range(3)], [-5, -5 / 3, 5 / 3], rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ by hand, and mistakes
