@@ -5,7 +5,7 @@ configs/world.toml. What was chosen here by looking at results was chosen on val
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -92,35 +92,38 @@ def transfer() -> Suite:
     return Suite(rows, pairs, domain="both", prompts=prompts)
 
 
-def swept(views: tuple[str, ...], key: str, values: tuple[float, ...], *, own: float) -> tuple[dict[str, Row], dict]:
-    """Rows "DPO-view key value", the option left out at its own value, and the lines through them."""
+def swept(
+    views: tuple[str, ...], key: str, values: tuple[float, ...], *, option: str = "", own: float = 0.0, label: str = ""
+) -> Suite:
+    """Rows "DPO-view key value", HPS against the others at each value, and a figure of the lines through the rows.
+
+    Args:
+        option: of train.py, which takes the value and is left out at train.py's `own`; empty: a row trains as its view.
+        label: of the figure's horizontal axis, which shows the values; empty: it shows the KL to the reference.
+    """
+    rows: dict[str, Row] = {}
+    x: dict[str, Any] = {"label": label, "values": {}} if label else {"metric": "kl_exact"}
+    for view, value in product(views, values):
+        name = f"DPO-{view} {key} {value:g}"
+        rows[name] = row("dpo", view, **({option: value} if option and value != own else {}))
+        x.get("values", {})[name] = value
     lines = {f"DPO-{view}": [f"DPO-{view} {key} {value:g}" for value in values] for view in views}
-    option = {"n": "candidates"}.get(key, key)
-    rows = {
-        f"DPO-{view} {key} {value:g}": row("dpo", view) | ({option: value} if value != own else {})
-        for view in views
-        for value in values
-    }
-    return rows, lines
+    others = [view for view in views if view != "HPS"]
+    pairs = [(f"DPO-HPS {key} {v:g}", f"DPO-{other} {key} {v:g}") for v, other in product(values, others)]
+    return Suite(rows, pairs, series={key: {"x": x, "panels": PANELS, "lines": lines}})
 
 
 def responses() -> Suite:
     """The paper's Tables 6 and 7: how many candidates a prompt has in training."""
-    numbers = (5, 20, 50, 100)
-    rows, lines = swept(PAPER, "n", numbers, own=100)
-    rows["DPO-PL-8 n 5"]["pl_responses"] = 5
-    x = {"label": "candidates of a prompt", "values": {name: int(name.split()[-1]) for name in rows}}
-    pairs = [(f"DPO-HPS n {n}", f"DPO-{other} n {n}") for n in numbers for other in ("BT", "PL-8")]
-    pairs += [(f"DPO-{view} n 100", f"DPO-{view} n 5") for view in PAPER]
-    return Suite(rows, pairs, series={"responses": {"x": x, "panels": PANELS, "lines": lines}})
+    suite = swept(PAPER, "n", (5, 20, 50, 100), option="candidates", own=100, label="candidates of a prompt")
+    suite.rows["DPO-PL-8 n 5"]["pl_responses"] = 5
+    pairs = suite.pairs + [(f"DPO-{view} n 100", f"DPO-{view} n 5") for view in PAPER]
+    return replace(suite, pairs=pairs, series={"responses": suite.series["n"]})
 
 
 def beta() -> Suite:
     """The paper's Table 8: reward margin against KL over beta."""
-    betas = (0.1, 0.25, 0.5, 0.75, 1.0)
-    rows, lines = swept(PAPER, "beta", betas, own=0.1)
-    pairs = [(f"DPO-HPS beta {b:g}", f"DPO-{other} beta {b:g}") for b in betas for other in ("BT", "PL-8")]
-    return Suite(rows, pairs, series={"beta": {"x": {"metric": "kl_exact"}, "panels": PANELS, "lines": lines}})
+    return swept(PAPER, "beta", (0.1, 0.25, 0.5, 0.75, 1.0), option="beta", own=0.1)
 
 
 def schedule() -> Suite:
@@ -145,14 +148,10 @@ def schedule() -> Suite:
 
 def noise() -> Suite:
     """How much noise in the training reward the samplers bear (the world's own is 0.4, and a liking for length)."""
-    views, levels = ("BT", "uniform", "HPS"), (0.0, 0.4, 1.0, 2.0)
-    rows = {f"DPO-{view} noise {level:g}": row("dpo", view) for view in views for level in levels}
-    level_of = {name: float(name.split()[-1]) for name in rows}
-    lines = {f"DPO-{view}": [f"DPO-{view} noise {level:g}" for level in levels] for view in views}
-    pairs = [(f"DPO-HPS noise {x:g}", f"DPO-{other} noise {x:g}") for x in levels for other in ("BT", "uniform")]
-    x = {"label": "standard deviation of the training reward's noise", "values": level_of}
-    own = {name: level for name, level in level_of.items() if level != 0.4}
-    return Suite(rows, pairs, noise=own, series={"noise": {"x": x, "panels": PANELS, "lines": lines}})
+    label = "standard deviation of the training reward's noise"
+    suite = swept(("BT", "uniform", "HPS"), "noise", (0.0, 0.4, 1.0, 2.0), label=label)
+    levels = suite.series["noise"]["x"]["values"]
+    return replace(suite, noise={name: level for name, level in levels.items() if level != 0.4})
 
 
 def cost() -> Suite:
