@@ -41,7 +41,7 @@ Statement = dict[str, Any]  # title, premise, claim, verdict, note, rows, and wh
 
 @dataclass
 class Options:
-    out: str = "runs/theory"  # folder of theory.json, THEORY.md and the figures
+    out: str = "runs/theory"  # folder of theory.json, THEORY.md and a figure
     small: bool = False  # seconds instead of minutes: checks the path, not the claims
     seed: int = 0  # of every draw
 
@@ -406,50 +406,31 @@ def statements(*, small: bool, seed: int) -> dict[str, Statement]:
     return {statement.__name__: statement(**options, seed=seed) for statement, options in of_each.items()}
 
 
-def draw(found: dict[str, Statement], figure: Callable[[float, float], Any]) -> dict[str, tuple[str, str, Any]]:
-    """name -> statement that it follows, caption, figure; figure(inches, inches) makes an empty one."""
-    errors, gaps, margins = figure(7.5, 3.2), figure(7.5, 2.8), figure(4.5, 3.0)
-    for axes, x in zip(errors.subplots(1, 2), "mn"):
-        rows = found[f"theorem1_in_{x}"]["rows"]
-        for colour, method in zip(COLOURS, dict.fromkeys(row["method"] for row in rows)):
-            mine = {key: [row.get(key, math.nan) for row in rows if row["method"] == method] for key in rows[0]}
-            axes.errorbar(mine[x], mine["error"], mine["error_se"], color=colour, marker="o", ms=3, label=method)
-            axes.plot(mine[x], mine["predicted"], color=colour, linestyle="", marker="_", ms=12)
-            axes.plot(mine[x], mine["bound"], color=colour, linestyle=":")
-        axes.set(xscale="log", yscale="log", xlabel={"m": "m, prompts", "n": "n, responses"}[x])
-        ticks = sorted({row[x] for row in rows})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-    errors.axes[0].set_ylabel("error, semi-norm of Sigma_D")
-    errors.axes[0].legend()
+def draw(found: dict[str, Statement], path: Path) -> None:
+    """Theorem 1's errors over m and over n into a PNG file: lines measured, dashes by Fisher, dots the bounds."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # never pyplot: no global figure, no display
 
-    left, right = gaps.subplots(1, 2)
-    rows = [row for row in found["theorem2_own_reward"]["rows"] if 0 < row["gamma"] <= 1000]
-    left.plot([row["gamma"] for row in rows], [row["gap"] for row in rows], color=COLOURS[0], marker="o", ms=3)
-    left.set(xscale="log", yscale="log", xlabel="gamma (q from r_theta)", ylabel="supremum - loss, nats")
-    rows = found["theorem2_other_reward"]["rows"]
-    for colour, key, label in zip(COLOURS, ("gap", "argmaxes agree"), ("supremum - limit, nats", "argmaxes agree")):
-        columns = [[row[k] for row in rows] for k in ("correlation", key)]
-        right.plot(*columns, color=colour, marker="o", ms=3, label=label)
-    right.set(xlabel="correlation of r_est (makes q) and r_theta")
-    right.legend()
-
-    axes = margins.subplots()
-    for colour, (name, curve) in zip(COLOURS, found["theorem3_minimiser"]["curves"].items()):
-        axes.plot(curve, color=colour, label=f"ranked {name}")
-    axes.set(xlabel="subgradient step", ylabel="mean margin, theta free")
-    axes.legend()
-    return {
-        "theorem1": ("theorem1_in_n", "Lines: measured. Dashes: Fisher. Dots: the bounds.", errors),
-        "theorem2": ("theorem2_other_reward", "The distance to the supremum of Eq. 12.", gaps),
-        "theorem3": ("theorem3_minimiser", "Maximising the margin with nothing to hold theta.", margins),
-    }
+    with rc_context(STYLE), replacing(path) as partial:
+        figure = Figure(figsize=(7.5, 3.2), dpi=DPI, layout="constrained")
+        for axes, x in zip(figure.subplots(1, 2), "mn"):
+            rows = found[f"theorem1_in_{x}"]["rows"]
+            for colour, method in zip(COLOURS, dict.fromkeys(row["method"] for row in rows)):
+                mine = {key: [row.get(key, math.nan) for row in rows if row["method"] == method] for key in rows[0]}
+                axes.errorbar(mine[x], mine["error"], mine["error_se"], color=colour, marker="o", ms=3, label=method)
+                axes.plot(mine[x], mine["predicted"], color=colour, linestyle="", marker="_", ms=12)
+                axes.plot(mine[x], mine["bound"], color=colour, linestyle=":")
+            axes.set(xscale="log", yscale="log", xlabel={"m": "m, prompts", "n": "n, responses"}[x])
+            ticks = sorted({row[x] for row in rows})
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.minorticks_off()
+        figure.axes[0].set_ylabel("error, semi-norm of Sigma_D")
+        figure.axes[0].legend()
+        figure.savefig(partial, format="png")
 
 
 def write(found: dict[str, Statement], out: Path, *, seconds: float) -> None:
-    """Write theory.json, last, THEORY.md and the figures under `out`, which is made if missing."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # never pyplot: no global figure, no display
+    """Write theory.json, last, THEORY.md and theorem1.png under `out`, which is made if missing."""
 
     def table(rows: Sequence[Row]) -> str:
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -457,18 +438,15 @@ def write(found: dict[str, Statement], out: Path, *, seconds: float) -> None:
         return md.table(columns, [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in cells])
 
     out.mkdir(parents=True, exist_ok=True)
-    images = {}
-    with rc_context(STYLE):
-        figures = draw(found, lambda *inches: Figure(figsize=inches, dpi=DPI, layout="constrained"))
-        for name, (statement, caption, figure) in figures.items():
-            with replacing(out / f"{name}.png") as partial:
-                figure.savefig(partial, format="png")
-            images[statement] = [f"![{caption}]({name}.png)", caption]
+    draw(found, out / "theorem1.png")
     parts = ["# The theorems, measured", f"`python -m hps.lab.theory`, {seconds:.0f} CPU seconds."]
     parts += [table([{key: s[key] for key in ("title", "claim", "verdict")} for s in found.values()])]
     for name, s in found.items():
         summary = f"* Premise: {s['premise']}.\n* Claim: {s['claim']}.\n* Verdict: **{s['verdict']}**."
-        parts += [f"## {s['title']}", summary, table(s["rows"]), s["note"], *images.get(name, [])]
+        parts += [f"## {s['title']}", summary, table(s["rows"]), s["note"]]
+        if name == "theorem1_in_n":
+            caption = "Lines: measured. Dashes: Fisher. Dots: the bounds."
+            parts += [f"![{caption}](theorem1.png)", caption]
     write_text(out / "THEORY.md", "\n\n".join(parts) + "\n")
     write_json(out / "theory.json", found)
 
