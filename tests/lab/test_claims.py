@@ -37,13 +37,10 @@ CASES = [  # claim, metric, low, high, verdict
     (MARGIN, "rm_dpo", 0.2, 0.4, HOLDS),
     (MARGIN, "rm_dpo", -0.1, 0.4, OPEN),
     (MARGIN, "rm_dpo", 0.0, 0.4, OPEN),  # touches
-    (MARGIN, "rm_dpo", -0.4, 0.0, OPEN),
     (MARGIN, "rm_dpo", -0.4, -0.1, NOT),
     (HARM, "harm", -6.0, -2.0, HOLDS),  # less is better
-    (HARM, "harm", -6.0, 0.0, OPEN),
     (HARM, "harm", 2.0, 6.0, NOT),
     (REWARD, "true_reward", -0.09, -0.02, HOLDS),  # the bound is -0.1, not 0
-    (REWARD, "true_reward", -0.2, 0.3, OPEN),
     (REWARD, "true_reward", -0.3, -0.11, NOT),
     (BLEU, "bleu_char", -0.009, -0.002, HOLDS),  # the bound is -0.01
     (BLEU, "bleu_char", -0.02, -0.011, NOT),
@@ -66,19 +63,6 @@ def test_the_intervals_side_of_the_bound_decides():
         found = judged(results("headline", rows={"DPO-HPS": {"win": interval((low + high) / 2, low, high)}}))
         item = found["DPO-HPS wins more than half of its samples against SFT"]
         assert item["verdict"] == verdict and (item["low"], item["high"]) == (low, high)
-
-
-def test_the_papers_figures_stand_in_the_item():
-    found = judged(results("headline", rows=TWO | {"DPO-PL-8": {}}))
-    assert found[MARGIN]["paper"] == "Table 2: HH 2.723 vs 0.349, PKU -5.359 vs -5.441"
-    assert found[f"{MARGIN[:-2]}PL-8"]["paper"] == "Table 2: HH 2.723 vs -0.795, PKU -5.359 vs -6.852"
-    assert found[BLEU]["paper"] == "Table 2: HH 0.232 vs 0.230, PKU 0.306 vs 0.306"
-    assert found[REWARD]["paper"] == "Table 2: HH 0.430 vs 0.431, PKU 0.407 vs 0.417"
-    assert found[HARM]["paper"] == "Sec. 6.1"
-    assert found["DPO-HPS wins more often against SFT than DPO-PL-8"]["paper"] == (
-        "Table 4: win : lose, HH 57.612 : 13.875, PKU 57.650 : 10.350"
-    )
-    assert found["DPO-PL-8 has a negative RM_DPO"]["paper"] == "Sec. 6.1, Table 2: HH -0.795, PKU -6.852"
 
 
 def test_what_is_not_there_is_left_out_or_said():
@@ -135,10 +119,14 @@ def test_growth_with_n_is_a_difference_of_differences():
         assert judged(results("responses", rows=rows, comparisons=[hps]))[text]["verdict"] == "not measured here"
 
 
-def test_each_table_has_its_own_columns():
-    """Figures of the tables that are cut by column: one each, as the paper prints them."""
+def test_the_papers_figures_stand_beside_their_claims():
+    """One or two of each table, as the paper prints them; of those that are cut by column one each."""
     paper = {(claim.text, claim.paper.partition(": ")[2]) for claim in claims.CLAIMS}
     assert paper >= {
+        (MARGIN, "HH 2.723 vs 0.349, PKU -5.359 vs -5.441"),
+        (BLEU, "HH 0.232 vs 0.230, PKU 0.306 vs 0.306"),
+        (REWARD, "HH 0.430 vs 0.431, PKU 0.407 vs 0.417"),
+        ("DPO-HPS wins more often against SFT than DPO-PL-8", "win : lose, HH 57.612 : 13.875, PKU 57.650 : 10.350"),
         ("DPO-HPS help to safe has a larger RM_DPO than DPO-BT help to safe", "PKU 5.725 vs 1.346"),
         ("DPO-HPS safe to help has a larger RM_DPO than DPO-PL-8 safe to help", "HH -4.816 vs -5.122"),
         ("DPO-HPS safe to help is at most 0.1 of reward below DPO-BT safe to help", "HH 0.438 vs 0.437"),

@@ -115,6 +115,7 @@ def test_workers_end_with_a_killed_sweep(tmp_path):
     driver.write_text("\n".join(lines))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, str(driver)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
     worker = int(parent.stdout.readline())
     assert parent.stdout.readline() == "7\n"
     assert Path(f"/proc/{worker}").exists()
