@@ -86,7 +86,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
             "log-probs cannot be compared"
         )
     fitting, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, progress=ranks.first)
-    examples = [e for e in fitting if human_pair(e) or ranked(e) is not None]
+    examples = [e for e in fitting if human_pair(e) or rewards_differ(e)]
     counts["rows_nothing_to_compare"] = len(fitting) - len(examples)
     if not examples:
         raise ValueError(f"{c.data}: no row has rewards that differ, or a human pair (chosen, rejected), that fits")
@@ -143,18 +143,15 @@ def human_pair(example: tokens.Example) -> tuple[int, int] | None:
     return (example.chosen, example.rejected) if both else None
 
 
-def ranked(example: tokens.Example) -> np.ndarray | None:
-    """The candidates from the best to the worst (metrics.order); None where no rewards differ."""
-    differ = example.rewards is not None and example.rewards.min() < example.rewards.max()
-    return metrics.order(example.rewards) if differ else None
+def rewards_differ(example: tokens.Example) -> bool:
+    """Whether the candidates can be ranked (metrics.order)."""
+    return example.rewards is not None and example.rewards.min() < example.rewards.max()
 
 
 def pair(example: tokens.Example) -> tuple[int, int]:
     """The pair that single-pair metrics look at: the human one, else the best candidate and the runner-up."""
-    if found := human_pair(example):
-        return found
-    best, runner_up, *_ = metrics.order(example.rewards)
-    return int(best), int(runner_up)
+    best, runner_up = human_pair(example) or metrics.order(example.rewards)[:2].tolist()
+    return best, runner_up
 
 
 def candidate_metrics(
@@ -165,7 +162,7 @@ def candidate_metrics(
     Of data with `human_pairs`, a prompt that lost its own (an empty response, say) has no single-pair margin: the
     runner-up in its place would be another measure under the same name.
     """
-    found = {} if ranked(example) is None else metrics.margins(h, example.rewards)
+    found = metrics.margins(h, example.rewards) if rewards_differ(example) else {}
     w, o = pair(example)
     rm = float(h[w] - h[o])
     if human_pair(example):

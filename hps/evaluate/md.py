@@ -21,21 +21,23 @@ def wrapped(text: str) -> str:
     return lines.replace("\0", " ")
 
 
-def tables(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """`table`, as several one below the other where its lines are too long: the first column stands in each."""
-    first, *others = zip(header, *rows)
-    blocks = [[first]]
-    for column in others:
-        lines = zip(*blocks[-1], column)
-        if len(blocks[-1]) > 1 and max(len(f"| {' | '.join(cells)} |") for cells in lines) > WIDEST_TABLE:
-            blocks.append([first])
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, keys: int = 1) -> str:
+    """A table of cells that are Markdown already; see `cell` for texts.
+
+    Where its lines would be too long it becomes several, one below the other, with the first `keys` columns in each.
+    """
+    columns = list(zip(header, *rows))
+    blocks = [columns[:keys]]
+    for column in columns[keys:]:
+        if len(blocks[-1]) > keys and max(map(len, _lines([*blocks[-1], column]))) > WIDEST_TABLE:
+            blocks.append(columns[:keys])
         blocks[-1].append(column)
-    return "\n\n".join(table(names, cells) for names, *cells in (zip(*block) for block in blocks))
+    tables = ([first, f"|{' --- |' * len(block)}", *rest] for block in blocks for first, *rest in [_lines(block)])
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are Markdown already; see `cell` for texts."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+def _lines(columns: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in zip(*columns)]
 
 
 def interval(item: dict[str, float] | None, digits: int, sign: str = "") -> str:

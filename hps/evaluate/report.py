@@ -53,6 +53,7 @@ class Table(NamedTuple):
     rows: list[list[Cell]]
     note: str = ""
     meanings: Sequence[tuple[str, str]] = ()  # (term, what it means)
+    keys: int = 1  # first columns that say what a row is about
 
 
 def markdown(table: Table) -> str:
@@ -62,7 +63,7 @@ def markdown(table: Table) -> str:
         text = f"**{md.cell(cell.text)}**" if cell.mark == "best" else md.cell(cell.text)
         return " ".join(filter(None, (text, cell.interval, "~" if cell.mark == "near" else "")))
 
-    return md.tables(table.header, [[show(cell) for cell in row] for row in table.rows])
+    return md.table(table.header, [[show(cell) for cell in row] for row in table.rows], keys=table.keys)
 
 
 def _number(item: dict[str, float], digits: int, sign: str = "", mark: str = "") -> Cell:
@@ -110,7 +111,8 @@ def _comparisons(results: dict[str, Any]) -> Table:
         names = [Cell(METRICS[item["metric"]].title), Cell(item["a"]), Cell(item["b"])]
         p = Cell(f"{item['p']:.1g}" if "p" in item else "-")
         rows.append([*names, _number(item, METRICS[item["metric"]].digits, "+"), Cell(verdict), p])
-    return Table("Paired comparisons", ["metric", "a", "b", "a - b", "verdict", "p"], rows, COMPARISONS_NOTE)
+    header = ["metric", "a", "b", "a - b", "verdict", "p"]
+    return Table("Paired comparisons", header, rows, COMPARISONS_NOTE, keys=3)
 
 
 def _claims(results: dict[str, Any]) -> Table:

@@ -181,4 +181,4 @@ def markdown(summary: dict[str, Any]) -> str:
     )
     if lengths:
         text += " At equal length: intercept of a line through a - b over the difference in words."
-    return "\n\n".join([md.table(columns, means), md.table(header, pairs), text])
+    return "\n\n".join([md.table(columns, means), md.table(header, pairs, keys=2), md.wrapped(text)])
