@@ -99,7 +99,7 @@ def write_store(c: Options, folder: Path) -> None:
                 str(i), tokens.row_key(str(i)), prompt, responses, rewards, places, places, None, None, f"data:{i + 1}"
             )
 
-    store.write(folder, examples(), {"identity": {"data": ""}, "counts": {}, "without_rewards": None})
+    store.write(folder, examples(), {"identity": {"data": ""}, "counts": {}})
 
 
 def words_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 from hps import config, losses, model
 from hps import plan as planning
 from hps.data import tokens
-from hps.io import loggers
 from hps.losses import Loss
 from hps.samplers import DRAW_OPTIONS, REWARD_NORMS, SAMPLERS, SCHEDULES, sampler_options
 
@@ -209,7 +208,10 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     if c.positives > 1 and c.hps_form != "full":
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
     positive_stages(c)
-    loggers.check_names(c.log_to)
+    if c.log_to:
+        from hps.io import loggers
+
+        loggers.check_names(c.log_to)
     if form(c) == "kto" and c.prompts_per_step < 2:
         raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
     if c.lora_rank and (Path(c.model) / "adapter_config.json").exists():

@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hps import dist
-from hps.data import listwise, tokens
+from hps.data import rows, tokens
 from hps.data.tokens import Example
 from hps.io import files
 from hps.packing import Block
@@ -153,7 +153,7 @@ def open_store(
     responses of each row, 0 for all. need_rewards: refuse data of which a row has no rewards. length_penalty: taken off
     the rewards for every token of a response, OURS: the data's side of R-DPO, which takes alpha L off the reward that
     the policy is to follow.
-    Raises ValueError for what `listwise.stream` and `tokens.tokenize` refuse, and for a store that is not whole.
+    Raises ValueError for what `rows.stream` and `tokens.tokenize` refuse, and for a store that is not whole.
     """
     data, root = Path(data), Path(root)
     how = dict(max_length=max_length, truncate=truncate)
@@ -162,24 +162,26 @@ def open_store(
         identity = {"format": FORMAT, "data": files.sha256(data), "tokenizer": tokens.fingerprint(tokenizer)}
         identity |= how | {"candidates": candidates, "closing": closing}
         folder = root / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-        about: dict[str, Any] = {"identity": identity, "counts": {}, "without_rewards": None}
+        about: dict[str, Any] = {"identity": identity, "counts": {}}
 
-        def rows() -> Iterator[listwise.Row]:
-            for row in listwise.stream(data, need_rewards=need_rewards):
-                if row.rewards is None and about["without_rewards"] is None:
-                    about["without_rewards"] = [row.id, int(row.where.rpartition(":")[2])]
-                yield listwise.first_responses(row, candidates) if candidates else row
+        def checked() -> Iterator[rows.Row]:
+            for row in rows.stream(data):
+                if need_rewards and row.rewards is None:
+                    raise _without_rewards(row.id, row.where)
+                yield rows.first_responses(row, candidates) if candidates else row
             if files.sha256(data) != identity["data"]:
                 raise ValueError(f"{data}: changed while it was read; start again")
 
         if not folder.exists():
-            write(folder, tokens.tokenize(tokenizer, rows(), about["counts"], closing=closing, **how), about)
+            write(folder, tokens.tokenize(tokenizer, checked(), about["counts"], closing=closing, **how), about)
         header = _read_header(folder)
         if why := files.first_corrupt_file(folder, header["files"]):
             raise ValueError(f"{folder}: {why}; {ADVICE}")
-        if need_rewards and header["without_rewards"]:
-            id, line = header["without_rewards"]
-            listwise.fail_without_rewards(id, f"{data}:{line}")
+        if need_rewards:  # a run that needs none may have made it
+            found = Store(folder, data)
+            for i, rewards in enumerate(found.rewards[0 : len(found)]):
+                if np.isnan(rewards[0]):
+                    raise _without_rewards(found.id(i), found.where(i))
         return {"folder": folder.name, "files": _sizes_and_times(folder)}
 
     found = dist.from_first(make, ranks)
@@ -187,6 +189,10 @@ def open_store(
     if _sizes_and_times(folder) != found["files"]:
         raise ValueError(f"{folder}: is not the token store that the first rank has checked; all must see one folder")
     return Store(folder, data, length_penalty=length_penalty)
+
+
+def _without_rewards(id: str, where: str) -> ValueError:
+    return ValueError(f"{where}: row {id!r} has no rewards; score the file first: data_prep.py annotate")
 
 
 def _sizes_and_times(folder: Path) -> dict[str, list[int]]:
@@ -197,7 +203,7 @@ def _sizes_and_times(folder: Path) -> dict[str, list[int]]:
 def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> None:
     """Write a store, whole or not at all; one that another process has put there meanwhile stays.
 
-    about: `identity`, `counts` and `without_rewards` for the header, looked at after the last example.
+    about: `identity` and `counts` for the header, looked at after the last example.
     """
     with files.explain_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hps.data.listwise import Prompt, Row
+from hps.data.rows import Prompt, Row
 from hps.io import hub
-from hps.packing import Block
 
 COUNTS = ("rows_read", "rows_kept", "rows_overlong_prompt", "rows_no_responses", "pairs_broken")
 COUNTS += ("prompts_cut", "responses_read", "responses_kept", "responses_overlong", "responses_empty")
@@ -197,22 +196,6 @@ def closing_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
             f"cannot be trained with it: is eos_token, {tokenizer.eos_token!r}, what ends a turn?"
         )
     return closing
-
-
-def encode_answered(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, texts: Sequence[str]) -> list[Block]:
-    """A prompt with its answers as a reward model reads them: one block, or one per answer where the template writes
-    the conversation so that the prompt alone is no part of it.
-
-    A string prompt is read as in training. Raises ValueError as encode_prompt and encode_response do.
-    """
-    encoder = Encoder(tokenizer)
-    head = encoder.prompt(prompt)
-    closing = [] if isinstance(prompt, str) else encoder.closing
-    if closing is not None:
-        answers = (np.array([*ids, *closing], np.int32) for ids in encoder.responses(texts))
-        return [Block(np.array(head, np.int32), tuple(answers))]
-    wholes = [np.array(encoder.prompt(prompt, answer=text), np.int32) for text in texts]
-    return [Block(whole[:1], (whole[1:],)) for whole in wholes]
 
 
 def merges(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, text: str) -> bool:

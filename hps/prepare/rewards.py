@@ -49,7 +49,7 @@ def annotate_packed(
     of a transformers classifier, which takes the last token before the pads: pads at the end are taken off.
 
     Raises:
-        ValueError: with file and line, a response longer than the model can read, what `tokens.encode_answered`
+        ValueError: with file and line, a response longer than the model can read, what `encode_answered`
             refuses, and a reward that is not finite.
     """
     for begin in range(0, len(rows), ROWS_AT_ONCE):
@@ -57,7 +57,7 @@ def annotate_packed(
         blocks: list[list[Block]] = []
         for row in some:
             try:
-                made = tokens.encode_answered(tokenizer, row.prompt, row.responses) if row.responses else []
+                made = encode_answered(tokenizer, row.prompt, row.responses) if row.responses else []
                 blocks.append([_fitted(block, positions, pad_id, tokenizer.bos_token_id, counts) for block in made])
             except ValueError as error:
                 raise ValueError(f"{row.where}: {error}") from error
@@ -65,6 +65,22 @@ def annotate_packed(
         for row, made in zip(some, blocks, strict=True):
             rewards = [float(reward) for _ in made for reward in next(found)]
             yield row.id, _finite(rewards, row, "check the reward model's weights and dtype")
+
+
+def encode_answered(tokenizer: PreTrainedTokenizerFast, prompt: tokens.Prompt, texts: Sequence[str]) -> list[Block]:
+    """A prompt with its answers as a reward model reads them: one block, or one per answer where the template writes
+    the conversation so that the prompt alone is no part of it.
+
+    A string prompt is read as in training. Raises ValueError as encode_prompt and encode_response do.
+    """
+    encoder = tokens.Encoder(tokenizer)
+    head = encoder.prompt(prompt)
+    closing = [] if isinstance(prompt, str) else encoder.closing
+    if closing is not None:
+        answers = (np.array([*ids, *closing], np.int32) for ids in encoder.responses(texts))
+        return [Block(np.array(head, np.int32), tuple(answers))]
+    wholes = [np.array(encoder.prompt(prompt, answer=text), np.int32) for text in texts]
+    return [Block(whole[:1], (whole[1:],)) for whole in wholes]
 
 
 def _finite(rewards: list[float], row: Row, advice: str) -> list[float]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hps.data import listwise
+from hps.data import listwise, rows
 from hps.data.listwise import Row, parse_row, read, write
 
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
@@ -143,7 +143,7 @@ def test_files_that_are_no_listwise_data(tmp_path):
 
 
 def test_long_lines_are_refused_without_loading_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(listwise, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 100)
     sizes = []
 
     class Counting:
@@ -160,7 +160,7 @@ def test_long_lines_are_refused_without_loading_them(tmp_path, monkeypatch):
         def __exit__(self, *_):
             self.file.close()
 
-    monkeypatch.setattr(listwise, "open", lambda *a: Counting(open(*a)), raising=False)
+    monkeypatch.setattr(rows, "open", lambda *a: Counting(open(*a)), raising=False)
     with pytest.raises(ValueError, match=r"x.jsonl:2: the line is longer than"):
         read(put(tmp_path / "x.jsonl", GOOD, {**GOOD, "id": "b" * 200}))
     assert sizes == [101, 101]
@@ -175,13 +175,6 @@ def test_a_stream_reads_no_further_than_it_is_asked(tmp_path):
     path = put(tmp_path / "y.jsonl", *({**GOOD, "id": str(id)} for id in [*range(30), *range(25, 0, -1), 25]))
     with pytest.raises(ValueError, match=r"y.jsonl:31: id '25' is already used at .*y.jsonl:26;"):
         list(listwise.stream(path))
-
-
-def test_need_rewards(tmp_path):
-    path = put(tmp_path / "x.jsonl", GOOD, {"id": "b", "prompt": "p", "responses": ["x"]})
-    assert read(path)[1].rewards is None
-    with pytest.raises(ValueError, match=r"x.jsonl:2: row 'b' has no rewards; .*data_prep.py annotate"):
-        list(listwise.stream(path, need_rewards=True))
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -241,9 +234,9 @@ def test_keys_are_written_in_order(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     old = put(tmp_path / "x.jsonl", GOOD).read_bytes()
-    for rows in ([], [Row("a", "p", ("x",), (float("nan"),))], [Row("a", "p", ())] * 2, [Row("a", "", ())]):
+    for wrong in ([], [Row("a", "p", ("x",), (float("nan"),))], [Row("a", "p", ())] * 2, [Row("a", "", ())]):
         with pytest.raises(ValueError):
-            write(tmp_path / "x.jsonl", rows)
+            write(tmp_path / "x.jsonl", wrong)
     with pytest.raises(TypeError, match="not JSON serializable"):
         listwise.write_lines(tmp_path / "x.jsonl", [{"fine": 1}, {"not JSON": object()}])
     with pytest.raises(ValueError, match=r"name it \.jsonl, \.jsonl\.gz or \.jsonl\.xz"):

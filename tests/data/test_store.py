@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +208,7 @@ def test_a_failed_pass_leaves_nothing(tiny_world, tmp_path, tokenizer, monkeypat
 def test_of_two_that_make_a_store_the_first_stays(tiny_world, tmp_path, tokenizer):
     data, folder = tiny_world / "train.jsonl", tmp_path / "both" / "s"
     examples, counts = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
-    about = {"identity": {"data": "h"}, "counts": counts, "without_rewards": None}
+    about = {"identity": {"data": "h"}, "counts": counts}
     store.write(folder, examples, about)
     before = (folder / "store.json").stat().st_mtime_ns
     store.write(folder, examples[:3], about)
@@ -261,15 +260,12 @@ def test_the_first_rank_alone_hashes_and_makes(tiny_world, tmp_path):
 
 
 def test_rows_without_rewards_are_named(tiny_world, tmp_path, tokenizer):
-    """Whether the store is there or not. Line 4 has none either, and its prompt is too long to be in the store."""
-    data = tmp_path / "x.jsonl"
-    rows = odd_rows(tiny_world)
-    rows[3] = replace(rows[3], rewards=None)
-    listwise.write(data, rows)
-    message = r"x\.jsonl:4: row 'long' has no rewards; .*data_prep\.py annotate"
-    with pytest.raises(ValueError, match=message):
-        opened(tmp_path / "stores", data, tokenizer, need_rewards=True)
-    assert not list((tmp_path / "stores").iterdir())
-    opened(tmp_path / "stores", data, tokenizer)
-    with pytest.raises(ValueError, match=message):
-        opened(tmp_path / "stores", data, tokenizer, need_rewards=True)
+    """Line 6, while the store is made, and of one that a run without need of rewards has made."""
+    data, stores = tmp_path / "x.jsonl", tmp_path / "stores"
+    listwise.write(data, odd_rows(tiny_world))
+    for make in (True, False):
+        with pytest.raises(ValueError, match=r"x\.jsonl:6: row 'caf\u00e9-5' has no rewards; .*data_prep\.py annotate"):
+            opened(stores, data, tokenizer, need_rewards=True)
+        if make:
+            assert not list(stores.iterdir())
+            opened(stores, data, tokenizer)

@@ -14,7 +14,6 @@ from hps.data.listwise import Row
 from hps.data.tokens import (
     COUNTS,
     closing_ids,
-    encode_answered,
     encode_prompt,
     encode_response,
     fingerprint,
@@ -22,6 +21,7 @@ from hps.data.tokens import (
     tokenize,
     tokenize_rows,
 )
+from hps.prepare.rewards import encode_answered
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>", "tea", "is", "hot", "cold", "why"]
 TEMPLATE = "<bos>{% for m in messages %} <{{ m.role }}> {{ m.content }}{% endfor %} <assistant>"

@@ -17,6 +17,7 @@ from hps.data import listwise, tokens
 from hps.extra.reward_model import RewardModel, load_reward_model
 from hps.model import check_paths_agree
 from hps.packing import Block, pack
+from hps.prepare.rewards import encode_answered
 
 FP32 = dict(dtype=torch.float32)
 
@@ -141,7 +142,7 @@ def conversations(folder) -> list[Block]:
     """Chosen and rejected of every row as its template writes them, prompt apart."""
     tokenizer, rows = tokens.load_tokenizer(str(folder / "model")), listwise.read(folder / "train.jsonl")
     pair = [[row.responses[k] for k in (row.chosen, row.rejected)] for row in rows]
-    return [tokens.encode_answered(tokenizer, row.prompt, texts)[0] for row, texts in zip(rows, pair, strict=True)]
+    return [encode_answered(tokenizer, row.prompt, texts)[0] for row, texts in zip(rows, pair, strict=True)]
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -197,7 +197,7 @@ SUMMARY = {"steps": 6, "first_step": 0, "seconds": 1.5, "tokens": 900, "counts":
 RESULT = {"mean": 0.1, "low": 0.0, "high": 0.2, "prompts": 3}
 EVALUATION = {"config": {"model": "policy", "data": "t.jsonl", "reference": "a/b"}, "metrics": {"rm2": RESULT}}
 MANIFEST = {"input": {"path": "x"}, "output": {"path": "y", "sha256": hashlib.sha256(b"tea").hexdigest()}}
-STORE = {"files": {}, "identity": {"data": "ab"}, "counts": {"rows_read": 1}, "longest": 3, "without_rewards": None}
+STORE = {"files": {}, "identity": {"data": "ab"}, "counts": {"rows_read": 1}, "longest": 3}
 
 
 def sealed(run: Callable[[bytes, Path], object]) -> Callable[[bytes, Path], object]:
