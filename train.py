@@ -74,6 +74,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         ranks=ranks,
     )
     plan = batches.make_plan(c, examples)
+    if c.warmup_steps > plan.steps:
+        raise ValueError(f"warmup_steps = {c.warmup_steps}, but the run has {plan.steps} steps: it never reaches lr")
     counts = examples.counts | plan.dropped | plan.excluded
     say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
 

@@ -94,6 +94,15 @@ def test_the_learning_rate_warms_up_and_ends_where_told():
     close([train.lr_at(c, step, 24) for step in (0, 3, 4, 14, 24)], [0.5, 2.0, 2.0, 2.0 * 0.55, 0.2], atol=1e-12)
 
 
+def test_a_warmup_longer_than_the_run_is_refused(tiny_world, tmp_path):
+    """Before the model is loaded; one of just the run's 6 steps ends at its lr."""
+    with pytest.raises(ValueError, match="warmup_steps = 7, but the run has 6 steps"):
+        run(tiny_world, tmp_path / "long", warmup_steps=7)
+    assert not (tmp_path / "long/run.json").exists()
+    run(tiny_world, tmp_path / "just", warmup_steps=6)
+    assert losses(tmp_path / "just", "lr")[-1] == pytest.approx(3e-3)
+
+
 # --------------------------------------------------------------------------------------------------- going on
 
 
