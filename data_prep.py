@@ -178,7 +178,9 @@ def annotate_rows(c: Annotate) -> None:
     if known := scorers.world_of(c.scorer):
         rewards.check_prompts(rows, known.task)
 
-    def work(mine: list[listwise.Row], counts: Counter[str], ranks: dist.Ranks) -> Iterator[tuple[str, list[float]]]:
+    def work(
+        mine: list[listwise.Row], counts: Counter[str], ranks: dist.Ranks
+    ) -> Iterator[tuple[str, rewards.Rewards]]:
         if c.scorer == "human":
             found = rewards.by_people(mine)
         elif of_world:
@@ -189,16 +191,22 @@ def annotate_rows(c: Annotate) -> None:
             found = scorers.load_reward_model(c.scorer, **how)(mine)
         yield from tqdm(found, total=len(mine), desc="annotate", unit="prompt", disable=not ranks.first)
 
-    def write(found: dict[str, list[float]], more: Counter[str]) -> None:
-        scored = [dataclasses.replace(row, rewards=tuple(found[row.id])) for row in rows]
-        counts = {"rows": len(rows), "responses": sum(len(row.responses) for row in rows), **more}
+    def write(found: dict[str, rewards.Rewards], more: Counter[str]) -> None:
+        scored = [rewards.scored(row, found[row.id]) for row in rows]
+        scored = [row for row, before in zip(scored, rows, strict=True) if row.responses or not before.responses]
+        lost = {id: places for id, given in found.items() if (places := [k for k, r in enumerate(given) if r is None])}
+        counts = {"rows": len(scored), "responses": sum(len(row.responses) for row in scored)}
+        counts |= {"responses_left_out": sum(map(len, lost.values())), **more}
+        if not scored:
+            raise ValueError(f"{c.input}: no response has a reward ({counts})")
         if c.pairs:
             alone = sum(row.chosen is None for row in scored)
             scored = [row if row.chosen is not None else rewards.random_pair(row) for row in scored]
             counts["pairs_equal_rewards"] = sum(row.chosen is None for row in scored)
             counts["pairs_made"] = alone - counts["pairs_equal_rewards"]
         listwise.write(c.output, scored)
-        tell(c, "annotate", counts, [])
+        reasons = [f"{id}: without a reward, left out: responses {places}" for id, places in lost.items()]
+        tell(c, "annotate", counts, reasons[: importers.MAX_REASONS], responses_left_out=lost)
 
     journal.in_shares(c, rows, work, write)
 

@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(c: Config, ranks: dist.Ranks) -> None:
     """Every rank evaluates its share of the prompts and writes it; the first one puts the shares together."""
     out = Path(c.out)
-    score = None if c.scorer == "none" else scorers.load(c.scorer, device=ranks.device)
+    drawn: Counter[str] = Counter()
+    score = None if c.scorer == "none" else scorers.load(c.scorer, device=ranks.device, counts=drawn)
     world = scorers.world_of(c.scorer)
     rows = listwise.read(c.data)[: c.limit or None]
     if world:
@@ -121,13 +122,15 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     if c.samples:
         prompts = [(examples[i].id, examples[i].prompt_ids.tolist()) for i in mine]
         how = dict(n=c.samples, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
-        drawn: Counter[str] = Counter()
         sampled = []
         # Unfinished ones included: rambling is a failure, not a missing value.
         for id, texts in generate.answer(policy_lm, tokenizer, prompts, counts=drawn, progress=ranks.first, **how):
-            earned = None if score is None else tuple(score(by_id[id].prompt, texts))
+            earned = None if score is None or not texts else tuple(score(by_id[id].prompt, texts))
+            if earned and None in earned:  # as if there were no scorer, or the mean would be over others
+                drawn["prompts_unscored"] += 1
+                earned = None
             sampled.append(listwise.Row(id, by_id[id].prompt, tuple(texts), earned, None, None, c.model, c.data))
-            values[id] |= sample_metrics(sampled[-1], by_id[id], world)
+            values[id] |= sample_metrics(sampled[-1], by_id[id], world) if texts else {}
         counts |= {f"samples_{key}": n for key, n in drawn.items()}
         if sampled:
             listwise.write(out / f"part-{ranks.rank}.jsonl", sampled)
@@ -217,10 +220,13 @@ def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
         listwise.write(out / "samples.jsonl", [drawn[id] for id in ids])
     if c.baseline:
         against = {row.id: row for row in listwise.read(Path(c.baseline) / "samples.jsonl")}
+        if not any(row.rewards for row in against.values()):
+            raise ValueError(f"{c.baseline}: its samples have no rewards; evaluate it with the same --scorer")
         for id, row in drawn.items():
-            if id not in against or len(against[id].rewards or ()) != len(row.rewards or ()):
+            if id not in against or len(against[id].responses or row.responses) != len(row.responses):
                 raise ValueError(f"{c.baseline}: other samples of {id!r}; evaluate it the same way")
-            values[id] |= metrics.win_tie_lose(row.rewards, against[id].rewards)
+            if row.rewards and against[id].rewards:
+                values[id] |= metrics.win_tie_lose(row.rewards, against[id].rewards)
     table = {name: {id: values[id][name] for id in ids if name in values[id]} for name in metrics.METRICS}
     table = {name: column for name, column in table.items() if column}
     intervals = {name: metrics.bootstrap_mean(np.array(list(column.values()))) for name, column in table.items()}

@@ -152,6 +152,39 @@ def test_ranks_evaluate_what_one_process_does(tiny_world, tmp_path, policy):
     assert (out / "samples.jsonl").read_bytes() == (tmp_path / "single/samples.jsonl").read_bytes()
 
 
+def test_odd_samples_end_no_evaluation(tiny_world, tmp_path, monkeypatch):
+    """A prompt without room for samples, one of whose samples one cannot be scored: their margins are kept, of the
+    others everything is what it was."""
+    whole = evaluate(tiny_world, tiny_world / "model", tmp_path / "a")
+    full, unscored, *others = (row.id for row in listwise.read(tmp_path / "a/samples.jsonl"))
+    answer, load = evaluation.generate.answer, evaluation.scorers.load
+
+    def without_room(*args, **how):
+        for id, texts in answer(*args, **how):
+            yield id, [] if id == full else texts
+
+    def with_none(name, **how):
+        asked = []
+
+        def score(prompt, texts):
+            asked.append(texts)
+            return [None, *load(name)(prompt, texts[1:])] if len(asked) == 1 else load(name)(prompt, texts)
+
+        return score
+
+    monkeypatch.setattr(evaluation.generate, "answer", without_room)
+    monkeypatch.setattr(evaluation.scorers, "load", with_none)
+    for out, more in (("b", {}), ("c", dict(baseline=tmp_path / "b"))):
+        found = evaluate(tiny_world, tiny_world / "model", tmp_path / out, **more)
+        assert found["kl_seq"].keys() == whole["kl_seq"].keys() and set(found["length"]) == {unscored, *others}
+        assert found["true_reward"] == {id: whole["true_reward"][id] for id in others}
+        assert json.loads((tmp_path / out / "eval.json").read_text())["counts"]["samples_prompts_unscored"] == 1
+    assert found["tie"] == dict.fromkeys(others, 100.0)
+    evaluate(tiny_world, tiny_world / "model", tmp_path / "d", scorer="none")
+    with pytest.raises(ValueError, match="its samples have no rewards; evaluate it with the same --scorer"):
+        evaluate(tiny_world, tiny_world / "model", tmp_path / "e", baseline=tmp_path / "d")
+
+
 def test_one_evaluation_per_folder(tiny_world, tmp_path):
     """Two would put each other's shares together."""
     message = r"eval\.py by process \d+ on .* is at work here; wait until it ends, or choose another --out"

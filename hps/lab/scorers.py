@@ -13,21 +13,21 @@ from hps.extra import reward_model
 from hps.lab.world import NOISE_STD, World
 from hps.prepare import rewards
 
-Annotator = Callable[[Sequence[Row]], Iterator[tuple[str, list[float]]]]
+Annotator = Callable[[Sequence[Row]], Iterator[tuple[str, rewards.Rewards]]]
 
 
-def load(name: str, *, device: torch.device | None = None) -> rewards.Scorer:
+def load(name: str, *, device: torch.device | None = None, counts: Counter[str] | None = None) -> rewards.Scorer:
     """The function (prompt, responses) -> rewards called `name`.
 
     `world-true[:SEED]` is the self-made world's own reward, `world-est[:SEED[:NOISE]]` the noisy, length-biased one
     that training sees (NOISE its standard deviation); anything else is a reward model by its folder or hub name, which
-    runs on `device`, the CPU by default.
+    runs on `device`, the CPU by default. Its rewards may be None (`rewards.annotate_packed`), as `counts` says.
     """
     kind, *words = name.split(":")
     if kind not in ("world-true", "world-est"):
-        annotate = load_reward_model(name, device=device)
+        annotate = load_reward_model(name, device=device, counts=counts)
 
-        def score(prompt: rewards.Prompt, responses: list[str]) -> list[float]:
+        def score(prompt: rewards.Prompt, responses: list[str]) -> rewards.Rewards:
             row = Row("", prompt if isinstance(prompt, str) else tuple(prompt), tuple(responses), where="a sample")
             [(_, found)] = annotate([row])
             return found
@@ -58,7 +58,7 @@ def load_reward_model(
     """The function rows -> (id, rewards) of a reward model; see `reward_model.load_reward_model` for what is refused.
 
     remote_revision: run the code that the model brings, as of this commit. budget: packed tokens of a forward.
-    counts: prompts that were cut.
+    counts: what was cut and what could not be scored.
     """
     tokenizer = tokens.load_tokenizer(path)
     device, counts = device or torch.device("cpu"), Counter() if counts is None else counts

@@ -92,15 +92,16 @@ def generate(
         model: a causal language model of `transformers` in eval mode, or what `load_vllm` returns.
         prompts: (id, token ids); ids must be distinct, for they select the random stream.
         counts: is added to, prompt by prompt: "samples" drawn = kept + "unfinished" + "duplicates" + "surplus"
-            (drawn beyond the n-th), and "prompts_short", prompts that ended with fewer than n.
+            (drawn beyond the n-th), "prompts_short", prompts that ended with fewer than n, and "prompts_no_room", those
+            without any sample since the model has no positions for prompt and max_new_tokens.
         max_new_tokens: longest response in tokens, end token included.
         temperature: 0 is greedy, else at least 0.01.
         as_drawn: the first n samples whatever they are: an evaluation must see a policy that rambles or repeats itself.
         max_rows: sequences of a batch at most, or handed to vLLM at once; lower it when memory runs out.
 
     Raises:
-        ValueError: a repeated id, an empty or a too long prompt, settings out of range, a model in training mode or
-            one that cannot be decoded here, log-probs that are not finite.
+        ValueError: a repeated id, an empty prompt or none but too long ones, settings out of range, a model in
+            training mode or one that cannot be decoded here, log-probs that are not finite.
     """
     if n < 1 or max_rows < 1 or max_new_tokens < 1:
         raise ValueError("generate() needs n, max_rows and max_new_tokens of at least 1")
@@ -114,8 +115,9 @@ def generate(
     if ours and model.training:
         raise ValueError("the model is in training mode (dropout): call model.eval() before sampling")
     longest = positions(model.config) - max_new_tokens if ours else math.inf  # vLLM checks its own
+    beyond = {id for id, ids in prompts if len(ids) > longest}
     for prompt_id, ids in prompts:
-        if not 0 < len(ids) <= longest:
+        if len(ids) == 0 or len(beyond) == len(prompts):
             raise ValueError(
                 f"prompt {prompt_id!r} has {len(ids)} tokens; the model's {longest + max_new_tokens} positions and "
                 f"max_new_tokens={max_new_tokens} allow 1 to {longest}: lower max_new_tokens, or shorten or drop it "
@@ -124,10 +126,12 @@ def generate(
     streams = {id: _Stream(id, Request(ids, prompt_seed(seed, id))) for id, ids in prompts}
     if len(streams) < len(prompts):
         raise ValueError("two prompts share an id and would get the same samples: make the ids distinct")
-    for stream in streams.values():
+    running = {id(stream.request): stream for name, stream in streams.items() if name not in beyond}
+    for name in beyond:
+        streams[name].counts["prompts_no_room"] = 1
+    for stream in running.values():
         stream.request.due = stream.still_due(n, oversample, limit)
-    running = {id(stream.request): stream for stream in streams.values()}
-    waiting = deque(stream.request for stream in streams.values())
+    waiting = deque(stream.request for stream in running.values())
     settings: dict[str, Any] = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
     results = (decode if ours else ask_vllm)(model, waiting, max_rows=max_rows, **settings)
     with tqdm(total=len(streams), unit="prompt", desc="generate", disable=not progress) as bar:

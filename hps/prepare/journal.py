@@ -108,11 +108,12 @@ def read(output: str | Path, settings: dict[str, object]) -> dict[str, dict]:
 
 
 def _is_record(record: Any) -> bool:
-    """{"id": text, "found": texts or numbers, "counts": {name: int}}, as `in_shares` relies on it."""
+    """{"id": text, "found": texts, or numbers and nulls, "counts": {name: int}}, as `in_shares` relies on it."""
     if not isinstance(record, dict) or type(record.get("id")) is not str:
         return False
     found, counts = record.get("found"), record.get("counts")
-    uniform = isinstance(found, list) and {type(item) for item in found} in ({str}, {float}, set())
+    kinds = {type(item) for item in found} if isinstance(found, list) else {object}
+    uniform = kinds <= {str} or kinds <= {float, type(None)}
     return uniform and isinstance(counts, dict) and all(type(n) is int for n in counts.values())
 
 

@@ -1,7 +1,8 @@
 """Rewards for candidate responses: by a function of texts, by people, or by a reward model in packed micro-batches.
 
 A scorer is any callable (prompt, responses) -> one float per response; the prompt is a string or a list of
-chat messages. An annotator is any callable rows -> (id, rewards) of each row, in order.
+chat messages. An annotator is any callable rows -> (id, rewards) of each row, in order. A response that cannot be
+scored has the reward None: it is left out and counted, and ends nothing.
 """
 
 from collections import Counter
@@ -19,18 +20,19 @@ from hps.packing import Block
 
 Prompt = str | list[dict[str, str]]
 Scorer = Callable[[Prompt, list[str]], Sequence[float]]
+Rewards = list[float | None]  # of a row's responses; None where one could not be scored
 
 ROWS_AT_ONCE = 256  # whose responses are put into micro-batches together
 
 
-def annotate(rows: Iterable[Row], score: Scorer) -> Iterator[tuple[str, list[float]]]:
-    """Yields (id, rewards) for every row, in order; ValueError, with file and line, for what the scorer gets wrong."""
+def annotate(rows: Iterable[Row], score: Scorer) -> Iterator[tuple[str, Rewards]]:
+    """Yields (id, rewards) for every row, in order; ValueError, with file and line, for another number of rewards."""
     for row in rows:
         prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
-        found = [float(reward) for reward in score(prompt, list(row.responses))]
+        found = _finite(score(prompt, list(row.responses)))
         if len(found) != len(row.responses):
             raise ValueError(f"{row.where}: the scorer gave {len(found)} rewards for {len(row.responses)} responses")
-        yield row.id, _finite(found, row, "mend the scorer or drop the row")
+        yield row.id, found
 
 
 def annotate_packed(
@@ -41,30 +43,50 @@ def annotate_packed(
     positions: int,
     pad_id: int | None,
     counts: Counter[str],
-) -> Iterator[tuple[str, list[float]]]:
+) -> Iterator[tuple[str, Rewards]]:
     """Yields (id, rewards) for every row, in order, read as the reward model's own chat template writes them.
 
-    score: rewards of all responses of some blocks, one array per block. positions: tokens that the model can read;
-    longer conversations lose the beginning of their prompts (but BOS), counted as `prompts_cut`. pad_id: the pad token
-    of a transformers classifier, which takes the last token before the pads: pads at the end are taken off.
+    Without a reward, and counted: a response longer than the model can read (`responses_overlong`), one whose reward is
+    not finite (`responses_not_finite`), and the rows that `encode_answered` refuses (`rows_refused`).
+
+    Args:
+        score: rewards of all responses of some blocks, one array per block.
+        positions: tokens that the model can read; longer conversations lose the beginning of their prompts (but BOS),
+            counted as `prompts_cut`.
+        pad_id: the pad token of a transformers classifier, which takes the last token before the pads: pads at the end
+            are taken off. Of an empty response nothing may be left: that of the prompt is taken (`responses_empty`).
 
     Raises:
-        ValueError: with file and line, a response longer than the model can read, what `encode_answered`
-            refuses, and a reward that is not finite.
+        ValueError: with file and line, if no response of the first 256 rows has a reward.
     """
     for begin in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[begin : begin + ROWS_AT_ONCE]
         blocks: list[list[Block]] = []
+        places: list[list[int]] = []  # which response each reward is of
+        why = "the rewards are not finite: check the reward model's weights and dtype"
         for row in some:
             try:
                 made = encode_answered(tokenizer, row.prompt, row.responses) if row.responses else []
-                blocks.append([_fitted(block, positions, pad_id, tokenizer.bos_token_id, counts) for block in made])
             except ValueError as error:
-                raise ValueError(f"{row.where}: {error}") from error
+                made, why = [], str(error)
+                counts["rows_refused"] += 1
+            fitted = [_fitted(block, positions, pad_id, tokenizer.bos_token_id, counts) for block in made]
+            starts = np.cumsum([0, *(len(block.responses) for block in made)]).tolist()
+            blocks.append([block for parts, _ in fitted for block in parts])
+            places.append([at + k for at, (_, ks) in zip(starts, fitted, strict=False) for k in ks])
+            if made and not places[-1]:
+                why = f"all responses are longer than the {positions} tokens that the reward model reads"
         found = iter(score([block for made in blocks for block in made]))
-        for row, made in zip(some, blocks, strict=True):
-            rewards = [float(reward) for _ in made for reward in next(found)]
-            yield row.id, _finite(rewards, row, "check the reward model's weights and dtype")
+        all_rewards: list[Rewards] = []
+        for row, made, at in zip(some, blocks, places, strict=True):
+            rewards: Rewards = [None] * len(row.responses)
+            for k, reward in zip(at, _finite(reward for _ in made for reward in next(found)), strict=True):
+                rewards[k] = reward
+                counts["responses_not_finite"] += reward is None
+            all_rewards.append(rewards)
+        if begin == 0 and any(row.responses for row in some) and not any(r is not None for x in all_rewards for r in x):
+            raise ValueError(f"{some[0].where}: no response of the first {len(some)} rows has a reward: {why}")
+        yield from zip((row.id for row in some), all_rewards, strict=True)
 
 
 def encode_answered(tokenizer: PreTrainedTokenizerFast, prompt: tokens.Prompt, texts: Sequence[str]) -> list[Block]:
@@ -83,29 +105,49 @@ def encode_answered(tokenizer: PreTrainedTokenizerFast, prompt: tokens.Prompt, t
     return [Block(whole[:1], (whole[1:],)) for whole in wholes]
 
 
-def _finite(rewards: list[float], row: Row, advice: str) -> list[float]:
-    if not np.isfinite(rewards).all():
-        raise ValueError(f"{row.where}: the rewards are {rewards}, not all of them finite: {advice}")
-    return rewards
+def scored(row: Row, rewards: Rewards) -> Row:
+    """The row with its rewards, without the responses that have none; its human pair goes where a part of it does."""
+    kept = [k for k, reward in enumerate(rewards) if reward is not None]
+    pair = [kept.index(k) if k in kept else None for k in (row.chosen, row.rejected)]
+    if pair.count(None) > (row.chosen, row.rejected).count(None):
+        pair = [None, None]
+    texts, found = (tuple(of[k] for k in kept) for of in (row.responses, rewards))
+    return replace(row, responses=texts, rewards=found, chosen=pair[0], rejected=pair[1])
 
 
-def _fitted(block: Block, positions: int, pad_id: int | None, bos_id: Any, counts: Counter[str]) -> Block:
-    """The block as a reward model can read it: no pads at the end, and no more than `positions` tokens."""
-    answers = []
-    for ids in block.responses:
-        end = len(ids) if pad_id is None else int(np.flatnonzero(np.append([-1], ids) != pad_id)[-1])
-        if not end:
-            raise ValueError("an empty response, of which this reward model sees nothing: its pad token is EOS")
-        answers.append(ids[:end])
-    room = positions - max(map(len, answers))
-    if room < 1:
-        raise ValueError(f"a response of {positions - room} tokens, where the reward model reads {positions} in all")
+def _finite(rewards: Iterable[float]) -> Rewards:
+    return [float(reward) if np.isfinite(reward) else None for reward in rewards]
+
+
+def _fitted(
+    block: Block, positions: int, pad_id: int | None, bos_id: Any, counts: Counter[str]
+) -> tuple[list[Block], list[int]]:
+    """The block as a reward model can read it, no pads at the end and no more than `positions` tokens, and which of its
+    responses are in it; those that are nothing but pads are in a block of their own, as the prompt's last token."""
+    answers = [_without_pads(ids, pad_id) for ids in block.responses]
+    read = [k for k, ids in enumerate(answers) if 0 < len(ids) < positions]
+    prompt = _without_pads(block.prompt, pad_id)
+    empty = [k for k, ids in enumerate(answers) if not len(ids) and len(prompt) > 1]
+    counts["responses_overlong"] += len(answers) - len(read) - len(empty)
+    made = [Block(block.prompt, tuple(answers[k] for k in read))] if read else []
+    if empty:
+        counts["responses_empty"] += len(empty)
+        made.append(Block(prompt[:-1], (prompt[-1:],) * len(empty)))
+    return [_cut(one, positions - max(map(len, one.responses)), bos_id, counts) for one in made], read + empty
+
+
+def _without_pads(ids: np.ndarray, pad_id: int | None) -> np.ndarray:
+    return ids if pad_id is None else ids[: np.flatnonzero(np.append([-1], ids) != pad_id)[-1]]
+
+
+def _cut(block: Block, room: int, bos_id: Any, counts: Counter[str]) -> Block:
+    """The block with the last `room` tokens of its prompt, of which BOS is one."""
     prompt = block.prompt
     if len(prompt) > room:
         first = prompt[:1][prompt[:1] == bos_id] if room > 1 else prompt[:0]
         prompt = np.concatenate([first, prompt[len(prompt) - room + len(first) :]])
         counts["prompts_cut"] += 1
-    return Block(prompt, tuple(answers))
+    return Block(prompt, block.responses)
 
 
 def check_prompts(rows: Iterable[Row], read: Callable[[Any], Any]) -> list[Any]:
@@ -119,7 +161,7 @@ def check_prompts(rows: Iterable[Row], read: Callable[[Any], Any]) -> list[Any]:
     return found
 
 
-def by_people(rows: Iterable[Row]) -> list[tuple[str, list[float]]]:
+def by_people(rows: Iterable[Row]) -> list[tuple[str, Rewards]]:
     """(id, rewards) of every row: 1 for the human choice, 0 for its partner; ValueError for other rows than pairs."""
     for row in rows:
         if row.chosen is None or len(row.responses) != 2:

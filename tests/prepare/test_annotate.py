@@ -93,9 +93,66 @@ def test_a_classifier_whose_pad_is_eos_reads_the_token_before(tokenizer, data, t
     assert_rewards(rows, expected)
     other = annotate(classifier(tokenizer, tmp_path / "rm2"), data, tmp_path / "out2.jsonl")
     assert not np.allclose(other[0].rewards, expected[0], atol=0.1)
-    listwise.write(tmp_path / "empty.jsonl", [listwise.Row("a", "x", ("",))])
-    with pytest.raises(ValueError, match=r"empty.jsonl:1: an empty response, of which this reward model sees nothing"):
-        annotate(rm, tmp_path / "empty.jsonl", tmp_path / "out3.jsonl")
+
+
+def test_an_empty_response_is_scored_as_transformers_does(tokenizer, data, tmp_path, capsys):
+    """Where EOS is the pad token nothing is left of it: the last token of the prompt speaks. The others stay as they
+    were, in their order."""
+    rm = classifier(tokenizer, tmp_path / "rm", pad=tokenizer.eos_token_id)
+    rows = [replace(row, responses=("", row.responses[0], "")) for row in listwise.read(data)[:3]]
+    listwise.write(tmp_path / "empty.jsonl", [*rows, listwise.Row("a", "tea is", ("",))])
+    rows = annotate(rm, tmp_path / "empty.jsonl", tmp_path / "out.jsonl")
+    assert_rewards(rows, by_transformers(rm, rows, tokenizer))
+    assert len({row.rewards for row in rows}) == 4 and rows[0].rewards[0] != rows[0].rewards[1]
+    assert "responses_left_out 0" in (said := capsys.readouterr().err) and "responses_empty 7" in said
+
+
+def test_what_cannot_be_scored_is_left_out_by_id(tokenizer, data, tmp_path, monkeypatch):
+    """A reward that is not finite, an answer beyond the model's positions, a conversation that the template refuses:
+    the others keep their rewards, pairs follow their responses, and the manifest names what went."""
+    rm = classifier(tokenizer, tmp_path / "rm", positions=64)
+    [good, *_] = listwise.read(data)
+    texts = (*good.responses[:2], "the " * 80, good.responses[2])
+    odd = [
+        replace(good, id="long", responses=texts, chosen=3, rejected=0),
+        replace(good, id="pair", responses=texts, chosen=2, rejected=0),
+        replace(good, id="none", responses=texts[2:3]),
+        replace(good, id="refused", prompt=({"role": "tool", "content": "x"},)),
+    ]
+    encode = rewards.encode_answered
+
+    def refusing(tokenizer, prompt, texts):
+        if prompt == odd[-1].prompt:
+            raise ValueError("no tools here")
+        return encode(tokenizer, prompt, texts)
+
+    monkeypatch.setattr(rewards, "encode_answered", refusing)
+    listwise.write(tmp_path / "in.jsonl", [good, *odd])
+    whole, long, pair = annotate(rm, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert_rewards([whole, long, pair], by_transformers(rm, [whole, long, pair], tokenizer))
+    assert whole.responses == good.responses and long.responses == pair.responses == texts[:2] + texts[3:]
+    assert (long.chosen, long.rejected) == (2, 0) and (pair.chosen, pair.rejected) == (None, None)
+    about = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
+    everywhere = list(range(len(good.responses)))
+    assert about["responses_left_out"] == {"long": [2], "pair": [2], "none": [0], "refused": everywhere}
+    assert {key: about["counts"][key] for key in ("rows", "responses_overlong", "rows_refused")} == {
+        "rows": 3, "responses_overlong": 3, "rows_refused": 1,
+    }  # fmt: skip
+    score = scorers.score
+
+    def odd_score(model, blocks, **how):
+        found = score(model, blocks, **how)
+        found[0][1] = float("nan")
+        return found
+
+    monkeypatch.setattr(scorers, "score", odd_score)
+    listwise.write(tmp_path / "one.jsonl", [good])
+    [row] = annotate(rm, tmp_path / "one.jsonl", tmp_path / "out2.jsonl")
+    assert row.responses == good.responses[:1] + good.responses[2:]
+    assert row.rewards == pytest.approx(whole.rewards[:1] + whole.rewards[2:], abs=1e-5)
+    monkeypatch.setattr(scorers, "score", lambda *_, **__: [np.full(len(good.responses), np.inf)])
+    with pytest.raises(ValueError, match=r"one.jsonl:1: no response .* has a reward: the rewards are not finite"):
+        annotate(rm, tmp_path / "one.jsonl", tmp_path / "out3.jsonl")
 
 
 def test_a_killed_run_goes_on(reward_model, data, tmp_path, monkeypatch):
@@ -133,7 +190,7 @@ def test_what_does_not_fit_is_cut_and_counted(tokenizer, data, tmp_path, capsys)
         with torch.no_grad():
             assert reward == pytest.approx(float(lm(input_ids=torch.tensor([whole])).logits), abs=1e-4)
     listwise.write(tmp_path / "long.jsonl", [listwise.Row("a", prompt, (" ".join(words[:16]),))])
-    with pytest.raises(ValueError, match=r"long.jsonl:1: a response of 17 tokens, where the reward model reads 16"):
+    with pytest.raises(ValueError, match=r"long.jsonl:1: no response .*: all responses are longer than the 16 tokens"):
         annotate(short, tmp_path / "long.jsonl", tmp_path / "out2.jsonl")
 
 

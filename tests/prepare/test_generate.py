@@ -142,10 +142,21 @@ def test_greedy_generation_draws_once_per_prompt(llama):
     assert counts["samples"] == 4 == sum(map(len, samples.values())) + counts["unfinished"]
 
 
+def test_a_prompt_without_room_gets_no_samples(llama):
+    """53 tokens and 12 new ones do not fit into 64 positions: the others' samples are what they are without it."""
+    long = ("long", [3] * 53)
+    alone, _ = run(llama, PROMPTS)
+    for prompts in ([long, *PROMPTS], [*PROMPTS[:2], long, *PROMPTS[2:]], [*PROMPTS, long]):
+        found, counts = run(llama, prompts)
+        assert list(found) == [name for name, _ in prompts] and found["long"] == []
+        assert flat(found[name] for name in alone) == flat(alone.values())
+        assert counts["prompts_no_room"] == counts["prompts_short"] == 1
+
+
 def test_mistakes_are_named(llama, monkeypatch):
     run(llama, [("a", [3] * 52)], n=1)  # the longest that fits into 64 positions
     for prompts, more, message in (
-        ([("a", [1]), ("long", [3] * 53)], {}, "'long' has 53 tokens; the model's 64 positions"),
+        ([("long", [3] * 53)], {}, "'long' has 53 tokens; the model's 64 positions"),
         ([("empty", [])], {}, "'empty' has 0 tokens"),
         ([("a", [1]), ("a", [3])], {}, "share an id"),
         ([("a", [1])], {"n": 0}, "n, max_rows"),
