@@ -165,7 +165,9 @@ def test_one_run_per_folder_and_sigterm(tiny_world, tmp_path, amount):
         holder.wait(mark)
         refused(holder.pid)
     assert (out / "lock").exists() and harness.checkpoint_of(out) == 6
+    (out / "policy.1.tmp").mkdir()  # as a kill in the export leaves it
     train.main(argv)
+    assert not (out / "policy.1.tmp").exists()
     assert harness.records(out) == harness.records(calm)
 
 
