@@ -99,6 +99,8 @@ def test_a_causal_lm_begins_with_a_head_of_zeros(tmp_path):
     nn.init.normal_(lm.score.weight)
     blocks = [Block(b.prompt, tuple(np.append(y, 2) for y in b.responses)) for b in blocks_of(2)]
     torch.testing.assert_close(RewardModel(lm)(pack(blocks, pad_id=0)), alone(lm, blocks), rtol=1e-5, atol=1e-6)
+    coarse = load_reward_model(str(tmp_path), dtype=torch.bfloat16, begin=True)  # bf16 would round its updates away
+    assert coarse.score.weight.dtype == torch.float32
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path):
