@@ -18,7 +18,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,8 @@ def generate_candidates(c: Generate) -> None:
         raise ValueError(f"limit must not be negative, got {c.limit}")
     rows = listwise.read(c.input)
     tokenizer = tokens.load_tokenizer(c.model)
-    ids = rewards.check_prompts(rows, partial(tokens.encode_prompt, tokenizer))
+    encoder = tokens.Encoder(tokenizer)
+    ids = rewards.check_prompts(rows, encoder.prompt)
     prompts = {row.id: prompt for row, prompt in zip(rows, ids, strict=True) if len(prompt) <= c.max_prompt_length}
     counts = Counter(prompts=len(rows), prompts_overlong=len(rows) - len(prompts))
     rows = [row for row in rows if row.id in prompts]
@@ -144,7 +144,7 @@ def generate_candidates(c: Generate) -> None:
         raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
 
     def work(mine: list[listwise.Row], counts: Counter[str], ranks: dist.Ranks) -> Iterator[tuple[str, list[str]]]:
-        asked = [(row.id, prompts[row.id]) for row in mine]
+        asked, by_id = [(row.id, prompts[row.id]) for row in mine], {row.id: row for row in mine}
         if c.engine == "vllm":
             if ranks.sharded:
                 raise ValueError("--engine vllm spreads over GPUs by itself: start it without torchrun")
@@ -155,7 +155,7 @@ def generate_candidates(c: Generate) -> None:
         how = {key: getattr(c, key) for key in ("n", "max_new_tokens", "temperature", "seed", "max_rows")}
         how |= dict(counts=counts, eos_token_id=tokenizer.eos_token_id, progress=ranks.first)
         for id, samples in generate.generate(lm, asked, **how):
-            yield id, [generate.text_of(tokenizer, one) for one in samples]
+            yield id, generate.texts_of(encoder, by_id[id].prompt, samples, counts)
 
     def write(found: dict[str, list[str]], more: Counter[str]) -> None:
         drawn = [dataclasses.replace(r, responses=(*r.responses, *found[r.id]), rewards=None) for r in rows]

@@ -124,7 +124,9 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         how = dict(n=c.samples, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
         sampled = []
         # Unfinished ones included: rambling is a failure, not a missing value.
-        for id, texts in generate.answer(policy_lm, tokenizer, prompts, counts=drawn, progress=ranks.first, **how):
+        shown = dict(counts=drawn, progress=ranks.first)
+        strings = {row.id for row in rows if isinstance(row.prompt, str)}
+        for id, texts in generate.answer(policy_lm, tokenizer, prompts, strings=strings, **shown, **how):
             earned = None if score is None or not texts else tuple(score(by_id[id].prompt, texts))
             if earned and None in earned:  # as if there were no scorer, or the mean would be over others
                 drawn["prompts_unscored"] += 1

@@ -17,7 +17,6 @@ import itertools
 import json
 import lzma
 import reprlib
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from hps.io import files
 
 KEYS = ("id", "prompt", "responses", "rewards", "chosen", "rejected", "source")
 ROLES = ("system", "user", "assistant", "tool")
+MAX_REWARD = 1e30  # of either sign; differences and squares of rewards stay far from the largest float
 MAX_LINE_BYTES = 64 * 2**20
 # What a file that is no JSON Lines begins with, and what to do with it.
 BEGINNINGS = {
@@ -162,8 +162,8 @@ def _text(value: object, name: str, *, empty: bool = False) -> str:
 
 
 def _finite(value: object, name: str) -> float:
-    if not abs(_typed(value, name, "a number", int, float)) <= sys.float_info.max:  # so written it catches NaN too
-        raise ValueError(f"{name} must be a finite number")
+    if not abs(_typed(value, name, "a number", int, float)) <= MAX_REWARD:  # so written it catches NaN too
+        raise ValueError(f"{name} must be a finite number, of {MAX_REWARD:g} at most: no score is larger, masks are")
     return float(value)  # pyright: ignore[reportArgumentType]
 
 

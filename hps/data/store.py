@@ -25,7 +25,7 @@ from hps.io import files
 from hps.packing import Block
 
 # Decides a store's name: raise it when the files below, or what becomes of a row, change.
-FORMAT = 4
+FORMAT = 5
 ADVICE = "delete the folder of this token store, it will be made again"
 FILES = {
     "tokens": np.dtype("<i4"),  # of each of the R examples the prompt, then its responses, N in all

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import jinja2
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -47,10 +47,11 @@ def longest(example: Example) -> int:
     return len(example.prompt_ids) + max(map(len, example.response_ids))
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, options: str = "") -> PreTrainedTokenizerFast:
     """Load a tokenizer from a local folder or a hub name; a missing pad token becomes EOS (not scored).
 
-    Raises ValueError when there is no tokenizer, it is not a fast one, or it has no EOS token.
+    options: of its chat template, as `templates.fix` says.
+    Raises ValueError when there is no tokenizer, it is not a fast one, or it has no EOS token; and as `templates.fix`.
     """
     try:
         name, revision = hub.resolve(path)
@@ -71,6 +72,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer of {path!r} has no eos_token; name one in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    template = tokenizer.chat_template
+    if options and not template:
+        raise ValueError(f"the tokenizer of {path!r} has no chat template that could take options")
+    if options or "strftime_now" in str(template):
+        from hps.data import templates
+
+        named = template if isinstance(template, dict) else {"": template}
+        named = {name: templates.fix(one, options, path=path) for name, one in named.items()}
+        tokenizer.chat_template = named if isinstance(template, dict) else named[""]
     return tokenizer
 
 
@@ -95,30 +105,57 @@ class Encoder:
         control |= set(tokenizer.all_special_ids)
         self.control = control - {tokenizer.unk_token_id} | {self.eos}  # some tokenizers use one token as UNK and EOS
 
+    @functools.cached_property
+    def template(self) -> Any:
+        """The chat template, as hps.data.templates has it."""
+        from hps.data import templates
+
+        return templates.Template(self.tokenizer)
+
+    @functools.cached_property
+    def inner(self) -> Tokenizer:
+        """The tokenizer for what stands inside a text: nothing is put before it, and nothing taken off when it is
+        decoded, as SentencePiece does with the blank at a text's beginning."""
+        whole = self.tokenizer.backend_tokenizer
+        parts = ("normalizer", "pre_tokenizer", "decoder")
+        rules = {name: json.loads(part.__getstate__()) for name in parts if (part := getattr(whole, name)) is not None}
+        inside = {name: _without_blank(rule) for name, rule in rules.items()}
+        return whole if inside == rules else Tokenizer.from_str(json.dumps(json.loads(whole.to_str()) | inside))
+
     def prompt(self, prompt: Prompt, *, answer: str | None = None) -> list[int]:
         """Of a string verbatim; of messages through the chat template, up to the answer's start or with the `answer`.
 
         A string gets a BOS in front if the tokenizer adds one by itself and the text does not have it yet; a template
-        writes its own. Raises ValueError for messages without a template (or that it refuses), a prompt of no tokens
-        (nothing would predict the response's first token) and a doubled BOS.
+        writes its own, and control tokens within messages are read as plain characters. Raises ValueError for messages
+        without a template, or that it refuses or loses; for a prompt of no tokens (nothing would predict the response's
+        first token), a doubled BOS, and control tokens in messages where the tokenizer cannot read them as characters.
         """
-        text = prompt if isinstance(prompt, str) else self.render(prompt, answer=answer)
-        [ids] = self.batch([text], plain=False)
-        if self.adds_bos and isinstance(prompt, str) and ids[:1] != [self.bos]:
-            ids = [cast(int, self.bos), *ids]
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+            if self.adds_bos and ids[:1] != [self.bos]:
+                ids = [cast(int, self.bos), *ids]
+        else:
+            said = [] if answer is None else [{"role": "assistant", "content": answer}]
+            ids = self.template.encode([*prompt, *said], self.control)
         if not ids:
             raise ValueError("the prompt has no tokens, so nothing predicts the first token of the response")
         if ids[:2] == [self.bos, self.bos]:
             raise ValueError(f"the prompt starts with two {self.tokenizer.bos_token!r}; take one out")
         return ids
 
-    def responses(self, texts: Iterable[str]) -> Iterator[list[int]]:
+    def responses(self, texts: Iterable[str], *, chat: bool | None = None) -> Iterator[list[int]]:
         """Of each text alone, then exactly one EOS: one that is written at the end of the text is not doubled.
 
         Any other control token in a text is read as plain characters; ValueError, in its turn, where the tokenizer
-        cannot do that.
+        cannot do that. chat: the texts answer messages (default: whatever there is a template for), so that the white
+        space that the template puts before an answer belongs to them.
         """
-        for ids in self.batch([self.without_eos(text) for text in texts], plain=True):
+        before = self.before(chat)
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.inner.encode_special_tokens = True
+        whole = [before + self.without_eos(text) for text in texts]
+        for ids in [encoding.ids for encoding in self.inner.encode_batch_fast(whole, add_special_tokens=False)]:
             while ids and ids[-1] == self.eos:
                 ids = ids[:-1]
             if not self.control.isdisjoint(ids):
@@ -129,48 +166,58 @@ class Encoder:
                 )
             yield [*ids, self.eos]
 
+    def before(self, chat: bool | None = None) -> str:
+        """The white space that the template puts before an answer; none before what continues a string."""
+        return self.template.answer[0] if (self.tokenizer.chat_template if chat is None else chat) else ""
+
+    def text(self, ids: Sequence[int] | np.ndarray, *, chat: bool | None = None) -> str:
+        """The text of sampled ids, of which `responses` makes the same ids again: without control tokens, and stripped
+        only if the template strips an answer. chat: as there."""
+        text = self.inner.decode([int(i) for i in ids], skip_special_tokens=True).removeprefix(self.before(chat))
+        chat = bool(self.tokenizer.chat_template) if chat is None else chat
+        return text.strip() if chat and self.template.answer[1] else text
+
+    def answered(self, prompt: Prompt, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """A prompt, and each answer with all that is written behind it, as a reward model reads a conversation.
+
+        Where the template writes another beginning around a finished answer than the prompt's, each conversation is
+        the template's own rendering, and the prompt what all of them begin with.
+        """
+        head = self.prompt(prompt)
+        if isinstance(prompt, str) or self.closing is not None:
+            closing = [] if isinstance(prompt, str) else self.closing or []
+            return head, [[*ids, *closing] for ids in self.responses(texts, chat=not isinstance(prompt, str))]
+        wholes = [self.prompt(prompt, answer=text) for text in texts]
+        same = min(map(len, wholes), default=1) - 1  # something is left of each
+        for whole in (head, *wholes):
+            same = next((i for i, (a, b) in enumerate(zip(head[:same], whole)) if a != b), min(same, len(whole)))
+        return head[:same], [whole[same:] for whole in wholes]
+
     @functools.cached_property
     def closing(self) -> list[int] | None:
-        """What the template writes behind an answer's EOS; None where it does not write prompt, text, EOS."""
+        """What the template writes behind an answer's EOS (a line break, or nothing); None where it does not write
+        prompt, text, EOS."""
         asked = ({"role": "user", "content": "a"},)
         begin = [*self.prompt(asked), *next(self.responses(["b"]))]
         whole = self.prompt(asked, answer="b")
         return whole[len(begin) :] if whole[: len(begin)] == begin else None
-
-    def render(self, messages: Sequence[dict[str, Any]], *, answer: str | None = None) -> str:
-        if not self.tokenizer.chat_template:
-            raise ValueError("the prompt is a list of messages but the tokenizer has no chat template")
-        said = [] if answer is None else [{"role": "assistant", "content": answer}]
-        write = functools.partial(
-            self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=answer is None
-        )
-        try:
-            text = cast(str, write([*messages, *said]))
-            tools = [m | {"content": m["content"] + " " + m["content"]} if m["role"] == "tool" else m for m in messages]
-            unread = tools != list(messages) and write([*tools, *said]) == text
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the tokenizer's chat template refuses these messages: {error}") from error
-        if unread:  # as templates without a word for that role do
-            raise ValueError("the tokenizer's chat template leaves out what the turns of 'tool' say")
-        return text
 
     def without_eos(self, text: str) -> str:
         while text.endswith(self.tokenizer.eos_token):
             text = text.removesuffix(self.tokenizer.eos_token)
         return text
 
-    def batch(self, texts: list[str], *, plain: bool) -> list[list[int]]:
-        """plain: control tokens in the texts are read as characters, as far as the tokenizer can do that."""
-        if not texts:  # the backend refuses an empty batch
-            return []
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=plain,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # its length warning is about the tokenizer's limit, not our budget
-        ).input_ids
+
+def _without_blank(rule: Any) -> Any:
+    """A rule of a tokenizer (normalizer, pre-tokenizer, decoder) without what it does to a blank at a text's start."""
+    key = next((key for key in ("normalizers", "pretokenizers", "decoders") if key in rule), None)
+    if key:
+        inside = [_without_blank(one) for one in rule[key]]
+        return rule | {key: [one for one in inside if one is not None]}
+    if rule["type"] == "Prepend" or (rule["type"] == "Strip" and "content" in rule):
+        return None
+    prefix = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+    return rule | prefix.get(rule["type"], {})
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
@@ -181,33 +228,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[in
 def encode_response(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Token ids of one response, as `Encoder.responses` says."""
     return next(Encoder(tokenizer).responses([text]))
-
-
-def closing_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """What the chat template writes behind an answer's EOS (a line break, or nothing).
-
-    A reward model reads whole conversations, so that it is trained and used with these. Raises ValueError for no
-    template, or one that does not continue the prompt with the answer and EOS.
-    """
-    closing = Encoder(tokenizer).closing
-    if closing is None:
-        raise ValueError(
-            "the tokenizer's chat template does not write an answer as prompt, text and eos_token, so a reward model "
-            f"cannot be trained with it: is eos_token, {tokenizer.eos_token!r}, what ends a turn?"
-        )
-    return closing
-
-
-def merges(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, text: str) -> bool:
-    """Whether a tokenizer run over prompt and response as one text gives other ids than `encode_*` of the two apart.
-
-    Raises ValueError as encode_prompt and encode_response do.
-    """
-    encoder = Encoder(tokenizer)
-    head, [*tail, _] = encoder.prompt(prompt), next(encoder.responses([text]))
-    before = prompt if isinstance(prompt, str) else encoder.render(prompt)
-    [joined] = encoder.batch([before + encoder.without_eos(text)], plain=False)
-    return joined not in ([*head, *tail], [*head[1:], *tail])  # without the BOS that is put before a string
 
 
 def tokenize_rows(
@@ -236,7 +256,8 @@ def tokenize(
     truncate: "drop" leaves out a response that does not fit, "error" raises, "keep_end" cuts the prompt on the left
     (for all its responses alike, down to half the budget, behind its BOS) and leaves out what still does not fit.
     Responses are never cut, so none becomes empty or equal to another. Empty and whitespace-only ones are left out.
-    closing: end the answers to messages as `closing_ids` says. progress: show a bar if it takes over two seconds.
+    closing: read messages with their answers as `Encoder.answered` does. progress: show a bar if it takes over two
+    seconds.
     Raises ValueError, with file and line, for what encode_prompt and encode_response refuse; and if no row
     is left.
     """
@@ -245,23 +266,26 @@ def tokenize(
     if max_length < 3:
         raise ValueError(f"max_length = {max_length}; it must hold a prompt token, a response token and EOS")
     counts.update(dict.fromkeys(COUNTS, 0))
-    encoder, ends = Encoder(tokenizer), []
+    encoder = Encoder(tokenizer)
     prompts: dict[str, np.ndarray] = {}
     rows = iter(tqdm(rows, desc="tokenise", unit="row", delay=2, disable=not progress))
     while chunk := list(itertools.islice(rows, 256)):
-        encoded = encoder.responses(text for row in chunk for text in row.responses)
         if len(prompts) > 2**16:  # equal prompts stand near each other; memory must not grow with the file
             prompts.clear()
+        encoded = {chat: encoder.responses(_texts(chunk, chat), chat=chat) for chat in (False, True)}
         for row in chunk:
-            cached = json.dumps(row.prompt)
+            cached, chat = json.dumps(row.prompt), not isinstance(row.prompt, str)
             try:
-                if cached not in prompts:
-                    prompts[cached] = np.array(encoder.prompt(row.prompt), np.int32)
-                responses = [next(encoded) for _ in row.responses]
-                if closing and not isinstance(row.prompt, str):
-                    ends = ends or [closing_ids(tokenizer)]
-                    responses = [[*ids, *ends[0]] if len(ids) > 1 else ids for ids in responses]
-                example = _example(row, prompts[cached], responses, max_length, truncate, counts, encoder.bos)
+                if closing and chat and row.responses:
+                    head, responses = encoder.answered(row.prompt, row.responses)
+                    prompt = np.array(head, np.int32)
+                else:
+                    if cached not in prompts:
+                        prompts[cached] = np.array(encoder.prompt(row.prompt), np.int32)
+                    prompt, responses = prompts[cached], [next(encoded[chat]) for _ in row.responses]
+                empty = [not encoder.without_eos(text).strip() for text in row.responses]
+                empty = [e or ids[0] == encoder.eos for e, ids in zip(empty, responses, strict=True)]
+                example = _example(row, prompt, responses, empty, max_length, truncate, counts, encoder.bos)
             except ValueError as error:
                 raise ValueError(f"{row.where}: {error}") from error
             if example:
@@ -269,6 +293,11 @@ def tokenize(
     if not counts["rows_kept"]:
         lost = ", ".join(f"{key} = {counts[key]}" for key in COUNTS if counts[key])
         raise ValueError(f"no row is left with max_length = {max_length}: {lost or 'no rows were given'}")
+
+
+def _texts(rows: Sequence[Row], chat: bool) -> Iterator[str]:
+    """All responses to messages, or to strings."""
+    return (text for row in rows if chat != isinstance(row.prompt, str) for text in row.responses)
 
 
 def row_key(id: str) -> int:
@@ -280,12 +309,12 @@ def _example(
     row: Row,
     prompt: np.ndarray,
     responses: list[list[int]],
+    empty: list[bool],
     max_length: int,
     truncate: str,
     counts: dict[str, int],
     bos: int | None,
 ) -> Example | None:
-    empty = [len(ids) == 1 or not text.strip() for ids, text in zip(responses, row.responses, strict=True)]
     least = min(len(prompt), max_length // 2) if truncate == "keep_end" else len(prompt)
     long = [not e and least + len(ids) > max_length for e, ids in zip(empty, responses, strict=True)]
     if truncate == "error" and any(long):

@@ -82,6 +82,7 @@ def format_report(report: dict[str, Any]) -> str:
             "prompts that begin with BOS": joints["prompts_with_bos"],
             "responses that end in EOS, the only one": joints["responses_with_one_eos"],
             f"merges with the prompt, in {joints['looked_at']:,} rows": joints["merges"],
+            "responses whose tokens are another text": joints["changed"],
         }
     lines += ["", *(f"{label:40}{value:>10,}" for label, value in totals.items())]
     if rewards and rewards["gammas"]:
@@ -136,23 +137,31 @@ def _rewards(scored: list[Example], gammas: Sequence[float]) -> dict[str, Any]:
 
 def _joints(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], examples: Sequence[Example]) -> dict[str, Any]:
     """Where texts meet. merges: of the rows looked at, those whose prompt and first response give other tokens when
-    they are tokenised as one text. turns_end_otherwise: the template does not write an answer's end as EOS."""
-    eos = tokenizer.eos_token_id
+    they are tokenised as one text. changed: their responses of which the tokens give another text. differs: in which
+    way the template writes a finished answer otherwise than prompt, text and EOS; empty if it does not."""
+    eos, encoder = tokenizer.eos_token_id, tokens.Encoder(tokenizer)
     ends = [ids[-1] == eos and (ids == eos).sum() == 1 for e in examples for ids in e.response_ids]
-    first = {e.id: int(e.kept[0]) for e in examples[:JOINTS]}
-    looked_at = [row for row in rows if row.id in first]
-    otherwise = False
-    if any(not isinstance(row.prompt, str) for row in looked_at):
-        try:
-            tokens.closing_ids(tokenizer)
-        except ValueError:
-            otherwise = True
+    kept = {e.id: e.kept.tolist() for e in examples[:JOINTS]}
+    looked_at = [row for row in rows if row.id in kept]
+    merges = changed = 0
+    for row in looked_at:
+        chat = not isinstance(row.prompt, str)
+        texts = [encoder.without_eos(row.responses[k]) for k in kept[row.id]]
+        found = list(encoder.responses(texts, chat=chat))
+        strips = chat and encoder.template.answer[1]
+        changed += sum(encoder.text(ids, chat=chat) != (y.strip() if strips else y) for ids, y in zip(found, texts))
+        before = encoder.template.render(row.prompt) if chat else row.prompt
+        joined = tokenizer(before + encoder.before(chat) + texts[0], add_special_tokens=False, verbose=False).input_ids
+        apart = [*encoder.prompt(row.prompt), *found[0][:-1]]
+        merges += joined not in (apart, apart[1:])  # without the BOS that is put before a string
+    chats = any(not isinstance(row.prompt, str) for row in looked_at)
     return {
         "prompts_with_bos": sum(bool(e.prompt_ids[0] == tokenizer.bos_token_id) for e in examples),
         "responses_with_one_eos": int(sum(ends)),
         "looked_at": len(looked_at),
-        "merges": sum(tokens.merges(tokenizer, row.prompt, row.responses[first[row.id]]) for row in looked_at),
-        "turns_end_otherwise": otherwise,
+        "merges": merges,
+        "changed": changed,
+        "differs": (encoder.template.answer[2] or "merges text and EOS") if chats and encoder.closing is None else "",
     }
 
 
@@ -174,8 +183,9 @@ def _advice(report: dict[str, Any]) -> list[str]:
         advice.append(f"{share:.1%} of the responses do not fit: raise --max_length if memory allows")
     if counts.get("prompts_cut"):
         advice.append(f"{counts['prompts_cut']:,} prompts lose their beginning: raise --max_length if memory allows")
-    if report["joints"] and report["joints"]["turns_end_otherwise"]:
-        advice.append("the chat template ends an answer with something else than eos_token, which ends each response")
+    if report["joints"] and report["joints"]["differs"]:
+        differs = report["joints"]["differs"]
+        advice.append(f"the chat template {differs}; a policy is trained on prompt, text and eos_token")
     if counts.get("pairs_broken"):
         advice.append(f"{counts['pairs_broken']:,} rows lost a response of their human pair")
     if report["human_pairs_identical"]:

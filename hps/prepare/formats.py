@@ -8,13 +8,13 @@ import hashlib
 import json
 import re
 import reprlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from hps.data.listwise import KEYS, Row, check_keys, parse_row
+from hps.data.rows import MAX_REWARD
 
 HH_MARK = re.compile(r"\n\n(Human|Assistant): ?")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -291,7 +291,7 @@ def _ranked(prompt: Any, record: Record, name: str, *, text: str, score: str, si
         raise Dropped("rows_too_few_responses", f"{len(answers)} responses; a preference needs two")
     for i, value in enumerate(answer[score] for answer in answers):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not abs(value) <= sys.float_info.max:  # NaN is not <= anything
+        if not number or not abs(value) <= MAX_REWARD:  # NaN is not <= anything
             raise Dropped("rows_no_preference", f"the {score} of response {i} is {reprlib.repr(value)}, not a number")
     texts, rewards = ([answer[key] for answer in answers] for key in (text, score))
     return {"prompt": prompt, "responses": texts, "rewards": [sign * reward for reward in rewards]}

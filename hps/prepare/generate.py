@@ -12,7 +12,7 @@ against vLLM's documented interface and has run against a stand-in of that inter
 import hashlib
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from hps.data.rows import Prompt
+from hps.data.tokens import Encoder
 from hps.io import hub
 from hps.prepare.decode import Request, Sample, decode
 
@@ -156,21 +158,31 @@ def answer(
     prompts: Sequence[tuple[str, Sequence[int]]],
     *,
     seed: int,
+    strings: Container[str] = (),
     **how: Any,
 ) -> Iterator[tuple[str, list[str]]]:
     """Yields (prompt id, n texts): what a model says, equal and unfinished answers included. Arguments as `generate`.
 
     The streams are none of `generate` with a seed of 0 or more: with those, the model that drew the candidates would
-    draw them once more, and BLEU against the best of them find them equal.
+    draw them once more, and BLEU against the best of them find them equal. strings: ids of the prompts that are no
+    messages.
     """
-    eos = tokenizer.eos_token_id
-    for id, some in generate(model, prompts, eos_token_id=eos, seed=~seed, as_drawn=True, **how):
-        yield id, [text_of(tokenizer, one) for one in some]
+    encoder = Encoder(tokenizer)
+    for id, some in generate(model, prompts, eos_token_id=encoder.eos, seed=~seed, as_drawn=True, **how):
+        yield id, [encoder.text(one.token_ids, chat=False if id in strings else None) for one in some]
 
 
-def text_of(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
-    """A sample as text, without its control tokens and the white space around it."""
-    return tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
+def texts_of(encoder: Encoder, prompt: Prompt, samples: Sequence[Sample], counts: Counter[str]) -> list[str]:
+    """Samples as texts. counts: "encoded_otherwise", texts of which training will make other tokens than these."""
+    chat, texts = not isinstance(prompt, str), []
+    for one in samples:
+        texts.append(encoder.text(one.token_ids, chat=chat))
+        try:
+            again = next(encoder.responses(texts[-1:], chat=chat))
+        except ValueError:  # a control token that the tokenizer reads in the text
+            again = []
+        counts["encoded_otherwise"] += again != one.token_ids.tolist()
+    return texts
 
 
 def positions(config: Any) -> float:

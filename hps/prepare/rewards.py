@@ -59,6 +59,7 @@ def annotate_packed(
     Raises:
         ValueError: with file and line, if no response of the first 256 rows has a reward.
     """
+    encoder = tokens.Encoder(tokenizer)
     for begin in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[begin : begin + ROWS_AT_ONCE]
         blocks: list[list[Block]] = []
@@ -66,7 +67,7 @@ def annotate_packed(
         why = "the rewards are not finite: check the reward model's weights and dtype"
         for row in some:
             try:
-                made = encode_answered(tokenizer, row.prompt, row.responses) if row.responses else []
+                made = encode_answered(encoder, row.prompt, row.responses) if row.responses else []
             except ValueError as error:
                 made, why = [], str(error)
                 counts["rows_refused"] += 1
@@ -89,20 +90,10 @@ def annotate_packed(
         yield from zip((row.id for row in some), all_rewards, strict=True)
 
 
-def encode_answered(tokenizer: PreTrainedTokenizerFast, prompt: tokens.Prompt, texts: Sequence[str]) -> list[Block]:
-    """A prompt with its answers as a reward model reads them: one block, or one per answer where the template writes
-    the conversation so that the prompt alone is no part of it.
-
-    A string prompt is read as in training. Raises ValueError as encode_prompt and encode_response do.
-    """
-    encoder = tokens.Encoder(tokenizer)
-    head = encoder.prompt(prompt)
-    closing = [] if isinstance(prompt, str) else encoder.closing
-    if closing is not None:
-        answers = (np.array([*ids, *closing], np.int32) for ids in encoder.responses(texts))
-        return [Block(np.array(head, np.int32), tuple(answers))]
-    wholes = [np.array(encoder.prompt(prompt, answer=text), np.int32) for text in texts]
-    return [Block(whole[:1], (whole[1:],)) for whole in wholes]
+def encode_answered(encoder: tokens.Encoder, prompt: tokens.Prompt, texts: Sequence[str]) -> list[Block]:
+    """A prompt with its answers as a reward model reads them, one block; errors as `Encoder.answered`."""
+    head, answers = encoder.answered(prompt, texts)
+    return [Block(np.array(head, np.int32), tuple(np.array(ids, np.int32) for ids in answers))]
 
 
 def scored(row: Row, rewards: Rewards) -> Row:

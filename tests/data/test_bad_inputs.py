@@ -164,7 +164,7 @@ FITS = [  # what it is; what is in line 2; commands and options that meet it; me
     (
         "a template without a word for tools", {"prompt": [*TALK, {"role": "tool", "content": "hot"}]},
         ("generate", *READERS), dict(model="no-tools"),
-        "{path}:2: the tokenizer's chat template leaves out what the turns of 'tool' say",
+        "{path}:2: the tokenizer's chat template leaves out what prompt[2], the turn of 'tool', says",
     ),
     (
         "a prompt over the limit, to be told", LONG, ("doctor", "train"), dict(max_length=8, truncate="error"),

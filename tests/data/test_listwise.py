@@ -187,7 +187,7 @@ talk = st.builds(lambda turns, last: (*turns, {"role": "user", "content": last})
 def random_rows(draw):
     n = draw(st.integers(0, 4))
     pair = draw(st.permutations(range(n)))[:2] if n > 1 else []
-    rewards = st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * n)
+    rewards = st.tuples(*[st.floats(-1e30, 1e30)] * n)
     return Row(
         id=draw(filled),
         prompt=draw(filled | talk),

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from hps.data.listwise import Row
 from hps.data.tokens import (
     COUNTS,
-    closing_ids,
+    Encoder,
     encode_prompt,
     encode_response,
     fingerprint,
@@ -21,7 +21,6 @@ from hps.data.tokens import (
     tokenize,
     tokenize_rows,
 )
-from hps.prepare.rewards import encode_answered
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>", "tea", "is", "hot", "cold", "why"]
 TEMPLATE = "<bos>{% for m in messages %} <{{ m.role }}> {{ m.content }}{% endfor %} <assistant>"
@@ -268,30 +267,35 @@ def test_a_whole_conversation_as_the_template_writes_it(words):
     whole = [*prompt, {"role": "assistant", "content": "tea is cold"}]
     expected = words.apply_chat_template(whole, tokenize=True, return_dict=False)
     assert words.convert_ids_to_tokens(expected)[-2:] == ["<eos>", "why"]
-    assert closing_ids(words) == [WORDS.index("why")]
-    [block] = encode_answered(words, prompt, ["tea is cold", "hot"])
-    assert [*block.prompt, *block.responses[0]] == expected
+    assert Encoder(words).closing == [WORDS.index("why")]
+    head, answers = Encoder(words).answered(prompt, ["tea is cold", "hot"])
+    assert [*head, *answers[0]] == expected
     one = row("a", prompt, ("tea is cold", "hot", ""))
     [example] = list(tokenize(words, [one], {}, max_length=50, closing=True))  # as it is trained
-    for ours, theirs in zip(example.response_ids, block.responses, strict=True):
-        assert ours.tolist() == theirs.tolist()
+    for ours, theirs in zip(example.response_ids, answers, strict=True):
+        assert ours.tolist() == theirs
     [example] = list(tokenize(words, [row("a", "is tea hot", ("tea",))], {}, max_length=50, closing=True))
     assert example.response_ids[0].tolist() == encode_response(words, "tea")
 
 
 def test_a_template_that_writes_answers_in_its_own_way(words, bpe):
-    """It closes with no EOS: the conversation is read whole, each answer alone, and cannot be trained on."""
+    """It closes with no EOS, or begins an answer otherwise than a prompt ends: the conversation is read whole."""
     prompt = ({"role": "user", "content": "is tea hot"},)
-    blocks = encode_answered(words, prompt, ["tea is cold", "hot"])
-    for block, answer in zip(blocks, ["tea is cold", "hot"], strict=True):
-        whole = words.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], return_dict=False)
-        assert [*block.prompt, *block.responses[0]] == whole
-    with pytest.raises(ValueError, match="does not write an answer as prompt, text and eos_token"):
-        closing_ids(words)
-    with pytest.raises(ValueError, match=r"f.jsonl:a: .*cannot be trained with it"):
-        list(tokenize(words, [row("a", prompt, ("tea",))], {}, max_length=50, closing=True))
+    begins = ANSWERED.replace("<assistant> ", "<assistant> hot ")  # as with "<think>"
+    for template in (TEMPLATE, begins):
+        own = type(words)(tokenizer_object=words.backend_tokenizer, **words.special_tokens_map, chat_template=template)
+        assert Encoder(own).closing is None
+        wholes = []
+        for text in ("tea is cold", "hot"):
+            turns = [*prompt, {"role": "assistant", "content": text}]
+            wholes.append(own.apply_chat_template(turns, return_dict=False))
+        head, answers = Encoder(own).answered(prompt, ("tea is cold", "hot"))
+        assert [[*head, *answer] for answer in answers] == wholes and own.eos_token_id not in head
+        [example] = tokenize(own, [row("a", prompt, ("tea is cold", " ", "hot"))], {}, max_length=50, closing=True)
+        assert example.kept.tolist() == [0, 2]
+        assert [[*example.prompt_ids, *ids] for ids in example.response_ids] == wholes
     with pytest.raises(ValueError, match="no chat template"):
-        encode_answered(bpe, prompt, ["x"])
+        Encoder(bpe).answered(prompt, ["x"])
 
 
 def test_messages_say_where(words, bpe):

@@ -142,9 +142,10 @@ def reward_run(**changes) -> dict:
 
 def conversations(folder) -> list[Block]:
     """Chosen and rejected of every row as its template writes them, prompt apart."""
-    tokenizer, rows = tokens.load_tokenizer(str(folder / "model")), listwise.read(folder / "train.jsonl")
+    encoder = tokens.Encoder(tokens.load_tokenizer(str(folder / "model")))
+    rows = listwise.read(folder / "train.jsonl")
     pair = [[row.responses[k] for k in (row.chosen, row.rejected)] for row in rows]
-    return [encode_answered(tokenizer, row.prompt, texts)[0] for row, texts in zip(rows, pair, strict=True)]
+    return [encode_answered(encoder, row.prompt, texts)[0] for row, texts in zip(rows, pair, strict=True)]
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -159,7 +159,7 @@ def test_where_texts_meet():
     examples, counts = tokenize_rows(tokenizer, rows, max_length=99)
     report = diagnose(rows, examples, counts, tokenizer=tokenizer)
     expected = {"prompts_with_bos": 2, "responses_with_one_eos": 4, "looked_at": 2, "merges": 1}
-    assert report["joints"] == expected | {"turns_end_otherwise": False}
+    assert report["joints"] == expected | {"changed": 0, "differs": ""}
     lines = [line.split() for line in format_report(report).splitlines()]
     assert ["prompts", "that", "begin", "with", "BOS", "2"] in lines
     assert ["responses", "that", "end", "in", "EOS,", "the", "only", "one", "4"] in lines
@@ -169,11 +169,26 @@ def test_where_texts_meet():
 
 def test_a_template_that_ends_answers_otherwise_is_told():
     rows = [Row("a", ({"role": "user", "content": "why"},), ("yes", "no"), chosen=0, rejected=1, where="f:1")]
-    told = "the chat template ends an answer with something else than eos_token, which ends each response"
-    for end, advice in (("</s> ", [NO_REWARDS]), ("<|tool|>", [told, NO_REWARDS]), ("", [told, NO_REWARDS])):
+    trained = "; a policy is trained on prompt, text and eos_token"
+    ends, begins = (
+        "the chat template ends an answer with {!r} and not with eos_token, '</s>'",
+        "[assistant]:{% endif %}",
+    )
+    for end, told in (("</s> ", ""), ("<|tool|>", ends.format("<|tool|>")), ("", ends.format(""))):
         tokenizer = byte_tokenizer(chat_template=ANSWERED.replace("END", end))
         report = diagnose(rows, *tokenize_rows(tokenizer, rows, max_length=99), tokenizer=tokenizer)
-        assert report["advice"] == advice and report["joints"]["merges"] == 0
+        assert report["advice"] == [told + trained] * bool(told) + [NO_REWARDS] and report["joints"]["merges"] == 0
+    thinks = ANSWERED.replace("END", "</s>").replace(begins, begins.replace("{%", "<think>{%"))
+    before = ANSWERED.replace("END", "</s>").replace(
+        "]:{{ m.content }}{% if", "]:{% if loop.last and m.role == 'assistant' %}<think>{% endif %}{{ m.content }}{% if"
+    )
+    for template, told in (
+        (thinks, "the chat template begins an answer with '<think>', which a finished one does not have"),
+        (before, "the chat template writes '<think>' before a finished answer, which the prompt does not end in"),
+    ):
+        tokenizer = byte_tokenizer(chat_template=template)
+        report = diagnose(rows, *tokenize_rows(tokenizer, rows, max_length=99), tokenizer=tokenizer)
+        assert report["advice"] == [told + trained, NO_REWARDS]
 
 
 @pytest.fixture(scope="module")
