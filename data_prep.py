@@ -151,7 +151,8 @@ def generate_candidates(c: Generate) -> None:
             longest = max(len(ids) for _, ids in asked)
             lm = generate.load_vllm(c.model, dtype=c.dtype, max_length=longest + c.max_new_tokens)
         else:
-            lm = model.load_causal_lm(c.model, dtype=model.compute_dtype(c.dtype)).to(ranks.device)
+            dtype = model.compute_dtype(c.dtype)
+            lm = model.load_causal_lm(c.model, dtype=dtype, tokenizer=tokenizer).to(ranks.device)
         how = {key: getattr(c, key) for key in ("n", "max_new_tokens", "temperature", "seed", "max_rows")}
         how |= dict(counts=counts, eos_token_id=tokenizer.eos_token_id, progress=ranks.first)
         for id, samples in generate.generate(lm, asked, **how):

@@ -93,7 +93,9 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         raise ValueError(f"{c.data}: no row has rewards that differ, or a human pair (chosen, rejected), that fits")
 
     dtype = model.compute_dtype(c.dtype)
-    policy_lm, ref_lm = (model.load_causal_lm(path, dtype=dtype) for path in (c.model, c.reference))
+    policy_lm, ref_lm = (
+        model.load_causal_lm(path, dtype=dtype, tokenizer=tokenizer) for path in (c.model, c.reference)
+    )
     policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in (policy_lm, ref_lm))
     longest = max(map(tokens.longest, examples))
     for one in (policy, ref):

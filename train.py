@@ -82,11 +82,11 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     # The model, and the reference's log-probs of just what the plan touches: those of the policy itself before its
     # first update, unless another reference is named. Trained weights must never stand in for it, so a checkpoint is
     # loaded after this.
-    policy, weights, untrained = load_policy(c, ranks, vocab_size=len(tokenizer), longest=examples.longest)
+    policy, weights, untrained = load_policy(c, ranks, tokenizer, longest=examples.longest)
     inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": examples.data_hash}
     scorer = policy
     if needs_reference(c) and c.reference:
-        scorer, inputs["reference"] = load_reference(c, ranks, tokenizer=inputs["tokenizer"])
+        scorer, inputs["reference"] = load_reference(c, ranks, tokenizer)
     claim(out, c, inputs, started is not None, ranks)
     run = batches.Run(c, plan, examples, ranks, pad_id=tokenizer.pad_token_id)
     z0 = None  # KTO's alone
@@ -222,22 +222,23 @@ def held_folder(out: Path, ranks: dist.Ranks) -> Iterator[None]:
 
 
 def load_policy(
-    c: Config, ranks: dist.Ranks, *, vocab_size: int, longest: int
+    c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast, *, longest: int
 ) -> tuple["model.PolicyModel | reward_model.RewardModel", str, bool]:
     """The model that is trained, with its adapter, sharded; the fingerprint of the weights that it starts from; and
     whether its first loss is known: policy = reference, or a reward model's head of zeros.
 
-    vocab_size, longest: what it must have embeddings and positions for, tokens.
+    longest: tokens that it must have positions for.
     """
     dtype = model.compute_dtype(c.dtype)
     loaded = dtype if c.lora_rank else torch.float32  # trained weights are fp32, a frozen base is not updated
+    how = dict(dtype=loaded, tokenizer=tokenizer, merged=not c.lora_rank)
     if c.loss == "reward":
         from hps.extra import reward_model
 
-        lm = reward_model.load_reward_model(c.model, dtype=loaded, begin=True)
+        lm = reward_model.load_reward_model(c.model, begin=True, **how)
     else:
-        lm = model.load_causal_lm(c.model, dtype=loaded)
-    model.check_limits(lm, vocab_size=vocab_size, longest=longest)
+        lm = model.load_causal_lm(c.model, **how)
+    model.check_limits(lm, vocab_size=len(tokenizer), longest=longest)
     weights = model.fingerprint(lm)  # while they are whole and untouched
     if c.lora_rank:
         from hps import adapters
@@ -255,20 +256,22 @@ def load_policy(
     else:
         policy = model.PolicyModel(lm, autocast=autocast).to(ranks.device)
         untrained = needs_reference(c) and not c.reference
-    model.check_paths_agree(policy, vocab_size=vocab_size, share_prompt=c.share_prompt)
+    model.check_paths_agree(policy, vocab_size=len(tokenizer), share_prompt=c.share_prompt)
     dist.shard(policy, policy.layers, ranks=ranks, dtype=dtype)
     return policy, weights, untrained
 
 
-def load_reference(c: Config, ranks: dist.Ranks, *, tokenizer: str) -> tuple[model.PolicyModel, str]:
+def load_reference(
+    c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast
+) -> tuple[model.PolicyModel, str]:
     """The model that `--reference` names, sharded, and the fingerprint of its weights; ValueError if its tokenizer is
-    not the policy's, of which `tokenizer` is the fingerprint."""
-    if tokens.fingerprint(tokens.load_tokenizer(c.reference)) != tokenizer:
+    not the policy's."""
+    if tokens.fingerprint(tokens.load_tokenizer(c.reference)) != tokens.fingerprint(tokenizer):
         raise ValueError(
             f"the reference {c.reference} has another tokenizer or chat template than {c.model}: their "
             "log-probs cannot be compared; give the policy and its reference the same one"
         )
-    lm = model.load_causal_lm(c.reference, dtype=model.DTYPES[c.dtype])
+    lm = model.load_causal_lm(c.reference, dtype=model.DTYPES[c.dtype], tokenizer=tokenizer)
     weights = model.fingerprint(lm)
     scorer = model.PolicyModel(lm).to(ranks.device)
     dist.shard(scorer, scorer.layers, ranks=ranks, dtype=model.DTYPES[c.dtype])

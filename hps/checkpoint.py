@@ -138,6 +138,11 @@ def export(lm: nn.Module, tokenizer: Any, out: Path, *, ranks: dist.Ranks, card:
                 state[name] = whole.clone()
     if ranks.first:
         with files.replacing(out) as partial:
+            if adapter:
+                from hps import adapters
+
+                partial.mkdir()
+                adapters.name_base(lm, partial)
             lm.save_pretrained(partial, state_dict=state)
             tokenizer.save_pretrained(partial)
             (partial / "README.md").write_text(card, encoding="utf-8")  # peft has written one that says nothing

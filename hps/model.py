@@ -6,14 +6,10 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hps import attention
@@ -75,7 +71,7 @@ class PolicyModel(nn.Module):
 
 def unwrapped(lm: Any) -> Any:
     """The transformers model inside a peft model, adapters in place, or the model itself."""
-    return lm.get_base_model() if hasattr(lm, "peft_config") else lm
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 
 
 def autocasting(model: Any, on: Tensor) -> torch.autocast:
@@ -114,42 +110,32 @@ def compute_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_causal_lm(path: str, *, dtype: torch.dtype) -> nn.Module:
-    """A causal LM from a local folder or the hub, in evaluation mode; an adapter folder comes merged into its base.
+def load_causal_lm(path: str, *, dtype: torch.dtype, tokenizer: Any = None, merged: bool = False) -> nn.Module:
+    """A causal LM from a local folder or the hub, in evaluation mode; an adapter stays beside its base, as in training.
+
+    Args:
+        tokenizer: must have no id without an embedding; None where nothing is tokenised.
+        merged: put an adapter into the weights of its base, all of which can train then. In bf16 that loses most of it.
 
     Raises:
-        ValueError: no such model, or one that would have to be unpickled, or to run its own code.
+        ValueError: no such model, one whose weights are not all there, or one that would have to be unpickled, or to
+            run its own code.
     """
     from transformers import AutoModelForCausalLM
 
-    from hps import adapters
+    from hps import adapters, loading
 
-    with explain_load_errors("model", path):
+    with loading.explain_load_errors("model", path):
         adapter = adapters.adapter_in(path)
-    if adapter:
-        return adapters.merge_adapter(load_causal_lm(adapter[0], dtype=dtype), path)
-    with explain_load_errors("model", path):
-        name, revision = hub.resolve(path)
-        how: dict[str, Any] = dict(revision=revision, dtype=dtype, attn_implementation="sdpa")
-        lm = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **how)
-    return lm.eval()  # dropout off, in scoring and in training alike
-
-
-@contextmanager
-def explain_load_errors(what: str, path: str) -> Iterator[None]:
-    """Say on one line why a model could not be loaded."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as e:
-        raise ValueError(f"cannot load the {what} {path!r}: {why_not(path, e)}") from e
-
-
-def why_not(path: str, error: Exception) -> str:
-    """What an error of loading says, on one line, and that a pickle beside it was not read."""
-    said = " ".join(str(error).split())
-    for file in sorted(Path(path).glob("*.bin"))[:1]:
-        said += f"; {file.name} is a pickle, which can run code, and is not read: save it as safetensors"
-    return said
+        if adapter:
+            lm = adapters.load_adapter(load_causal_lm(adapter[0], dtype=dtype), path, merged=merged)
+        else:
+            name, revision = hub.resolve(path)
+            how: dict[str, Any] = dict(revision=revision, dtype=dtype, attn_implementation="sdpa")
+            lm = loading.load_whole(AutoModelForCausalLM, name, trust_remote_code=False, **how)
+        if tokenizer is not None:
+            loading.check_vocabulary(lm, tokenizer)
+    return lm
 
 
 # -- what a model must be able to do --
@@ -240,6 +226,10 @@ def fingerprint(lm: nn.Module) -> str:
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
         config.pop(volatile, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    if hasattr(lm, "peft_config"):
+        from hps import adapters
+
+        digest.update(adapters.settings(lm).encode())
     for name, parameter in sorted(lm.named_parameters()):  # tied weights appear once
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -75,7 +75,8 @@ def load(path: str, dtype: str) -> tuple[Any, Any]:
     except ValueError as error:
         raise ValueError(f"{path} cannot be talked to: {error}; take a model that was trained to chat") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.load_causal_lm(path, dtype=model.compute_dtype(dtype)).to(device), tokenizer
+    lm = model.load_causal_lm(path, dtype=model.compute_dtype(dtype), tokenizer=tokenizer)
+    return lm.to(device), tokenizer
 
 
 def said(text: str) -> tuple[dict[str, str]]:

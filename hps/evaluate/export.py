@@ -52,11 +52,33 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--eval_json {c.eval_json} is about {about}: run eval.py on {c.model}")
 
     load = reward_model.load_reward_model if reward else model.load_causal_lm
-    lm = load(c.model, dtype=torch.float32).to(model.DTYPES[c.dtype])
+    lost = rounding(load(c.model, dtype=torch.float32)) if c.dtype == "bf16" else ""
+    lm = load(c.model, dtype=torch.float32, merged=True).to(model.DTYPES[c.dtype])
     alone = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.export(lm, tokens.load_tokenizer(c.model), out, ranks=alone, card=readme)
-    print(f"{out}: {sum(p.numel() for p in lm.parameters()):,} parameters in {c.dtype}", file=sys.stderr)
+    print(f"{out}: {sum(p.numel() for p in lm.parameters()):,} parameters in {c.dtype}{lost}", file=sys.stderr)
+
+
+def rounding(lm: torch.nn.Module) -> str:
+    """What merging an adapter into bf16 weights loses of it, in words; empty for a model without one."""
+    adapted = unchanged = 0
+    change = lost = 0.0
+    for layer in lm.modules():
+        if hasattr(layer, "get_delta_weight"):
+            base, delta = layer.get_base_layer().weight, layer.get_delta_weight("default")
+            merged = (base + delta).bfloat16()
+            adapted += delta.numel()
+            unchanged += int((merged == base.bfloat16()).sum())
+            change += float(delta.double().square().sum())
+            lost += float((merged.double() - base.double() - delta.double()).square().sum())
+    if not adapted:
+        return ""
+    return (
+        f"; rounded to bf16, {unchanged / adapted:.0%} of the {adapted:,} adapted weights are the base's again, and "
+        f"the rounding is {(lost / change) ** 0.5 if change else 0:.2g} times as large as the adapter's change: "
+        "evaluate this folder, or give the adapter away beside its base"
+    )
 
 
 def results(evaluation: dict[str, Any] | None) -> str:

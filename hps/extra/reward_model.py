@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hps import adapters, attention
+from hps import adapters, attention, loading
 from hps.io import hub
-from hps.model import autocasting, decoder_layers, explain_load_errors, states, unwrapped
+from hps.model import autocasting, decoder_layers, states, unwrapped
 from hps.packing import Packed
 
 SEVERAL = (
@@ -43,7 +43,7 @@ class RewardModel(nn.Module):
     @property
     def decoder(self) -> nn.Module:
         """All of it below `score`."""
-        return self.classifier.base_model
+        return self.classifier.get_decoder()
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -95,50 +95,69 @@ class RemoteRewardModel(nn.Module):
         return rewards
 
 
-def load_reward_model(path: str, *, dtype: torch.dtype, objectives: str = "one", begin: bool = False) -> nn.Module:
-    """A sequence classifier from a local folder or the hub, in evaluation mode; an adapter comes merged into its base.
+def load_reward_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Any = None,
+    objectives: str = "one",
+    begin: bool = False,
+    merged: bool = False,
+) -> nn.Module:
+    """A sequence classifier from a local folder or the hub, in evaluation mode; an adapter stays beside its base.
 
     Args:
+        tokenizer, merged: as in model.load_causal_lm.
         objectives: one, or mean for a head with several.
         begin: a causal LM is welcome too, and gets a head of zeros: every reward is 0 then, and the first loss log 2.
 
     Raises:
         ValueError: no such model, no reward model, or a head of another width than `objectives` says.
     """
+    with loading.explain_load_errors("reward model", path):
+        adapter = adapters.adapter_in(path)
+        if adapter:
+            base, task = adapter
+            if task != "SEQ_CLS":
+                raise ValueError("it is the adapter of a policy, not of a reward model: train one with --loss reward")
+            whole = load_reward_model(base, dtype=dtype, objectives=objectives, begin=True)
+            lm = adapters.load_adapter(whole, path, merged=merged)
+        else:
+            lm = _load_classifier(path, dtype=dtype, objectives=objectives, begin=begin)
+        if tokenizer is not None:
+            loading.check_vocabulary(lm, tokenizer)
+    return lm
+
+
+def _load_classifier(path: str, *, dtype: torch.dtype, objectives: str, begin: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    with explain_load_errors("reward model", path):
-        adapter = adapters.adapter_in(path)
-    if adapter:
-        base, task = adapter
-        if task != "SEQ_CLS":
-            raise ValueError(f"{path} is the adapter of a policy, not of a reward model: train one with --loss reward")
-        return adapters.merge_adapter(load_reward_model(base, dtype=dtype, objectives=objectives, begin=True), path)
-    with explain_load_errors("reward model", path):
-        name, revision = hub.resolve(path)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
+    name, revision = hub.resolve(path)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
     ready = any("SequenceClassification" in name for name in config.architectures or [])
     if not ready and not begin:
         kind = ", ".join(config.architectures or ["of no kind"])
-        raise ValueError(f"{path} is no reward model but {kind}: train one from it with train.py --loss reward")
-    how: dict[str, Any] = dict(revision=revision, dtype=dtype, attn_implementation="sdpa")
+        raise ValueError(f"it is no reward model but {kind}: train one from it with train.py --loss reward")
+    how: dict[str, Any] = dict(revision=revision, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
     how |= {} if ready else {"num_labels": 1}
-    with explain_load_errors("reward model", path):
-        lm = AutoModelForSequenceClassification.from_pretrained(
-            name, trust_remote_code=False, use_safetensors=True, **how
-        )
+    lm = loading.load_whole(AutoModelForSequenceClassification, name, begin=not ready, **how)
     if not isinstance(getattr(lm, "score", None), nn.Linear):
-        raise ValueError(f"{path}: {type(lm).__name__} has no linear layer `score` over its last token's state")
+        raise ValueError(f"{type(lm).__name__} has no linear layer `score` over its last token's state")
     if lm.score.out_features != 1 and objectives == "one":
         raise ValueError(SEVERAL.format(what=path, labels=lm.score.out_features))
     if not ready:
         nn.init.zeros_(lm.score.weight)
         # transformers takes the last token that is no pad: with EOS as the pad it would read the one before the end.
-        eos = config.eos_token_id
-        if lm.config.pad_token_id in (eos if isinstance(eos, list) else [eos]):
-            lm.config.pad_token_id = None
+        text = lm.config.get_text_config()
+        if pad_token_id(lm) in (text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]):
+            text.pad_token_id = None
     lm.score.float()
-    return lm.eval()
+    return lm
+
+
+def pad_token_id(lm: nn.Module) -> int | None:
+    """The token that a classifier takes for padding, in its config or in that of its text part."""
+    return getattr(lm.config.get_text_config(), "pad_token_id", None)
 
 
 def load_remote(path: str, *, dtype: torch.dtype, revision: str) -> nn.Module:
@@ -150,8 +169,5 @@ def load_remote(path: str, *, dtype: torch.dtype, revision: str) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
     how: dict[str, Any] = {} if Path(path).exists() else {"revision": revision, "code_revision": revision}
-    with explain_load_errors(f"reward model of revision {revision}", path):
-        lm = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, trust_remote_code=True, use_safetensors=True, **how
-        )
-    return lm.eval()
+    with loading.explain_load_errors(f"reward model of revision {revision}", path):
+        return loading.load_whole(AutoModelForSequenceClassification, path, dtype=dtype, trust_remote_code=True, **how)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hps import adapters, config, model
+from hps import adapters, config, loading, model
 from hps.logps import chunk_for
 
 LLAMA_3_8B = dict(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
@@ -81,7 +81,7 @@ def build(c: Options) -> nn.Module:
                 targets = c.lora_targets.split(",")
                 lm = adapters.add_lora(lm, rank=c.lora_rank, alpha=16, targets=targets, seed=0)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--shape {c.shape or 'Llama-3-8B'}: {model.why_not(c.shape, error)}") from error
+        raise ValueError(f"--shape {c.shape or 'Llama-3-8B'}: {loading.why_not(c.shape, error)}") from error
     return lm.to(model.DTYPES[c.dtype])
 
 

@@ -66,7 +66,8 @@ def load_reward_model(
         lm = reward_model.load_remote(path, dtype=model.compute_dtype(dtype), revision=remote_revision)
         scoring = reward_model.RemoteRewardModel(lm, objectives=objectives).to(device)
     else:
-        lm = reward_model.load_reward_model(path, dtype=model.compute_dtype(dtype), objectives=objectives)
+        how = dict(dtype=model.compute_dtype(dtype), tokenizer=tokenizer, objectives=objectives)
+        lm = reward_model.load_reward_model(path, **how)
         scoring = reward_model.RewardModel(lm).to(device)
         model.check_paths_agree(scoring, vocab_size=len(tokenizer))
     model.check_limits(lm, vocab_size=len(tokenizer), longest=0)
@@ -76,7 +77,7 @@ def load_reward_model(
         lambda blocks: score(scoring, blocks, **packing),
         tokenizer,
         positions=getattr(lm.config, "max_position_embeddings", None) or 2**31,
-        pad_id=lm.config.pad_token_id,
+        pad_id=reward_model.pad_token_id(lm),
         counts=counts,
     )
 

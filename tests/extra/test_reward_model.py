@@ -75,6 +75,9 @@ def test_states_of_another_order_are_refused():
             super().__init__()
             self.inner, self.config = inner, inner.config
 
+        def get_decoder(self):
+            return self
+
         def forward(self, **kwargs):
             out = self.inner(**kwargs)
             out.last_hidden_state = out.last_hidden_state.flip(1)
