@@ -95,18 +95,19 @@ def test_an_adapters_base_is_found_from_anywhere(tmp_path, monkeypatch, caplog):
 def test_weights_that_do_not_fit_are_named(tmp_path):
     """Missing, left over, of another size: of a policy, of a classifier, of an adapter."""
     trained(tmp_path)
+    policy, reward = load_causal_lm, load_reward_model
     norm, q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
     lora = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     file = "adapter_model.safetensors"
     cases = [
-        (load_causal_lm, "base", lambda w: {k: v for k, v in w.items() if k != norm}, f"files lack {norm}"),
-        (load_causal_lm, "base", lambda w: w | {"score.weight": w[norm].clone()}, "hold score.weight, for which there is no"),
-        (load_causal_lm, "base", lambda w: w | {q: w[q][:4].clone()}, rf"{q} is \[4, 32\] in its files and \[32, 32"),
-        (load_reward_model, "base", lambda w: {k: v for k, v in w.items() if k != q}, f"lack {q}"),
-        (load_causal_lm, "adapter", lambda w: {k: v for k, v in w.items() if k != lora}, "lack .*q_proj.lora_B"),
-        (load_causal_lm, "adapter", lambda w: w | {"base_model.model.other.weight": w[lora].clone()}, "hold .*other.weight"),
-        (load_causal_lm, "adapter", lambda w: {k.replace("model.l", "lm.l"): v for k, v in w.items()}, "lack .*5 m"),
-        (load_causal_lm, "adapter", lambda w: w | {lora: w[lora][:4].clone()}, r"is \[4, 4\] in the ad.*\[32, 4\] on"),
+        (policy, "base", lambda w: {k: v for k, v in w.items() if k != norm}, f"files lack {norm}"),
+        (policy, "base", lambda w: w | {"score.weight": w[norm].clone()}, "hold score.weight, for which there is no"),
+        (policy, "base", lambda w: w | {q: w[q][:4].clone()}, rf"{q} is \[4, 32\] in its files and \[32, 32"),
+        (reward, "base", lambda w: {k: v for k, v in w.items() if k != q}, f"lack {q}"),
+        (policy, "adapter", lambda w: {k: v for k, v in w.items() if k != lora}, "lack .*q_proj.lora_B"),
+        (policy, "adapter", lambda w: w | {"base_model.model.other.weight": w[lora].clone()}, "hold .*other.weight"),
+        (policy, "adapter", lambda w: {k.replace("model.l", "lm.l"): v for k, v in w.items()}, "lack .*5 m"),
+        (policy, "adapter", lambda w: w | {lora: w[lora][:4].clone()}, r"is \[4, 4\] in the ad.*\[32, 4\] on"),
     ]  # fmt: skip
     for i, (load, kind, change, message) in enumerate(cases):
         shutil.copytree(tmp_path / kind, tmp_path / str(i))
