@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import classifier
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import data_prep
@@ -229,14 +230,19 @@ def test_a_model_with_its_own_code(tokenizer, data, tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is no reward model but Gated"):
         annotate(folder, data, tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match="its files lack regression.bias, regression.weight; they hold score.weight"):
+        annotate(folder, data, tmp_path / "out.jsonl", remote_revision="abc")
+    weights = load_file(folder / "model.safetensors")
+    drawn = torch.Generator().manual_seed(0)
+    weights |= {"regression.weight": torch.randn(4, 32, generator=drawn), "regression.bias": torch.ones(4)}
+    del weights["score.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="this model has 4 labels"):
         annotate(folder, data, tmp_path / "out.jsonl", remote_revision="abc")
     how = dict(remote_revision="abc", objectives="mean")
-    torch.manual_seed(0)  # the head is not among the weights, so each loading draws it
     few = tmp_path / "few.jsonl"
     listwise.write(few, listwise.read(data)[:2])
     rows = annotate(folder, few, tmp_path / "out2.jsonl", **how)
-    torch.manual_seed(0)
     lm = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
     for row in rows:
         for y, reward in zip(row.responses, row.rewards, strict=True):
