@@ -72,6 +72,7 @@ class Generate:
     seed: int = 0  # of sampling; a prompt's candidates depend on it and on the prompt's id only
     dtype: str = "fp32"  # fp32 or bf16
     max_rows: int = 512  # sequences decoded at once (a small model gains from more), or handed to vLLM at once
+    template_options: str = ""  # NAME=VALUE,... of the chat template: enable_thinking=false, date=2026-01-31
     engine: str = "hf"  # hf (this code, on any transformers model) or vllm (if it is installed)
 
 
@@ -93,6 +94,7 @@ class Doctor:
     model: str  # its tokenizer counts the tokens
     max_length: int = 2048  # tokens of prompt and response together
     truncate: str = "drop"  # beyond max_length: drop (and count) the response, error, or keep_end of the prompt
+    template_options: str = ""  # NAME=VALUE,... of the chat template: enable_thinking=false, date=2026-01-31
     json: bool = False  # print JSON for machines instead of a page
 
 
@@ -131,7 +133,7 @@ def generate_candidates(c: Generate) -> None:
     if c.limit < 0:
         raise ValueError(f"limit must not be negative, got {c.limit}")
     rows = listwise.read(c.input)
-    tokenizer = tokens.load_tokenizer(c.model)
+    tokenizer = tokens.load_tokenizer(c.model, c.template_options)
     encoder = tokens.Encoder(tokenizer)
     ids = rewards.check_prompts(rows, encoder.prompt)
     prompts = {row.id: prompt for row, prompt in zip(rows, ids, strict=True) if len(prompt) <= c.max_prompt_length}
@@ -215,7 +217,7 @@ def annotate_rows(c: Annotate) -> None:
 def diagnose(c: Doctor) -> None:
     """Measure what training would see of a file, and say what to change; status 1 where it cannot be trained on."""
     rows = listwise.read(c.input)
-    tokenizer = tokens.load_tokenizer(c.model)
+    tokenizer = tokens.load_tokenizer(c.model, c.template_options)
     examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, truncate=c.truncate)
     found = doctor.diagnose(rows, examples, counts, tokenizer=tokenizer)
     print(json.dumps(found, indent=1) if c.json else doctor.format_report(found))

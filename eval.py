@@ -45,6 +45,7 @@ class Config:
     # -- compute --
     dtype: str = "fp32"  # fp32 or bf16
     max_length: int = 2048  # tokens of prompt and response together; longer candidates are dropped and counted
+    template_options: str = ""  # NAME=VALUE,... of the chat template: enable_thinking=false, date=2026-01-31
     tokens_per_micro_batch: int = 4096  # packed tokens of one forward
     reference_cache: str = "runs/reference_cache"  # folder of reference log-probs, shared with training
 
@@ -80,8 +81,8 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     if world:
         rewards.check_prompts(rows, world.task)
     by_id = {row.id: row for row in rows}
-    tokenizer = tokens.load_tokenizer(c.reference)
-    if tokens.fingerprint(tokenizer) != tokens.fingerprint(tokens.load_tokenizer(c.model)):
+    tokenizer, own = (tokens.load_tokenizer(path, c.template_options) for path in (c.reference, c.model))
+    if tokens.fingerprint(tokenizer) != tokens.fingerprint(own):
         raise ValueError(
             f"the policy {c.model} and the reference {c.reference} have different tokenizers or chat templates: their "
             "log-probs cannot be compared"

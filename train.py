@@ -60,7 +60,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     torch.manual_seed(c.seed)  # of what peft draws; our own draws are counted, not in sequence
 
     # Data -> the plan of the whole run. No draw is left to the loop, so a run that goes on cannot draw differently.
-    tokenizer = tokens.load_tokenizer(c.model)
+    tokenizer = tokens.load_tokenizer(c.model, c.template_options)
     examples = store.open_store(
         c.token_cache,
         c.data,
@@ -266,7 +266,8 @@ def load_reference(
 ) -> tuple[model.PolicyModel, str]:
     """The model that `--reference` names, sharded, and the fingerprint of its weights; ValueError if its tokenizer is
     not the policy's."""
-    if tokens.fingerprint(tokens.load_tokenizer(c.reference)) != tokens.fingerprint(tokenizer):
+    own = tokens.load_tokenizer(c.reference, c.template_options)
+    if tokens.fingerprint(own) != tokens.fingerprint(tokenizer):
         raise ValueError(
             f"the reference {c.reference} has another tokenizer or chat template than {c.model}: their "
             "log-probs cannot be compared; give the policy and its reference the same one"

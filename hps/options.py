@@ -76,6 +76,7 @@ class Config:
     candidates: int = 0  # use the first so many responses of each prompt; 0 means all
     max_length: int = 2048  # tokens of prompt and response together
     truncate: str = "drop"  # beyond max_length: drop (and count) the response, error, or keep_end of the prompt
+    template_options: str = ""  # NAME=VALUE,... of the chat template: enable_thinking=false, date=2026-01-31
     tokens_per_micro_batch: int = 4096  # packed tokens of one forward; the step's gradient does not depend on it
     # -- run --
     token_cache: str = "runs/token_cache"  # folder of the data as token ids, shared by all runs

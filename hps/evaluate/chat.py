@@ -30,13 +30,14 @@ class Options:
     max_new_tokens: int = 256  # an answer is cut there
     seed: int = 0  # the same seed and the same words get the same answers
     dtype: str = "fp32"  # fp32 or bf16
+    template_options: str = ""  # NAME=VALUE,... of the chat template: enable_thinking=false, date=2026-01-31
 
 
 def main(argv: list[str] | None = None) -> None:
     c, _ = config.parse(Options, argv, prog="python -m hps.evaluate.chat", description=str(__doc__).strip())
     config.check_choices(c, dtype=model.DTYPES)
     names = {"policy": c.model} | ({"reference": c.reference} if c.reference else {})
-    speakers = {name: load(path, c.dtype) for name, path in names.items()}
+    speakers = {name: load(path, c.dtype, c.template_options) for name, path in names.items()}
     how = {"max_new_tokens": c.max_new_tokens, "temperature": c.temperature, "seed": c.seed}
     history: listwise.Prompt = ()
     while True:
@@ -67,9 +68,9 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{name}:", *wrapped(text, shutil.get_terminal_size().columns), "", sep="\n")
 
 
-def load(path: str, dtype: str) -> tuple[Any, Any]:
+def load(path: str, dtype: str, options: str = "") -> tuple[Any, Any]:
     """A model and its tokenizer; ValueError for one that has no chat template."""
-    tokenizer = tokens.load_tokenizer(path)
+    tokenizer = tokens.load_tokenizer(path, options)
     try:
         tokens.encode_prompt(tokenizer, said("a"))
     except ValueError as error:
