@@ -258,7 +258,7 @@ def _messages(value: Any, name: str) -> Any:
     for i, turn in enumerate(value):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
             raise ValueError(f"{name}[{i}] must be an object with role and content")
-        messages.append({key: part for key, part in turn.items() if part is not None or key == "content"})
+        messages.append({key: part for key, part in turn.items() if part not in (None, []) or key == "content"})
     return messages
 
 

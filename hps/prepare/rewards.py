@@ -69,6 +69,8 @@ def annotate_packed(
             try:
                 made = encode_answered(encoder, row.prompt, row.responses) if row.responses else []
             except ValueError as error:
+                if tokenizer.chat_template is None:  # no fault of a row
+                    raise ValueError(f"{row.where}: {error}") from error
                 made, why = [], str(error)
                 counts["rows_refused"] += 1
             fitted = [_fitted(block, positions, pad_id, tokenizer.bos_token_id, counts) for block in made]

@@ -180,9 +180,9 @@ FITS = [  # what it is; what is in line 2; commands and options that meet it; me
         "a row has 22 tokens, the model 16 positions: set --max_length 16",
     ),
     (
-        "a prompt over the model's context, to be answered", LONG, ("generate",), {},
-        "prompt 'b' has 18 tokens; the model's 16 positions and max_new_tokens=4 allow 1 to 12: lower max_new_tokens, "
-        "or shorten or drop it (data_prep.py generate drops it with --max_prompt_length 12)",
+        "no prompt within the model's context, to be answered", LONG, ("generate",), dict(max_new_tokens=16),
+        "prompt 'a' has 1 tokens; the model's 16 positions and max_new_tokens=16 allow 1 to 0: lower max_new_tokens, "
+        "or shorten or drop it (data_prep.py generate drops it with --max_prompt_length 0)",
     ),
     (
         "a tokenizer without EOS", {}, ("generate", *READERS), dict(model="no-eos"),
