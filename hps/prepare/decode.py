@@ -133,9 +133,12 @@ class _Rows:
     """The rows of the batch: R of them, of P prompts. A row that has ended goes on, in vain, until the next regroup."""
 
     def __init__(self, model: nn.Module, *, eos_token_id: int, max_new_tokens: int, temperature: float):
-        self.model, self.eos_token_id, self.temperature = model, eos_token_id, temperature
+        self.model, self.temperature = model, temperature
         self.device = next(model.parameters()).device
         self.max_new_tokens = max_new_tokens
+        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # one, several or none
+        ends = {eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+        self.end_ids = torch.tensor(sorted(ends), device=self.device)  # a sample ends at any of them
         self.owner: list[tuple[Request, int]] = []  # of each row: its request and place among the samples
         self.prompt = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) each row's prompt, in order
         self.length = torch.zeros(0, dtype=torch.int64, device=self.device)  # (P,) tokens of each prompt
@@ -231,7 +234,7 @@ class _Rows:
         owners = [owner for owner, goes_on in zip(self.owner, alive, strict=True) if not goes_on]
         self.owner = [owner for owner, goes_on in zip(self.owner, alive, strict=True) if goes_on]
         for (request, j), ids, n, logp in zip(owners, tokens.numpy(), counts.tolist(), logps.tolist(), strict=True):
-            request.samples[j] = Sample(ids[:n].copy(), bool(ids[n - 1] == self.eos_token_id), logp)
+            request.samples[j] = Sample(ids[:n].copy(), int(ids[n - 1]) in self.end_ids.tolist(), logp)
         requests = {id(request): request for request, _ in owners}.values()
         return [request for request in requests if not request.due and None not in request.samples]
 
@@ -267,7 +270,7 @@ class _Rows:
         self.tokens[rows].scatter_(1, count[:, None], last[:, None])
         self.logps[rows] += logps.where(alive, 0)
         self.count[rows] += alive  # which ended rows do no longer
-        self.alive[rows] = alive & (last != self.eos_token_id) & (self.count[rows] < self.max_new_tokens)
+        self.alive[rows] = alive & ~torch.isin(last, self.end_ids) & (self.count[rows] < self.max_new_tokens)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
         """What transformers calls a cache for: stores a step's keys and values, (R, G, 1, Dh).

@@ -251,3 +251,14 @@ def test_broken_weights_are_named(llama):
         broken.lm_head.weight[3] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         draw(broken, [[1, 5]], 2)
+
+
+def test_a_sample_ends_at_each_end_token_of_the_model(llama, monkeypatch):
+    """The same streams, cut behind the first token that the generation config names beside EOS."""
+    ids = [list(one.token_ids) for one in draw(llama, PROMPTS[:1], 16)[0]]
+    other = int(next(y[1] for y in ids if len(y) > 3))
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", [EOS, other])
+    cut = [y[: y.index(other) + 1] if other in y else y for y in ids]
+    assert cut != ids
+    expected = [([int(i) for i in y], int(y[-1]) in (EOS, other)) for y in cut]
+    assert flat(draw(llama, PROMPTS[:1], 16))[0] == expected
