@@ -202,12 +202,13 @@ FITS = [  # what it is; what is in line 2; commands and options that meet it; me
     ),
     (
         "a classifier for a reward model", {}, ("annotate",), dict(scorer="two-labels"),
-        "{folders}/two-labels has 2 labels where a reward model has one: is it a classifier? If they are objectives "
-        "whose mean is the reward, say so with --objectives mean",
+        "cannot load the reward model '{folders}/two-labels': {folders}/two-labels has 2 labels where a reward model "
+        "has one: is it a classifier? If they are objectives whose mean is the reward, say so with --objectives mean",
     ),
     (
         "a language model for a reward model", {}, ("annotate",), dict(scorer="model"),
-        "{folders}/model is no reward model but LlamaForCausalLM: train one from it with train.py --loss reward",
+        "cannot load the reward model '{folders}/model': it is no reward model but LlamaForCausalLM: "
+        "train one from it with train.py --loss reward",
     ),
     (
         "a reward model without a template", {"prompt": TALK}, ("annotate",), dict(scorer="scorer-no-template"),
