@@ -150,7 +150,7 @@ def _joints(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], examples: S
         found = list(encoder.responses(texts, chat=chat))
         strips = chat and encoder.template.answer[1]
         changed += sum(encoder.text(ids, chat=chat) != (y.strip() if strips else y) for ids, y in zip(found, texts))
-        before = encoder.template.render(row.prompt) if chat else row.prompt
+        before = row.prompt if isinstance(row.prompt, str) else encoder.template.render(row.prompt)
         joined = tokenizer(before + encoder.before(chat) + texts[0], add_special_tokens=False, verbose=False).input_ids
         apart = [*encoder.prompt(row.prompt), *found[0][:-1]]
         merges += joined not in (apart, apart[1:])  # without the BOS that is put before a string

@@ -32,7 +32,7 @@ how = dict(rank=2, alpha=2, targets=["q_proj"], seed=0, revision=hub.resolve(at[
 lm = add_lora(load_causal_lm(at[1], dtype=torch.float32), **how)
 one = Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
 export(lm, load_tokenizer(at[1]), pathlib.Path(out) / "adapter", ranks=one, card="")
-found["adapter"] = hashes([out + "/adapter"])
+found["adapter"] = hashes([out + "/adapter"], lambda name, **how: load_causal_lm(name, merged=True, **how))
 for name in ("", "@main", "@" + first):
     path = f"hf://datasets/owner/pairs{name}/some/pairs.jsonl"
     data_prep.main(["import", "--source=hh-rlhf", "--input=" + path, f"--output={out}/rows{name}.jsonl"])
