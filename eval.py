@@ -100,7 +100,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in (policy_lm, ref_lm))
     longest = max(map(tokens.longest, examples))
     for one in (policy, ref):
-        model.check_limits(one.causal_lm, vocab_size=len(tokenizer), longest=longest)
+        model.check_limits(one.causal_lm, longest=longest)
         model.check_paths_agree(one, vocab_size=len(tokenizer))
 
     # The same cache as in training: the log-probs of a test set are computed once for all methods and seeds.

@@ -238,7 +238,7 @@ def load_policy(
         lm = reward_model.load_reward_model(c.model, begin=True, **how)
     else:
         lm = model.load_causal_lm(c.model, **how)
-    model.check_limits(lm, vocab_size=len(tokenizer), longest=longest)
+    model.check_limits(lm, longest=longest)
     weights = model.fingerprint(lm)  # while they are whole and untouched
     if c.lora_rank:
         from hps import adapters

@@ -25,7 +25,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 FIELD = re.compile(r"^    (\w+): .*?  # (.+)$")
@@ -60,7 +60,7 @@ def parse(
     parser._negative_number_matcher = re.compile(r"-[\d.]")  # argparse takes -1e-4 for a flag
     add = functools.partial(parser.add_argument, action="append")  # so that a flag given twice is seen
     add("--config", metavar="FILE.toml", help="keys as below; a flag wins over the file")
-    defaults, told = {field.name: field.default for field in dataclasses.fields(cls)}, []  # type: ignore[arg-type]
+    defaults, told = {field.name: field.default for field in dataclasses.fields(cast(Any, cls))}, []
     for line in source_lines(cls):
         if match := GROUP.match(line):
             add = functools.partial(parser.add_argument_group(match[1]).add_argument, action="append")

@@ -141,17 +141,8 @@ def load_causal_lm(path: str, *, dtype: torch.dtype, tokenizer: Any = None, merg
 # -- what a model must be able to do --
 
 
-def check_limits(lm: nn.Module, *, vocab_size: int, longest: int) -> None:
-    """ValueError where the data asks for more than a model has.
-
-    Args:
-        vocab_size: tokens of the tokenizer. longest: tokens of the longest prompt with one response.
-    """
-    rows = lm.get_input_embeddings().weight.shape[0]
-    if vocab_size > rows:
-        raise ValueError(
-            f"the tokenizer has {vocab_size} tokens and the model embeddings for {rows}: they do not belong together"
-        )
+def check_limits(lm: nn.Module, *, longest: int) -> None:
+    """ValueError where `longest`, the tokens of the longest prompt with one response, is more than a model can take."""
     config = lm.config
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest > positions:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from hps import model
+from hps import loading, model
 from hps.data import tokens
 from hps.data.listwise import Row
 from hps.evaluate.scoring import score
@@ -64,13 +64,13 @@ def load_reward_model(
     device, counts = device or torch.device("cpu"), Counter() if counts is None else counts
     if remote_revision:
         lm = reward_model.load_remote(path, dtype=model.compute_dtype(dtype), revision=remote_revision)
+        loading.check_vocabulary(lm, tokenizer)
         scoring = reward_model.RemoteRewardModel(lm, objectives=objectives).to(device)
     else:
         how = dict(dtype=model.compute_dtype(dtype), tokenizer=tokenizer, objectives=objectives)
         lm = reward_model.load_reward_model(path, **how)
         scoring = reward_model.RewardModel(lm).to(device)
         model.check_paths_agree(scoring, vocab_size=len(tokenizer))
-    model.check_limits(lm, vocab_size=len(tokenizer), longest=0)
     packing = dict(device=device, budget=budget, pad_id=tokenizer.pad_token_id or 0)
     return lambda rows: rewards.annotate_packed(
         rows,
