@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from hps import config, dist, model
 from hps.data import listwise, tokens
+from hps.data.rows import Row
 from hps.io import hub
 from hps.lab import scorers, world
 from hps.prepare import doctor, formats, generate, importers, journal, rewards
@@ -145,7 +146,7 @@ def generate_candidates(c: Generate) -> None:
     if not rows:
         raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
 
-    def work(mine: list[listwise.Row], counts: Counter[str], ranks: dist.Ranks) -> Iterator[tuple[str, list[str]]]:
+    def work(mine: list[Row], counts: Counter[str], ranks: dist.Ranks) -> Iterator[tuple[str, list[str]]]:
         asked, by_id = [(row.id, prompts[row.id]) for row in mine], {row.id: row for row in mine}
         if c.engine == "vllm":
             if ranks.sharded:
@@ -181,9 +182,7 @@ def annotate_rows(c: Annotate) -> None:
     if known := scorers.world_of(c.scorer):
         rewards.check_prompts(rows, known.task)
 
-    def work(
-        mine: list[listwise.Row], counts: Counter[str], ranks: dist.Ranks
-    ) -> Iterator[tuple[str, rewards.Rewards]]:
+    def work(mine: list[Row], counts: Counter[str], ranks: dist.Ranks) -> Iterator[tuple[str, rewards.Rewards]]:
         if c.scorer == "human":
             found = rewards.by_people(mine)
         elif of_world:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from hps import checkpoint, config, dist, logps, model, reference
 from hps.data import listwise, tokens
+from hps.data.rows import Row
 from hps.evaluate import metrics, report, scoring
 from hps.io import files
 from hps.lab import scorers
@@ -134,7 +135,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
             if earned and None in earned:  # as if there were no scorer, or the mean would be over others
                 drawn["prompts_unscored"] += 1
                 earned = None
-            sampled.append(listwise.Row(id, by_id[id].prompt, tuple(texts), earned, None, None, c.model, c.data))
+            sampled.append(Row(id, by_id[id].prompt, tuple(texts), earned, None, None, c.model, c.data))
             values[id] |= sample_metrics(sampled[-1], by_id[id], world) if texts else {}
         counts |= {f"samples_{key}": n for key, n in drawn.items()}
         if sampled:
@@ -194,7 +195,7 @@ def exact_kl(
     return found.tolist()
 
 
-def sample_metrics(samples: listwise.Row, row: listwise.Row, world: World | None) -> dict[str, float]:
+def sample_metrics(samples: Row, row: Row, world: World | None) -> dict[str, float]:
     """Reward, length, BLEU of one prompt's samples; harm and junk where the world can tell."""
     found = {"length": float(np.mean([len(y.split()) for y in samples.responses]))}
     hypothesis = samples.responses[0]

@@ -18,6 +18,7 @@ import torch
 
 from hps import config
 from hps.data import listwise, tokens
+from hps.data.rows import Row
 from hps.prepare import importers
 
 
@@ -50,7 +51,7 @@ RATIOS = {
 }
 
 
-def candidates(c: Options, n: int) -> list[listwise.Row]:
+def candidates(c: Options, n: int) -> list[Row]:
     """`c.prompts` prompts with n responses of about one length each, rewards in no order of length."""
     rows = importers.import_file("hh-rlhf", c.data)[0]
     tokenizer = tokens.load_tokenizer(c.model)

@@ -26,6 +26,7 @@ import torch
 
 from hps import config, model
 from hps.data import listwise, tokens
+from hps.data.rows import Row
 from hps.lab import world
 from hps.prepare import generate, importers
 
@@ -45,7 +46,7 @@ class Options:
     share: float = 1.0  # of the prompts, for a quick look
 
 
-def make_world(folder: Path) -> tuple[str, list[listwise.Row]]:
+def make_world(folder: Path) -> tuple[str, list[Row]]:
     """A world's model after a short supervised fine-tuning, and its prompts."""
     world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=128, demonstrations=12_000)
     options = dict(loss="sft", lora_rank=0, lr=6e-3, adam_beta2=0.95, epochs=1, prompts_per_step=48, shuffle="no")
@@ -92,7 +93,7 @@ def contestants(
     return found | ({"padded": lambda: of_transformers(per_call)} if len(prompts) > 2 else {})
 
 
-def measure(c: Options, name: str, path: str, rows: list[listwise.Row], n: int, P: int, limit: int) -> dict[str, Any]:
+def measure(c: Options, name: str, path: str, rows: list[Row], n: int, P: int, limit: int) -> dict[str, Any]:
     """Rates and ratios of one case."""
     tokenizer, lengths = tokens.load_tokenizer(path), {}
     prompts = [tokens.encode_prompt(tokenizer, row.prompt) for row in rows[: max(1, round(P * c.share))]]

@@ -57,6 +57,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import random
 
     from hps.data import listwise
+    from hps.data.rows import Row
     from hps.lab.world import World, write
 
     folder = tmp_path_factory.mktemp("world")
@@ -69,7 +70,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             qualities = rng.choices(["good", "mediocre", "bad"], k=rng.randint(4, 9))
             answers = tuple(world.demonstration(prompt, rng, quality=q) for q in qualities)
             rewards = tuple(world.train_reward(prompt, y) for y in answers)
-            rows.append(listwise.Row(row.id, row.prompt, answers, rewards, None, None, row.source, ""))
+            rows.append(Row(row.id, row.prompt, answers, rewards, None, None, row.source, ""))
         listwise.write(folder / f"{name}.jsonl", rows)
     return folder
 

@@ -14,6 +14,7 @@ import data_prep
 import eval as evaluation
 from hps import config, dist
 from hps.data import listwise
+from hps.data.rows import Row
 from hps.data.tokens import encode_prompt, encode_response, load_tokenizer
 from hps.io import files
 from hps.lab.world import World
@@ -214,7 +215,7 @@ def test_generate_and_annotate_a_world(tiny_world, tmp_path):
     """Distinct candidates behind the responses that were there, rewards from the world, the file trains."""
     prompts, drawn, scored = tmp_path / "p.jsonl", tmp_path / "drawn.jsonl", tmp_path / "scored.jsonl"
     rows = listwise.read(tiny_world / "test.jsonl")
-    listwise.write(prompts, [listwise.Row(r.id, r.prompt, r.responses[:2], None, 0, 1, None, "") for r in rows])
+    listwise.write(prompts, [Row(r.id, r.prompt, r.responses[:2], None, 0, 1, None, "") for r in rows])
     common = dict(input=prompts, output=drawn)
     data_prep.main(["generate", *flags(model=tiny_world / "model", n=3, max_new_tokens=400, **common)])
     before, after = listwise.read(prompts), listwise.read(drawn)

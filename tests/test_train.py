@@ -18,6 +18,7 @@ from peft import AutoPeftModelForCausalLM
 import train
 from hps import batches, reference
 from hps.data import listwise, tokens
+from hps.data.rows import Row
 from hps.model import load_causal_lm
 from hps.objective import Statistics
 from hps.options import Config
@@ -324,7 +325,7 @@ def test_a_length_penalty_reaches_the_pairs_and_the_loss(tiny_world, tmp_path, m
 
 def test_human_pairs_train_without_rewards(tiny_world, tmp_path):
     rows = listwise.read(tiny_world / "train.jsonl")
-    listwise.write(tmp_path / "pairs.jsonl", [listwise.Row(r.id, r.prompt, r.responses, None, 2, 1) for r in rows])
+    listwise.write(tmp_path / "pairs.jsonl", [Row(r.id, r.prompt, r.responses, None, 2, 1) for r in rows])
     values = run(tiny_world, tmp_path / "out", method="dpo-human", data=tmp_path / "pairs.jsonl")
     assert values[0] == pytest.approx(math.log(2), abs=1e-4) and np.std(values[1:]) > 1e-2
 

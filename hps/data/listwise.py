@@ -1,4 +1,4 @@
-"""The list-wise format as scripts use it: files read whole and written, beside all of `rows.py`, which says what it is.
+"""Files of the list-wise format (`rows.py` says what it is) read whole and written.
 
 Apart from it, since training only streams: nothing here is loaded by train.py.
 """
@@ -10,21 +10,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
-from hps.data.rows import (  # noqa: F401 - the scripts find the whole format here
-    KEYS,
-    ROLES,
-    Prompt,
-    Row,
-    check_keys,
-    check_manifest,
-    decode_json,
-    first_responses,
-    id_is_repeated,
-    opened,
-    parse_row,
-    read_lines,
-    stream,
-)
+from hps.data.rows import KEYS, Row, id_is_repeated, parse_row, stream
 from hps.io import files
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from hps import config, model
-from hps.data import listwise, tokens
+from hps.data import tokens
+from hps.data.rows import Prompt
 from hps.prepare import generate
 
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     names = {"policy": c.model} | ({"reference": c.reference} if c.reference else {})
     speakers = {name: load(path, c.dtype, c.template_options) for name, path in names.items()}
     how = {"max_new_tokens": c.max_new_tokens, "temperature": c.temperature, "seed": c.seed}
-    history: listwise.Prompt = ()
+    history: Prompt = ()
     while True:
         try:
             line = input("you> ").strip()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from hps import config, model
 from hps.data import listwise, tokens
+from hps.data.rows import Prompt, Row, first_responses, read_lines
 from hps.evaluate import chat, verdicts
 from hps.evaluate.endpoint import Endpoint, Reply
 from hps.evaluate.verdicts import CRITERIA
@@ -52,7 +53,7 @@ TRIES = 2  # the question, then once more with the reminder
 BRACES = 100  # of an answer that is looked at: each may be read to its end, so that many would take for ever
 REFUSALS = 10  # before any answer: then it is not the question that is wrong
 
-Item = tuple[listwise.Prompt, str]  # a prompt and one response
+Item = tuple[Prompt, str]  # a prompt and one response
 Answers = defaultdict[str, list[dict[str, Any]]]  # by key of an item: lines of answers.jsonl
 
 
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     run(c, samples, local_judge(c) if c.model else remote_judge(c))
 
 
-def run(c: Options, samples: dict[str, list[listwise.Row]], judge: Judge) -> None:
+def run(c: Options, samples: dict[str, list[Row]], judge: Judge) -> None:
     """Ask what is missing, and write everything anew but answers.jsonl, which only grows."""
     template = hashlib.sha256(question(("", ""), reminded=True).encode()).hexdigest()
     items: dict[str, Item] = {}
@@ -162,7 +163,7 @@ def run(c: Options, samples: dict[str, list[listwise.Row]], judge: Judge) -> Non
 # ---- what is asked, and what is made of the answer ------------------------------------------------
 
 
-def read_samples(c: Options) -> dict[str, list[listwise.Row]]:
+def read_samples(c: Options) -> dict[str, list[Row]]:
     """The first responses of every method in the order of the baseline's file.
 
     Raises:
@@ -179,7 +180,7 @@ def read_samples(c: Options) -> dict[str, list[listwise.Row]]:
             if len(row.responses) != len(like.responses) or not row.responses:
                 raise ValueError(f"{row.where}: another number of responses than {like.where}, or none")
     most = c.responses or sys.maxsize
-    return {name: [listwise.first_responses(rows[id], most) for id in first] for name, rows in samples.items()}
+    return {name: [first_responses(rows[id], most) for id in first] for name, rows in samples.items()}
 
 
 def as_data(value: Any) -> str:
@@ -295,7 +296,7 @@ def read_answers(path: Path, max_tokens: int) -> Answers:
     answers: Answers = defaultdict(list)
     if path.exists():  # a kill may have torn the last line: what it answered is asked again
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    for where, line in listwise.read_lines(path) if path.exists() and path.stat().st_size else ():
+    for where, line in read_lines(path) if path.exists() and path.stat().st_size else ():
         kinds = {"item": str, "model": str, "answer": str, "max_tokens": int}
         if not isinstance(line, dict) or any(type(line.get(name)) is not kind for name, kind in kinds.items()):
             raise ValueError(f"{where}: no answer of a judge: remove that line")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hps import config
-from hps.data import listwise
+from hps.data.rows import Prompt, check_keys, decode_json, opened
 from hps.evaluate import md, metrics, page, verdicts
 from hps.evaluate.verdicts import CRITERIA, SCALES
 from hps.io import files
@@ -70,7 +70,7 @@ def export(c: Export) -> None:
     print(f"{out}: survey.html for the raters, key.json to keep: {of}", file=sys.stderr)
 
 
-def turns(prompt: listwise.Prompt) -> list[tuple[str, str]]:
+def turns(prompt: Prompt) -> list[tuple[str, str]]:
     """(who speaks, text) of each turn."""
     return [("Prompt", prompt)] if isinstance(prompt, str) else [(t["role"].title(), t["content"]) for t in prompt]
 
@@ -85,11 +85,11 @@ def need(good: bool, problem: str) -> None:
 
 def load(path: Path, **kinds: type) -> dict[str, Any]:
     """A JSON object with just these keys, of these types; ValueError, naming the file, for anything else."""
-    with listwise.opened(path) as file:
-        found: Any = listwise.decode_json(file.read(), str(path))
+    with opened(path) as file:
+        found: Any = decode_json(file.read(), str(path))
     what = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
     need(isinstance(found, dict), f"{path}: need an object with {what}")
-    listwise.check_keys(found, tuple(kinds), required=tuple(kinds), where=str(path))
+    check_keys(found, tuple(kinds), required=tuple(kinds), where=str(path))
     need(all(type(found[name]) is kind for name, kind in kinds.items()), f"{path}: need {what}")
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hps.data import listwise
+from hps.data.rows import Row
 from hps.evaluate import md, metrics
 from hps.evaluate.metrics import Floats
 
@@ -36,7 +37,7 @@ SCALES = (*CRITERIA, "average")  # of the four: OURS, the paper prints one score
 SIGNS = {"win": 1, "tie": 0, "lose": -1}
 
 
-def read_samples(methods: Any, writes: Path) -> dict[str, dict[str, listwise.Row]]:
+def read_samples(methods: Any, writes: Path) -> dict[str, dict[str, Row]]:
     """The samples of each method, NAME=FILE words of the command line: name -> prompt id -> row.
 
     Raises:

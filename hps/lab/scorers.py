@@ -7,7 +7,7 @@ import torch
 
 from hps import loading, model
 from hps.data import tokens
-from hps.data.listwise import Row
+from hps.data.rows import Row
 from hps.evaluate.scoring import score
 from hps.extra import reward_model
 from hps.lab.world import NOISE_STD, World

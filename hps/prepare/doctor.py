@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hps import plan, samplers
 from hps.data import tokens
-from hps.data.listwise import Row
+from hps.data.rows import Row
 from hps.data.tokens import Example
 
 JOINTS = 1000  # rows whose texts are tokenised once more, as one

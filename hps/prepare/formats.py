@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from hps.data.listwise import KEYS, Row, check_keys, parse_row
-from hps.data.rows import MAX_REWARD
+from hps.data.rows import KEYS, MAX_REWARD, Row, check_keys, parse_row
 
 HH_MARK = re.compile(r"\n\n(Human|Assistant): ?")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hps.data.listwise import Row, decode_json, opened, read_lines
+from hps.data.rows import Row, decode_json, opened, read_lines
 from hps.io import files
 from hps.prepare import formats
 from hps.prepare.formats import DROPS, FORMATS, Dropped, Record

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hps import dist
-from hps.data.listwise import Row, decode_json
+from hps.data.rows import Row, decode_json
 from hps.io import files
 
 # Options that change nothing of what a journal holds: a run that was killed may go on with others.

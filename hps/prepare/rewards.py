@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hps import samplers
 from hps.data import tokens
-from hps.data.listwise import Row
+from hps.data.rows import Row
 from hps.packing import Block
 
 Prompt = str | list[dict[str, str]]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hps.data import listwise, rows
-from hps.data.listwise import Row, parse_row, read, write
+from hps.data.listwise import read, write
+from hps.data.rows import KEYS, ROLES, Row, first_responses, parse_row, stream
 
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 GOOD = {"id": "a", "prompt": "Hi", "responses": ["yes", "no"], "rewards": [1, -0.5]}
@@ -168,18 +169,18 @@ def test_long_lines_are_refused_without_loading_them(tmp_path, monkeypatch):
 
 def test_a_stream_reads_no_further_than_it_is_asked(tmp_path):
     """Row one comes out before the broken line two is seen; of repeated ids the first repetition is named."""
-    rows = listwise.stream(put(tmp_path / "x.jsonl", GOOD, b"{\n"))
+    rows = stream(put(tmp_path / "x.jsonl", GOOD, b"{\n"))
     assert next(rows).id == "a"
     with pytest.raises(ValueError, match=r"x.jsonl:2: broken JSON"):
         next(rows)
     path = put(tmp_path / "y.jsonl", *({**GOOD, "id": str(id)} for id in [*range(30), *range(25, 0, -1), 25]))
     with pytest.raises(ValueError, match=r"y.jsonl:31: id '25' is already used at .*y.jsonl:26;"):
-        list(listwise.stream(path))
+        list(stream(path))
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
 filled = text.filter(str.strip)
-turn = st.fixed_dictionaries({"role": st.sampled_from(listwise.ROLES), "content": filled}, optional={"name": text})
+turn = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": filled}, optional={"name": text})
 talk = st.builds(lambda turns, last: (*turns, {"role": "user", "content": last}), st.lists(turn, max_size=2), filled)
 
 
@@ -255,7 +256,7 @@ nearly = st.fixed_dictionaries(
         "prompt": st.just("p") | talk.map(list) | anything,
         "responses": st.lists(text, max_size=2) | anything,
     },
-    optional={key: st.integers(0, 2) | st.lists(st.floats()) | anything for key in listwise.KEYS[3:]},
+    optional={key: st.integers(0, 2) | st.lists(st.floats()) | anything for key in KEYS[3:]},
 )
 
 
@@ -279,9 +280,9 @@ def test_any_bytes_give_rows_or_a_value_error(tmp_path_factory, data):
 
 
 def test_first_responses_keeps_or_drops_the_human_pair_whole():
-    row = listwise.Row("a", "p", ("x", "y", "z"), (1.0, 2.0, 3.0), 0, 1, None, "f:1")
-    two = listwise.first_responses(row, 2)
+    row = Row("a", "p", ("x", "y", "z"), (1.0, 2.0, 3.0), 0, 1, None, "f:1")
+    two = first_responses(row, 2)
     assert (two.responses, two.rewards, two.chosen, two.rejected) == (("x", "y"), (1.0, 2.0), 0, 1)
-    one = listwise.first_responses(row, 1)
+    one = first_responses(row, 1)
     assert (one.responses, one.rewards, one.chosen, one.rejected) == (("x",), (1.0,), None, None)
-    assert listwise.first_responses(row, 9) == row
+    assert first_responses(row, 9) == row

@@ -5,7 +5,7 @@ from helpers import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hps.data.listwise import Row, parse_row
+from hps.data.rows import Row, parse_row
 from hps.data.tokens import Encoder, encode_prompt, encode_response, fingerprint, load_tokenizer, tokenize_rows
 
 CHAT = "{% for m in messages %}<|tool|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hps.data.listwise import Row
+from hps.data.rows import Row
 from hps.data.tokens import (
     COUNTS,
     Encoder,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import eval as evaluation
 import train
 from hps.data import listwise
+from hps.data.rows import Row
 from hps.evaluate import export
 from hps.evaluate.metrics import METRICS
 from hps.io import card
@@ -130,7 +131,7 @@ def test_a_reward_model(tiny_world, tmp_path, capsys):
     from peft import AutoPeftModelForSequenceClassification
 
     rows = listwise.read(tiny_world / "train.jsonl")
-    pairs = [listwise.Row(r.id, r.prompt, r.responses, None, 2, 1, None, "") for r in rows]
+    pairs = [Row(r.id, r.prompt, r.responses, None, 2, 1, None, "") for r in rows]
     listwise.write(tmp_path / "pairs.jsonl", pairs)
     options = dict(loss="reward", method=None, beta=None, reference_cache=None, data=tmp_path / "pairs.jsonl")
     train.main(arguments(tiny_world, tmp_path / "run", lora_rank=4, epochs=1, **options | dict(lr=3e-2)))

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hps.data import listwise
+from hps.data.rows import Row
 from hps.evaluate import endpoint, judge
 from hps.evaluate.judge import CRITERIA, REMINDER, as_data, parse_scores, question
 from hps.io import files
@@ -48,7 +49,7 @@ def write(folder: Path, texts=TEXTS, prompts=PROMPTS) -> str:
     """Samples as eval.py writes them; the --methods flag's value."""
     folder.mkdir(exist_ok=True)
     for name, by_prompt in texts.items():
-        rows = [listwise.Row(id, prompts[id], tuple(y), None, None, None, "policy") for id, y in by_prompt.items()]
+        rows = [Row(id, prompts[id], tuple(y), None, None, None, "policy") for id, y in by_prompt.items()]
         listwise.write(folder / f"{name}.jsonl", rows)
     return ",".join(f"{name}={folder / name}.jsonl" for name in texts)
 

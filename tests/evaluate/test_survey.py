@@ -13,6 +13,7 @@ from chromium import END, ENTER, LEFT, RIGHT, SHIFT, TAB
 from scipy import stats
 
 from hps.data import listwise
+from hps.data.rows import Row
 from hps.evaluate import survey
 
 CRITERIA = ["correctness", "helpfulness", "safety", "clarity"]  # of the paper's Appendix D.2.2, in its order
@@ -37,7 +38,7 @@ def write_samples(folder, responses=NASTY, prompts=2):
             chat = tuple({"role": role, "content": text} for role, text in turns)
             prompt, pair = chat if i else "Human: <b>Hi</b>\n\nAssistant:", (next(texts), next(texts))
             model, data = f"runs/{method}/policy", "data/test.jsonl"
-            rows.append(listwise.Row(f"id-{i}", prompt, pair, (0.5, 1.0), None, None, model, data))
+            rows.append(Row(f"id-{i}", prompt, pair, (0.5, 1.0), None, None, model, data))
         listwise.write(folder / f"{method}.jsonl", rows)
         named.append(f"{method}={folder / method}.jsonl")
     return ",".join(named)
@@ -107,10 +108,10 @@ def test_mistakes_at_the_export(tmp_path):
 def test_prompts_that_not_all_have_are_left_out(tmp_path):
     samples = write_samples(tmp_path)
     rows = listwise.read(tmp_path / "zeta-hps.jsonl")
-    listwise.write(tmp_path / "zeta-hps.jsonl", [rows[1], listwise.Row("id-9", "other", ("x",))])
+    listwise.write(tmp_path / "zeta-hps.jsonl", [rows[1], Row("id-9", "other", ("x",))])
     _, key = export(tmp_path, methods=samples, items=1)
     assert {item["prompt"] for item in key["items"].values()} == {"id-1"}
-    listwise.write(tmp_path / "zeta-hps.jsonl", [listwise.Row("id-1", "And what?", ("x",))])
+    listwise.write(tmp_path / "zeta-hps.jsonl", [Row("id-1", "And what?", ("x",))])
     with pytest.raises(ValueError, match=r"zeta-hps.jsonl:1: 'id-1' is another prompt than at .*zeta-sft.jsonl:2"):
         export(tmp_path, methods=samples, items=1)
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 import train
 from hps.adapters import add_lora
 from hps.data import listwise, tokens
+from hps.data.rows import Row
 from hps.extra.reward_model import RewardModel, load_reward_model
 from hps.model import check_paths_agree
 from hps.packing import Block, pack
@@ -133,7 +134,7 @@ def pairs(tiny_world, tmp_path_factory):
     rows = []
     for row in listwise.read(tiny_world / "train.jsonl"):
         best, worst = int(np.argmax(row.rewards)), int(np.argmin(row.rewards))
-        rows.append(listwise.Row(row.id, row.prompt, row.responses, None, best, worst))
+        rows.append(Row(row.id, row.prompt, row.responses, None, best, worst))
     listwise.write(folder / "train.jsonl", rows)
     (folder / "model").symlink_to(tiny_world / "model")
     return folder

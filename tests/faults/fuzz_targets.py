@@ -24,6 +24,7 @@ from safetensors.numpy import load, save
 
 from hps import config, dist, reference
 from hps.data import listwise, store
+from hps.data.rows import Row, check_manifest, parse_row
 from hps.evaluate import export, judge, survey
 from hps.evaluate.endpoint import Endpoint
 from hps.io import files, loggers
@@ -105,12 +106,12 @@ def whole(parts: list[str]) -> bytes:
 
 
 def check_row(row: Any) -> None:
-    assert isinstance(row, listwise.Row) and row.where
+    assert isinstance(row, Row) and row.where
     finite(row.rewards or ())
     n = len(row.responses)
     assert row.rewards is None or len(row.rewards) == n
     assert all(k is None or 0 <= k < n for k in (row.chosen, row.rejected))
-    again = listwise.parse_row(json.loads(json.dumps(listwise._record(row)).encode()), row.where)
+    again = parse_row(json.loads(json.dumps(listwise._record(row)).encode()), row.where)
     assert again == row
 
 
@@ -222,7 +223,7 @@ def checked(record: dict[str, Any]) -> dict[str, Any]:
 def manifest(data: bytes, folder: Path) -> None:
     (folder / "y").write_bytes(b"tea")
     (folder / "y.manifest.json").write_bytes(data)
-    listwise.check_manifest(folder / "y")
+    check_manifest(folder / "y")
 
 
 def run_json(data: bytes, folder: Path) -> None:

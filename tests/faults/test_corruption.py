@@ -21,6 +21,7 @@ import data_prep
 import train
 from hps import checkpoint, config, dist, reference
 from hps.data import listwise, store, tokens
+from hps.data.rows import check_manifest
 from hps.io import files
 from hps.model import load_causal_lm
 from hps.options import Config
@@ -87,7 +88,7 @@ def whole(tiny_world, tmp_path_factory) -> dict[str, tuple[list[Path], Callable[
         "cache shards": (shards, lambda: reference.lookup(cache, keys)),
         "token store and its offsets": (sorted(tokens_at.iterdir()), open_tokens),
         "data": ([data], lambda: [dataclasses.replace(row, where="") for row in listwise.read(data)]),
-        "manifest": ([Path(f"{data}.manifest.json")], lambda: listwise.check_manifest(data)),
+        "manifest": ([Path(f"{data}.manifest.json")], lambda: check_manifest(data)),
         "run.json": ([run_json], lambda: (check_folder(root / "run", c, True), files.read_record(run_json, ""))[1]),
     }
 

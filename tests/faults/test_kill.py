@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 import train
 from hps.data import listwise, tokens
+from hps.data.rows import Row
 
 SMALL_SHARDS = "from hps import reference; reference.MICRO_BATCHES_PER_SHARD = 1"  # so that the cache fills in pieces
 STEPS = 12
@@ -94,9 +95,7 @@ def test_killed_at_any_moment_and_started_again(tiny_world, tmp_path, amount, na
         work = training(tiny_world, **(dict(lora_rank=4) if name == "lora" else {}))
     else:
         rows = (listwise.read(tiny_world / "train.jsonl") * 4)[: amount(12, 96)]
-        bare = [
-            listwise.Row(f"{i}", row.prompt, row.responses[:3] * (name == "annotate")) for i, row in enumerate(rows)
-        ]
+        bare = [Row(f"{i}", row.prompt, row.responses[:3] * (name == "annotate")) for i, row in enumerate(rows)]
         listwise.write(tmp_path / "in.jsonl", bare)
         options: dict[str, Any] = dict(model=tiny_world / "model", n=2, max_new_tokens=amount(12, 24), max_rows=4)
         if name == "annotate":

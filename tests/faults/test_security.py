@@ -23,6 +23,7 @@ import eval as evaluation
 import train
 from hps import adapters, checkpoint, model
 from hps.data import listwise, tokens
+from hps.data.rows import Row
 from hps.evaluate import endpoint, export, judge, report, survey
 from hps.extra import reward_model
 from hps.io import card
@@ -291,7 +292,7 @@ def test_a_key_is_in_no_file_and_no_message(status, form, tmp_path, monkeypatch,
     monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.001)
     caplog.set_level(logging.DEBUG)
     for name, text in (("a", "one"), ("b", "two")):
-        listwise.write(tmp_path / f"{name}.jsonl", [listwise.Row("p", "why", (text,))])
+        listwise.write(tmp_path / f"{name}.jsonl", [Row("p", "why", (text,))])
     out = tmp_path / "out"
 
     def echo(number, text):
@@ -319,7 +320,7 @@ def test_a_key_is_in_no_file_and_no_message(status, form, tmp_path, monkeypatch,
 
 def test_a_key_in_the_place_of_its_variable_is_not_shown(tmp_path, monkeypatch, capfd):
     for name, text in (("a", "one"), ("b", "two")):
-        listwise.write(tmp_path / f"{name}.jsonl", [listwise.Row("p", "why", (text,))])
+        listwise.write(tmp_path / f"{name}.jsonl", [Row("p", "why", (text,))])
     with pytest.raises(ValueError, match="--key_variable") as refused:
         judge.main(flags(
             methods=(f"a={tmp_path}/a.jsonl", f"b={tmp_path}/b.jsonl"), baseline="a", out=tmp_path / "out",

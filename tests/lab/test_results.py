@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hps.data import listwise
+from hps.data.rows import Row
 from hps.lab import results
 
 
@@ -69,7 +70,7 @@ def test_a_folder_of_runs_becomes_a_report(tmp_path, monkeypatch, capsys):
     for i in range(2):
         for name, rm2 in (("BT", 1.0), ("HPS", 2.0 + i)):
             run(tmp_path / name / f"run-{i}", {"rm2": {"p": rm2, "q": rm2}, "harm": {"q": 0.0}})
-    rows = [listwise.Row(str(i), "p", ("a", "b"), r, 0, 1) for i, r in enumerate([(2.0, 1.0), (1.0, 1.0)])]
+    rows = [Row(str(i), "p", ("a", "b"), r, 0, 1) for i, r in enumerate([(2.0, 1.0), (1.0, 1.0)])]
     listwise.write(tmp_path / "pairs.jsonl", rows)
     argv = ["results", f"--runs={tmp_path}", f"--annotated={tmp_path / 'pairs.jsonl'}"]
     monkeypatch.setattr("sys.argv", argv)
@@ -89,7 +90,7 @@ def test_a_folder_of_runs_becomes_a_report(tmp_path, monkeypatch, capsys):
 def test_agreement_by_hand(tmp_path):
     """Right, wrong, tie, right: (1 + 0 + 0.5 + 1) / 4."""
     pairs = [((2.0, 1.0), 0, 1), ((1.0, 2.0), 0, 1), ((1.0, 1.0), 0, 1), ((0.0, 3.0), 1, 0)]
-    rows = [listwise.Row(str(i), "p", ("a", "b"), *pair) for i, pair in enumerate(pairs)]
+    rows = [Row(str(i), "p", ("a", "b"), *pair) for i, pair in enumerate(pairs)]
     listwise.write(tmp_path / "rows.jsonl", rows)
     found = results.agreement(tmp_path / "rows.jsonl")
     assert found["mean"] == pytest.approx(0.625) and found["low"] <= 0.625 <= found["high"]

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 import data_prep
 from hps.data import listwise, tokens
+from hps.data.rows import Row
 from hps.lab import scorers
 from hps.prepare import journal, rewards
 
@@ -31,9 +32,9 @@ def reward_model(tokenizer, tmp_path_factory):
 def data(tiny_world, tmp_path_factory):
     """The tiny world's rows without rewards, one of them with a string prompt, one without responses."""
     path = tmp_path_factory.mktemp("data") / "in.jsonl"
-    rows = [listwise.Row(r.id, r.prompt, r.responses) for r in listwise.read(tiny_world / "train.jsonl")]
-    rows[3] = listwise.Row("string", " <user> may i eat this", rows[3].responses)
-    rows[5] = listwise.Row("none", rows[5].prompt, ())
+    rows = [Row(r.id, r.prompt, r.responses) for r in listwise.read(tiny_world / "train.jsonl")]
+    rows[3] = Row("string", " <user> may i eat this", rows[3].responses)
+    rows[5] = Row("none", rows[5].prompt, ())
     listwise.write(path, rows)
     return path
 
@@ -55,7 +56,7 @@ def by_transformers(folder, rows, tokenizer) -> list[list[float]]:
     return found
 
 
-def annotate(scorer, data, out, **more) -> list[listwise.Row]:
+def annotate(scorer, data, out, **more) -> list[Row]:
     options = dict(scorer=scorer, input=data, output=out) | more
     data_prep.main(["annotate", *(f"--{key}={value}" for key, value in options.items())])
     return listwise.read(out)
@@ -101,7 +102,7 @@ def test_an_empty_response_is_scored_as_transformers_does(tokenizer, data, tmp_p
     were, in their order."""
     rm = classifier(tokenizer, tmp_path / "rm", pad=tokenizer.eos_token_id)
     rows = [replace(row, responses=("", row.responses[0], "")) for row in listwise.read(data)[:3]]
-    listwise.write(tmp_path / "empty.jsonl", [*rows, listwise.Row("a", "tea is", ("",))])
+    listwise.write(tmp_path / "empty.jsonl", [*rows, Row("a", "tea is", ("",))])
     rows = annotate(rm, tmp_path / "empty.jsonl", tmp_path / "out.jsonl")
     assert_rewards(rows, by_transformers(rm, rows, tokenizer))
     assert len({row.rewards for row in rows}) == 4 and rows[0].rewards[0] != rows[0].rewards[1]
@@ -180,7 +181,7 @@ def test_what_does_not_fit_is_cut_and_counted(tokenizer, data, tmp_path, capsys)
     words = [tokenizer.decode([i]) for i in range(20, 60)]
     prompt = " ".join(words[:20])
     ids = tokens.encode_prompt(tokenizer, prompt)
-    listwise.write(tmp_path / "in.jsonl", [listwise.Row("a", prompt, (words[30], " ".join(words[30:34])))])
+    listwise.write(tmp_path / "in.jsonl", [Row("a", prompt, (words[30], " ".join(words[30:34])))])
     [row] = annotate(short, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert "prompts_cut 1" in capsys.readouterr().err
     lm = AutoModelForSequenceClassification.from_pretrained(short).eval()
@@ -190,7 +191,7 @@ def test_what_does_not_fit_is_cut_and_counted(tokenizer, data, tmp_path, capsys)
         whole = [*cut, *tokens.encode_response(tokenizer, y)]
         with torch.no_grad():
             assert reward == pytest.approx(float(lm(input_ids=torch.tensor([whole])).logits), abs=1e-4)
-    listwise.write(tmp_path / "long.jsonl", [listwise.Row("a", prompt, (" ".join(words[:16]),))])
+    listwise.write(tmp_path / "long.jsonl", [Row("a", prompt, (" ".join(words[:16]),))])
     with pytest.raises(ValueError, match=r"long.jsonl:1: no response .*: all responses are longer than the 16 tokens"):
         annotate(short, tmp_path / "long.jsonl", tmp_path / "out2.jsonl")
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import data_prep
-from hps.data.listwise import Row, write
+from hps.data.listwise import write
+from hps.data.rows import Row
 from hps.data.tokens import COUNTS, Example, tokenize_rows
 from hps.prepare.doctor import diagnose, format_report
 

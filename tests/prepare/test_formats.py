@@ -12,7 +12,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hps.data.listwise import Row, read, write, write_lines
+from hps.data.listwise import read, write, write_lines
+from hps.data.rows import Row
 from hps.prepare import formats
 from hps.prepare.formats import DROPS, FORMATS, Dropped
 from hps.prepare.importers import export_rows, import_file

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import data_prep
 from hps.data import listwise
+from hps.data.rows import Row
 from hps.data.tokens import Encoder
 from hps.io import hub
 from hps.prepare import decode, journal
@@ -305,7 +306,7 @@ def task(tiny_world, tmp_path_factory):
     """Prompts with two human responses each, the flags of a run on them, and what an undisturbed run writes."""
     folder = tmp_path_factory.mktemp("generate")
     rows = listwise.read(tiny_world / "test.jsonl")
-    pairs = [listwise.Row(r.id, r.prompt, r.responses[:2], None, 0, 1, None, "") for r in rows]
+    pairs = [Row(r.id, r.prompt, r.responses[:2], None, 0, 1, None, "") for r in rows]
     listwise.write(folder / "in.jsonl", pairs)
     flags = [f"--model={tiny_world / 'model'}", f"--input={folder / 'in.jsonl'}", "--n=4", "--max_new_tokens=60"]
     data_prep.main(["generate", *flags, f"--output={folder / 'out.jsonl'}"])

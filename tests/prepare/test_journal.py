@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from hps.data.listwise import Row
+from hps.data.rows import Row
 from hps.dist import Ranks
 from hps.prepare import journal
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hps.data.listwise import Row
+from hps.data.rows import Row
 from hps.prepare.rewards import annotate
 
 ROWS = [Row("r1", "hi", ("a", "bb"), where="f:1"), Row("r2", ({"role": "user", "content": "hello"},), ("ccc",))]
