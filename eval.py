@@ -191,7 +191,7 @@ def exact_kl(
         packed = pack([winners[i] for i in members], pad_id=0).to(device)
         with torch.no_grad():
             kl = scoring.token_kl(policy.hidden(packed), policy.head, ref.hidden(packed), ref.head)
-        found[members] = logps.sequence_logps(kl, packed.sequence, packed.valid.shape)[:, 0].cpu()
+        found[members] = logps.sequence_logps(kl, packed.num_tokens)[:, 0].cpu()
     return found.tolist()
 
 

@@ -141,6 +141,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             # FSDP averages gradients over ranks; the factor turns that mean into the sum that we want.
             (per_prompt.sum() * (batch.weight * ranks.world_size / count)).backward()
             statistics.add(per_prompt, policy_logps, batch)
+            if step == 0 and untrained:  # then the loss is known: log 2 for DPO, log n! for DPO-PL
+                statistics.add_expected(loss(batch.ref_logps, batch), batch)
         grad_norm = dist.clip_gradients(parameters, c.max_grad_norm)  # over the shards of all ranks
         # One exchange between ranks and one read from the device per step; what each rank wants to stop for goes along.
         late = c.save_minutes > 0 and time.monotonic() - saved > 60 * c.save_minutes
@@ -154,7 +156,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
                 f"step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; no update was made. Rows: {rows}"
             )
         if step == 0 and untrained:
-            say(ranks, check_first_loss(c, plan, run.rewards, metrics["loss"], float(statistics.largest)))
+            say(ranks, check_first_loss(c, metrics["loss"], statistics.expected, float(statistics.largest)))
         optimizer.step()
         optimizer.zero_grad()
 

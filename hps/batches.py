@@ -17,7 +17,7 @@ from hps import plan as planning
 from hps.data import store
 from hps.model import PolicyModel
 from hps.options import Config, form
-from hps.packing import Block, Packed, micro_batches, pack
+from hps.packing import Block, Packed, micro_batches, pack, to_device
 from hps.samplers import sampler_options
 
 
@@ -104,7 +104,7 @@ class Run:
         return pack(blocks, **self._layout).to(self.ranks.device)
 
     def _column(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.ranks.device)
+        return to_device(torch.from_numpy(values), self.ranks.device)
 
 
 def make_plan(c: Config, examples: store.Store) -> planning.Plan:

@@ -105,7 +105,10 @@ class _TrainableHead(torch.autograd.Function):
         for part, _, exps, total in _chunks(hidden, weight, targets, ctx.chunk):
             gradient = _logit_gradient(exps, total, targets[part]).mul_(grad_output[part, None]).to(weight.dtype)
             grad_hidden[part] = gradient @ weight
-            grad_weight += gradient.T @ hidden[part].to(weight.dtype)
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(gradient.T, hidden[part].float())  # no second (V, D) tensor
+            else:
+                grad_weight += gradient.T @ hidden[part].to(weight.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
@@ -143,7 +146,9 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int |
     return head.apply(hidden, weight, targets, chunk or chunk_for(len(weight), weight.device.type))
 
 
-def sequence_logps(token_logps: Tensor, sequence: Tensor, shape: torch.Size) -> Tensor:
-    """Sum token log-probs (T,) into (B, K) fp32 by `sequence` = b * K + k; columns without tokens are 0."""
-    total = token_logps.new_zeros(shape.numel())
-    return total.index_add(0, sequence, token_logps).view(shape)
+def sequence_logps(token_logps: Tensor, num_tokens: Tensor) -> Tensor:
+    """Sum token log-probs (T,), response after response, into (B, K) fp32; num_tokens (B, K) int64, 0 where there is no
+    response. Always in the same order, where adding by index would give other last digits in each run on CUDA."""
+    # unsafe: without a look at the lengths, for which the device would be waited for.
+    sums = torch.segment_reduce(token_logps, "sum", lengths=num_tokens.flatten(), initial=0, unsafe=True)
+    return sums.view(num_tokens.shape)

@@ -95,43 +95,18 @@ def nca(s: Stage, *, beta: float) -> Tensor:
     return F.softplus(-r[:, 0]) + (F.softplus(r[:, 0]) + kappa * opponents) / (1 + kappa)
 
 
-# ---------------------------------------------------------------- the same where policy = reference, so that all h = 0
-
-
-def dpo_at_reference(kappa: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    return kappa.log1p() - label_smoothing * kappa.log()
-
-
-def exo_at_reference(kappa: Tensor, *, beta: float, exo_eps: float = 1e-3) -> Tensor:
-    winner, rest = 1 / (1 + kappa), kappa / (1 + kappa)
-    return winner * (winner.log() - math.log1p(-exo_eps)) + rest * (rest.log() - math.log(exo_eps))
-
-
-def ipo_at_reference(kappa: Tensor, *, beta: float, length_norm: bool = True) -> Tensor:
-    return torch.full_like(kappa, 1 / (4 * beta**2))
-
-
-def sppo_at_reference(kappa: Tensor, *, beta: float) -> Tensor:
-    return torch.full_like(kappa, 1 / (2 * beta**2))
-
-
-def nca_at_reference(kappa: Tensor, *, beta: float) -> Tensor:
-    return torch.full_like(kappa, 2 * math.log(2))
-
-
 @dataclass(frozen=True)
 class Loss:
     """What the rest of the program needs to know about a loss.
 
-    `function(stage, *, <options>) -> (B,)`. `at_reference(kappa, *, <options>)`, of any shape, is its value where
-    policy = reference, which every run checks at step 0; None where that is unknown before training. Without
-    `needs_reference`, h is the policy's summed log-prob itself. This is the form `stage`; the forms `list` and `kto`
-    of `extra/losses.py` have other arguments.
+    `function(stage, *, <options>) -> (B,)`. Without `needs_reference`, h is the policy's summed log-prob itself. Where
+    it is not `continuous` at policy = reference, rounding decides its first value, which then goes unchecked. This is
+    the form `stage`; the forms `list` and `kto` of `extra/losses.py` have other arguments.
     """
 
     function: Callable[..., Tensor]
-    at_reference: Callable[..., Tensor] | None = None
     needs_reference: bool = True
+    continuous: bool = True
     form: str = "stage"
 
     @property
@@ -142,11 +117,11 @@ class Loss:
 
 
 LOSSES: dict[str, Loss] = {
-    "dpo": Loss(dpo, dpo_at_reference),
-    "exo": Loss(exo, exo_at_reference),
-    "ipo": Loss(ipo, ipo_at_reference),
-    "sppo": Loss(sppo, sppo_at_reference),
-    "nca": Loss(nca, nca_at_reference),
+    "dpo": Loss(dpo),
+    "exo": Loss(exo),
+    "ipo": Loss(ipo),
+    "sppo": Loss(sppo),
+    "nca": Loss(nca),
 }
 
 
@@ -245,23 +220,6 @@ def plackett_luce_loss(loss: Loss, logratios: Tensor, *, valid: Tensor | None = 
     # Every rank a positive, opponents weighted alike (gamma = 0), kappa their number.
     alike, ranks = torch.zeros_like(logratios[:, 1:]), dict(weights=[1.0] * logratios.shape[1], n_factor="n_minus_one")
     return multi_positive_loss(loss, logratios, alike, valid=valid, **ranks, **options)
-
-
-def multi_positive_at_reference(
-    loss: Loss, valid: Tensor, *, weights: Sequence[float], n_factor: str, exclude_positives: bool, **options: Any
-) -> Tensor:
-    """`multi_positive_loss` (B,) where policy = reference, in closed form."""
-    assert loss.at_reference is not None
-    total = torch.zeros(len(valid), dtype=torch.float64)
-    for weight, _, opponents, kappa in stages_of(valid, weights, n_factor, exclude_positives):
-        total += torch.where(opponents > 0, weight * loss.at_reference(kappa.double(), **options), 0.0)
-    return total
-
-
-def plackett_luce_at_reference(loss: Loss, valid: Tensor, **options: Any) -> Tensor:
-    """`plackett_luce_loss` (B,) where policy = reference: log n! for DPO. valid: (B, K) bool."""
-    ranks = dict(weights=[1.0] * valid.shape[1], n_factor="n_minus_one", exclude_positives=False)
-    return multi_positive_at_reference(loss, valid, **ranks, **options)
 
 
 def stages_of(

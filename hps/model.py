@@ -59,7 +59,7 @@ class PolicyModel(nn.Module):
         """Log-probs of every response, summed over its tokens, end token included, (B, K) fp32 nats."""
         head = self.head if self.autocast is None else self.head.to(self.autocast)
         logps = token_logps(self.hidden(packed), head, packed.targets)
-        return sequence_logps(logps, packed.sequence, packed.valid.shape)
+        return sequence_logps(logps, packed.num_tokens)
 
     def alone(self, ids: Tensor, prompt: int) -> Tensor:
         """Log-prob of a sequence (N,) behind its `prompt` first tokens by the model's own logits, a scalar, nats."""

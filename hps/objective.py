@@ -1,16 +1,14 @@
-"""The objective of a run: its loss as one function of log-probs and a batch, the value that it must begin with, and
-what the log says of a step."""
+"""The objective of a run: its loss as one function of log-probs and a batch, the check of its first value, and what the
+log says of a step."""
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hps import dist, losses
 from hps.batches import Batch
 from hps.options import Config, parts, positive_stages
-from hps.plan import Plan
 
 # Per-prompt values of the log, in the order of `Statistics.sums`; names are the field's.
 METRICS = ("loss", *(f"rewards/{which}" for which in ("chosen", "rejected", "margins", "accuracies")))
@@ -53,15 +51,12 @@ def logratios_of(policy_logps: Tensor, batch: Batch) -> Tensor:
     return torch.where(batch.packed.valid, policy_logps - batch.ref_logps, 0.0)
 
 
-def check_first_loss(c: Config, plan: Plan, rewards: np.ndarray, loss: float, largest: float) -> str:
-    """A line on the first step's loss and its largest |log-ratio|, nats; ValueError if the loss is not the known one.
-
-    rewards: (V, K) float, as in `Run`. A wrong mask, shift, dropout or dtype shows there, before a step is taken.
-    """
-    expected = expected_first_loss(c, plan, rewards)
-    known = "not known beforehand" if expected is None else f"expected {expected:.6f}"
+def check_first_loss(c: Config, loss: float, expected: float, largest: float) -> str:
+    """A line on the first step's loss and its largest |log-ratio|, nats; ValueError if the loss is not the `expected`
+    one, where policy = reference. A wrong mask, shift, dropout or dtype shows there, before a step is taken."""
+    known = f"expected {expected:.6f}" if parts(c)[0].continuous else "not known beforehand"
     tolerance = 1e-3 if c.dtype == "fp32" else 5e-2
-    if expected is not None and abs(loss - expected) > tolerance * max(1.0, abs(expected)):
+    if parts(c)[0].continuous and abs(loss - expected) > tolerance * max(1.0, abs(expected)):
         raise ValueError(
             f"step 0: the loss is {loss:.6f}, but with policy = reference {c.method} must give {expected:.6f}. Policy "
             "and reference are scored differently: delete the reference cache if the model's code changed"
@@ -69,39 +64,19 @@ def check_first_loss(c: Config, plan: Plan, rewards: np.ndarray, loss: float, la
     return f"step 0: loss {loss:.6f}, {known}; largest |log-ratio| {largest:.2g} (should be 0)"
 
 
-def expected_first_loss(c: Config, plan: Plan, rewards: np.ndarray) -> float | None:
-    """What the first step's loss must be while policy = reference, in closed form (log 2 for DPO-BT), or None."""
-    loss, sampler = parts(c)
-    if loss.at_reference is None:
-        return None
-    first, options = list(plan.step(0)), {key: getattr(c, key) for key in loss.options}
-    valid = torch.from_numpy(plan.responses[first] >= 0)
-    if loss.form == "list":
-        from hps.extra.losses import listwise_at_reference
-
-        values = listwise_at_reference(loss, torch.from_numpy(rewards[first]), valid=valid, **options)
-    elif loss.form == "kto":
-        values = loss.at_reference(valid, **options)
-    elif sampler == "pl":
-        values = losses.plackett_luce_at_reference(loss, valid, **options)
-    elif c.positives > 1:
-        values = losses.multi_positive_at_reference(loss, valid, **positive_stages(c), **options)
-    else:
-        values = loss.at_reference(torch.from_numpy(plan.kappa[first]).double(), **options)
-    return float(values.mean())
-
-
 class Statistics:
     """Sums over the prompts of one step, kept on the device until they are read once.
 
-    sums: (len(METRICS) + 2,) float64: the columns of METRICS, then how many ranks want to stop and to save.
+    sums: (len(METRICS) + 3,) float64: the columns of METRICS, the loss where policy = reference if it was asked for,
+    and how many ranks want to stop and to save. expected: that loss as a mean over the step's prompts, once read.
     largest: largest |log-ratio| of this rank, nats.
     """
 
     def __init__(self, c: Config, device: torch.device) -> None:
         self._c = c
-        self.sums = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(METRICS) + 3, dtype=torch.float64, device=device)
         self.largest = torch.zeros((), device=device)
+        self.expected = 0.0
 
     def add(self, per_prompt: Tensor, policy_logps: Tensor, batch: Batch) -> None:
         """Add a micro-batch: its losses (B,) and the policy's log-probs (B, K), nats."""
@@ -123,6 +98,10 @@ class Statistics:
             columns += [logps[:, 0], mean(logps)]
         self.sums[: len(columns)] += batch.weight * torch.stack(columns, dim=1).double().sum(0)
 
+    def add_expected(self, at_reference: Tensor, batch: Batch) -> None:
+        """Add the losses (B,) that the same micro-batch has where policy = reference."""
+        self.sums[len(METRICS)] += batch.weight * at_reference.detach().double().sum()
+
     def read(
         self, count: int, grad_norm: Tensor, *, asked: bool, late: bool
     ) -> tuple[dict[str, float], float, bool, bool]:
@@ -130,6 +109,7 @@ class Statistics:
         asked to stop, or finds it time for a checkpoint. Collective."""
         self.sums[-2:] = torch.tensor([float(asked), float(late)], dtype=torch.float64)
         dist.all_sum(self.sums)
-        *sums, stops, saves, norm = torch.cat([self.sums, grad_norm.detach().double().reshape(1)]).tolist()
+        *sums, expected, stops, saves, norm = torch.cat([self.sums, grad_norm.detach().double().reshape(1)]).tolist()
+        self.expected = expected / count
         means = {key: value / count for key, value in zip(METRICS_OF[self._c.loss], sums, strict=False)}
         return means, norm, stops > 0, saves > 0

@@ -8,6 +8,7 @@ Where all prompts begin alike, as under one system prompt, these tokens lie once
 are seen by every block.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -55,8 +56,8 @@ class Packed:
     segment: (R, N) int64, 0 on prompt tokens, k + 1 on response k.
     predictor: (T,) int64, index into the flattened R * N positions of the hidden state that predicts the token.
     last: (B, K) int64, index into the same of each response's last token, 0 where there is none.
-    targets: (T,) int64 token ids. sequence: (T,) int64, b * K + k of each scored token.
-    num_tokens: (B, K) int64 scored tokens. valid: (B, K) bool.
+    targets: (T,) int64 token ids, response after response.
+    num_tokens: (B, K) int64, how many of the T each response has. valid: (B, K) bool.
     prefix: tokens at the start of the row that all prompts begin with, 0 unless they are laid out once.
     spans: B pairs (length of the rest of the prompt, its responses' lengths), in the order of the row.
     causal: True where each row holds one prompt with one response, so that the plain causal mask is enough.
@@ -69,7 +70,6 @@ class Packed:
     predictor: Tensor
     last: Tensor
     targets: Tensor
-    sequence: Tensor
     num_tokens: Tensor
     valid: Tensor
     prefix: int
@@ -77,9 +77,13 @@ class Packed:
     causal: bool
 
     def to(self, device: torch.device) -> "Packed":
-        """The same micro-batch on another device."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        """The same micro-batch on another device, which is not waited for."""
+        return replace(self, **{k: to_device(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; only from pinned memory does CUDA copy while the host goes on."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> Packed:
@@ -93,7 +97,7 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
 
     Example: one block with prompt [7, 8] and responses [5, 2] and [6, 9, 2] gives input_ids
         [[7, 8, 5, 2, 6, 9, 2]], position_ids [[0, 1, 2, 3, 2, 3, 4]], predictor [1, 2, 1, 4, 5], last [[3, 6]],
-        targets [5, 2, 6, 9, 2], sequence [0, 0, 1, 1, 1], num_tokens [[2, 3]].
+        targets [5, 2, 6, 9, 2], num_tokens [[2, 3]].
     """
     K = max(len(block.responses) for block in blocks)
     num_tokens = torch.zeros(len(blocks), K, dtype=torch.int64)
@@ -112,7 +116,7 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
     position_ids = np.tile(np.arange(N), (R, 1))  # pads count on: a jump back looks like a new text to transformers
     owner = np.full((R, N), -1, dtype=np.int64)
     segment = np.zeros((R, N), dtype=np.int64)
-    predictor, targets, sequence = [], [], []  # (y,) each, one after the other response
+    predictor, targets = [], []  # (y,) each, one after the other response
     input_ids[:, :prefix], owner[:, :prefix] = blocks[0].prompt[:prefix], len(blocks)
     for r, row in enumerate(rows):
         at = prefix
@@ -130,7 +134,6 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
                 # The prompt's last position predicts the first token of every response.
                 predictor.append(r * N + np.concatenate([[last_prompt], np.arange(at, at + len(y) - 1)]))
                 targets.append(y)
-                sequence.append(np.full(len(y), b * K + k))
                 at += len(y)
                 last[b, k] = r * N + at - 1
     return Packed(
@@ -141,7 +144,6 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
         predictor=torch.from_numpy(np.concatenate(predictor)).long(),
         last=last,
         targets=torch.from_numpy(np.concatenate(targets)).long(),
-        sequence=torch.from_numpy(np.concatenate(sequence)).long(),
         num_tokens=num_tokens,
         valid=num_tokens > 0,
         prefix=prefix,
@@ -177,11 +179,11 @@ def micro_batches(lengths: Sequence[int], *, budget: int, world_size: int) -> li
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while True:
         bins: list[list[int]] = [[] for _ in range(per_rank * world_size)]
-        load = [0] * len(bins)
+        loads = [(0, b) for b in range(len(bins))]  # a heap of (tokens, bin)
         for i in order:  # longest first into the emptiest bin
-            b = min(range(len(bins)), key=load.__getitem__)
+            load, b = heapq.heappop(loads)
             bins[b].append(i)
-            load[b] += lengths[i]
-        if all(total <= budget or len(members) == 1 for total, members in zip(load, bins, strict=True)):
+            heapq.heappush(loads, (load + lengths[i], b))
+        if all(load <= budget or len(bins[b]) == 1 for load, b in loads):
             return [[sorted(members) for members in bins[rank::world_size]] for rank in range(world_size)]
         per_rank += 1

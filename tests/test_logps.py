@@ -61,10 +61,12 @@ def test_bf16_error_is_that_of_the_plain_bf16_path(frozen):
         assert ours <= 1.5 * dense + 1e-3
 
 
-def test_sequence_logps_sums_by_owner():
-    logps = torch.tensor([-1.0, -2.0, -4.0, -8.0])
-    summed = sequence_logps(logps, torch.tensor([0, 3, 3, 2]), torch.Size([2, 2]))
-    assert summed.tolist() == [[-1.0, 0.0], [-8.0, -6.0]]
+def test_sequence_logps_sums_by_response():
+    logps = torch.tensor([-1.0, -2.0, -4.0, -8.0], requires_grad=True)
+    summed = sequence_logps(logps, torch.tensor([[1, 0], [1, 2]]))
+    assert summed.tolist() == [[-1.0, 0.0], [-2.0, -12.0]]
+    (summed * torch.tensor([[1.0, 7.0], [2.0, 3.0]])).sum().backward()
+    assert logps.grad.tolist() == [1.0, 2.0, 3.0, 3.0]
 
 
 def test_one_chunk_of_logits_is_all_that_the_frozen_head_holds():

@@ -15,14 +15,7 @@ from torch.autograd import gradcheck
 
 from hps import samplers
 from hps.extra import losses as extra
-from hps.losses import (
-    LOSSES,
-    multi_positive_at_reference,
-    multi_positive_loss,
-    plackett_luce_at_reference,
-    plackett_luce_loss,
-    stage_loss,
-)
+from hps.losses import LOSSES, multi_positive_loss, plackett_luce_loss, stage_loss
 from hps.options import Config
 
 B, K, BETA, ALPHA = 4, 6, 0.3, 0.4
@@ -245,31 +238,6 @@ def test_extremes_stay_finite_in_fp32(form, name, monkeypatch):
             loss = form(h, s[None], L, valid, name)
             (grad,) = torch.autograd.grad(loss.sum(), h)
             assert torch.isfinite(loss).all() and torch.isfinite(grad).all()
-
-
-@battery
-def test_closed_form_at_the_reference(form, name):
-    """What every run compares its first loss with is the loss where all h = 0."""
-    loss, (_, s, L) = ALL[name], draw()
-    closed_form = loss.at_reference
-    if closed_form is None:
-        assert name in ("simpo", "slic", "rdpo", "lipo")  # unknown before training
-        return
-    valid = torch.arange(K)[None] < torch.tensor([2, 6, 3, 5])[:, None]
-    stages = dict(weights=WEIGHTS, n_factor="n_minus_one", exclude_positives=False)
-    alone = dict(weights=WEIGHTS, n_factor="one", exclude_positives=True)
-    expected = {
-        stage: lambda: closed_form(torch.full((B,), 5.0, dtype=torch.float64), **GIVEN[name]),
-        pl: lambda: plackett_luce_at_reference(loss, valid, **GIVEN[name]),
-        positives: lambda: multi_positive_at_reference(loss, valid, **stages, **GIVEN[name]),
-        without_positives: lambda: multi_positive_at_reference(loss, valid, **alone, **GIVEN[name]),
-        whole_list: lambda: extra.listwise_at_reference(loss, s, valid=valid, **GIVEN[name]),
-        one_by_one: lambda: closed_form(valid, **GIVEN[name]),
-    }[form]()
-    if form is one_by_one:
-        close(extra.kto_loss(torch.zeros_like(s), 0.0, valid, **GIVEN[name]), expected)
-    else:
-        close(form(torch.zeros_like(s), s, L, valid, name), expected, 1e-10)
 
 
 # ------------------------------------------------------------------------------- identities of the family, of the paper

@@ -26,7 +26,6 @@ def test_the_layout_of_the_docstring():
     assert packed.predictor.tolist() == [1, 2, 1, 4, 5]
     assert packed.last.tolist() == [[3, 6]]
     assert packed.targets.tolist() == [5, 2, 6, 9, 2]
-    assert packed.sequence.tolist() == [0, 0, 1, 1, 1]
     assert packed.num_tokens.tolist() == [[2, 3]]
 
 
@@ -35,7 +34,6 @@ def test_the_layout_of_plain_rows():
     assert packed.input_ids.tolist() == [[7, 8, 5, 2, 0], [7, 8, 6, 9, 2]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert packed.predictor.tolist() == [1, 2, 6, 7, 8]
-    assert packed.sequence.tolist() == [0, 0, 1, 1, 1]
     assert block_mask(packed) is None
 
 
@@ -66,18 +64,19 @@ def test_every_token_is_scored_once_by_its_predecessor(share_prompt):
     """Whatever the layout: targets are the responses' tokens, and each predictor is the token just before."""
     blocks = random_blocks(0)
     packed = pack(blocks, pad_id=0, share_prompt=share_prompt)
-    flat, K = packed.input_ids.flatten(), packed.num_tokens.shape[1]
+    flat, at = packed.input_ids.flatten(), 0
     if share_prompt:  # one row without pads
         assert flat.tolist() == [t for b in blocks for part in (b.prompt, *b.responses) for t in part]
         assert packed.spans == tuple((len(b.prompt), tuple(map(len, b.responses))) for b in blocks)
     for b, block in enumerate(blocks):
         for k, y in enumerate(block.responses):
-            mine = packed.sequence == b * K + k
+            mine = slice(at, at + len(y))
+            at += len(y)
             assert packed.targets[mine].tolist() == y.tolist()
             assert flat[packed.predictor[mine]].tolist() == [block.prompt[-1], *y[:-1]]
             assert flat[packed.last[b, k]] == y[-1]
             assert packed.num_tokens[b, k] == len(y)
-        assert packed.valid[b].tolist() == [k < len(block.responses) for k in range(K)]
+        assert packed.valid[b].tolist() == [k < len(block.responses) for k in range(packed.num_tokens.shape[1])]
 
 
 def test_block_mask_is_the_rule():

@@ -17,10 +17,11 @@ from peft import AutoPeftModelForCausalLM
 
 import train
 from hps import batches, reference
+from hps.batches import Batch
 from hps.data import listwise, tokens
 from hps.data.rows import Row
 from hps.model import load_causal_lm
-from hps.objective import Statistics
+from hps.objective import Statistics, objective
 from hps.options import Config
 
 LORA = dict(lora_rank=4, lora_alpha=8, lr=3e-2)
@@ -285,6 +286,23 @@ def test_each_positive_is_a_run_of_the_full_form(tiny_world, tmp_path, weights, 
     plain = run(tiny_world, tmp_path / "one", data=data, **full)
     close(ours, plain)
     assert np.std(plain[1:]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "method", ["dpo-hps", "exo-pl", "nca-pl", "ipo-bt", "sppo-uniform", "simpo-bt", "lipo-pl", "kto-bt"]
+)
+def test_a_step_waits_for_the_device_once(method):
+    """Losses and statistics on the meta device, from which nothing can be read; the one read is `Statistics.read`."""
+    with torch.device("meta"):
+        valid, x = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3)
+        packed = SimpleNamespace(valid=valid, num_tokens=torch.ones(2, 3, dtype=torch.int64))
+        batch = Batch(packed, x, torch.zeros(2, 2), torch.ones(2), x, kl=0.5, weight=1.0)
+        policy_logps = torch.zeros(2, 3, requires_grad=True)
+    c = Config("m", "d", "o", method=method, pl_form="official" if method == "nca-pl" else "stagewise")
+    per_prompt, statistics = objective(c)(policy_logps, batch), Statistics(c, torch.device("meta"))
+    per_prompt.sum().backward()
+    statistics.add(per_prompt, policy_logps, batch)
+    statistics.add_expected(objective(c)(batch.ref_logps, batch), batch)
 
 
 def test_metrics_of_two_positives_leave_the_second_out_of_the_rejected():

@@ -5,7 +5,6 @@ themselves; most of them are the official list-wise forms of the paper's losses.
 Notation as in `hps/losses.py`; s are the external rewards, t = softmax(s / alpha) the labels made of them.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ def rdpo(s: Stage, *, beta: float, rdpo_alpha: float = 0.01) -> Tensor:
     return F.softplus(-s.margin(beta * s.h + rdpo_alpha * s.lengths().to(s.h.dtype)))
 
 
-# Their values before training hang on the policy itself (no reference) or on lengths, so none is known beforehand.
 LOSSES: dict[str, Loss] = {
     "simpo": Loss(simpo, needs_reference=False),
     "slic": Loss(slic, needs_reference=False),
@@ -86,32 +84,13 @@ def lipo(h: Tensor, s: Tensor, valid: Tensor, *, beta: float) -> Tensor:
     return torch.where(pairs, delta * F.softplus(r[upper] - r[lower]), 0.0).sum(2)
 
 
-def exo_rw_at_reference(s: Tensor, valid: Tensor, *, beta: float, label_temperature: float = 1.0) -> Tensor:
-    n = count(s, valid)
-    return -(n.log() + log_labels(s, valid, label_temperature)) / n
-
-
-def infonca_at_reference(s: Tensor, valid: Tensor, *, beta: float, label_temperature: float = 1.0) -> Tensor:
-    n = count(s, valid)
-    return (n.log() / n).expand_as(s)
-
-
-def nca_soft_at_reference(s: Tensor, valid: Tensor, *, beta: float, label_temperature: float = 1.0) -> Tensor:
-    return (2 * math.log(2) / count(s, valid)).expand_as(s)
-
-
-def sppo_winrate_at_reference(s: Tensor, valid: Tensor, *, beta: float) -> Tensor:
-    return (win_rates(s, valid) - 0.5) ** 2 / beta**2
-
-
-# `function(h, s, valid, *, <options>)` and `at_reference(s, valid, *, <options>)` -> (B, K). LiPO's has none: its ranks
-# are rounding noise where all h = 0.
+# `function(h, s, valid, *, <options>) -> (B, K)`. LiPO's ranks are rounding noise where all h = 0.
 LISTWISE: dict[str, Loss] = {
-    "exo_rw": Loss(exo_rw, exo_rw_at_reference, form="list"),
-    "infonca": Loss(infonca, infonca_at_reference, form="list"),
-    "nca_soft": Loss(nca_soft, nca_soft_at_reference, form="list"),
-    "sppo_winrate": Loss(sppo_winrate, sppo_winrate_at_reference, form="list"),
-    "lipo": Loss(lipo, form="list"),
+    "exo_rw": Loss(exo_rw, form="list"),
+    "infonca": Loss(infonca, form="list"),
+    "nca_soft": Loss(nca_soft, form="list"),
+    "sppo_winrate": Loss(sppo_winrate, form="list"),
+    "lipo": Loss(lipo, continuous=False, form="list"),
 }
 
 # What the original papers do with a list, by row of the paper's tables. DPO's and IPO's rows keep `plackett_luce_loss`:
@@ -136,13 +115,6 @@ def listwise_loss(
     h = torch.where(valid, logratios, 0.0)  # what stands in an invalid column must not matter, not even inf
     s = torch.where(valid, rewards.to(h.dtype), 0.0)
     return torch.where(valid, loss.function(h, s, valid, **options), 0.0).sum(1)
-
-
-def listwise_at_reference(loss: Loss, rewards: Tensor, *, valid: Tensor, **options: Any) -> Tensor:
-    """The list-wise loss (B,) where policy = reference, in closed form from rewards (B, K): log n for InfoNCA."""
-    assert loss.at_reference is not None
-    s = torch.where(valid, rewards, 0.0)
-    return torch.where(valid, loss.at_reference(s, valid, **options), 0.0).sum(1)
 
 
 def log_labels(s: Tensor, valid: Tensor, temperature: float) -> Tensor:
@@ -201,9 +173,4 @@ def kto_loss(
     return desirable + torch.where(valid[:, 1:], undesirable, 0.0).sum(1)
 
 
-def kto_at_reference(valid: Tensor, *, beta: float, desirable_weight: float, undesirable_weight: float) -> Tensor:
-    """(B,) float64, where all h and z0 are 0."""
-    return (desirable_weight + undesirable_weight * valid[:, 1:].sum(1).double()) / 2
-
-
-KTO = Loss(kto_loss, kto_at_reference, form="kto")
+KTO = Loss(kto_loss, form="kto")
