@@ -106,7 +106,7 @@ class _TrainableHead(torch.autograd.Function):
             gradient = _logit_gradient(exps, total, targets[part]).mul_(grad_output[part, None]).to(weight.dtype)
             grad_hidden[part] = gradient @ weight
             if weight.dtype == torch.float32:
-                grad_weight.addmm_(gradient.T, hidden[part].float())  # no second (V, D) tensor
+                torch.addmm(grad_weight, gradient.T, hidden[part].float(), out=grad_weight)  # no second (V, D) tensor
             else:
                 grad_weight += gradient.T @ hidden[part].to(weight.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), None, None
