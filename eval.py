@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--baseline compares rewards of samples: it needs a --scorer")
     if (out / "samples.jsonl").resolve() in (Path(c.data).resolve(), Path(c.baseline, "samples.jsonl").resolve()):
         raise ValueError(f"--out {out} would overwrite --data or --baseline: choose another folder")
-    for package in ("nltk.translate.bleu_score", "sacrebleu") if c.samples else ():
+    for package in ("scipy.stats", *(("nltk.translate.bleu_score", "sacrebleu") if c.samples else ())):
         metrics.extra(package)  # now rather than after hours
     with dist.session() as ranks:
         checkpoint.make_folder(out)
@@ -235,11 +235,12 @@ def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
                 values[id] |= metrics.win_tie_lose(row.rewards, against[id].rewards)
     table = {name: {id: values[id][name] for id in ids if name in values[id]} for name in metrics.METRICS}
     table = {name: column for name, column in table.items() if column}
-    intervals = {name: metrics.bootstrap_mean(np.array(list(column.values()))) for name, column in table.items()}
-    means = {name: dict(zip(("mean", "low", "high"), found, strict=True)) for name, found in intervals.items()}
+    # Over the prompts: what more prompts would say of this model, and nothing of other runs or data.
+    means = {name: metrics.item(metrics.world_interval(list(column.values()))) for name, column in table.items()}
     files.write_json(out / "per_prompt.json", table)
     result = {
         "method": c.name or Path(c.model).parent.name,
+        "intervals": "over prompts",
         "metrics": {name: found | {"prompts": len(table[name])} for name, found in means.items()},
         "counts": counts,
         "config": vars(c),
@@ -248,7 +249,7 @@ def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
     for rank in range(world_size):
         (out / f"part-{rank}.json").unlink()
         (out / f"part-{rank}.jsonl").unlink(missing_ok=True)
-    print(report.table({"rows": [{"method": result["method"], "seeds": 1, "metrics": means}]}))
+    print(report.table({"worlds": 1, "rows": [{"method": result["method"], "runs": 1, "metrics": means}]}))
     lost = ", ".join(f"{key} {n}" for key, n in counts.items() if n)
     tqdm.write(f"{out / 'eval.json'}: {len(ids)} prompts ({lost})", file=sys.stderr)
 

@@ -344,26 +344,38 @@ def results(sft="SFT", bt="DPO-BT", hps="HPS|x"):
     rows = []
     for i, (method, seeds) in enumerate(((sft, 1), (bt, 3), (hps, 3))):
         found = {name: interval(*column[i]) for name, column in columns.items() if column[i]}
-        rows.append({"method": method, "seeds": seeds, "metrics": found})
-    claims = [  # text, the paper's figure, verdict, kind, metric, numbers
-        ("a < b", "Table 2: 1 vs 2", "holds", "difference", "true_reward", (0.641, 0.5, 0.8)),
-        ("c|d", "Table 3", "does not hold", "value", "harm", (3.6, 3, 4)),
-        ("as cheap", "Sec. 6: x 1.03", "unresolved", "ratio", "train_tokens", (1.016, 0.96, 1.16)),
-        ("a constant", "Sec. 6", "holds", "difference", "harm", (-2, -2, -2)),
+        rows.append({"method": method, "runs": seeds, "metrics": found})
+    claims = [  # text, the paper's figure, table, verdicts, kind, metric, numbers
+        ("a < b", "Table 2: 1 vs 2", "Claims", "holds", "holds", "difference", "true_reward", (0.641, 0.5, 0.8)),
+        ("as cheap", "Sec. 6: x 1.03", "Claims", "holds", "unresolved", "ratio", "train_tokens", (1.016, 0.96, 1.16)),
+        ("c|d", "Table 3", "Ours", "does not hold", "does not hold", "value", "harm", (3.6, 3, 4)),
+        ("a constant", "Sec. 6", "Ours", "holds", "holds", "difference", "harm", (-2, -2, -2)),
     ]
-    keys = ("claim", "paper", "verdict", "kind", "metric")
+    keys = ("claim", "paper", "table", "verdict", "after_holm", "kind", "metric")
     unmeasured = {"claim": "people like it", "paper": "Table 3: 3.93", "verdict": "not measured here"}
+    worlds = {"values": [0.1, None, 0.3]}
     return {
         "suite": "tiny",
         "commit": "abc1234",
         "machine": "two cores",
         "seconds": 90.0,
+        "worlds": 3,
         "settings": {"beta": 0.1, "prompts": 300},
         "rows": rows,
         "comparisons": [
-            {"a": hps, "b": bt, "metric": "true_reward", **interval(0.64, 0.5, 0.8), "p": 0.00321},
-            {"a": hps, "b": bt, "metric": "rm2", **interval(-0.001, -0.2, 0.2)},
-            {"a": hps, "b": sft, "metric": "harm", **interval(-29.1, -32, -26)},
+            {
+                "a": hps,
+                "b": bt,
+                "metric": "true_reward",
+                **interval(0.64, 0.5, 0.8),
+                **worlds,
+                "p": 0.0032,
+                "p_holm": 0.0064,
+            },
+            {"a": hps, "b": bt, "metric": "rm_dpo", **interval(-0.001, -0.2, 0.2), **worlds, "p": 0.9, "p_holm": 0.9},
+            {"a": hps, "b": sft, "metric": "harm", **interval(-29.1, -32, -26), **worlds, "p": 0.03, "p_holm": 0.06},
+            {"a": f"{bt} again", "b": bt, "metric": "harm", **interval(-1, -1.5, -0.5), **worlds, "p": 0.04},
+            {"a": f"{bt} again", "b": bt, "metric": "rm_dpo", **interval(0.1, -0.2, 0.4), **worlds, "p": 0.4},
         ],
         "curves": {
             method: {
@@ -390,6 +402,6 @@ def results(sft="SFT", bt="DPO-BT", hps="HPS|x"):
                 "lines": {"up": [bt, hps]},
             },
         },
-        "claims": [dict(zip(keys, claim)) | interval(*numbers) for *claim, numbers in claims]
-        + [unmeasured | {"reason": "needs human raters"}],
+        "claims": [dict(zip(keys, claim)) | interval(*numbers) | {"values": [0.5, 0.7]} for *claim, numbers in claims]
+        + [unmeasured | {"table": "Claims", "reason": "needs human raters"}],
     }

@@ -87,10 +87,11 @@ def results(evaluation: dict[str, Any] | None) -> str:
         return ""
     about, rows = evaluation["config"], []
     for name, m in evaluation["metrics"].items():
-        mean, low, high = (f"{m[key]:z.{METRICS[name].digits}f}" for key in ("mean", "low", "high"))
-        rows.append((METRICS[name].title, mean, f"{low} to {high}", m["prompts"], METRICS[name].meaning))
+        shown = {key: f"{m[key]:z.{METRICS[name].digits}f}" for key in ("mean", "low", "high") if m[key] is not None}
+        interval = f"{shown['low']} to {shown['high']}" if "low" in shown else "-"  # of one prompt there is none
+        rows.append((METRICS[name].title, shown["mean"], interval, m["prompts"], METRICS[name].meaning))
     data, reference = (card.escape(card.name_of(about[key])) for key in ("data", "reference"))
-    intervals = "intervals are 95 % bootstrap intervals over prompts."
+    intervals = "intervals are 95 % intervals over prompts."
     header = ("metric", "mean", "interval", "prompts", "what it is")
     return f"## Evaluation\n\nOn {data}, against {reference}; {intervals}\n\n{card.table(header, rows)}"
 

@@ -1,4 +1,4 @@
-"""The figures of a report: margins, reward against KL, lines through rows, training curves, gamma.
+"""The figures of a report: margins, paired differences, reward against KL, lines through rows, training curves, gamma.
 
 Drawn from a results dict (its keys: report.py); colours and markers follow the order of its rows or lines.
 """
@@ -33,6 +33,10 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(["axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"], "0.15"),
 }
 DPI = 200
+DIFFERENCES = ("rm_dpo", "rm_worst_case", "rm10", "true_reward", "lead", "harm")  # panels of the figure of pairs
+
+
+Strips = dict[str, list[dict[str, Any] | None]]  # metric -> item of each row
 
 
 class Plan(NamedTuple):
@@ -52,7 +56,8 @@ def _look(i: int) -> dict[str, Any]:
 def _numbers(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     """(rows, 3) mean, low and high of a metric, NaN where a row lacks it: a line is broken there."""
     found = [row["metrics"].get(name) for row in rows]
-    return np.array([[item[key] for key in ("mean", "low", "high")] if item else [math.nan] * 3 for item in found])
+    keys = ("mean", "low", "high")
+    return np.array([[item[key] for key in keys] if item else [None] * 3 for item in found], dtype=np.float64)
 
 
 def _whiskers(numbers: np.ndarray) -> np.ndarray:
@@ -72,20 +77,34 @@ def _legend(figure: "Figure") -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside right center")
 
 
-def _draw_margins(figure: "Figure", rows: list[dict[str, Any]], names: list[str]) -> None:
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+def _draw_strips(figure: "Figure", labels: list[str], panels: Strips, x: str) -> None:
+    """One panel per metric, one row per label: the mean with its interval, and below it each world's value."""
+    for axes, (name, items) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
         axes.axvline(0, color="0.75", linewidth=0.8, zorder=0)
-        for y, numbers in enumerate(_numbers(rows, name)):
+        for y, item in enumerate(items):
+            (numbers,) = _numbers([{"metrics": {name: item} if item else {}}], name)
             axes.errorbar(numbers[0], y, xerr=_whiskers(numbers[None]), markersize=5, **_look(y))
+            worlds = [value for value in (item or {}).get("values", []) if value is not None]
+            axes.plot(worlds, [y + 0.3] * len(worlds), "|", color=_look(y)["color"], markersize=4, alpha=0.7)
         axes.set_title(METRICS[name].title)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.locator_params(axis="x", nbins=4)
         axes.margins(x=0.12)
-    panels[0].set_yticks(range(len(rows)), [row["method"] for row in rows])
-    panels[0].set_ylim(len(rows) - 0.4, -0.6)
-    figure.supxlabel("margin of the best candidate (nats, without beta)", fontsize=9, color="0.15")
+    figure.axes[0].set_yticks(range(len(labels)), labels)
+    figure.axes[0].set_ylim(len(labels) - 0.4, -0.6)
+    figure.supxlabel(x, fontsize=9, color="0.15")
+
+
+def _strips(name: str, labels: list[str], panels: Strips, x: str) -> list[Plan]:
+    """The plan of a figure of strips, or none without a panel."""
+    if not panels:
+        return []
+    size = (max(3.6, 1.2 + 1.35 * len(panels)) + _room(labels), 0.9 + 0.27 * len(labels))
+    caption = f"{x[0].upper()}{x[1:]}: mean, interval, and below them one stroke per world."
+    alt = f"A panel each for {', '.join(METRICS[panel].title for panel in panels)}; a row each from {labels[0]} on."
+    draw = functools.partial(_draw_strips, labels=labels, panels=panels, x=x)
+    return [Plan(name, caption, alt, size, draw)]
 
 
 def _grid(panels: int) -> tuple[int, int]:
@@ -188,13 +207,16 @@ def _draw_schedule(figure: "Figure", schedule: dict[str, list[float]]) -> None:
 
 def plans(results: dict[str, Any]) -> list[Plan]:
     """Every figure that these results have the numbers for, in the order of the report."""
-    rows, found = results["rows"], []
-    if names := present(rows, MARGINS):
-        width = max(3.6, 1.2 + 1.35 * len(names)) + _room(row["method"] for row in rows)
-        size = (width, 0.9 + 0.27 * len(rows))
-        caption = "Margins of the best candidate, mean and interval."
-        alt = "One panel per margin, one row per method: the mean as a point, the interval as a bar."
-        found.append(Plan("margins", caption, alt, size, functools.partial(_draw_margins, rows=rows, names=names)))
+    rows, compared = results["rows"], results.get("comparisons", [])
+    panels = {name: [row["metrics"].get(name) for row in rows] for name in present(rows, MARGINS)}
+    x = "margin of the best candidate (nats, without beta)"
+    found = _strips("margins", [row["method"] for row in rows], panels, x)
+    of_pair = {f"{item['a']} - {item['b']}": {} for item in compared}
+    for item in compared:
+        of_pair[f"{item['a']} - {item['b']}"][item["metric"]] = item
+    known = {item["metric"] for item in compared}
+    panels = {name: [items.get(name) for items in of_pair.values()] for name in DIFFERENCES if name in known}
+    found += _strips("differences", list(of_pair), panels, "paired difference a - b")
     # Reward against KL: one point per method.
     kl = "kl_exact" if "kl_exact" in present(rows) else "kl_seq"
     lines = {row["method"]: [row["method"]] for row in rows if {"true_reward", kl} <= row["metrics"].keys()}

@@ -3,6 +3,7 @@
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 # What would begin code, an HTML tag, an entity or a link's address, and what would escape the escape.
 MARKUP = r"[\\`]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=\()"
@@ -40,12 +41,14 @@ def _lines(columns: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in zip(*columns)]
 
 
-def interval(item: dict[str, float] | None, digits: int, sign: str = "") -> str:
-    """1.23 [1.10, 1.31] of {"mean", "low", "high"}, and - for None; sign: "+" for that of a difference."""
+def interval(item: dict[str, Any] | None, digits: int, sign: str = "") -> str:
+    """1.23 [1.10, 1.31] of {"mean", "low", "high"}, 1.23 where these are None, and - for no item; sign: "+" for that of
+    a difference."""
     if item is None:
         return "-"
-    mean, low, high = (f"{item[key]:{sign}z.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    ends = [item[key] for key in ("mean", "low", "high") if item[key] is not None]
+    mean, *ends = (f"{end:{sign}z.{digits}f}" for end in ends)
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def plain(text: str, also: str = "") -> str:

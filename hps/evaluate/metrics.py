@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
-DRAWS_PER_BLOCK = 256  # bootstrap draws in memory at once; all 4,000 of a test set of 8,000 prompts would be 256 MB
+AGAIN = " again"  # ends the name of a row that is another one with another seed: every difference of the two is chance
 
 
 class Metric(NamedTuple):
@@ -52,8 +52,9 @@ METRICS = {
     "win": Metric(WINS, "win %", 1, 1, "samples with a higher reward than the same-numbered SFT sample"),
     "tie": Metric(WINS, "tie %", 1, 0, "samples with exactly the same reward"),
     "lose": Metric(WINS, "lose %", 1, -1, "samples with a lower reward"),
-    "train_seconds": Metric(COST, "train s", 1, -1, "seconds of preference training; [lowest, highest] seed"),
-    "train_tokens": Metric(COST, "tokens (k)", 0, -1, "thousand packed tokens of preference training; the same range"),
+    "lead": Metric(WINS, "win - lose", 1, 1, "a's samples above b's of the same number minus those below, by reward"),
+    "train_seconds": Metric(COST, "train s", 1, -1, "seconds of preference training"),
+    "train_tokens": Metric(COST, "tokens (k)", 0, -1, "thousand packed tokens of preference training"),
 }
 
 
@@ -149,122 +150,56 @@ def rm_rdpo(rm: float, len_chosen: int, len_rejected: int, *, alpha: float = 0.0
 # ---- intervals -----------------------------------------------------------------------------------
 
 
-def _table(name: str, values: ArrayLike, valid: ArrayLike | None) -> tuple[Floats, Floats]:
-    """Values as (worlds, seeds, prompts) with 0 where invalid, and their 0/1 mask."""
+def world_interval(values: ArrayLike, level: float = 0.95) -> tuple[Any, Any, Any]:
+    """Mean of one number per world and Student's t interval of what it is over all worlds: (mean, low, high) (OURS).
+
+    Runs, prompts and samples of a world have been averaged before: what differs between worlds holds their spread too,
+    and worlds alone are independent of each other. The prompts of one evaluation can stand in for worlds, and the
+    interval is then about more prompts for that model, nothing else. A single number has the interval (-inf, inf).
+
+    Args:
+        values: (W,) or (W, ...) for many intervals at once.
+    """
     values = np.asarray(values, dtype=np.float64)
-    if values.ndim > 3:
-        raise ValueError(f"{name}: need (prompts,), (seeds, prompts) or (worlds, seeds, prompts), got {values.shape}")
-    values = values.reshape((1,) * (3 - values.ndim) + values.shape)
-    try:
-        mask = np.broadcast_to(np.asarray(True if valid is None else valid, dtype=bool), values.shape)
-    except ValueError:
-        raise ValueError(f"{name}: valid does not fit values of shape {values.shape}") from None
-    if not mask.any():
-        raise ValueError(f"{name}: no valid value; leave this metric out of the table")
-    return _finite(name, np.where(mask, values, 0.0), 3), mask.astype(np.float64)
+    _finite("values", values, max(1, values.ndim))
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    mean, number = values.mean(0), len(values)
+    if number == 1:
+        return mean, mean - np.inf, mean + np.inf
+    half = extra("scipy.stats").t.ppf((1 + level) / 2, number - 1) * values.std(0, ddof=1) / np.sqrt(number)
+    return mean, mean - half, mean + half
 
 
-def _counts(rng: np.random.Generator, draws: int, items: int) -> Floats:
-    """(draws, items): how often a resample of `items` with replacement holds each of them."""
-    picks = rng.integers(items, size=(draws, items)) + items * np.arange(draws)[:, None]
-    return np.bincount(picks.ravel(), minlength=draws * items).reshape(draws, items).astype(np.float64)
+def world_p(values: ArrayLike, bound: float = 0.0) -> float:
+    """Two-sided p of the t test that the mean over all worlds is `bound`, (W,); 1 where one number is all there is.
 
-
-def _resampled(values: Floats, mask: Floats, *, draws: int, seed: int) -> Floats:
-    """(draws,) means of resamples of worlds, of seeds and prompts in each world; nan where one holds no valid value.
-
-    The worlds and prompts drawn depend on `seed` and their number alone: that pairs two calls.
+    Below 0.05 exactly where `bound` lies outside the 95 % interval.
     """
-    worlds, seeds, prompts = values.shape
-    world_rng = np.random.default_rng([seed, 2])
-    prompt_rngs = [np.random.default_rng([seed, 0, w]) for w in range(worlds)]
-    seed_rngs = [np.random.default_rng([seed, 1, seeds, w]) for w in range(worlds)]
-    means = []
-    for start in range(0, draws, DRAWS_PER_BLOCK):
-        block = min(DRAWS_PER_BLOCK, draws - start)
-        by_world = _counts(world_rng, block, worlds)  # one world: all ones
-        total, count = np.zeros(block), np.zeros(block)
-        for w in range(worlds):
-            by_prompt = _counts(prompt_rngs[w], block, prompts)
-            by_seed = _counts(seed_rngs[w], block, seeds)
-            total += by_world[:, w] * ((by_prompt @ values[w].T) * by_seed).sum(1)
-            count += by_world[:, w] * ((by_prompt @ mask[w].T) * by_seed).sum(1)
-        means.append(np.divide(total, count, out=np.full(block, np.nan), where=count > 0))
-    return np.concatenate(means)
+    away = _finite("values", values, 1) - bound
+    if len(away) == 1 or np.ptp(away) == 0:  # without a spread t is infinite or, on the bound, undefined
+        return float(len(away) == 1 or away[0] == 0)
+    return float(extra("scipy.stats").ttest_1samp(away, 0).pvalue)
 
 
-def _interval(mean: float, resampled: Floats, level: float) -> tuple[float, float, float]:
-    if not 0 < level < 1 or resampled.size < 100:
-        raise ValueError(f"need 0 < level < 1 and at least 100 draws, got {level} and {resampled.size}")
-    low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return float(mean), float(low), float(high)
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values: of those below 0.05 any is false with a probability of 0.05 at most."""
+    rising = np.argsort(p, kind="stable")
+    adjusted = np.maximum.accumulate(np.asarray(p, dtype=np.float64)[rising] * np.arange(len(p), 0, -1))
+    return np.minimum(1.0, adjusted)[np.argsort(rising)].tolist()
 
 
-def bootstrap_mean(
-    values: ArrayLike, *, valid: ArrayLike | None = None, draws: int = 4000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean over all valid values and its percentile bootstrap interval: (mean, low, high) (OURS).
-
-    Worlds are resampled, and in each of them seeds, and prompts jointly for all its seeds. A resample without any
-    valid value has no mean: the interval is that of the other resamples.
-    Three worlds say little about the spread between worlds: the interval is then somewhat too narrow.
-
-    Args:
-        values: (prompts,), (seeds, prompts) with the same prompts in every seed, or (worlds, seeds, prompts) with
-            prompts of its own in every world.
-        valid: bool, of a shape that broadcasts to that of values, which are ignored where it is False.
-    """
-    table, mask = _table("values", values, valid)
-    return _interval(table.sum() / mask.sum(), _resampled(table, mask, draws=draws, seed=seed), level)
+def item(triple: tuple[float, float, float]) -> dict[str, float | None]:
+    """{"mean", "low", "high"} for JSON, which knows no infinity: without an interval, low and high are None."""
+    return {
+        name: float(value) if np.isfinite(value) else None
+        for name, value in zip(("mean", "low", "high"), triple, strict=True)
+    }
 
 
-def bootstrap_difference(
-    a: ArrayLike,
-    b: ArrayLike,
-    *,
-    valid: ArrayLike | None = None,
-    draws: int = 4000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean of a - b and its paired percentile bootstrap interval: (mean, low, high) (OURS).
-
-    Worlds and prompts are always drawn together for a and b. Seeds: with the same number in both, seed i of a is paired
-    with seed i of b (same start, same data) and they are drawn together; with different numbers (three runs against
-    one SFT) each side's are drawn alone.
-
-    Args:
-        a, b: as in bootstrap_mean, over the same worlds and prompts.
-        valid: as in bootstrap_mean, for both; (prompts,) when the numbers of seeds differ.
-    """
-    table_a, mask_a = _table("a", a, valid)
-    table_b, mask_b = _table("b", b, valid)
-    if (table_a.shape[0], table_a.shape[2]) != (table_b.shape[0], table_b.shape[2]):
-        raise ValueError(
-            f"a has {table_a.shape[0]} world(s) of {table_a.shape[2]} prompts, b {table_b.shape[0]} of "
-            f"{table_b.shape[2]}: give both the same ones"
-        )
-    if table_a.shape == table_b.shape:
-        return bootstrap_mean(table_a - table_b, valid=mask_a, draws=draws, level=level, seed=seed)
-    mean = table_a.sum() / mask_a.sum() - table_b.sum() / mask_b.sum()
-    resampled_a = _resampled(table_a, mask_a, draws=draws, seed=seed)
-    resampled_b = _resampled(table_b, mask_b, draws=draws, seed=seed)
-    return _interval(mean, resampled_a - resampled_b, level)
-
-
-def wilcoxon_p(a: ArrayLike, b: ArrayLike, *, valid: ArrayLike | None = None) -> float:
-    """Two-sided p-value of Wilcoxon's signed-rank test that a - b is symmetric about 0, prompt by prompt (OURS).
-
-    a, b, valid: as in `bootstrap_difference`; a prompt's value is its mean over the seeds, the prompts of all worlds
-    stand together. So it asks about more prompts for *these* models; the bootstrap asks about more worlds and runs too.
-    Returns 1 where no prompt differs.
-    """
-    table_a, mask_a = _table("a", a, valid)
-    table_b, mask_b = _table("b", b, valid)
-    counted = mask_a.any(1) & mask_b.any(1)  # (worlds, prompts)
-    means = [t.sum(1)[counted] / m.sum(1)[counted] for t, m in ((table_a, mask_a), (table_b, mask_b))]
-    difference = means[0] - means[1]
-    return float(extra("scipy.stats").wilcoxon(difference).pvalue) if np.any(difference) else 1.0
+def ends(item: dict[str, Any]) -> tuple[float, float]:
+    """low and high of an item, infinite where it has no interval."""
+    return (-np.inf, np.inf) if item["low"] is None else (item["low"], item["high"])
 
 
 # ---- win rate and BLEU ---------------------------------------------------------------------------

@@ -1,16 +1,19 @@
 """From a results dict to results.json, RESULTS.md, report.html and figures. Reads numbers only: no model, no data.
 
 {"suite": str, "commit": str, "machine": str, "seconds": float,
- "rows": [{"method": str, "seeds": int, "metrics": {name: {"mean", "low", "high"}}}],     methods differ
- optional "comparisons": [{"a": method, "b": method, "metric": name, "mean", "low", "high",    of a - b
-                           optional "p": of a paired test}],
+ "worlds": int,                     of several each is one number behind an interval, of one its prompts are
+ "rows": [{"method": str, "runs": int, "metrics": {name: ITEM}}],     methods differ
+ optional "comparisons": [{"a": method, "b": method, "metric": name, ITEM of a - b, "p": of the t test,
+                           "p_holm": the same after Holm; not of a row AGAIN}],
  optional "settings": {name: anything JSON},
  optional "curves": {method: {"step": [...], "loss": [...], "margin": [...]}},
  optional "schedule": {"step": [...], "gamma": [...], "effective_negatives": [...]},
  optional "series": {figure name: {"x": {"metric": name} or {"label": str, "values": {method: number}},
                                    "panels": [name], "lines": {line name: [method]}}},   lines through rows
- optional "claims": [{"claim": str, "paper": str, "verdict": one of VERDICTS, and if not measured "reason": str,
-                      else "kind": "difference" or "value" or "ratio", "metric": name, "mean", "low", "high"}]}
+ optional "claims": [{"claim": str, "paper": str, "table": str, "verdict": one of VERDICTS, and if not measured
+                      "reason": str, else "after_holm": one of VERDICTS, "metric": name,
+                      "kind": "difference" or "value" or "ratio", ITEM}]}
+ITEM: "mean", "low", "high" (both None where there is no interval), optional "values": of each world, or None
 """
 
 import json
@@ -22,22 +25,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hps.evaluate import figures, md, page
-from hps.evaluate.metrics import METRICS, present
+from hps.evaluate.metrics import METRICS, ends, present
 from hps.io import files
 
 VERDICTS = ("holds", "does not hold", "unresolved", "not measured here")
-LEGEND = (
-    "[low, high]: 95 % bootstrap interval. (+): larger is better, (-): smaller is. Bold: best mean. "
-    "`~`: the interval overlaps that of the best, so no claim that they differ."
+MARKS = (
+    "(+): larger is better, (-): smaller is. Bold: best mean. `~`: the interval overlaps that of the best, so no claim "
+    "that they differ."
 )
 COMPARISONS_NOTE = (
-    "Same prompts and seeds on both sides; unresolved: the interval contains 0. "
-    "p: Wilcoxon's test over the prompts of these models; the interval also draws worlds and runs."
+    "The same prompts on both sides, averaged by world; W: worlds; unresolved: the interval contains 0, so p of the t "
+    "test is above 0.05. After Holm: p adjusted for all of the table's {0} comparisons."
 )
+AGAIN_NOTE = "Of {0} differences of a row with itself, trained with another seed, {1} are resolved; 5 % are expected."
 CLAIMS_NOTE = (
     "Holds, does not hold: the whole interval lies on one side of the claim's bound, which is 0 where the claim names "
-    "none; unresolved: it does not. Beside a ratio of cost stands its range over runs."
+    "none; unresolved: it does not. After Holm: p adjusted for all claims of this table that are measured."
 )
+
+
+def legend(results: dict[str, Any]) -> str:
+    """What the intervals of these results speak of, and what the marks of their tables mean."""
+    worlds = results["worlds"]
+    many = f"Student's t over {worlds} worlds, one number each: it speaks of other worlds."
+    one = "Student's t over the prompts of one world: it says nothing of other worlds, data or runs."
+    return f"[low, high]: 95 % interval by {many if worlds > 1 else one} {MARKS}"
 
 
 class Cell(NamedTuple):
@@ -67,15 +79,14 @@ def markdown(table: Table) -> str:
 
 
 def _number(item: dict[str, float], digits: int, sign: str = "", mark: str = "") -> Cell:
-    mean, interval = md.interval(item, digits, sign).split(" ", 1)
-    # A number without an interval stands alone.
-    return Cell(mean, "" if item["low"] == item["mean"] == item["high"] else interval, mark, item["mean"])
+    mean, _, interval = md.interval(item, digits, sign).partition(" ")
+    return Cell(mean, "" if item["low"] == item["high"] else interval, mark, item["mean"])  # no width, no interval
 
 
 def methods_table(results: dict[str, Any], group: str = "") -> Table:
     """One row per method, one column per metric that any of them has; of one group of metrics, if it is named."""
     names = present(results["rows"], group)
-    rows = [[Cell(row["method"]), Cell(str(row["seeds"]), value=row["seeds"])] for row in results["rows"]]
+    rows = [[Cell(row["method"]), Cell(str(row["runs"]), value=row["runs"])] for row in results["rows"]]
     for name in names:
         metric, found = METRICS[name], [row["metrics"].get(name) for row in results["rows"]]
         known = [item for item in found if item is not None]
@@ -85,49 +96,74 @@ def methods_table(results: dict[str, Any], group: str = "") -> Table:
             if item is None:
                 cells.append(Cell("-", value=math.nan))
                 continue
-            near = item["low"] <= best["high"] and best["low"] <= item["high"]
+            (low, high), (best_low, best_high) = ends(item), ends(best)
+            near = low <= best_high and best_low <= high
             mark = "best" if item["mean"] == best["mean"] else "near" if near else ""
             cells.append(_number(item, metric.digits, mark=mark if ranked else ""))
     arrow = {1: " (+)", -1: " (-)", 0: ""}
-    header = ["method", "seeds", *(METRICS[name].title + arrow[METRICS[name].better] for name in names)]
+    header = ["method", "runs", *(METRICS[name].title + arrow[METRICS[name].better] for name in names)]
     meanings = [(f"{METRICS[name].title} ({name})", METRICS[name].meaning) for name in names]
     return Table(group, header, rows, meanings=meanings)
 
 
 def table(results: dict[str, Any]) -> str:
-    """GitHub Markdown of all metrics of all methods, and LEGEND below."""
-    return f"{markdown(methods_table(results))}\n\n{md.wrapped(LEGEND)}\n"
+    """GitHub Markdown of all metrics of all methods, and the legend below."""
+    return f"{markdown(methods_table(results))}\n\n{md.wrapped(legend(results))}\n"
 
 
 def comparisons_table(results: dict[str, Any]) -> str:
-    """GitHub Markdown of the paired differences a - b with a verdict; "" when the results hold none."""
-    return markdown(_comparisons(results)) + "\n" if results.get("comparisons") else ""
+    """GitHub Markdown of the paired differences a - b with verdicts, and its note; "" when the results hold none."""
+    if not results.get("comparisons"):
+        return ""
+    table = _comparisons(results)
+    return f"{markdown(table)}\n\n{md.wrapped(table.note)}\n"
 
 
 def _comparisons(results: dict[str, Any]) -> Table:
-    rows = []
+    def verdict(item: dict[str, Any], p: float) -> str:
+        return "unresolved" if p >= 0.05 else "a larger" if item["mean"] > 0 else "b larger"
+
+    rows, adjusted, again = [], 0, []
     for item in results["comparisons"]:
-        verdict = "a larger" if item["low"] > 0 else "b larger" if item["high"] < 0 else "unresolved"
         names = [Cell(METRICS[item["metric"]].title), Cell(item["a"]), Cell(item["b"])]
-        p = Cell(f"{item['p']:.1g}" if "p" in item else "-")
-        rows.append([*names, _number(item, METRICS[item["metric"]].digits, "+"), Cell(verdict), p])
-    header = ["metric", "a", "b", "a - b", "verdict", "p"]
-    return Table("Paired comparisons", header, rows, COMPARISONS_NOTE, keys=3)
+        raw, worlds = verdict(item, item["p"]), len([x for x in item["values"] if x is not None])
+        if "p_holm" in item:
+            adjusted += 1
+            after = verdict(item, item["p_holm"])
+        else:
+            again.append(raw)
+            after = "-"
+        number = _number(item, METRICS[item["metric"]].digits, "+")
+        cells = [Cell(str(worlds), value=worlds), Cell(raw), Cell(after), Cell(f"{item['p']:.1g}", value=item["p"])]
+        rows.append([*names, number, *cells])
+    note = COMPARISONS_NOTE.format(adjusted)
+    if again:
+        note += " " + AGAIN_NOTE.format(len(again), len(again) - again.count("unresolved"))
+    header = ["metric", "a", "b", "a - b", "W", "verdict", "after Holm", "p"]
+    return Table("Paired comparisons", header, rows, note, keys=3)
 
 
-def _claims(results: dict[str, Any]) -> Table:
-    rows = []
-    for item in results["claims"]:
-        here, interval = item.get("reason", ""), "-"
-        if not here:
-            metric, kind = METRICS[item["metric"]], item["kind"]
-            number = _number(item, 2 if kind == "ratio" else metric.digits, "+" if kind == "difference" else "")
-            here = f"{metric.title} {'x ' if kind == 'ratio' else ''}{number.text}"
-            interval = number.interval or "-"
-        rows.append([Cell(text) for text in (item["claim"], item["paper"], here, interval, item["verdict"])])
-    count = Counter(item["verdict"] for item in results["claims"])
-    note = f"{CLAIMS_NOTE} {', '.join(f'{count[word]} {word}' for word in VERDICTS if count[word])}."
-    return Table("The paper's claims", ["claim", "paper", "here", "interval", "verdict"], rows, note)
+def claims_tables(claims: list[dict[str, Any]]) -> list[Table]:
+    """A table for each value of the claims' `table`, with the count of its verdicts."""
+    tables = []
+    for title in dict.fromkeys(item["table"] for item in claims):
+        rows, mine = [], [item for item in claims if item["table"] == title]
+        for item in mine:
+            here, interval, worlds = item.get("reason", ""), "-", "-"
+            if not here:
+                metric, kind = METRICS[item["metric"]], item["kind"]
+                number = _number(item, 2 if kind == "ratio" else metric.digits, "+" if kind == "difference" else "")
+                here = f"{metric.title} {'x ' if kind == 'ratio' else ''}{number.text}"
+                interval, worlds = number.interval or "-", str(len(item["values"]))
+            after = item.get("after_holm", item["verdict"])
+            texts = (item["claim"], item["paper"], here, interval, worlds, item["verdict"], after)
+            rows.append([Cell(text) for text in texts])
+        raw, holm = (Counter(item.get(key, item["verdict"]) for item in mine) for key in ("verdict", "after_holm"))
+        counts = (", ".join(f"{n[word]} {word}" for word in VERDICTS if n[word]) for n in (raw, holm))
+        note = "{} {}; after Holm {}.".format(CLAIMS_NOTE, *counts)
+        header = ["claim", "paper", "here", "interval", "W", "verdict", "after Holm"]
+        tables.append(Table(title, header, rows, note))
+    return tables
 
 
 def write_report(results: dict[str, Any], out: Path) -> list[Path]:
@@ -141,7 +177,7 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     groups = dict.fromkeys(METRICS[name].group for name in present(results["rows"]))
     tables = [methods_table(results, group) for group in groups]
     tables += [_comparisons(results)] if results.get("comparisons") else []
-    tables += [_claims(results)] if results.get("claims") else []
+    tables += claims_tables(results.get("claims", []))
     plans = figures.plans(results)
     drawn = [figures.save(plan, out / "figures") for plan in plans]
 
@@ -149,13 +185,15 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     settings = [(key, json.dumps(value)) for key, value in results.get("settings", {}).items()]
     about = f"Commit {md.code(results['commit'])}, {md.plain(results['machine'])}, {minutes}."
     items = [md.wrapped(f"* {md.plain(key)}: {md.code(value)}") for key, value in settings]
-    parts = [f"# {md.plain(title)}", md.wrapped(about), "\n".join(items), md.wrapped(LEGEND)]
+    parts = [f"# {md.plain(title)}", md.wrapped(about), "\n".join(items), md.wrapped(legend(results))]
     for each in tables:
         parts += [f"## {each.title}", markdown(each), md.wrapped(each.note)]
     for plan, path in zip(plans, drawn, strict=True):
         parts.append(md.wrapped(f"![{md.plain(plan.alt, also=r'[][]')}](figures/{path.name})"))
         parts.append(md.wrapped(md.plain(plan.caption)))
-    meanings = (f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}" for name in present(results["rows"]))
+    compared = {item["metric"] for item in results.get("comparisons", [])}
+    shown = [name for name in METRICS if name in compared or name in present(results["rows"])]
+    meanings = (f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}" for name in shown)
     parts += ["## What the columns mean", "\n".join(map(md.wrapped, meanings))]
     files.write_text(out / "RESULTS.md", "\n\n".join(filter(None, parts)) + "\n")
 
@@ -165,7 +203,7 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
         title=title,
         subtitle=f"Commit {results['commit']}, {results['machine']}, {minutes}.",
         settings=settings,
-        legend=LEGEND.replace("`", ""),
+        legend=legend(results).replace("`", ""),
         tables=tables,
         figures=list(zip(plans, images, strict=True)),
     )

@@ -69,23 +69,23 @@ def summarise(
     Args:
         scores: method -> (responses or raters, prompts, criteria), nan where there is none.
         words: method -> (responses, prompts), the length of each, nan where it does not exist.
-        unit: of what intervals speak. "prompts": a prompt's responses are averaged, and prompts are drawn anew;
-            "ratings": raters and prompts are both drawn anew.
+        unit: of what intervals speak. "prompts": of more prompts, where a prompt's responses are averaged; "ratings":
+            of more raters and more prompts.
     """
     full = {name: np.concatenate([x, x.mean(2, keepdims=True)], 2) for name, x in scores.items()}
-    means: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, x in full.items():
-        means[name] = {scale: interval(x[..., k], unit) for k, scale in enumerate(SCALES)}
+        found[name] = {scale: interval(x[..., k], unit) for k, scale in enumerate(SCALES)}
         if words:
-            means[name]["words"] = interval(words[name], unit)
-            means[name]["unscored"] = int((np.isnan(x[..., -1]) & ~np.isnan(words[name])).sum())
+            found[name]["words"] = interval(words[name], unit)
+            found[name]["unscored"] = int((np.isnan(x[..., -1]) & ~np.isnan(words[name])).sum())
     others = [name for name in scores if name != baseline]
     pairs = [(name, baseline) for name in others if baseline] + list(itertools.combinations(others, 2))
     comparisons = [
         {"a": a, "b": b} | compare(full[a], full[b], words[a] - words[b] if words else None, unit=unit)
         for a, b in pairs
     ]
-    return {"unit": unit, "means": means, "comparisons": comparisons}
+    return {"unit": unit, "means": found, "comparisons": comparisons}
 
 
 def compare(a: Floats, b: Floats, longer: Floats | None = None, *, unit: str) -> dict[str, Any]:
@@ -104,69 +104,78 @@ def compare(a: Floats, b: Floats, longer: Floats | None = None, *, unit: str) ->
     result: dict[str, Any] = {}
     for k, scale in enumerate(SCALES):
         each = difference[..., k]
-        value, valid = _valid(each, unit)
         result[scale] = None
-        if valid.any():
+        if not np.isnan(each).all():
             shares = {name: np.where(np.isnan(each), np.nan, 100.0 * (np.sign(each) == x)) for name, x in SIGNS.items()}
             result[scale] = {name: interval(share, unit) for name, share in shares.items()}
             result[scale]["difference"] = interval(each, unit)
-            result[scale]["p"] = metrics.wilcoxon_p(value, np.zeros_like(value), valid=valid)
+            by_prompt = means(each)
+            test = metrics.extra("scipy.stats").wilcoxon
+            result[scale]["p"] = float(test(by_prompt).pvalue) if by_prompt.any() else 1.0
     if longer is not None:
-        value, valid = _valid(difference[..., -1], unit)
-        words, _ = _valid(np.where(np.isnan(difference[..., -1]), np.nan, longer), unit)
-        result["at_equal_length"] = length_controlled(value[valid], words[valid]) if valid.any() else None
+        each = difference[..., -1]
+        words = means(np.where(np.isnan(each), np.nan, longer))
+        result["at_equal_length"] = length_controlled(means(each), words) if words.size else None
     return result
 
 
-def length_controlled(difference: Floats, longer: Floats, *, draws: int = 4000, seed: int = 0) -> dict[str, float]:
+def length_controlled(difference: Floats, longer: Floats) -> dict[str, float | None]:
     """a - b at equal length: intercept of the least-squares line of score difference on length difference (OURS).
 
-    [low, high] is the 95 % percentile bootstrap over prompts; `per_100_words` is the slope: the points that go with 100
-    words more. Without two different lengths there is no slope, and 0 is taken.
+    [low, high] is its 95 % interval over prompts by Student's t; `per_100_words` is the slope: the points that go with
+    100 words more. Without two different lengths there is no slope, and 0 is taken.
 
     Args:
         difference, longer: (prompts,), score and words of a minus those of b.
     """
-
-    def fit(weight: Floats) -> tuple[Floats, Floats]:  # (draws, prompts), rows of sum 1 -> intercepts, slopes
-        x, y = weight @ longer, weight @ difference
-        spread, together = weight @ longer**2 - x**2, weight @ (longer * difference) - x * y
-        slope = np.divide(together, spread, out=np.zeros_like(x), where=spread > 1e-9)
-        return y - slope * x, slope
-
-    even = np.full(len(difference), 1 / len(difference))
-    [mean], [slope] = fit(even[None])
-    rng = np.random.default_rng(seed)
-    resampled = [fit(rng.multinomial(len(even), even)[None] / len(even))[0][0] for _ in range(draws)]
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return {"mean": float(mean), "low": float(low), "high": float(high), "per_100_words": float(100 * slope)}
+    if np.ptp(longer) == 0:
+        return metrics.item(metrics.world_interval(difference)) | {"per_100_words": 0.0}
+    stats, left = metrics.extra("scipy.stats"), len(difference) - 2  # degrees of freedom; two points fix a line
+    line = stats.linregress(longer, difference)
+    half = stats.t.ppf(0.975, left) * line.intercept_stderr if left else np.inf
+    found = metrics.item((line.intercept, line.intercept - half, line.intercept + half))
+    return found | {"per_100_words": 100 * float(line.slope)}
 
 
-def interval(values: Floats, unit: str) -> dict[str, float] | None:
-    """Mean, interval and number of (responses or raters, prompts) values, nan where missing; None without any."""
-    value, valid = _valid(values, unit)
-    if not valid.any():
-        return None
-    mean, low, high = metrics.bootstrap_mean(value, valid=valid)
-    return {"mean": mean, "low": low, "high": high, unit: int(valid.sum())}
+def interval(values: Floats, unit: str) -> dict[str, Any] | None:
+    """Mean, 95 % interval and number of (responses or raters, prompts) values, nan where missing; None without any.
 
-
-def _valid(values: Floats, unit: str) -> tuple[Floats, Any]:
-    """Values with 0 where there is none, and where one is: (raters, prompts), or (prompts,) means over responses."""
+    Raters and prompts are crossed: the variance of the mean is that of raters' sums plus that of prompts' sums less
+    that of single ratings, which both hold (Cameron, Gelbach and Miller 2011), and t has the degrees of freedom that
+    Satterthwaite gives. One rater alone does not say how others would rate: the interval is then about prompts.
+    """
     there = ~np.isnan(values)
-    values = np.where(there, values, 0.0)
-    if unit == "ratings":
-        return values, there
-    return values.sum(0) / np.maximum(there.sum(0), 1), there.any(0)
+    if not there.any():
+        return None
+    if unit == "prompts":
+        found = means(values)
+        return metrics.item(metrics.world_interval(found)) | {unit: len(found)}
+    mean, number = values[there].mean(), int(there.sum())
+    off = np.where(there, values - mean, 0.0)
+    grouped = [(off.sum(1), there.any(1).sum()), (off.sum(0), there.any(0).sum()), (off, number)]
+    grouped = [(sums, count - 1) for sums, count in grouped if count > 1]  # with degrees of freedom
+    half = np.inf if number == 1 else 0.0
+    if off.any():
+        *sides, single = [(left + 1) / left * (sums**2).sum() / number**2 for sums, left in grouped]
+        variance = max(*sides, sum(sides) - single)  # crossing makes it no less than either side's alone
+        freedom = sum(sides) ** 2 / sum(side**2 / left for side, (_, left) in zip(sides, grouped))
+        half = metrics.extra("scipy.stats").t.ppf(0.975, freedom) * np.sqrt(variance)
+    return metrics.item((mean, mean - half, mean + half)) | {unit: number}
+
+
+def means(values: Floats) -> Floats:
+    """(prompts,) means over the responses or raters that have a value, of the prompts where one has."""
+    there = ~np.isnan(values)
+    return np.where(there, values, 0.0).sum(0)[there.any(0)] / there.sum(0)[there.any(0)]
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """The two tables of what `summarise` returned, and a line that says how to read them."""
-    unit, means, pairs = summary["unit"], [], []
+    unit, rows, pairs = summary["unit"], [], []
     lengths = any("words" in found for found in summary["means"].values())
     for name, found in summary["means"].items():
-        means.append([md.cell(name), *(md.interval(found[scale], 2) for scale in SCALES)])
-        means[-1] += [md.interval(found["words"], 0), str(found["unscored"])] if lengths else []
+        rows.append([md.cell(name), *(md.interval(found[scale], 2) for scale in SCALES)])
+        rows[-1] += [md.interval(found["words"], 0), str(found["unscored"])] if lengths else []
     for pair in summary["comparisons"]:
         found: dict[str, Any] = pair["average"] or {**dict.fromkeys(SIGNS), "difference": {unit: 0}}
         pairs.append([md.cell(pair["a"]), md.cell(pair["b"]), str(found["difference"][unit])])
@@ -177,9 +186,9 @@ def markdown(summary: dict[str, Any]) -> str:
     header = ["a", "b", unit, *(f"a - b: {scale}" for scale in SCALES), "a wins %", "tie %", "a loses %", "p"]
     header += ["a - b at equal length"] * lengths
     text = (
-        f"[low, high]: 95 % bootstrap interval over prompts{' and raters' if unit == 'ratings' else ''}. "
+        f"[low, high]: 95 % interval over prompts{' and raters' if unit == 'ratings' else ''}, by Student's t. "
         "Average: of the four criteria; wins, ties and losses are by it. p: Wilcoxon's test over prompts."
     )
     if lengths:
         text += " At equal length: intercept of a line through a - b over the difference in words."
-    return "\n\n".join([md.table(columns, means), md.table(header, pairs, keys=2), md.wrapped(text)])
+    return "\n\n".join([md.table(columns, rows), md.table(header, pairs, keys=2), md.wrapped(text)])

@@ -35,7 +35,7 @@ class Options:
     lora_targets: str = "q_proj,v_proj"  # linear layers that get an adapter, comma-separated
     dtype: str = "fp32"  # compute dtype, fp32 or bf16
     gradient_checkpointing: bool = False  # recompute activations in the backward
-    share_prompt: bool = True  # of the bytes: compute a prompt once for all its responses (work is given both ways)
+    share_prompt: bool = True  # compute a prompt once for all its responses
     tokens_per_micro_batch: int = 4096  # packed tokens of one forward
     # -- of the run --
     shape: str = ""  # folder or hub name of a model, whose config.json alone is read; empty means Llama-3-8B
@@ -119,7 +119,7 @@ def counts(P: int, Y: int, K: int, *, shared: bool = True) -> dict[str, int]:
     return {"N": P + K * Y, "T": K * Y, "A": causal(P) + K * (Y * P + causal(Y))}
 
 
-def scored_once(c: Options, *, shared: bool) -> list[dict[str, int]]:
+def scored_once(c: Options) -> list[dict[str, int]]:
     """The blocks in which a prompt's responses are scored for the cache, each once.
 
     A sampler that draws opponents meets the best response and, at most, other opponents in every epoch; BT and PL meet
@@ -127,14 +127,13 @@ def scored_once(c: Options, *, shared: bool) -> list[dict[str, int]]:
     """
     P, Y = c.prompt_tokens, c.response_tokens
     left = 1 + (c.epochs if c.method.split("-")[-1] in ("hps", "uniform") else 1) * (c.responses - 1)
-    most = max(1, (max(c.tokens_per_micro_batch, 2 * P) - P) // Y) if shared else 1
+    most = max(1, (max(c.tokens_per_micro_batch, 2 * P) - P) // Y) if c.share_prompt else 1
     return [counts(P, Y, min(most, left - done)) for done in range(0, left, most)]
 
 
-def work(c: Options, lm: nn.Module, forward_flops: float, backward_flops: float) -> list[dict[str, Any]]:
-    """Tokens, FLOPs (all ranks) and hours (by the clock) of the run, with and without shared prompts and the cache of
-    reference log-probs, without which the reference scores every visit's responses again. *_flops: of the decoder's
-    products, per token."""
+def work(c: Options, lm: nn.Module, forward_flops: float, backward_flops: float) -> dict[str, float]:
+    """Tokens, FLOPs (all ranks) and hours (by the clock) of the run, the reference's among them. *_flops: of the
+    decoder's products, per token."""
     about = decoder_of(lm).config.get_text_config()
     D, V, layers = about.hidden_size, about.vocab_size, about.num_hidden_layers
     width = getattr(about, "head_dim", None) or D // about.num_attention_heads
@@ -143,24 +142,14 @@ def work(c: Options, lm: nn.Module, forward_flops: float, backward_flops: float)
     # trains makes them again and has one product more.
     head = 2 * D * V * ((3 if c.dtype == "bf16" else 2) if c.lora_rank else 4)
     passes = 4 if c.gradient_checkpointing else 3  # of attention: checkpointing repeats its forward
-
-    def forward(N: int, T: int, A: int) -> float:
-        return N * forward_flops + A * pair + T * 2 * D * V
-
-    def training(N: int, T: int, A: int) -> float:
-        return N * (forward_flops + backward_flops) + passes * A * pair + T * head
-
-    ways, visits = [], c.prompts * c.epochs
-    for shared in (True, False):
-        one = counts(c.prompt_tokens, c.response_tokens, c.responses, shared=shared)
-        for cached in (True, False):
-            rows, times = (scored_once(c, shared=shared), c.prompts) if cached else ([one], visits)
-            flops = visits * training(**one) + times * sum(forward(**row) for row in rows)
-            hours = flops / (c.world_size * c.tflops * 1e12 * c.mfu) / 3600
-            way = {"share_prompt": shared, "cache": cached, "tokens": visits * one["N"]}
-            way |= {"reference_tokens": times * sum(row["N"] for row in rows), "flops": flops, "hours": hours}
-            ways.append(way)
-    return ways
+    one, once = counts(c.prompt_tokens, c.response_tokens, c.responses, shared=c.share_prompt), scored_once(c)
+    visits = c.prompts * c.epochs
+    training = one["N"] * (forward_flops + backward_flops) + passes * one["A"] * pair + one["T"] * head
+    scoring = sum(row["N"] * forward_flops + row["A"] * pair + row["T"] * 2 * D * V for row in once)
+    flops = visits * training + c.prompts * scoring
+    hours = flops / (c.world_size * c.tflops * 1e12 * c.mfu) / 3600
+    reference_tokens = c.prompts * sum(row["N"] for row in once)
+    return {"tokens": visits * one["N"], "reference_tokens": reference_tokens, "FLOPs": flops, "hours": hours}
 
 
 def micro_batch(c: Options) -> tuple[int, int]:
@@ -223,12 +212,8 @@ def estimate(c: Options) -> dict[str, Any]:
     parts = memory(c, lm, kept)
     total = sum(parts.values())
     found = {"parameters": parameters, "bytes_per_rank": parts | {"total": total}, "fits": total < c.gpu_gib * 2**30}
-    steps = c.epochs * -(-c.prompts // c.prompts_per_step)
-    return (
-        {"options": vars(c)}
-        | found
-        | {"steps": steps, "ways": work(c, lm, counted["forward"] / N, counted["backward"] / N)}
-    )
+    found["steps"] = c.epochs * -(-c.prompts // c.prompts_per_step)
+    return {"options": vars(c)} | found | {"work": work(c, lm, counted["forward"] / N, counted["backward"] / N)}
 
 
 def main() -> None:
@@ -240,12 +225,9 @@ def main() -> None:
     for key, value in found["bytes_per_rank"].items():
         print(f"GiB per rank   {key:<26}{value / 2**30:>16.3f}")
     print(f"fits           {f'into {c.gpu_gib:g} GiB':<26}{'yes' if found['fits'] else 'no':>16}")
-    print(f"steps          {'':<26}{found['steps']:>16,}\n")
-    print("share_prompt  reference cache  training tokens  reference tokens     FLOPs    hours")
-    for way in found["ways"]:
-        shared, cached = ("yes" if way[key] else "no" for key in ("share_prompt", "cache"))
-        tokens = f"{way['tokens']:>17,}{way['reference_tokens']:>18,}"
-        print(f"{shared:<14}{cached:<15}{tokens}{way['flops']:>10.3g}{way['hours']:>9.2f}")
+    print(f"steps          {'':<26}{found['steps']:>16,}")
+    for key, value in found["work"].items():
+        print(f"work           {key:<26}{value:>16{',' if 'tokens' in key else '.4g'}}")
     print(json.dumps(found))
 
 

@@ -1,9 +1,9 @@
 """The paper's comparisons on self-made worlds, end to end, offline: `python -m hps.lab.reproduce --suite headline`.
 
 For every seed: world -> SFT -> candidates -> rewards -> one preference run and one evaluation per row of the suite;
-then tables, figures, paired intervals. Every stage is one of the repository's own commands (`hps.lab.sweep`), in one
-single-threaded process per core. Finished stages are kept: the same command again goes on where it was, and suites in
-one OUT share what they have in common.
+then tables, figures, intervals over worlds. Every stage is one of the repository's own commands (`hps.lab.sweep`), in
+one single-threaded process per core. Finished stages are kept: the same command again goes on where it was, and suites
+in one OUT share what they have in common.
 """
 
 import dataclasses
@@ -104,7 +104,8 @@ def plan_world(c: Options, suite: Suite, seed: int, out: Path, stages: dict[Path
         folders = []
         for repeat in range(c.repeats):
             folder = base / "cells" / cell(options, trained_on) / f"run-{repeat}"
-            argv = ["train.py", "--config=configs/world.toml", *flags(options), f"--seed={repeat}", f"--model={policy}"]
+            argv = ["train.py", "--config=configs/world.toml"]
+            argv += flags(options | {"seed": row.get("seed", 0) + repeat} | {"model": policy})
             argv += [f"--data={data}", f"--out={folder}", texts, cache]
             trained = stage(folder / "policy", argv, 2 + 1.4 * responses, data)
             needs = (trained, baselines[test])
@@ -129,7 +130,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     rows, comparisons = summarise(cells, suite.pairs)
     settings = vars(c) | SIZES[c.small] | course(stages, kept, out)
     results: dict[str, Any] = {"suite": name, "commit": commit(), "machine": machine(), "seconds": time.time() - began}
-    results |= {"rows": rows, "comparisons": comparisons, "settings": settings, "series": suite.series}
+    results |= {"worlds": seeds, "rows": rows, "comparisons": comparisons, "settings": settings, "series": suite.series}
     results |= curves_of(cells)
     publish(results | {"claims": claims.judge(results)}, folder)
 

@@ -20,14 +20,16 @@ import torch
 
 from hps import config
 from hps.data import listwise
-from hps.evaluate import metrics, report
+from hps.evaluate import md, metrics, report
 from hps.io import files
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPARED = ("rm_dpo", "rm2", "rm10", "rmgap", "true_reward", "harm", "junk", "win", "bleu_char", "kl_exact")
+COMPARED = ("rm_dpo", "rm_worst_case", "rm10", "true_reward", "best_of_k_reward", "lead", "bleu_char", "harm", "junk",
+            "kl_exact")  # fmt: skip
 
 Cells = dict[str, list[list[Path]]]  # row -> folders of its evaluations, [world][repeat]; the run is the parent folder
 Item = dict[str, Any]
+Values = dict[str, dict[str, float]]  # metric -> prompt -> value
 
 
 @dataclass
@@ -37,48 +39,72 @@ class Options:
     annotated: str = ""  # comma-separated files of human pairs with rewards: how often these agree with people
 
 
-def table_of(worlds: list[list[Path]]) -> dict[str, np.ndarray]:
-    """metric -> (worlds, repeats, prompts) of one row's evaluations, nan where a prompt has none, prompts by id."""
-    tables = [[files.read_json(folder / "per_prompt.json") for folder in folders] for folders in worlds]
-    ids = [sorted(set().union(*repeats[0].values())) for repeats in tables]
-    return {
-        metric: np.array(
-            [
-                [[table[metric].get(id, np.nan) for id in names] for table in repeats]
-                for names, repeats in zip(ids, tables, strict=True)
-            ]
-        )
-        for metric in metrics.METRICS
-        if metric in tables[0][0]
-    }
+def per_prompt(folders: list[Path]) -> Values:
+    """metric -> id -> mean over the runs of one world; by run, what a run has spent."""
+    tables = [files.read_json(folder / "per_prompt.json") for folder in folders]
+    found: Values = {}
+    for metric in metrics.METRICS:
+        each: dict[str, list[float]] = {}
+        for id, value in ((id, value) for table in tables for id, value in table.get(metric, {}).items()):
+            each.setdefault(id, []).append(value)
+        found[metric] = {id: float(np.mean(values)) for id, values in each.items()}
+    spent = {folder.parent.name: folder.parent / "summary.json" for folder in folders}
+    spent = {run: files.read_json(path) for run, path in spent.items() if path.exists()}
+    found["train_seconds"] = {run: one["seconds"] for run, one in spent.items()}
+    found["train_tokens"] = {run: one["tokens"] / 1000 for run, one in spent.items()}
+    return {metric: column for metric, column in found.items() if column}
+
+
+def head_to_head(a: list[Path], b: list[Path]) -> dict[str, float]:
+    """id -> percentage of a's samples that beat b's of the same number less that of those beaten (the paper's Table 4),
+    run beside run; a side with fewer runs repeats them."""
+
+    def rewards(folder: Path) -> dict[str, Any]:
+        path = folder / "samples.jsonl"
+        return {row.id: row.rewards for row in listwise.read(path) if row.rewards} if path.exists() else {}
+
+    found: dict[str, list[float]] = {}
+    for i in range(max(len(a), len(b))):
+        ours, theirs = rewards(a[i % len(a)]), rewards(b[i % len(b)])
+        for id in ours.keys() & theirs.keys():
+            shares = metrics.win_tie_lose(ours[id], theirs[id])
+            found.setdefault(id, []).append(shares["win"] - shares["lose"])
+    return {id: float(np.mean(leads)) for id, leads in found.items()}
+
+
+def measured(worlds: list[dict[str, float]]) -> tuple[Item, list[float]]:
+    """Mean and interval of id -> value of each world, with every world's own mean, None where it has none; and the
+    numbers that are behind the interval: the worlds' means, or, of a single world, its prompts' values."""
+    values = [float(np.mean(list(world.values()))) if world else None for world in worlds]
+    numbers = [x for x in (values if len(worlds) > 1 else worlds[0].values()) if x is not None]
+    return metrics.item(metrics.world_interval(numbers)) | {"values": values}, numbers
 
 
 def summarise(cells: Cells, pairs: list[tuple[str, str]]) -> tuple[list[Item], list[Item]]:
-    """Rows of the table with intervals over worlds, repeats and prompts, and paired differences of the named pairs."""
-    values = {name: table_of(worlds) for name, worlds in cells.items()}
+    """Rows of the table, and differences of the named pairs, paired by prompt and averaged by world, with p of the t
+    test before and after Holm's adjustment for all of them; those of a row with itself (AGAIN) have none of these."""
+    found = {name: [per_prompt(folders) for folders in worlds] for name, worlds in cells.items()}
     rows = []
-    for name, columns in values.items():
-        found = {m: interval(metrics.bootstrap_mean(v, valid=~np.isnan(v))) for m, v in columns.items()}
-        runs = [folder.parent for folders in cells[name] for folder in folders]
-        spent = [files.read_json(run / "summary.json") for run in runs if (run / "summary.json").exists()]
-        for metric, key, unit in (("train_seconds", "seconds", 1), ("train_tokens", "tokens", 1000)) if spent else ():
-            each = [one[key] / unit for one in spent]  # with the range over runs, not an interval
-            found[metric] = interval((float(np.mean(each)), min(each), max(each)))
-        rows.append({"method": name, "seeds": len(runs), "metrics": found})
+    for name, worlds in found.items():
+        runs = sum(map(len, cells[name]))
+        known = [metric for metric in metrics.METRICS if any(metric in world for world in worlds)]
+        each = {metric: measured([world.get(metric, {}) for world in worlds])[0] for metric in known}
+        rows.append({"method": name, "runs": runs, "metrics": each})
     comparisons = []
-    for name, other in pairs:
+    for a, b in pairs:
         for metric in COMPARED:
-            if metric in values[name] and metric in values[other]:
-                a, b = values[name][metric], values[other][metric]
-                valid = ~(np.isnan(a).any(1, keepdims=True) | np.isnan(b).any(1, keepdims=True))
-                difference = interval(metrics.bootstrap_difference(a, b, valid=valid))
-                difference["p"] = metrics.wilcoxon_p(a, b, valid=valid)
-                comparisons.append({"a": name, "b": other, "metric": metric, **difference})
+            if metric == "lead":
+                worlds = [head_to_head(x, y) for x, y in zip(cells[a], cells[b], strict=True)]
+            else:
+                both = [(x.get(metric, {}), y.get(metric, {})) for x, y in zip(found[a], found[b], strict=True)]
+                worlds = [{id: x[id] - y[id] for id in x if id in y} for x, y in both]
+            if any(worlds):
+                difference, numbers = measured(worlds)
+                comparisons.append({"a": a, "b": b, "metric": metric, **difference, "p": metrics.world_p(numbers)})
+    judged = [x for x in comparisons if x["a"] != x["b"] + metrics.AGAIN]
+    for x, adjusted in zip(judged, metrics.holm([x["p"] for x in judged]), strict=True):
+        x["p_holm"] = adjusted
     return rows, comparisons
-
-
-def interval(triple: tuple[float, float, float]) -> dict[str, float]:
-    return dict(zip(("mean", "low", "high"), map(float, triple), strict=True))
 
 
 def curves_of(cells: Cells) -> dict[str, Any]:
@@ -100,14 +126,14 @@ def curves_of(cells: Cells) -> dict[str, Any]:
 
 
 def agreement(path: Path) -> dict[str, float]:
-    """How often the rewards of a file agree with its human pairs, ties half, with a bootstrap interval over rows."""
+    """How often the rewards of a file agree with its human pairs, ties half, with an interval over rows."""
     signs = []
     for row in listwise.read(path):
         if row.rewards is not None and row.chosen is not None and row.rejected is not None:
             signs.append(np.sign(row.rewards[row.chosen] - row.rewards[row.rejected]))
     if not signs:
         raise ValueError(f"{path}: no row has rewards and a human pair; annotate human pairs first")
-    return interval(metrics.bootstrap_mean(0.5 + 0.5 * np.array(signs)))
+    return metrics.item(metrics.world_interval(0.5 + 0.5 * np.array(signs)))
 
 
 def commit() -> str:
@@ -152,13 +178,12 @@ def main() -> None:
         raise ValueError(f"{out}: no ROW/run-N/test/per_prompt.json of row {first!r} there; rows: {found}")
     rows, comparisons = summarise(cells, [(first, other) for other in cells if other != first])
     agreements = {Path(name).name: agreement(Path(name)) for name in filter(None, c.annotated.split(","))}
-    seconds = sum(row["metrics"].get("train_seconds", {"mean": 0.0})["mean"] * row["seeds"] for row in rows)
-    results = {"suite": out.name, "commit": commit(), "machine": machine(), "seconds": seconds}
+    seconds = sum(row["metrics"].get("train_seconds", {"mean": 0.0})["mean"] * row["runs"] for row in rows)
+    results = {"suite": out.name, "commit": commit(), "machine": machine(), "seconds": seconds, "worlds": 1}
     results |= {"rows": rows, "comparisons": comparisons, "settings": {"agreement with people": agreements}}
     publish(results | curves_of(cells), out)
     for name, found in agreements.items():
-        low, high = found["low"], found["high"]
-        print(f"{name}: the rewards agree with people on {found['mean']:.2f} [{low:.2f}, {high:.2f}] of the pairs")
+        print(f"{name}: the rewards agree with people on {md.interval(found, 2)} of the pairs")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The comparisons of the sweep as tables: row name -> options of train.py. Read and edit these; nothing else decides.
 
 A suite is made by a function without arguments; `SUITES` holds them by name. Options of a row stand beside those of
-configs/world.toml. What was chosen here by looking at results was chosen on validation prompts (suite `tune`).
+configs/world.toml. Rows named HPS are the paper's method, with rewards as they are. Each suite has a row AGAIN: one of
+its rows with another seed, so that what is "resolved" between the two shows how often chance alone is. What was chosen
+here by looking at results was chosen on validation prompts (suite `tune`).
 """
 
 from collections.abc import Callable
@@ -9,19 +11,22 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
+from hps.evaluate.metrics import AGAIN
+
 Row = dict[str, Any]  # options of train.py, `method` among them
 
 LR = 2e-4  # of every row that names no other
-# Standardised rewards times 0.5: on raw ones gamma = -5 to 5 is nearly an argmax (docs/RESULTS.md). Our choice.
-SCALED = {"reward_norm": "zscore", "reward_scale": 0.5}
 LOSSES = ("dpo", "exo", "ipo", "sppo", "nca")
 VIEWS: dict[str, tuple[str, Row]] = {  # as rows are named: view of train.py and its options
     "BT": ("bt", {}),
     "PL-8": ("pl", {"pl_responses": 8}),
     "uniform": ("uniform", {}),
-    "HPS": ("hps", SCALED),
+    "HPS": ("hps", {}),
+    # Standardised rewards times 0.5: on raw ones gamma = -5 to 5 is nearly an argmax (docs/RESULTS.md).
+    "HPS scaled (ours)": ("hps", {"reward_norm": "zscore", "reward_scale": 0.5}),
 }
-PAPER = ("BT", "PL-8", "HPS")
+HPS = ("HPS", "HPS scaled (ours)")
+BASELINES = ("BT", "PL-8", "uniform")
 N = {"n_factor": "n_minus_one"}
 PANELS = ["rm_dpo", "rm10", "true_reward", "harm"]
 
@@ -56,45 +61,45 @@ class Suite:
     worlds: int | None = None
 
 
-def against(first: str, others: list[str]) -> list[tuple[str, str]]:
-    return [(first, other) for other in others if other != first]
+def compared(name: str) -> list[tuple[str, str]]:
+    """Both forms of HPS against each baseline, in rows named by `name`, which has a {} in the place of the view."""
+    return [(name.format(ours), name.format(other)) for ours, other in product(HPS, BASELINES)]
 
 
-# Ours beside the paper's, at BT's cost: another course of gamma, and the row that the search settled on.
-OURS: dict[str, Row] = {
-    "DPO-HPS mixture": row("dpo", "HPS", gamma_schedule="mixture"),
-    "NCA-uniform N tuned": row("nca", "uniform", lr=1.6e-3, **N),
-}
+def with_again(suite: Suite, name: str) -> Suite:
+    """The suite with the row `name` once more, trained with another seed, and the pair of the two."""
+    again = name + AGAIN
+    prompts = suite.prompts | ({again: suite.prompts[name]} if name in suite.prompts else {})
+    rows = suite.rows | {again: {**suite.rows[name], "seed": 1000}}
+    return replace(suite, rows=rows, pairs=[*suite.pairs, (again, name)], prompts=prompts)
 
 
 def headline() -> Suite:
     """The question of the paper, with the control that it lacks: a uniformly drawn dispreferred response."""
-    rows = {f"DPO-{view}": row("dpo", view) for view in VIEWS} | {"DPO-HPS raw": {"method": "dpo-hps"}}
-    pairs = against("DPO-HPS", list(rows))
-    return Suite(rows | OURS, pairs + against("NCA-uniform N tuned", [f"DPO-{view}" for view in VIEWS]))
+    suite = Suite({f"DPO-{view}": row("dpo", view) for view in VIEWS}, compared("DPO-{}"))
+    return with_again(suite, "DPO-HPS")
 
 
 def methods() -> Suite:
-    """The paper's Table 2: five losses under three preference models."""
-    rows = {f"{loss.upper()}-{view}": row(loss, view) for loss in LOSSES for view in PAPER}
-    pairs = [(f"{loss.upper()}-HPS", f"{loss.upper()}-{other}") for loss in LOSSES for other in ("BT", "PL-8")]
-    return Suite(rows | OURS, pairs)
+    """The paper's Table 2, five losses under three preference models, and our two beside these."""
+    rows = {f"{loss.upper()}-{view}": row(loss, view) for loss in LOSSES for view in VIEWS}
+    pairs = [pair for loss in LOSSES for pair in compared(f"{loss.upper()}-{{}}")]
+    return with_again(Suite(rows, pairs), "NCA-HPS")
 
 
 def transfer() -> Suite:
     """The paper's Table 5: trained on one domain, tested on the other; the SFT model knows both."""
     rows, pairs, prompts = {}, [], {}
     for source, target in (("help", "safe"), ("safe", "help")):
-        names = {f"DPO-{view} {source} to {target}": row("dpo", view) for view in VIEWS}
+        name = f"DPO-{{}} {source} to {target}"
+        names = {name.format(view): row("dpo", view) for view in VIEWS}
         rows |= names
         prompts |= dict.fromkeys(names, (f"train-{source}", f"test-{target}"))
-        pairs += against(f"DPO-HPS {source} to {target}", list(names))
-    return Suite(rows, pairs, domain="both", prompts=prompts)
+        pairs += compared(name)
+    return with_again(Suite(rows, pairs, domain="both", prompts=prompts), "DPO-HPS help to safe")
 
 
-def swept(
-    views: tuple[str, ...], key: str, values: tuple[float, ...], *, option: str = "", own: float = 0.0, label: str = ""
-) -> Suite:
+def swept(key: str, values: tuple[float, ...], *, option: str = "", own: float = 0.0, label: str = "") -> Suite:
     """Rows "DPO-view key value", HPS against the others at each value, and a figure of the lines through the rows.
 
     Args:
@@ -103,33 +108,32 @@ def swept(
     """
     rows: dict[str, Row] = {}
     x: dict[str, Any] = {"label": label, "values": {}} if label else {"metric": "kl_exact"}
-    for view, value in product(views, values):
+    for view, value in product(VIEWS, values):
         name = f"DPO-{view} {key} {value:g}"
         rows[name] = row("dpo", view, **({option: value} if option and value != own else {}))
         x.get("values", {})[name] = value
-    lines = {f"DPO-{view}": [f"DPO-{view} {key} {value:g}" for value in values] for view in views}
-    others = [view for view in views if view != "HPS"]
-    pairs = [(f"DPO-HPS {key} {v:g}", f"DPO-{other} {key} {v:g}") for v, other in product(values, others)]
-    return Suite(rows, pairs, series={key: {"x": x, "panels": PANELS, "lines": lines}})
+    lines = {f"DPO-{view}": [f"DPO-{view} {key} {value:g}" for value in values] for view in VIEWS}
+    pairs = [pair for value in values for pair in compared(f"DPO-{{}} {key} {value:g}")]
+    suite = Suite(rows, pairs, series={key: {"x": x, "panels": PANELS, "lines": lines}})
+    return with_again(suite, f"DPO-HPS {key} {values[1]:g}")
 
 
 def responses() -> Suite:
     """The paper's Tables 6 and 7: how many candidates a prompt has in training."""
-    suite = swept(PAPER, "n", (5, 20, 50, 100), option="candidates", own=100, label="candidates of a prompt")
+    suite = swept("n", (5, 20, 50, 100), option="candidates", own=100, label="candidates of a prompt")
     suite.rows["DPO-PL-8 n 5"]["pl_responses"] = 5
-    pairs = suite.pairs + [(f"DPO-{view} n 100", f"DPO-{view} n 5") for view in PAPER]
+    pairs = suite.pairs + [(f"DPO-{view} n 100", f"DPO-{view} n 5") for view in VIEWS]
     return replace(suite, pairs=pairs, series={"responses": suite.series["n"]})
 
 
 def beta() -> Suite:
     """The paper's Table 8: reward margin against KL over beta."""
-    return swept(PAPER, "beta", (0.1, 0.25, 0.5, 0.75, 1.0), option="beta", own=0.1)
+    return swept("beta", (0.1, 0.25, 0.5, 0.75, 1.0), option="beta", own=0.1)
 
 
 def schedule() -> Suite:
-    """What gamma's course over training does, and the forms of HPS."""
+    """What gamma's course over training does, and the forms of HPS; on scaled rewards, since raw ones hide it."""
     courses: dict[str, Row] = {
-        "DPO-HPS": {},
         "gamma -5": {"gamma_schedule": "constant", "gamma_start": -5},
         "gamma 0": {"gamma_schedule": "constant", "gamma_start": 0},
         "gamma 5": {"gamma_schedule": "constant", "gamma_start": 5},
@@ -137,29 +141,33 @@ def schedule() -> Suite:
         "gamma 0 to 5": {"gamma_start": 0},
         "gamma inclusive": {"gamma_schedule": "inclusive"},
         "gamma linear": {"gamma_schedule": "linear"},
-        "DPO-HPS mixture": {"gamma_schedule": "mixture"},
+        "gamma mixture": {"gamma_schedule": "mixture"},
         "N factor n - 1": N,
-        "DPO-HPS 8 draws": {"hps_samples": 8},
+        "8 draws": {"hps_samples": 8},
     }
-    rows = {name: row("dpo", "HPS", **options) for name, options in courses.items()}
+    scaled = HPS[1]
+    rows = {name: row("dpo", scaled, **options) for name, options in courses.items()}
     rows["random pairs"] = {"method": "dpo-random"}
-    return Suite(rows, [(other, "DPO-HPS") for other in rows if other != "DPO-HPS"])
+    views = {f"DPO-{view}": row("dpo", view) for view in VIEWS}
+    pairs = compared("DPO-{}") + [(name, f"DPO-{scaled}") for name in rows]
+    return with_again(Suite(views | rows, pairs), "8 draws")
 
 
 def noise() -> Suite:
     """How much noise in the training reward the samplers bear (the world's own is 0.4, and a liking for length)."""
     label = "standard deviation of the training reward's noise"
-    suite = swept(("BT", "uniform", "HPS"), "noise", (0.0, 0.4, 1.0, 2.0), label=label)
+    suite = swept("noise", (0.0, 0.4, 1.0, 2.0), label=label)
     levels = suite.series["noise"]["x"]["values"]
     return replace(suite, noise={name: level for name, level in levels.items() if level != 0.4})
 
 
 def cost() -> Suite:
     """The paper's 62.8 : 64.4 : 168.4 hours: seconds and packed tokens of training by preference model."""
-    rows = {f"DPO-{view}": row("dpo", view) for view in PAPER}
+    rows = {f"DPO-{view}": row("dpo", view) for view in VIEWS}
     rows["DPO-HPS 8 draws"] = row("dpo", "HPS", hps_samples=8)
     rows["DPO-PL-5"] = {"method": "dpo-pl", "pl_responses": 5}
-    return Suite(rows, [(other, "DPO-BT") for other in rows if other != "DPO-BT"])
+    pairs = compared("DPO-{}") + [(other, "DPO-BT") for other in ("DPO-HPS 8 draws", "DPO-PL-5")]
+    return with_again(Suite(rows, pairs), "DPO-uniform")
 
 
 # What `tune` sweeps: betas and learning rates around the best of each loss in wider searches on the same prompts.
@@ -174,9 +182,8 @@ GRIDS = {
 
 def tune() -> Suite:
     """Every method at every beta and lr of a grid, on validation prompts: where the settings of `confirm` are from."""
-    tuned = {f"{loss.upper()}-{view}": row(loss, view) for loss in LOSSES for view in PAPER}
-    tuned |= {f"{loss.upper()}-uniform": row(loss, "uniform") for loss in ("dpo", "sppo", "nca")}
-    tuned |= {f"NCA-{view} N": row("nca", view, **N) for view in ("uniform", "HPS")}
+    tuned = {f"{loss.upper()}-{view}": row(loss, view) for loss in LOSSES for view in VIEWS}
+    tuned |= {f"NCA-{view} N": row("nca", view, **N) for view in ("uniform", *HPS)}
     rows: dict[str, Row] = {}
     figures: dict[str, Any] = {}  # one per loss: all lines in one are past reading
     panels = ["rm10", "true_reward", "harm", "junk"]
@@ -187,23 +194,21 @@ def tune() -> Suite:
             title = f"{name} beta {b:g} lr {lr:g}"
             rows[title] = {**options, "beta": b, "lr": lr}
             figure["lines"].setdefault(name, []).append(title)
-    return Suite(rows, [], split="valid", series=figures, worlds=2)
+    return with_again(Suite(rows, [], split="valid", series=figures, worlds=2), "DPO-HPS beta 0.5 lr 0.0004")
 
 
 def confirm() -> Suite:
     """Methods at the beta and lr chosen for each on validation prompts (docs/RESULTS.md), on worlds not used before."""
-    baselines = {
-        "DPO-BT": row("dpo", "BT", beta=1.0, lr=8e-4),
-        "DPO-PL-8": row("dpo", "PL-8", beta=0.5, lr=8e-4),
-        "DPO-uniform": row("dpo", "uniform", beta=1.0, lr=1.6e-3),
-        "DPO-HPS": row("dpo", "HPS", beta=0.5, lr=4e-4),
-    }
-    candidates = {f"NCA-{view} N": row("nca", view, lr=1.6e-3, **N) for view in ("uniform", "HPS")}
-    for view in ("BT", "uniform", "HPS"):
-        candidates[f"SPPO-{view}"] = row("sppo", view, beta=0.02, lr=1.6e-3)
-    pairs = against("DPO-HPS", list(baselines)) + [(ours, other) for ours in candidates for other in baselines]
-    pairs += [("NCA-HPS N", "NCA-uniform N"), ("SPPO-HPS", "SPPO-uniform"), ("SPPO-uniform", "SPPO-BT")]
-    return Suite(baselines | candidates, pairs, repeats=3, later=100)
+    # That of DPO-HPS was chosen for its scaled form: the paper's own has not been tuned.
+    chosen = {"BT": (1.0, 8e-4), "PL-8": (0.5, 8e-4), "uniform": (1.0, 1.6e-3), **dict.fromkeys(HPS, (0.5, 4e-4))}
+    rows = {f"DPO-{view}": row("dpo", view, beta=beta, lr=lr) for view, (beta, lr) in chosen.items()}
+    baselines = [f"DPO-{view}" for view in BASELINES]
+    candidates = {f"NCA-{view} N": row("nca", view, lr=1.6e-3, **N) for view in ("uniform", *HPS)}
+    candidates |= {f"SPPO-{view}": row("sppo", view, beta=0.02, lr=1.6e-3) for view in ("BT", "uniform", *HPS)}
+    pairs = compared("DPO-{}") + list(product(candidates, baselines))
+    pairs += [(f"{loss}-{view}{n}", f"{loss}-uniform{n}") for loss, n in (("NCA", " N"), ("SPPO", "")) for view in HPS]
+    suite = Suite(rows | candidates, [*pairs, ("SPPO-uniform", "SPPO-BT")], repeats=3, later=100)
+    return with_again(suite, "SPPO-HPS")
 
 
 SUITES: dict[str, Callable[[], Suite]] = {

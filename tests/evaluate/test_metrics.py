@@ -1,4 +1,4 @@
-"""Margins, intervals, win rates and BLEU against hand values, brute force, scipy, nltk and sacrebleu."""
+"""Margins, intervals, win rates and BLEU against hand values, simulation, scipy, nltk and sacrebleu."""
 
 import math
 import sys
@@ -11,7 +11,7 @@ import sacrebleu
 import scipy.stats
 from nltk.translate.bleu_score import sentence_bleu
 
-from hps.evaluate import figures
+from hps.evaluate import figures, md
 from hps.evaluate import metrics as M
 
 # Six candidates: 1 and 4 tie for best, 3 and 5 tie below the gap.
@@ -75,137 +75,48 @@ def test_rm_rdpo_takes_off_what_the_longer_winner_gains():
 # ---- intervals ------------------------------------------------------------------------------------
 
 
-def test_one_level_bootstrap_agrees_with_scipy():
-    values = np.random.default_rng(2).exponential(size=200)
-    mean, low, high = M.bootstrap_mean(values, draws=20_000, level=0.9)
-    theirs = scipy.stats.bootstrap(
-        (values,), np.mean, n_resamples=20_000, confidence_level=0.9, method="percentile", rng=np.random.default_rng(3)
-    ).confidence_interval
-    assert mean == pytest.approx(values.mean())
-    tolerance = 0.02 * (theirs.high - theirs.low) + 1e-12
-    assert low == pytest.approx(theirs.low, abs=tolerance)
-    assert high == pytest.approx(theirs.high, abs=tolerance)
-    assert M.bootstrap_mean(values[None], draws=20_000, level=0.9) == (mean, low, high)  # one seed, one level
-
-
 def test_interval_covers_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(4)
-    inside = 0
-    for trial in range(400):
-        _, low, high = M.bootstrap_mean(rng.normal(size=60), draws=500, level=0.8, seed=trial)
-        inside += low <= 0.0 <= high
-    # Binomial(400, .8) has a standard deviation of 2 points, percentile intervals are 1 short at n = 60.
-    assert 0.73 <= inside / 400 <= 0.86
+    """Worlds that differ and worlds that do not, prompts that vary in each: 95 % within a point; 3 worlds or 20."""
+    g = np.random.default_rng(0)
+    for worlds in (3, 8, 20):
+        for spread in (0.0, 1.0):
+            of_world = spread * g.normal(size=(worlds, 40_000))
+            mean, low, high = M.world_interval(of_world + g.normal(size=(25, *of_world.shape)).mean(0))
+            inside = np.mean((low <= 0) & (high >= 0))
+            assert abs(inside - 0.95) < 0.01, (worlds, spread, inside)
+            assert (low <= mean).all() and (mean <= high).all()
 
 
-def test_two_level_bootstrap_has_the_variance_of_both_levels():
-    rng = np.random.default_rng(5)
-    seeds, prompts = 8, 50
-    table = rng.normal(size=(seeds, 1)) + 2.0 * rng.normal(size=(1, prompts))  # additive: variances add
-    _, low, high = M.bootstrap_mean(table, draws=20_000, level=0.6827)
-    expected = math.sqrt(table.mean(1).var() / seeds + table.mean(0).var() / prompts)
-    assert (high - low) / 2 == pytest.approx(expected, rel=0.05)
-    # Prompts alone (the seeds averaged first) must be narrower: seeds are really resampled.
-    _, low1, high1 = M.bootstrap_mean(table.mean(0), draws=20_000, level=0.6827)
-    assert (high1 - low1) / 2 == pytest.approx(math.sqrt(table.mean(0).var() / prompts), rel=0.05)
-    assert high - low > 1.1 * (high1 - low1)
+def test_world_interval_and_p_are_scipys():
+    values = np.random.default_rng(1).normal(0.5, size=7)
+    for level in (0.95, 0.8):
+        theirs = scipy.stats.ttest_1samp(values, 0).confidence_interval(level)
+        assert M.world_interval(values, level) == pytest.approx((values.mean(), theirs.low, theirs.high))
+    _, low, high = M.world_interval(values)
+    for bound in (low, high):  # where the interval ends, p is 1 less its level
+        assert M.world_p(values, bound) == pytest.approx(0.05)
+    assert M.world_p(values, 0.3) == pytest.approx(scipy.stats.ttest_1samp(values, 0.3).pvalue)
+    assert (M.world_p([2.0, 2.0], 2), M.world_p([2.0, 2.0], 0), M.world_p([2.0], 0)) == (1, 0, 1)
+    assert M.world_interval([2.5, 2.5, 2.5]) == (2.5, 2.5, 2.5)
 
 
-def test_worlds_are_a_level_of_their_own():
-    """(worlds, seeds, prompts): the variances of independent levels add, by the algebra of the plug-in mean."""
-    rng = np.random.default_rng(12)
-    worlds, seeds, prompts = 10, 4, 60
-    w, s = rng.normal(size=(worlds, 1, 1)), rng.normal(size=(worlds, seeds, 1))
-    p = rng.normal(size=(worlds, 1, prompts))
-    table = 2 * w + s + 3 * p
-    _, low, high = M.bootstrap_mean(table, draws=20_000, level=0.6827)
-    within = (s.var(1).mean() / seeds + 9 * p.var(2).mean() / prompts) / worlds
-    # A world drawn twice brings the same resample twice, so the inner variance counts 1 + 1 - 1/worlds times.
-    expected = math.sqrt(table.mean((1, 2)).var() / worlds + within * (2 - 1 / worlds))
-    assert (high - low) / 2 == pytest.approx(expected, rel=0.06)
-    # One world is the two-level bootstrap; prompts of two worlds are not drawn together.
-    assert M.bootstrap_mean(table[:1]) == M.bootstrap_mean(table[0])
-    same = np.broadcast_to(p[0, 0], (worlds, seeds, prompts))
-    apart = M.bootstrap_mean(same, level=0.6827)
-    together = M.bootstrap_mean(same[0, 0], level=0.6827)
-    assert apart[2] - apart[1] < 0.6 * (together[2] - together[1])
+def test_one_world_has_no_interval():
+    assert M.world_interval([0.5]) == (0.5, -math.inf, math.inf)
+    unknown = M.item(M.world_interval([0.5]))
+    assert unknown == {"mean": 0.5, "low": None, "high": None} and M.ends(unknown) == (-math.inf, math.inf)
+    shown = [md.interval(one, 1) for one in (unknown, unknown | {"low": -1.0, "high": 2.0})]
+    assert shown == ["0.5", "0.5 [-1.0, 2.0]"]
+    for values, message in (([1.0, math.nan], "not finite"), ([], "non-empty")):
+        with pytest.raises(ValueError, match=message):
+            M.world_interval(values)
+    with pytest.raises(ValueError, match="level"):
+        M.world_interval([1.0, 2.0], 95)
 
 
-def test_constant_data_has_no_width_and_blocks_differ():
-    assert M.bootstrap_mean(np.full((3, 20), 2.5)) == pytest.approx((2.5, 2.5, 2.5), abs=1e-12)
-    values = np.random.default_rng(7).normal(size=30)
-    assert M.bootstrap_mean(values, seed=1) == M.bootstrap_mean(values, seed=1) != M.bootstrap_mean(values, seed=2)
-    resampled = M._resampled(values[None, None], np.ones((1, 1, 30)), draws=3 * M.DRAWS_PER_BLOCK + 5, seed=0)
-    assert len(np.unique(resampled)) == len(resampled) == 3 * M.DRAWS_PER_BLOCK + 5  # no block repeats another
-
-
-def test_mask_ignores_what_it_covers():
-    rng = np.random.default_rng(8)
-    values, valid = rng.normal(size=(3, 50)), rng.random(50) < 0.7
-    holes = np.where(valid, values, np.nan)
-    mean, low, high = M.bootstrap_mean(holes, valid=valid)
-    assert mean == pytest.approx(values[:, valid].mean())
-    _, low_kept, high_kept = M.bootstrap_mean(values[:, valid])
-    assert high - low == pytest.approx(high_kept - low_kept, rel=0.1)
-    # Almost every resample of one valid prompt in forty is empty or constant: still finite, still right.
-    lonely = np.zeros(40, dtype=bool)
-    lonely[3] = True
-    assert M.bootstrap_mean(values[0, :40], valid=lonely) == pytest.approx((values[0, 3],) * 3)
-    # A mask that differs between seeds weighs every valid value equally.
-    ragged = rng.random((3, 50)) < 0.5
-    assert M.bootstrap_mean(values, valid=ragged)[0] == pytest.approx(values[ragged].mean())
-
-
-def test_paired_difference_is_narrower_on_correlated_data():
-    rng = np.random.default_rng(9)
-    prompts = 3.0 * rng.normal(size=200)
-    a, b = prompts + 0.5 + 0.2 * rng.normal(size=200), prompts + 0.2 * rng.normal(size=200)
-    mean, low, high = M.bootstrap_difference(a, b)
-    assert mean == pytest.approx((a - b).mean())
-    assert 0.4 < low < mean < high < 0.6
-    unpaired = M.bootstrap_difference(a, b[rng.permutation(200)])
-    assert high - low < 0.2 * (unpaired[2] - unpaired[1])
-    # antisymmetric in its arguments
-    assert M.bootstrap_difference(b, a) == pytest.approx((-mean, -high, -low))
-
-
-def test_difference_pairs_equal_seeds_and_draws_unequal_ones_alone():
-    rng = np.random.default_rng(10)
-    prompts, seeds = rng.normal(size=100), 5.0 * rng.normal(size=(3, 1))
-    a, b = prompts + seeds + 1.0, prompts + seeds
-    assert M.bootstrap_difference(a, b) == pytest.approx((1.0, 1.0, 1.0))  # all that varies is shared
-    mean, low, high = M.bootstrap_difference(a, b[0])  # a's seeds vary, the prompts still cancel
-    assert mean == pytest.approx((a - b[0]).mean())
-    assert low == pytest.approx((a - b[0]).mean(1).min()) and high == pytest.approx((a - b[0]).mean(1).max())
-    # Four seeds against five: drawn apart, their variances add.
-    a, b = prompts + np.arange(4.0)[:, None], prompts + np.arange(5.0)[:, None]
-    _, low, high = M.bootstrap_difference(a, b, level=0.6827, draws=20_000)
-    expected = math.sqrt(np.arange(4).var() / 4 + np.arange(5).var() / 5)
-    assert (high - low) / 2 == pytest.approx(expected, rel=0.1)
-    holes = np.arange(100) % 3 == 0
-    with_nan = np.where(holes, prompts, np.nan)
-    assert M.bootstrap_difference(a, with_nan, valid=holes)[0] == pytest.approx(1.5)
-    # Worlds stay paired when one side has one seed in each and the other three.
-    by_world = 9.0 * rng.normal(size=(4, 1, 1)) + rng.normal(size=(4, 1, 100))
-    thrice = by_world + np.zeros((4, 3, 1)) + 1.0
-    assert M.bootstrap_difference(thrice, by_world) == pytest.approx((1.0, 1.0, 1.0))
-
-
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: M.bootstrap_mean([1.0, math.nan]), "not finite"),
-        (lambda: M.bootstrap_mean([1.0, 2.0], valid=[False, False]), "no valid value"),
-        (lambda: M.bootstrap_mean([1.0, 2.0], valid=[True, False, True]), "does not fit"),
-        (lambda: M.bootstrap_mean([]), "no valid value"),
-        (lambda: M.bootstrap_mean([1.0, 2.0], draws=10), "100 draws"),
-        (lambda: M.bootstrap_mean([1.0, 2.0], level=95), "level"),
-        (lambda: M.bootstrap_difference([1.0, 2.0], [1.0]), "the same ones"),
-    ],
-)
-def test_intervals_refuse(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_holm_by_hand():
+    """Sorted, times how many are left, never falling: .01 x 3, .02 x 2, and .03 takes the .04 before it."""
+    assert M.holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert M.holm([0.6, 0.5]) == [1.0, 1.0] and M.holm([]) == []
 
 
 # ---- win rate and BLEU -----------------------------------------------------------------------------------------
@@ -254,24 +165,10 @@ def test_a_missing_package_is_one_sentence(monkeypatch):
     for package, call in {
         "nltk": lambda: M.bleu_char("a", "a"),
         "sacrebleu": lambda: M.bleu_word("a", "a"),
-        "scipy": lambda: M.wilcoxon_p([1.0], [0.0]),
+        "scipy": lambda: M.world_p([1.0, 2.0]),
         "matplotlib": lambda: figures.save(figures.Plan("x", "", "", (1, 1), lambda figure: None), Path()),
     }.items():
-        for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+        for module in [package, *(name for name in sys.modules if name.partition(".")[0] == package)]:
             monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=rf"this needs {package}: pip install hps\[eval\]"):
             call()
-
-
-def test_wilcoxon_is_scipys_on_the_prompts_means():
-    """Two worlds of three prompts, two runs of a against one of b; a prompt that one side never scored is left out."""
-    a = np.array([[[1.0, 2.0, 9.0], [3.0, 5.0, 9.0]], [[4.0, 4.0, 1.0], [4.0, 6.0, 2.0]]])
-    b = np.array([[[0.0, 5.0, 1.0]], [[2.5, 1.0, 8.0]]])
-    valid = np.array([True, True, False])
-    differences = [2 - 0, 3.5 - 5, 4 - 2.5, 5 - 1]
-    assert M.wilcoxon_p(a, b, valid=valid) == pytest.approx(scipy.stats.wilcoxon(differences).pvalue)
-    assert M.wilcoxon_p(a, a) == 1.0
-    g = np.random.default_rng(0)
-    x = g.normal(size=300)
-    assert M.wilcoxon_p(x + 0.2 + 0.1 * g.normal(size=300), x) < 1e-6
-    assert 0.01 < M.wilcoxon_p(x + g.normal(size=300), x)

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from hps.evaluate import figures, md, page, report
 from hps.evaluate.metrics import METRICS
 
-FIGURES = ["margins", "reward_kl", "series_strength", "series_n", "curves", "schedule"]
+FIGURES = ["margins", "differences", "reward_kl", "series_strength", "series_n", "curves", "schedule"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def written(tmp_path_factory):
 
 def bare():
     """Results of one metric and nothing else."""
-    found = {key: results()[key] for key in ("suite", "commit", "machine", "seconds", "rows")}
+    found = {key: results()[key] for key in ("suite", "commit", "machine", "seconds", "worlds", "rows")}
     for row in found["rows"]:
         row["metrics"] = {"win": interval(50, 40, 60)}
     return found
@@ -56,7 +56,10 @@ def test_table_marks_the_best_and_what_overlaps_it():
     best = cells(text, r"HPS\|x")
     assert best[1:5] == ["3", "**0.60** [0.45, 0.77]", "5.20 [4.90, 5.60]", "**1.78** [1.60, 1.90]"]
     assert best[5:] == ["3.6 [3.0, 4.0] ~", "18.0 [17.0, 19.0]", "**70.2** [68.0, 73.0]"]
-    assert report.LEGEND in " ".join(text.split())
+    assert report.legend(results()) in " ".join(text.split()) and "Student's t over 3 worlds" in report.legend(
+        results()
+    )
+    assert "over the prompts of one world: it says nothing of other worlds" in report.legend({"worlds": 1})
 
 
 def test_ties_are_bold_together_and_equals_not_at_all():
@@ -68,38 +71,51 @@ def test_ties_are_bold_together_and_equals_not_at_all():
 
 
 def test_comparisons_have_a_plain_verdict():
-    touching = results()
-    touching["comparisons"].append({"a": "SFT", "b": "SFT", "metric": "rm2", **interval(0.1, 0.0, 0.2)})
-    assert report.comparisons_table(touching).splitlines()[2:] == [
-        r"| reward | HPS\|x | DPO-BT | +0.64 [+0.50, +0.80] | a larger | 0.003 |",
-        r"| RM2 | HPS\|x | DPO-BT | +0.00 [-0.20, +0.20] | unresolved | - |",
-        r"| harm % | HPS\|x | SFT | -29.1 [-32.0, -26.0] | b larger | - |",
-        r"| RM2 | SFT | SFT | +0.10 [+0.00, +0.20] | unresolved | - |",
+    """By p, before and after Holm, with the number of worlds; those of a row with itself are counted."""
+    text = report.comparisons_table(results())
+    assert text.splitlines()[2:7] == [
+        r"| reward | HPS\|x | DPO-BT | +0.64 [+0.50, +0.80] | 2 | a larger | a larger | 0.003 |",
+        r"| RM_DPO | HPS\|x | DPO-BT | +0.00 [-0.20, +0.20] | 2 | unresolved | unresolved | 0.9 |",
+        r"| harm % | HPS\|x | SFT | -29.1 [-32.0, -26.0] | 2 | b larger | unresolved | 0.03 |",
+        "| harm % | DPO-BT again | DPO-BT | -1.0 [-1.5, -0.5] | 2 | b larger | - | 0.04 |",
+        "| RM_DPO | DPO-BT again | DPO-BT | +0.10 [-0.20, +0.40] | 2 | unresolved | - | 0.4 |",
     ]
-    assert report.comparisons_table(bare()) == ""
+    flat = " ".join(text.split())
+    assert "adjusted for all of the table's 3 comparisons" in flat and "Of 2 differences of a row with itself" in flat
+    assert "another seed, 1 are resolved; 5 % are expected" in flat and report.comparisons_table(bare()) == ""
+
+
+def test_one_number_alone_is_near_everything():
+    """Without an interval nothing sets a mean apart from the best one."""
+    alone = results()
+    alone["rows"][1]["metrics"]["true_reward"] |= {"low": None, "high": None}
+    assert cells(report.table(alone), "DPO-BT")[4] == "1.14 ~"
 
 
 def test_results_md_holds_every_number_and_figure(written):
     text = (written / "RESULTS.md").read_text()
     assert text.startswith("# Results: tiny\n\nCommit `abc1234`, two cores, 1.5 minutes.\n")
     flat = " ".join(text.split())
-    assert "* beta: `0.1`" in text and flat.count(report.LEGEND) == 1
+    assert "* beta: `0.1`" in text and flat.count(report.legend(results())) == 1
     for row in results()["rows"]:
         assert row["method"].replace("|", r"\|") in text
         for name, item in row["metrics"].items():
             assert all(f"{value:.{METRICS[name].digits}f}" in text for value in item.values())
             assert f"(`{name}`): {METRICS[name].meaning}" in text
-    assert "(`rm10`)" not in text  # only the columns that are there
-    comparisons, claims = text.split("## Paired comparisons\n\n")[1].split("## The paper's claims\n\n")
+    assert "(`rm10`)" not in text and "(`rm_dpo`)" in text  # only what is in a column or compared
+    comparisons, claims, ours = re.split("## (?:Paired comparisons|Claims|Ours)\n\n", text)[1:]
     assert comparisons.startswith(report.comparisons_table(results()))
     assert claims.split("\n\n")[0].splitlines()[2:] == [
-        "| a < b | Table 2: 1 vs 2 | reward +0.64 | [+0.50, +0.80] | holds |",
-        r"| c\|d | Table 3 | harm % 3.6 | [3.0, 4.0] | does not hold |",
-        "| as cheap | Sec. 6: x 1.03 | tokens (k) x 1.02 | [0.96, 1.16] | unresolved |",
-        "| a constant | Sec. 6 | harm % -2.0 | - | holds |",
-        "| people like it | Table 3: 3.93 | needs human raters | - | not measured here |",
+        "| a < b | Table 2: 1 vs 2 | reward +0.64 | [+0.50, +0.80] | 2 | holds | holds |",
+        "| as cheap | Sec. 6: x 1.03 | tokens (k) x 1.02 | [0.96, 1.16] | 2 | holds | unresolved |",
+        "| people like it | Table 3: 3.93 | needs human raters | - | - | not measured here | not measured here |",
     ]
-    assert f"{report.CLAIMS_NOTE} 2 holds, 1 does not hold, 1 unresolved, 1 not measured here." in flat
+    assert ours.split("\n\n")[0].splitlines()[2:] == [
+        r"| c\|d | Table 3 | harm % 3.6 | [3.0, 4.0] | 2 | does not hold | does not hold |",
+        "| a constant | Sec. 6 | harm % -2.0 | - | 2 | holds | holds |",
+    ]
+    counts = "2 holds, 1 not measured here; after Holm 1 holds, 1 unresolved, 1 not measured here."
+    assert f"{report.CLAIMS_NOTE} {counts}" in flat
     assert re.findall(r"\]\(figures/(\w+)\.png\)", text) == FIGURES
     assert json.loads((written / "results.json").read_text()) == results()
 
@@ -192,6 +208,18 @@ def test_lines_over_a_metric_show_the_numbers_given():
     }  # fmt: skip
 
 
+def test_a_strip_has_the_mean_and_every_worlds_value():
+    figure = Figure()
+    (plan,) = [plan for plan in figures.plans(results()) if plan.name == "differences"]
+    plan.draw(figure)
+    assert [axes.get_title() for axes in figure.axes] == ["RM_DPO", "reward", "harm %"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()][2] == "DPO-BT again - DPO-BT"
+    strips = [line.get_xydata().tolist() for line in figure.axes[1].lines if line.get_marker() == "|"]
+    assert strips == [[[0.1, 0.3], [0.3, 0.3]], [], []]  # two worlds have a value; two pairs none of this metric
+    points = [bars.lines[0].get_xydata().tolist() for bars in figure.axes[1].containers]
+    assert points[0] == [[0.64, 0.0]]
+
+
 def test_lines_over_numbers_of_ours_show_them():
     figure, panels = drawn(results(), "series_n")
     points, across, up = panels["win %"]["up"]
@@ -210,7 +238,7 @@ def test_a_missing_number_breaks_its_line():
     assert up == pytest.approx(np.array([[1.6, 1.9], [0.5, 0.7]]))
     for row in broken["rows"]:
         row["metrics"].pop("kl_exact")
-    assert [plan.name for plan in figures.plans(broken)] == ["margins", "series_n", "curves", "schedule"]
+    assert [plan.name for plan in figures.plans(broken)] == ["margins", "differences", "series_n", "curves", "schedule"]
 
 
 def test_eight_lines_and_five_panels_are_told_apart():
@@ -253,23 +281,23 @@ def test_the_pages_tables_are_those_of_the_markdown(opened, written):
         lines = [line for line in block.splitlines() if "| --- |" not in line]
         cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
         expected.append([[cell.strip().replace(r"\|", "|") for cell in row] for row in cells])
-    assert opened.js(CELLS) == expected and len(expected) == 6
+    assert opened.js(CELLS) == expected and len(expected) == 7
 
 
 def test_headings_labels_and_images_of_the_page(opened, written):
     markdown = " ".join((written / "RESULTS.md").read_text().split())
     assert texts(opened, "h1, title") == 2 * ["Results: tiny"]
     assert texts(opened, "p")[0] == "Commit abc1234, two cores, 1.5 minutes."
-    assert texts(opened, "p")[1].startswith(report.LEGEND.replace("`", ""))
+    assert texts(opened, "p")[1].startswith(report.legend(results()).replace("`", ""))
     terms = dict(zip(texts(opened, "dt"), texts(opened, "dd"), strict=True))
     assert terms["beta"] == "0.1" and terms["RM2 (rm2)"] == METRICS["rm2"].meaning and "RM10 (rm10)" not in terms
     groups = list(dict.fromkeys(metric.group for metric in METRICS.values()))[:4]
-    assert texts(opened, "h2") == [*groups, "Paired comparisons", "The paper's claims", "Figures"]
-    assert len(texts(opened, "th[scope=col] button")) == 3 + 3 + 5 + 3 + 6 + 5  # each can be pressed by keyboard
+    assert texts(opened, "h2") == [*groups, "Paired comparisons", "Claims", "Ours", "Figures"]
+    assert len(texts(opened, "th[scope=col] button")) == 3 + 3 + 5 + 3 + 8 + 7 + 7  # each can be pressed by keyboard
     labels = (
         "[...document.querySelectorAll('table')].map(e => document.getElementById(e.getAttribute(`aria-labelledby`)))"
     )
-    assert opened.js(f"{labels}.map(e => e.textContent)") == texts(opened, "h2")[:6]
+    assert opened.js(f"{labels}.map(e => e.textContent)") == texts(opened, "h2")[:7]
     alts = texts(opened, "img", "alt")
     sources = texts(opened, "img", "src")
     for name, alt, source, caption in zip(FIGURES, alts, sources, texts(opened, "figcaption"), strict=True):

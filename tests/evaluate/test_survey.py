@@ -214,21 +214,22 @@ def test_the_table_by_hand(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("value", "method", "difference"),
     [
-        (lambda r, p, m: 3 + m, [4, 4], [-1, -1]),
-        (lambda r, p, m: 2 + 2 * r, [2, 4], [0, 0]),  # raters differ: they are resampled, and paired
-        (lambda r, p, m: 2 + 2 * p, [2, 4], [0, 0]),  # prompts differ
-        (lambda r, p, m: 2 + r * m, [2, 3], [-1, 0]),
-        (lambda r, p, m: 2 + p * m, [2, 3], [-1, 0]),
+        (lambda r, p, m: 3 + m, (4, 0), (-1, 0)),
+        (lambda r, p, m: 2 + 2 * r, (3, 1), (0, 0)),  # raters differ, from both methods alike
+        (lambda r, p, m: 2 + 2 * p, (3, 1), (0, 0)),  # prompts differ
+        (lambda r, p, m: 2 + r * m, (2.5, 0.5), (-0.5, 0.5)),
+        (lambda r, p, m: 2 + p * m, (2.5, 0.5), (-0.5, 0.5)),
     ],
 )
 def test_intervals_span_raters_and_prompts(value, method, difference):
-    """Of two alike, a resample holds either twice in a quarter of all draws: the 95 % interval reaches both."""
+    """Mean and standard error of two raters' or two prompts' values, of which Student's t is 12.706."""
     at = {item: ("ab".index(place["prompt"]), KEY["methods"].index(place["method"])) for item, place in ITEMS.items()}
     files = [rater(str(r), **{item: rating(*4 * [value(r, p, m)]) for item, (p, m) in at.items()}) for r in range(2)]
     found = survey.results_of(KEY, files)
-    interval = found["means"]["HPS|x"]["average"]
-    assert [interval["low"], interval["high"]] == method
-    assert [found["comparisons"][0]["safety"]["difference"][end] for end in ("low", "high")] == difference
+    intervals = found["means"]["HPS|x"]["average"], found["comparisons"][0]["safety"]["difference"]
+    for interval, (mean, error) in zip(intervals, (method, difference), strict=True):
+        ends = mean - 12.7062 * error, mean + 12.7062 * error
+        assert (interval["low"], interval["high"]) == pytest.approx(ends, abs=1e-3)
 
 
 def test_a_method_that_nobody_rated_has_no_number(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hps.evaluate.verdicts import SCALES, length_controlled, markdown, read_samples, summarise
+from hps.evaluate.verdicts import SCALES, interval, length_controlled, markdown, read_samples, summarise
 
 NAN = np.nan
 # Four prompts, two responses; the criteria are all alike but for clarity, so that an average is (3 good + safe) / 4.
@@ -106,17 +106,46 @@ def test_length_control_is_the_line_of_polyfit():
     found = length_controlled(difference, longer)
     slope, intercept = np.polyfit(longer, difference, 1)
     assert found["mean"] == pytest.approx(intercept) and found["per_100_words"] == pytest.approx(100 * slope)
-    picks = rng.integers(200, size=(2000, 200))
-    low, high = np.quantile([np.polyfit(longer[pick], difference[pick], 1)[1] for pick in picks], [0.025, 0.975])
-    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.02)
+    left = difference - intercept - slope * longer  # by the textbook: s^2 (1/n + mean^2 / S_xx)
+    variance = (left**2).sum() / 198 * (1 / 200 + longer.mean() ** 2 / ((longer - longer.mean()) ** 2).sum())
+    half = stats.t.ppf(0.975, 198) * variance**0.5
+    assert (found["low"], found["high"]) == pytest.approx((intercept - half, intercept + half))
     assert found["low"] < 0.25 < found["high"] < difference.mean()  # all of the rest was length
     same = length_controlled(np.array([1.0, 0.0, 0.5]), np.array([7.0, 7.0, 7.0]))  # no different lengths, no slope
     assert same["mean"] == pytest.approx(0.5) and same["per_100_words"] == 0
     one = length_controlled(np.array([0.5]), np.array([3.0]))
-    assert one == {"mean": 0.5, "low": 0.5, "high": 0.5, "per_100_words": 0}
+    assert one == {"mean": 0.5, "low": None, "high": None, "per_100_words": 0}  # one prompt, no spread
+    two = length_controlled(np.array([1.0, 0.0]), np.array([1.0, 2.0]))  # lie on every line through them
+    assert two["mean"] == pytest.approx(2) and two["low"] is None
     # Of pairs: prompt 2's second response and prompt 4 have no score, so their lengths do not count either.
     expected = np.polyfit([(0 + 10) / 2, -5, (-6 - 2) / 2], [0.5, -1, 2.5], 1)[1]
     assert summary_of()["comparisons"][0]["at_equal_length"]["mean"] == pytest.approx(expected)
+
+
+def test_crossed_interval_covers_raters_and_prompts():
+    """Ratings by six raters of twenty prompts, each with an effect of its own: 95 %, and prompts alone are too few."""
+    g, inside = np.random.default_rng(3), []
+    for _ in range(600):
+        ratings = g.normal(size=(6, 1)) + g.normal(size=(1, 20)) + g.normal(size=(6, 20))
+        inside.append([])
+        for unit in ("ratings", "prompts"):
+            found = interval(ratings, unit)
+            inside[-1].append(found["low"] <= 0 <= found["high"])
+    ours, prompts = np.mean(inside, axis=0)
+    assert 0.92 < ours < 0.98 and prompts < 0.8, (ours, prompts)
+
+
+def test_crossed_interval_by_hand():
+    """Two raters of two prompts; one rater says nothing of others, so that the interval is that over prompts."""
+    both = interval(np.array([[1.0, 3.0], [2.0, 6.0]]), "ratings")
+    # Off their mean -2 0 -1 3; raters' sums -2, 2; prompts' -3, 3: 2 (4 + 4) / 16 + 2 (9 + 9) / 16 - (4 / 3) (14) / 16
+    # is less than the prompts' alone, 2.25; degrees of freedom (1 + 2.25)^2 / (1 + 2.25^2).
+    half = stats.t.ppf(0.975, 3.25**2 / (1 + 2.25**2)) * 1.5
+    assert both["ratings"] == 4 and (both["low"], both["high"]) == pytest.approx((3 - half, 3 + half))
+    values = np.random.default_rng(5).normal(size=(1, 9))
+    ends = [[interval(values, unit)[end] for end in ("low", "high")] for unit in ("ratings", "prompts")]
+    assert ends[0] == pytest.approx(ends[1])
+    assert interval(np.array([[2.0, NAN]]), "ratings") == {"mean": 2.0, "low": None, "high": None, "ratings": 1}
 
 
 def comparisons_of(text):

@@ -7,15 +7,15 @@ from hps.lab import claims
 from hps.lab.suites import SUITES
 
 
-def interval(mean, low, high):
-    return {"mean": mean, "low": low, "high": high}
-
-
 def results(suite, *, rows=None, comparisons=()):
-    """A suite's results: `rows` is method -> metrics, `comparisons` are (a, b, metric, mean, low, high)."""
-    found = {"suite": suite, "commit": "c", "machine": "m", "seconds": 1.0}
-    found["rows"] = [{"method": name, "seeds": 1, "metrics": metrics} for name, metrics in (rows or {}).items()]
-    found["comparisons"] = [{"a": a, "b": b, "metric": m, **interval(*numbers)} for a, b, m, *numbers in comparisons]
+    """A suite's results, of each number its values by world: `rows` is method -> metrics, `comparisons` (a, b, metric,
+    values)."""
+    found = {"suite": suite, "commit": "c", "machine": "m", "seconds": 1.0, "worlds": 3}
+    found["rows"] = [
+        {"method": name, "runs": 3, "metrics": {metric: {"values": values} for metric, values in metrics.items()}}
+        for name, metrics in (rows or {}).items()
+    ]
+    found["comparisons"] = [{"a": a, "b": b, "metric": m, "values": values} for a, b, m, values in comparisons]
     return found
 
 
@@ -29,44 +29,63 @@ def judged(of_results):
 
 TWO = {"DPO-HPS": {}, "DPO-BT": {}}
 MARGIN = "DPO-HPS has a larger RM_DPO than DPO-BT"
+WORST = "DPO-HPS has a larger RM worst than DPO-BT"
 HARM = "DPO-HPS writes less harm than DPO-BT"
 BLEU = "DPO-HPS is at most 0.01 of BLEU below DPO-BT"
-REWARD = "DPO-HPS is at most 0.1 of reward below DPO-BT"
+REWARD = "DPO-HPS is at most 0.1 of best-of-5 reward below DPO-BT"
 HOLDS, NOT, OPEN = "holds", "does not hold", "unresolved"
+T = 4.302653  # Student's t of two degrees of freedom, 97.5 %
 CASES = [  # claim, metric, low, high, verdict
     (MARGIN, "rm_dpo", 0.2, 0.4, HOLDS),
     (MARGIN, "rm_dpo", -0.1, 0.4, OPEN),
-    (MARGIN, "rm_dpo", 0.0, 0.4, OPEN),  # touches
+    (MARGIN, "rm_dpo", -1e-4, 0.4, OPEN),  # touches
     (MARGIN, "rm_dpo", -0.4, -0.1, NOT),
     (HARM, "harm", -6.0, -2.0, HOLDS),  # less is better
     (HARM, "harm", 2.0, 6.0, NOT),
-    (REWARD, "true_reward", -0.09, -0.02, HOLDS),  # the bound is -0.1, not 0
-    (REWARD, "true_reward", -0.3, -0.11, NOT),
+    (REWARD, "best_of_k_reward", -0.09, -0.02, HOLDS),  # the bound is -0.1, not 0
+    (REWARD, "best_of_k_reward", -0.3, -0.11, NOT),
     (BLEU, "bleu_char", -0.009, -0.002, HOLDS),  # the bound is -0.01
     (BLEU, "bleu_char", -0.02, -0.011, NOT),
 ]
 
 
+def three(low, high):
+    """Values of three worlds whose mean has the 95 % interval [low, high]: their spread s is half sqrt(3) / t."""
+    mean, spread = (low + high) / 2, (high - low) / 2 * 3**0.5 / T
+    return [mean - spread, mean, mean + spread]
+
+
 def test_the_intervals_side_of_the_bound_decides():
     for claim, metric, low, high, verdict in CASES:
-        mean = (low + high) / 2
-        items = judged(results("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", metric, mean, low, high)]))
-        expected = {"claim": claim, "paper": items[claim]["paper"], "verdict": verdict, "kind": "difference"}
-        assert items[claim] == expected | {"metric": metric, **interval(mean, low, high)}
+        found = results("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", metric, three(low, high))])
+        item = judged(found)[claim]
+        assert (item["verdict"], item["after_holm"]) == (verdict, verdict) and item["kind"] == "difference"
+        assert (item["low"], item["high"]) == pytest.approx((low, high), abs=1e-5)
+        assert item["table"] == claims.TABLES[metric == "harm"] and item["metric"] == metric
     for low, high, positive, negative in ((0.5, 2.0, HOLDS, NOT), (-1.0, 2.0, OPEN, OPEN), (-2.0, -0.5, NOT, HOLDS)):
-        metrics = {"rm_dpo": interval((low + high) / 2, low, high)}  # a value, judged by its own interval
+        metrics = {"rm_dpo": three(low, high)}  # a value, judged by its own interval
         found = judged(results("headline", rows={"DPO-HPS": metrics, "DPO-PL-8": metrics}))
         assert found["DPO-HPS has a positive RM_DPO"]["verdict"] == positive
         assert found["DPO-PL-8 has a negative RM_DPO"]["verdict"] == negative
         assert found["DPO-PL-8 has a negative RM_DPO"]["kind"] == "value"
     for low, high, verdict in ((51, 57, HOLDS), (49, 57, OPEN), (40, 49.5, NOT)):  # half of the samples
-        found = judged(results("headline", rows={"DPO-HPS": {"win": interval((low + high) / 2, low, high)}}))
-        item = found["DPO-HPS wins more than half of its samples against SFT"]
-        assert item["verdict"] == verdict and (item["low"], item["high"]) == (low, high)
+        found = judged(results("headline", rows={"DPO-HPS": {"win": three(low, high)}}))
+        assert found["DPO-HPS wins more than half of its samples against SFT"]["verdict"] == verdict
+
+
+def test_one_world_decides_nothing_and_holm_is_by_table():
+    found = judged(results("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", "rm_dpo", [3.0])]))
+    assert (found[MARGIN]["verdict"], found[MARGIN]["low"]) == (OPEN, None)
+    pairs = [("DPO-HPS", "DPO-BT", m, three(0.02, 1)) for m in ("rm_dpo", "rm_worst_case")]  # p of 0.04 each
+    found = judged(results("methods", rows=TWO, comparisons=pairs))
+    assert [(found[x]["verdict"], found[x]["after_holm"]) for x in (MARGIN, WORST)] == [(HOLDS, OPEN)] * 2
+    pairs[1] = ("DPO-HPS", "DPO-BT", "harm", three(-1, -0.02))  # in the other table
+    found = judged(results("methods", rows=TWO, comparisons=pairs))
+    assert [(found[x]["verdict"], found[x]["after_holm"]) for x in (MARGIN, HARM)] == [(HOLDS, HOLDS)] * 2
 
 
 def test_what_is_not_there_is_left_out_or_said():
-    found = judged(results("methods", rows=TWO, comparisons=[("DPO-BT", "DPO-HPS", "rm_dpo", 1, 0.5, 2)]))
+    found = judged(results("methods", rows=TWO, comparisons=[("DPO-BT", "DPO-HPS", "rm_dpo", [1, 0.5, 2])]))
     assert not any("PL-8" in text or "EXO" in text for text in found)  # no such rows
     assert found[MARGIN]["verdict"] == "not measured here"  # b - a is not a - b
     assert found[MARGIN]["reason"] == "no comparison of RM_DPO of these rows in the results"
@@ -75,46 +94,44 @@ def test_what_is_not_there_is_left_out_or_said():
     assert people == {
         "claim": people["claim"],
         "paper": "Table 3: 3.93 vs 3.82, 3.69, 3.63",
+        "table": claims.TABLES[0],
         "verdict": "not measured here",
         "reason": "needs human raters",
     }
     bare = results("methods", rows=TWO)
     del bare["comparisons"]
-    assert set(claims.judge(bare)[0]) == {"claim", "paper", "verdict", "reason"}
+    assert set(claims.judge(bare)[0]) == {"claim", "paper", "table", "verdict", "reason"}
     assert claims.judge(results("schedule", rows=TWO)) == []
 
 
-def test_cost_is_a_ratio_with_the_range_over_runs():
+def test_cost_is_a_ratio_in_each_world():
     rows = {
-        "DPO-HPS": {"train_seconds": interval(40, 36, 44), "train_tokens": interval(82, 80, 84)},
-        "DPO-BT": {"train_seconds": interval(50, 40, 60), "train_tokens": interval(80, 80, 80)},
-        "DPO-PL-8": {"train_seconds": interval(160, 150, 176), "train_tokens": interval(80, 60, 100)},
+        "DPO-HPS": {"train_seconds": [36, 40, 44], "train_tokens": [80, 82, None]},
+        "DPO-BT": {"train_seconds": [50, 50, 55], "train_tokens": [80, 80, 80]},
+        "DPO-PL-8": {"train_seconds": [150, 150, 160], "train_tokens": [81, 80, 79]},
     }
     found = judged(results("cost", rows=rows))
     text = "DPO-HPS trains in less than {} times the {} of {}"
     item = found[text.format("1.1", "seconds", "DPO-BT")]
-    assert (item["mean"], item["low"], item["high"]) == pytest.approx((0.8, 0.6, 1.1))
+    assert item["values"] == pytest.approx([0.72, 0.8, 0.8]) and item["verdict"] == HOLDS
     assert item["kind"] == "ratio" and item["paper"].endswith(": 64.4 vs 62.8 hours, x 1.03")
-    assert found[text.format("1.1", "tokens", "DPO-BT")]["verdict"] == "holds"  # 84 / 80 = 1.05
-    item = found[text.format("0.5", "seconds", "DPO-PL-8")]
-    assert (item["low"], item["high"]) == pytest.approx((36 / 176, 44 / 150))
-    assert item["verdict"] == "holds" and item["paper"].endswith(": 64.4 vs 168.4 hours, x 0.38")
-    assert found[text.format("0.5", "tokens", "DPO-PL-8")]["verdict"] == "does not hold"  # 80 / 100 = .8
-    rows["DPO-BT"]["train_seconds"] = interval(50, 0, 60)
+    assert found[text.format("1.1", "tokens", "DPO-BT")]["values"] == pytest.approx([1, 82 / 80])  # a world without
+    assert found[text.format("0.5", "seconds", "DPO-PL-8")]["verdict"] == HOLDS
+    assert found[text.format("0.5", "tokens", "DPO-PL-8")]["verdict"] == NOT
+    rows["DPO-BT"]["train_seconds"][1] = 0
     with pytest.raises(ValueError, match="train_seconds of DPO-HPS and DPO-BT must be above 0"):
         claims.judge(results("cost", rows=rows))
 
 
 def test_growth_with_n_is_a_difference_of_differences():
     text = "RM_DPO grows more from n 5 to 100 under DPO-HPS than under DPO-BT"
-    hps = ("DPO-HPS n 100", "DPO-HPS n 5", "rm_dpo", 2.0, 1.0, 3.0)
-    for bt, verdict in (((0.2, 0.1, 0.3), HOLDS), ((0.5, 0.2, 1.0), OPEN), ((4.0, 3.1, 5.0), NOT)):
-        pairs = [hps, ("DPO-BT n 100", "DPO-BT n 5", "rm_dpo", *bt)]
+    hps = ("DPO-HPS n 100", "DPO-HPS n 5", "rm_dpo", [2.0, 3.0, 4.0])
+    for bt, verdict in (([0.5, 1.4, 2.6], HOLDS), ([0.0, 3.0, 1.0], OPEN), ([4.0, 5.1, 6.1], NOT)):
+        pairs = [hps, ("DPO-BT n 100", "DPO-BT n 5", "rm_dpo", bt)]
         rows = {name: {} for pair in pairs for name in pair[:2]}
         found = judged(results("responses", rows=rows, comparisons=pairs))
         assert found[text]["verdict"] == verdict and found[text]["paper"] == "Table 6: +2.123 vs +0.183"
-        numbers = found[text]["mean"], found[text]["low"], found[text]["high"]
-        assert numbers == pytest.approx((2.0 - bt[0], 1.0 - bt[2], 3.0 - bt[1]))
+        assert found[text]["values"] == pytest.approx([a - b for a, b in zip(hps[3], bt, strict=True)])
         assert found["DPO-HPS n 100 has a larger RM_DPO than DPO-HPS n 5"]["verdict"] == HOLDS
         assert judged(results("responses", rows=rows, comparisons=[hps]))[text]["verdict"] == "not measured here"
 
@@ -126,14 +143,17 @@ def test_the_papers_figures_stand_beside_their_claims():
         (MARGIN, "HH 2.723 vs 0.349, PKU -5.359 vs -5.441"),
         (BLEU, "HH 0.232 vs 0.230, PKU 0.306 vs 0.306"),
         (REWARD, "HH 0.430 vs 0.431, PKU 0.407 vs 0.417"),
-        ("DPO-HPS wins more often against SFT than DPO-PL-8", "win : lose, HH 57.612 : 13.875, PKU 57.650 : 10.350"),
+        (
+            "DPO-HPS wins more often than it loses against DPO-PL-8",
+            "win : lose, HH 57.612 : 13.875, PKU 57.650 : 10.350",
+        ),
         ("DPO-HPS help to safe has a larger RM_DPO than DPO-BT help to safe", "PKU 5.725 vs 1.346"),
         ("DPO-HPS safe to help has a larger RM_DPO than DPO-PL-8 safe to help", "HH -4.816 vs -5.122"),
-        ("DPO-HPS safe to help is at most 0.1 of reward below DPO-BT safe to help", "HH 0.438 vs 0.437"),
+        ("DPO-HPS safe to help is at most 0.1 of best-of-5 reward below DPO-BT safe to help", "HH 0.438 vs 0.437"),
         ("DPO-HPS help to safe is at most 0.01 of BLEU below DPO-PL-8 help to safe", "PKU 0.310 vs 0.307"),
         ("DPO-HPS n 20 has a larger RM_DPO than DPO-BT n 20", "0.822 vs 0.227"),
         ("DPO-BT n 100 has a larger RM_DPO than DPO-BT n 5", "0.349 vs 0.166"),
-        ("DPO-HPS n 100 is at most 0.1 of reward below DPO-HPS n 5", "0.430 vs 0.431"),
+        ("DPO-HPS n 100 is at most 0.1 of best-of-5 reward below DPO-HPS n 5", "0.430 vs 0.431"),
         ("DPO-HPS beta 1 has a larger RM_DPO than DPO-BT beta 1", "RM_R-DPO -1.178 vs -1.990 at KL 2.015 vs 2.043"),
         ("SPPO-BT has a negative RM_DPO", "HH -0.978, PKU -13.442"),
     }

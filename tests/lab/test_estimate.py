@@ -118,14 +118,14 @@ def test_flops_are_the_counted_ones(monkeypatch, shape, name, rank, targets, sha
     monkeypatch.setattr(attention_cpu, "layout", lambda packed, heads: attention_cpu.blockwise(packed))
     c = options(lora_rank=rank, lora_targets=targets, gradient_checkpointing=checkpointing, share_prompt=share_prompt)
     c = dataclasses.replace(c, shape=shape(name), prompts=2, epochs=1, prompt_tokens=7, response_tokens=5, responses=3)
-    way = estimate.estimate(c)["ways"][1 if share_prompt else 3]  # no cache: a forward beside each training step
+    work = estimate.estimate(c)["work"]  # one epoch: the reference scores what is trained on
     packed, lm = batch(share_prompt), policy(name, c)
-    assert way["tokens"] == way["reference_tokens"] == packed.input_ids.numel()
+    assert work["tokens"] == work["reference_tokens"] == packed.input_ids.numel()
     with FlopCounterMode(display=False, custom_mapping=FLASH) as both:
         lm(packed).sum().backward()
     with FlopCounterMode(display=False, custom_mapping=FLASH) as forward, torch.no_grad():
         lm(packed)
-    assert way["flops"] == both.get_total_flops() + forward.get_total_flops()
+    assert work["FLOPs"] == both.get_total_flops() + forward.get_total_flops()
 
 
 @pytest.mark.parametrize(("name", "rank", "targets", "share_prompt", "bf16"), CASES)
@@ -182,13 +182,16 @@ def test_tokens_and_hours_by_hand(shape):
     of a prompt: micro-batches of 256 hold (256 - 100) // 60 = 2, so 220 + 160 tokens shared and 3 * 160 apart. BT meets
     2. Where all three fit into a micro-batch they take 280. Hours * 3600 s * ranks * peak * share are FLOPs."""
     c = options(shape=shape("llama"), prompts=10, prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=256)
-    ways = estimate.estimate(dataclasses.replace(c, world_size=5, tflops=2.0, mfu=0.25))["ways"]
-    assert [way["tokens"] for way in ways] == [4400, 4400, 6400, 6400]
-    assert [way["reference_tokens"] for way in ways] == [3800, 4400, 4800, 6400]
-    assert ways[0]["hours"] * 3600 * 5 * 2e12 * 0.25 == pytest.approx(ways[0]["flops"])
-    for changes, expected in ((dict(method="dpo-bt"), 2200), (dict(tokens_per_micro_batch=280), 2800)):
-        rows = estimate.scored_once(dataclasses.replace(c, **changes), shared=True)
-        assert 10 * sum(row["N"] for row in rows) == expected
+    c = dataclasses.replace(c, world_size=5, tflops=2.0, mfu=0.25)
+    for changes, tokens, reference_tokens in (
+        ({}, 4400, 3800),
+        (dict(share_prompt=False), 6400, 4800),
+        (dict(method="dpo-bt"), 4400, 2200),
+        (dict(tokens_per_micro_batch=280), 4400, 2800),
+    ):
+        work = estimate.estimate(dataclasses.replace(c, **changes))["work"]
+        assert (work["tokens"], work["reference_tokens"]) == (tokens, reference_tokens)
+        assert work["hours"] * 3600 * 5 * 2e12 * 0.25 == pytest.approx(work["FLOPs"])
 
 
 def test_options_are_those_of_train_and_its_presets():
