@@ -9,73 +9,120 @@ import datetime
 import functools
 import json
 import logging
+import os.path
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 DATE = "2025-01-01"  # of templates that write the day's, unless the option `date` names another
-TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+DIRECTIVES = ("-d", "-m", *"aAbBcdeFHIjmMpSTUwWxXyY", "%")  # of strftime
+FIXED = re.compile(r"\{# fixed (\w+) #\}(.*)\n")  # a line that `fix` has put before a template
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a turn, as transformers knows them
+MARK = re.compile(r"qzqt(\d+)qzq")  # in the place of a turn's content
 Turns = Sequence[dict[str, Any]]
 
 
 class Template:
     """A tokenizer's chat template; what it does to turns is asked once per sequence of roles."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, encoder: Any) -> None:
+        self.encoder, self.tokenizer = encoder, encoder.tokenizer
         self._shapes: dict[str, list[str]] = {}
 
-    def write(self, turns: Turns, **how: Any) -> Any:
-        """Text (or with tokenize=True ids) of turns, behind a user's up to where the answer begins."""
+    def write(self, turns: Turns) -> str:
+        """The text of turns, behind a user's up to where the answer begins."""
         if not self.tokenizer.chat_template:
             raise ValueError("the prompt is a list of messages but the tokenizer has no chat template")
-        how = dict(tokenize=False, add_generation_prompt=turns[-1]["role"] != "assistant", return_dict=False) | how
+        ask = turns[-1]["role"] != "assistant"
         try:
-            return self.tokenizer.apply_chat_template(list(turns), **how)
+            return self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=ask)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the tokenizer's chat template refuses these messages: {error}") from error
 
     def render(self, turns: Turns) -> str:
-        """The text of turns, each of which is found in it; ValueError that names the turn which is not."""
+        """The text of turns, each of which is found in it; ValueError that names the turn which is not.
+
+        White space around a content may change, and what an earlier answer thought may be left out (`drops_thoughts`).
+        """
         text, shape = self.write(turns), self.shape(turns)
-        if _fits(text, shape, turns):
-            return text
-        at = 0  # a template may write other things around other contents
-        for i, turn in enumerate(turns):
+        at = 0
+        for i, turn in enumerate(turns if not _fits(text, shape, turns) else ()):
+            # The template writes other things around this content than around others: its place must do.
             begin = 0 if turn["role"] == "system" else at
-            found = [(text.find(form, begin), len(form)) for form in _forms(turn["content"])]
+            found = [(text.find(form, begin), len(form)) for form in _forms(turn)]
             first, size = next((pair for pair in found if pair[0] >= 0), (-1, 0))
             if first < 0:
                 raise _lost(turns, i, "leaves out or changes a part of")
             at = max(at, first + size)
         return text
 
-    def encode(self, turns: Turns, control: set[int]) -> list[int]:
-        """Ids of turns. A token of `control` is the template's, never a content's, which are read as characters."""
+    def drops_thoughts(self, prompt: Turns, texts: Sequence[str] = ()) -> bool:
+        """Whether it leaves out what an earlier answer thought, as the templates of models that think do, so that the
+        policy will not see it when it is asked either; or what one of `texts` thought, as `answered` reads them."""
+        read = [[*prompt, said(text)] for text in texts] if texts and self.closing is None else [prompt]
+        thoughts = [(turns, thought) for turns in read for turn in turns if (thought := _thought_said(turn)[0])]
+        return any(thought not in self.write(turns) for turns, thought in thoughts)
 
-        def controls(ids: list[int]) -> int:
-            return sum(i in control for i in ids)
+    def answered(self, prompt: Turns, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """A prompt, and each answer with all that is written behind it, as a reward model reads a conversation.
 
-        ids: list[int] = self.tokenizer(self.render(turns), add_special_tokens=False, verbose=False).input_ids
-        names = [str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(control))]
+        Where the template writes another beginning around a finished answer than the prompt's, each conversation is
+        the template's own rendering, and the prompt what all of them begin with.
+        """
+        head, closing = self.encoder.prompt(prompt), self.closing
+        if closing is not None:
+            return head, [[*ids, *closing] for ids in self.encoder.responses(texts, chat=True)]
+        wholes = [self.encode([*prompt, said(text)]) for text in texts]
+        some = [head, *(whole[:-1] for whole in wholes)]  # something is left of each
+        begin = os.path.commonprefix(some)  # noqa: RUF071 - of ids, not of paths
+        return begin, [whole[len(begin) :] for whole in wholes]
+
+    @functools.cached_property
+    def closing(self) -> list[int] | None:
+        """What the template writes behind an answer's EOS (a line break, or nothing); None where it does not write
+        prompt, text, EOS."""
+        asked, text = {"role": "user", "content": "a"}, "b\n\nB"
+        try:
+            begin = [*self.encoder.prompt((asked,)), *next(self.encoder.responses([text]))]
+            whole = self.encode([asked, said(text)])
+        except ValueError:  # it loses the question, or wants a system's turn before it
+            return None
+        return whole[len(begin) :] if whole[: len(begin)] == begin else None
+
+    def encode(self, turns: Turns) -> list[int]:
+        """Ids of turns. Control tokens, and others that the template writes around these turns, are its own, never a
+        content's, which is read as characters; but <think> may be what the model itself has written."""
+        ids, shape = self._ids(self.render(turns)), "".join(self.shape(turns))
+        names = {str(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(self.encoder.control))}
+        names |= {name for name in self._added if name in shape} - {"<think>", "</think>"}
         quoted = [(i, name) for i, turn in enumerate(turns) for name in names if name in turn["content"]]
         if not quoted:
             return ids
-        own = self.tokenizer("".join(self.shape(turns)), add_special_tokens=False, verbose=False).input_ids
+        pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+        marked = [{**turn, "content": mark_control_tokens(turn["content"], pattern)} for turn in turns]
+        own = set(self.tokenizer.convert_tokens_to_ids(list(names)))
         try:
-            ids = self.write(turns, tokenize=True, sanitize_control_tokens=True)
+            ids = self._ids(self.write(marked), sanitize_control_tokens=True)
         except ValueError as error:
             if "sanitize" not in str(error):
                 raise
-        if controls(ids) != controls(own):
+        if sum(i in own for i in ids) != sum(i in own for i in self._ids(shape)):
             raise ValueError(
                 f"prompt[{quoted[0][0]}] holds the control token {quoted[0][1]!r} inside its text, and this tokenizer "
                 "cannot read it as plain characters; take it out of the text"
             )
         return ids
+
+    def _ids(self, text: str, **how: Any) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, **how).input_ids
+
+    @functools.cached_property
+    def _added(self) -> list[str]:
+        """Tokens that stand beside the vocabulary, without blanks and line breaks."""
+        return [token for token in self.tokenizer.get_added_vocab() if not token.isspace()]
 
     def shape(self, turns: Turns) -> list[str]:
         """What the template writes around the contents, with a mark in the place of each."""
@@ -83,7 +130,7 @@ class Template:
         if key not in self._shapes:
             marked = self.write([{**turn, "content": f"qzqt{i}qzq"} for i, turn in enumerate(turns)])
             parts = [part for part in re.split(r"(qzqt\d+qzq)", marked) if part]
-            seen = [int(turn[1]) for part in parts if (turn := _MARK.fullmatch(part))]
+            seen = [int(turn[1]) for part in parts if (turn := MARK.fullmatch(part))]
             for i in range(len(turns)):
                 if i not in seen:
                     raise _lost(turns, i, "leaves out")
@@ -101,40 +148,54 @@ class Template:
         asked, eos = {"role": "user", "content": "a"}, self.tokenizer.eos_token
         try:
             head = self.write([asked])
-            whole, padded = (self.write([asked, {"role": "assistant", "content": x}]) for x in ("qzq", "\n qzq \n"))
+            whole, padded = (self.write([asked, said(text)]) for text in ("qzq", "\n qZ\n\nq \n"))
         except ValueError as error:
             return "", False, str(error)
-        strips = "\n qzq \n" not in padded
+        strips = "\n qZ\n\nq \n" not in padded
         if not whole.startswith(head):
             same = next(i for i, c in enumerate(head) if whole[i : i + 1] != c)
             return "", strips, f"begins an answer with {head[same:]!r}, which a finished one does not have"
         before, _, after = whole[len(head) :].partition("qzq")
         if before.strip():
             return "", strips, f"writes {before!r} before a finished answer, which the prompt does not end in"
+        if "qZ\n\nq" not in padded:
+            return before, strips, "changes what an answer says"
         ends = after.lstrip().startswith(eos)
         return before, strips, "" if ends else f"ends an answer with {after!r} and not with eos_token, {eos!r}"
 
 
-_MARK = re.compile(r"qzqt(\d+)qzq")
+def said(answer: str) -> dict[str, Any]:
+    """The turn of an answer."""
+    return {"role": "assistant", "content": answer}
 
 
 def _fits(text: str, shape: list[str], turns: Turns) -> bool:
-    """Whether a text is the marked one with the contents in the place of the marks."""
-    at = 0
+    """Whether a text is the marked one with the contents in the place of the marks, white space around them aside."""
     for part in shape:
-        turn = _MARK.fullmatch(part)
-        forms = _forms(turns[int(turn[1])]["content"]) if turn else [part]
-        form = next((form for form in forms if text.startswith(form, at)), None)
+        turn = MARK.fullmatch(part)
+        forms = _forms(turns[int(turn[1])]) if turn else [part.strip()]
+        text = text.lstrip()
+        form = next((form for form in forms if text.startswith(form)), None)
         if form is None:
             return False
-        at += len(form)
-    return at == len(text)
+        text = text[len(form) :]
+    return not text.strip()
 
 
-def _forms(content: str) -> list[str]:
-    """How a template may write a content without a loss: as it is, stripped, or as JSON."""
-    quoted = json.dumps(content, ensure_ascii=False)[1:-1]
-    return [content, content.strip(), content.lstrip(), content.rstrip(), quoted, json.dumps(content)[1:-1]]
+def _thought_said(turn: dict[str, Any]) -> tuple[str, str]:
+    """What an answer thought, and what it then said."""
+    thought, end, said = turn["content"].rpartition("</think>")
+    if turn["role"] != "assistant" or not (end and said.strip()):
+        thought, said = "", turn["content"]
+    more = [str(turn[key]) for key in THOUGHTS if turn.get(key)]
+    return (more or [thought.rpartition("<think>")[2]])[0].strip(), said.strip()
+
+
+def _forms(turn: dict[str, Any]) -> list[str]:
+    """How a template may write a turn without a loss: as it is, as JSON, or without its thoughts."""
+    content = turn["content"].strip()
+    as_json = [json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+    return [content, *as_json, _thought_said(turn)[1]]
 
 
 def _lost(turns: Turns, i: int, what: str) -> ValueError:
@@ -145,34 +206,41 @@ def _lost(turns: Turns, i: int, what: str) -> ValueError:
 
 
 def fix(template: str, options: str, *, path: str) -> str:
-    """The template with options of its own set, and with a fixed date where it writes the day's.
+    """The template with options of its own set, and with a fixed date where it asks for the day's; in lines before it,
+    which replace those of an earlier call.
 
     options: NAME=VALUE,... of what the template asks for (enable_thinking=false), and date=YYYY-MM-DD.
-    Raises ValueError for an option that the template does not know, and for a date that cannot be fixed.
+    Raises ValueError for an option that the template does not know, and for what is no date.
     """
+    lines = {}
+    while line := FIXED.match(template):
+        lines[line[1]], template = line[2], template[line.end() :]
     given = dict(item.partition("=")[::2] for item in options.split(",") if item)
-    date = given.pop("date", "")
-    try:
-        day = datetime.date.fromisoformat(date or DATE)
-    except ValueError as error:
-        raise ValueError(f"template option date={date}: write it as in date={DATE}") from error
-    fixed, count = TODAY.subn(lambda found: json.dumps(day.strftime(found[2])), template)
-    if re.search(r"strftime_now\s*\(", fixed):
-        raise ValueError(f"the chat template of {path!r} writes the time in a way that cannot be fixed: edit it")
-    note = f"{{# date {day} #}}"  # by which a template that was fixed before, in a policy's folder, is known
-    if count:
-        fixed = note + fixed
-        if not date:
-            _say(f"{path}: the chat template writes the day's date, fixed here to {DATE}; --template_options date=...")
-    elif date and note not in template:
-        raise ValueError(f"template option date={date}: the chat template of {path!r} writes no date, or another")
+    # transformers gives a template no other way to the clock.
+    if "date" in given and "strftime_now" not in template:
+        raise ValueError(f"template option date={given['date']}: the chat template of {path!r} writes no date")
+    if "strftime_now" in template and not {"date"} & (given.keys() | lines.keys()):
+        _say(f"{path}: the chat template writes the day's date, fixed here to {DATE}; --template_options date=...")
+        given["date"] = DATE
     for name, value in given.items():
+        if name == "date":
+            lines[name] = _clock(value)
+            continue
         if not name.isidentifier() or not re.search(rf"\b{name}\b", template):
             raise ValueError(f"the chat template of {path!r} knows no option {name!r}")
         value = value if value in ("true", "false", "none") or value.isdecimal() else json.dumps(value)
-        fixed = re.sub(rf"{{# option #}}{{% set {name} = .*? %}}", "", fixed)
-        fixed = f"{{# option #}}{{% set {name} = {value} %}}{fixed}"
-    return fixed
+        lines[name] = f"{{% set {name} = {value} %}}"
+    return "".join(f"{{# fixed {name} #}}{line}\n" for name, line in lines.items()) + template
+
+
+def _clock(date: str) -> str:
+    """A template's own strftime_now, in which it is always the same day."""
+    try:
+        day = datetime.datetime.fromisoformat(date)
+    except ValueError as error:
+        raise ValueError(f"template option date={date}: write it as in date={DATE}") from error
+    named = "".join(f".replace({json.dumps(f'%{d}')}, {json.dumps(day.strftime(f'%{d}'))})" for d in DIRECTIVES)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{named} }}}}{{% endmacro %}}"
 
 
 @functools.cache  # so that the log says it once

@@ -110,7 +110,7 @@ class Encoder:
         """The chat template, as hps.data.templates has it."""
         from hps.data import templates
 
-        return templates.Template(self.tokenizer)
+        return templates.Template(self)
 
     @functools.cached_property
     def inner(self) -> Tokenizer:
@@ -122,8 +122,8 @@ class Encoder:
         inside = {name: _without_blank(rule) for name, rule in rules.items()}
         return whole if inside == rules else Tokenizer.from_str(json.dumps(json.loads(whole.to_str()) | inside))
 
-    def prompt(self, prompt: Prompt, *, answer: str | None = None) -> list[int]:
-        """Of a string verbatim; of messages through the chat template, up to the answer's start or with the `answer`.
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Of a string verbatim; of messages through the chat template, up to the answer's start.
 
         A string gets a BOS in front if the tokenizer adds one by itself and the text does not have it yet; a template
         writes its own, and control tokens within messages are read as plain characters. Raises ValueError for messages
@@ -135,8 +135,7 @@ class Encoder:
             if self.adds_bos and ids[:1] != [self.bos]:
                 ids = [cast(int, self.bos), *ids]
         else:
-            said = [] if answer is None else [{"role": "assistant", "content": answer}]
-            ids = self.template.encode([*prompt, *said], self.control)
+            ids = self.template.encode(prompt)
         if not ids:
             raise ValueError("the prompt has no tokens, so nothing predicts the first token of the response")
         if ids[:2] == [self.bos, self.bos]:
@@ -176,31 +175,6 @@ class Encoder:
         text = self.inner.decode([int(i) for i in ids], skip_special_tokens=True).removeprefix(self.before(chat))
         chat = bool(self.tokenizer.chat_template) if chat is None else chat
         return text.strip() if chat and self.template.answer[1] else text
-
-    def answered(self, prompt: Prompt, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """A prompt, and each answer with all that is written behind it, as a reward model reads a conversation.
-
-        Where the template writes another beginning around a finished answer than the prompt's, each conversation is
-        the template's own rendering, and the prompt what all of them begin with.
-        """
-        head = self.prompt(prompt)
-        if isinstance(prompt, str) or self.closing is not None:
-            closing = [] if isinstance(prompt, str) else self.closing or []
-            return head, [[*ids, *closing] for ids in self.responses(texts, chat=not isinstance(prompt, str))]
-        wholes = [self.prompt(prompt, answer=text) for text in texts]
-        same = min(map(len, wholes), default=1) - 1  # something is left of each
-        for whole in (head, *wholes):
-            same = next((i for i, (a, b) in enumerate(zip(head[:same], whole)) if a != b), min(same, len(whole)))
-        return head[:same], [whole[same:] for whole in wholes]
-
-    @functools.cached_property
-    def closing(self) -> list[int] | None:
-        """What the template writes behind an answer's EOS (a line break, or nothing); None where it does not write
-        prompt, text, EOS."""
-        asked = ({"role": "user", "content": "a"},)
-        begin = [*self.prompt(asked), *next(self.responses(["b"]))]
-        whole = self.prompt(asked, answer="b")
-        return whole[len(begin) :] if whole[: len(begin)] == begin else None
 
     def without_eos(self, text: str) -> str:
         while text.endswith(self.tokenizer.eos_token):
@@ -252,14 +226,14 @@ def tokenize(
 
     counts: filled as the examples are taken, under the names of COUNTS: responses_read = kept + overlong + empty;
     rows_read = kept + overlong_prompt (the prompt alone leaves no room for one token and EOS) + no_responses (none
-    is left); pairs_broken = kept rows that lost a response of their human pair.
+    is left); pairs_broken = kept rows that lost a response of their human pair; rows_thoughts_dropped, where there are
+    any, = those of which the template leaves out what an earlier answer thought.
     truncate: "drop" leaves out a response that does not fit, "error" raises, "keep_end" cuts the prompt on the left
     (for all its responses alike, down to half the budget, behind its BOS) and leaves out what still does not fit.
     Responses are never cut, so none becomes empty or equal to another. Empty and whitespace-only ones are left out.
-    closing: read messages with their answers as `Encoder.answered` does. progress: show a bar if it takes over two
+    closing: read messages with their answers as `Template.answered` does. progress: show a bar if it takes over two
     seconds.
-    Raises ValueError, with file and line, for what encode_prompt and encode_response refuse; and if no row
-    is left.
+    Raises ValueError, with file and line, for what `Encoder` refuses; and if no row is left.
     """
     if truncate not in TRUNCATE:
         raise ValueError(f"truncate = {truncate!r} does not exist; choose one of {', '.join(TRUNCATE)}")
@@ -277,7 +251,7 @@ def tokenize(
             cached, chat = json.dumps(row.prompt), not isinstance(row.prompt, str)
             try:
                 if closing and chat and row.responses:
-                    head, responses = encoder.answered(row.prompt, row.responses)
+                    head, responses = encoder.template.answered(row.prompt, row.responses)
                     prompt = np.array(head, np.int32)
                 else:
                     if cached not in prompts:
@@ -286,6 +260,8 @@ def tokenize(
                 empty = [not encoder.without_eos(text).strip() for text in row.responses]
                 empty = [e or ids[0] == encoder.eos for e, ids in zip(empty, responses, strict=True)]
                 example = _example(row, prompt, responses, empty, max_length, truncate, counts, encoder.bos)
+                if chat and encoder.template.drops_thoughts(row.prompt, row.responses if closing else ()):
+                    counts["rows_thoughts_dropped"] = counts.get("rows_thoughts_dropped", 0) + 1
             except ValueError as error:
                 raise ValueError(f"{row.where}: {error}") from error
             if example:

@@ -155,13 +155,14 @@ def _joints(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], examples: S
         apart = [*encoder.prompt(row.prompt), *found[0][:-1]]
         merges += joined not in (apart, apart[1:])  # without the BOS that is put before a string
     chats = any(not isinstance(row.prompt, str) for row in looked_at)
+    not_closed = chats and encoder.template.closing is None
     return {
         "prompts_with_bos": sum(bool(e.prompt_ids[0] == tokenizer.bos_token_id) for e in examples),
         "responses_with_one_eos": int(sum(ends)),
         "looked_at": len(looked_at),
         "merges": merges,
         "changed": changed,
-        "differs": (encoder.template.answer[2] or "merges text and EOS") if chats and encoder.closing is None else "",
+        "differs": (encoder.template.answer[2] or "merges text and EOS") if not_closed else "",
     }
 
 

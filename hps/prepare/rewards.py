@@ -93,8 +93,11 @@ def annotate_packed(
 
 
 def encode_answered(encoder: tokens.Encoder, prompt: tokens.Prompt, texts: Sequence[str]) -> list[Block]:
-    """A prompt with its answers as a reward model reads them, one block; errors as `Encoder.answered`."""
-    head, answers = encoder.answered(prompt, texts)
+    """A prompt with its answers as a reward model reads them, one block; errors as `Template.answered`."""
+    if isinstance(prompt, str):
+        head, answers = encoder.prompt(prompt), encoder.responses(texts, chat=False)
+    else:
+        head, answers = encoder.template.answered(prompt, texts)
     return [Block(np.array(head, np.int32), tuple(np.array(ids, np.int32) for ids in answers))]
 
 

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hps.data.rows import Row, parse_row
+from hps.data.templates import DATE
 from hps.data.tokens import Encoder, encode_prompt, encode_response, fingerprint, load_tokenizer, tokenize_rows
 
 CHAT = "{% for m in messages %}<|tool|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
@@ -57,7 +58,8 @@ def test_control_tokens_in_a_turn_are_characters():
 def test_the_date_is_fixed_and_options_are_part(tmp_path, caplog):
     dated = "{% set day = strftime_now('%d %b %Y') %}{{ day }}" + CHAT
     thinks = CHAT + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
-    for name, template in (("dated", dated), ("thinks", thinks), ("clock", "{{ strftime_now(f) }}" + CHAT)):
+    clock = "\n  {% set f = '%H:%M, %-d %B' %}{{ strftime_now(f) }}" + CHAT  # what stands before it leaves no trace
+    for name, template in (("dated", dated), ("thinks", thinks), ("clock", clock)):
         byte_tokenizer(chat_template=template).save_pretrained(tmp_path / name)
     path = str(tmp_path / "dated")
     loaded = load_tokenizer(path)
@@ -69,6 +71,9 @@ def test_the_date_is_fixed_and_options_are_part(tmp_path, caplog):
     other.save_pretrained(tmp_path / "policy")  # as a run exports it
     for options in ("", "date=2026-02-03"):
         assert fingerprint(load_tokenizer(str(tmp_path / "policy"), options)) == fingerprint(other)
+    assert fingerprint(load_tokenizer(str(tmp_path / "policy"), f"date={DATE}")) == fingerprint(loaded)
+    at = load_tokenizer(str(tmp_path / "clock"), "date=2026-02-03")
+    assert at.decode(encode_prompt(at, turns("why", "yes"))).startswith("\n00:00, 3 February<|tool|>")
     thinking, not_thinking = (load_tokenizer(str(tmp_path / "thinks"), o) for o in ("", "enable_thinking=false"))
     ends = [t.decode(encode_prompt(t, turns("why", "yes")))[-15:] for t in (thinking, not_thinking)]
     assert ends[0].endswith("assistant\n") and ends[1] == "<think></think>"
@@ -76,7 +81,6 @@ def test_the_date_is_fixed_and_options_are_part(tmp_path, caplog):
     again = load_tokenizer(str(tmp_path / "policy"), "enable_thinking=true")
     assert encode_prompt(again, turns("why", "yes")) == encode_prompt(thinking, turns("why", "yes"))
     for name, options, told in (
-        ("clock", "", "cannot be fixed"),
         ("thinks", "enable_thinkin=false", "knows no option 'enable_thinkin'"),
         ("thinks", "date=2026-02-03", "writes no date"),
         ("dated", "date=tomorrow", "write it as in date=2025-01-01"),

@@ -267,8 +267,8 @@ def test_a_whole_conversation_as_the_template_writes_it(words):
     whole = [*prompt, {"role": "assistant", "content": "tea is cold"}]
     expected = words.apply_chat_template(whole, tokenize=True, return_dict=False)
     assert words.convert_ids_to_tokens(expected)[-2:] == ["<eos>", "why"]
-    assert Encoder(words).closing == [WORDS.index("why")]
-    head, answers = Encoder(words).answered(prompt, ["tea is cold", "hot"])
+    assert Encoder(words).template.closing == [WORDS.index("why")]
+    head, answers = Encoder(words).template.answered(prompt, ["tea is cold", "hot"])
     assert [*head, *answers[0]] == expected
     one = row("a", prompt, ("tea is cold", "hot", ""))
     [example] = list(tokenize(words, [one], {}, max_length=50, closing=True))  # as it is trained
@@ -284,18 +284,18 @@ def test_a_template_that_writes_answers_in_its_own_way(words, bpe):
     begins = ANSWERED.replace("<assistant> ", "<assistant> hot ")  # as with "<think>"
     for template in (TEMPLATE, begins):
         own = type(words)(tokenizer_object=words.backend_tokenizer, **words.special_tokens_map, chat_template=template)
-        assert Encoder(own).closing is None
+        assert Encoder(own).template.closing is None
         wholes = []
         for text in ("tea is cold", "hot"):
             turns = [*prompt, {"role": "assistant", "content": text}]
             wholes.append(own.apply_chat_template(turns, return_dict=False))
-        head, answers = Encoder(own).answered(prompt, ("tea is cold", "hot"))
+        head, answers = Encoder(own).template.answered(prompt, ("tea is cold", "hot"))
         assert [[*head, *answer] for answer in answers] == wholes and own.eos_token_id not in head
         [example] = tokenize(own, [row("a", prompt, ("tea is cold", " ", "hot"))], {}, max_length=50, closing=True)
         assert example.kept.tolist() == [0, 2]
         assert [[*example.prompt_ids, *ids] for ids in example.response_ids] == wholes
     with pytest.raises(ValueError, match="no chat template"):
-        Encoder(bpe).answered(prompt, ["x"])
+        Encoder(bpe).template.answered(prompt, ["x"])
 
 
 def test_messages_say_where(words, bpe):
