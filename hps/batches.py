@@ -27,9 +27,9 @@ class Batch:
 
     packed: the tokens, with `valid` (B, K) bool and `num_tokens` (B, K) int64 scored tokens. ref_logps: (B, K) float32
     summed log-probs under the reference, nats, 0 where the loss needs none. log_q: (B, K-1) float32 log-weights of the
-    opponents. kappa: (B,) float32, N of Eq. 8. rewards: (B, K) float32 external rewards, 0 where the loss looks at
-    none. kl: KTO's estimate of the KL divergence in this step, nats. weight: 1, or 0 for the repeated block of an idle
-    rank.
+    opponents in the loss: q's own in the full form, else how often each was drawn (0 for a single draw). kappa: (B,)
+    float32, N of Eq. 8. rewards: (B, K) float32 external rewards, 0 where the loss looks at none. kl: KTO's estimate of
+    the KL divergence in this step, nats. weight: 1, or 0 for the repeated block of an idle rank.
     """
 
     packed: Packed

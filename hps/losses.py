@@ -12,7 +12,8 @@ Notation: h = log pi_theta(y|x) - log pi_ref(y|x), summed over the response's to
 literally, one drawn response). The losses beside the paper's five are in `extra/losses.py`.
 
 To add a loss: write one function like those below, add one line to `LOSSES`, add one test. Its keyword-only arguments
-are options of train.py; a new one needs a field of `options.Config` with its help text, and a line in `options.RANGES`.
+are options of train.py; a new one needs a field of `options.Config` with its help text, and may have a line in
+`options.RANGES`.
 """
 
 import inspect

@@ -144,7 +144,8 @@ def used_options(c: Config) -> set[str]:
     of_losses = {name for loss in all_losses().values() for name in loss.options}
     of_samplers = {name for sampler in SAMPLERS for name in sampler_options(sampler)}
     of_methods = of_losses | of_samplers | POSITIVE_STAGES | {"pl_form"}
-    assert of_methods <= fields, f"without a field and its help text: {of_methods - fields}"
+    if nameless := of_methods - fields:
+        raise ValueError(f"options of a loss or sampler without a field of options.Config, with help text: {nameless}")
     used = fields - of_methods
     if c.loss == "sft":
         used -= {"method", "reference", "reference_cache", "share_prompt", "length_penalty"}

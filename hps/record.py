@@ -1,4 +1,4 @@
-"""run.json: what a run was told and what it began with, so that it goes on with nothing else."""
+"""run.json: the settings of a run and the hashes of what it began with, which a run that goes on must match."""
 
 import sys
 from pathlib import Path

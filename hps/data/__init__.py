@@ -1,1 +1,1 @@
-"""What comes in: list-wise preference data, tokens, importers, generation and rewards."""
+"""What comes in: list-wise preference data, tokens and chat templates, the token store."""
