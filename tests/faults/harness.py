@@ -25,6 +25,7 @@ from helpers import fork, run_script
 import train
 from hps import batches, checkpoint, dist, reference
 from hps.io import files
+from hps.options import Config, settings
 
 SECONDS = 120  # what a command without a fault may take on a busy machine
 DRAWN = ("step", "epoch", "gamma", "effective_negatives")  # of a line of the log: what was drawn, not computed
@@ -292,6 +293,13 @@ def kill_until_done(
 
 
 # ----------------------------------------------------------------------------------- what a command leaves
+
+CONFIG = Config("a/b", "d.jsonl", "o", lr=1e-4)
+RUN = {"config": settings(CONFIG), "changed": ["lr"], "inputs": {"model": "ab", "tokenizer": "cd", "data": "ef"},
+       "world_size": 1, "argv": []}  # fmt: skip
+SUMMARY = {"steps": 6, "first_step": 0, "seconds": 1.5, "tokens": 900, "counts": {"rows_read": 9, "rows_kept": 8}}
+RESULT = {"mean": 0.1, "low": 0.0, "high": 0.2, "prompts": 3}
+EVALUATION = {"config": {"model": "policy", "data": "t.jsonl", "reference": "a/b"}, "metrics": {"rm2": RESULT}}
 
 
 def records(out: Path) -> list[dict]:
