@@ -1,20 +1,25 @@
-"""What the pages must be, ten of them for a reader, and what they say about the code: commands, flags, paths, tests."""
+"""What the pages say about the code holds: commands, flags, paths, tests, figures, defaults."""
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import io
 import re
 import sys
 from functools import cache
+from typing import Any
 
 import pytest
 from helpers import ROOT
 
 from hps import options
+from hps.evaluate.metrics import METRICS
+from hps.lab.suites import SUITES
+from hps.losses import LOSSES
+from hps.samplers import SAMPLERS, SCHEDULES
 
 PAGES = {"README.md": ROOT / "README.md"} | {f"docs/{path.name}": path for path in (ROOT / "docs").glob("*.md")}
-NAMES = "RESULTS PERFORMANCE PAPER_MAP DATA METRICS EVALUATION RELIABILITY THEORY LOG".split()
 PRESENT = {name: path for name, path in PAGES.items() if name != "docs/LOG.md"}  # the log names what once was
 
 
@@ -52,28 +57,6 @@ def test_reading_commands_out_of_markdown():
     )
     expected = [("train", [], ["--lr", "--beta"]), ("data_prep", ["doctor"], ["--data"])]
     assert calls(code_of(text)) == [*expected, ("hps.lab.theory", [], ["--out"])]
-
-
-def test_there_are_ten_pages_and_the_readme_leads_to_each():
-    assert PAGES.keys() == {"README.md", *(f"docs/{name}.md" for name in NAMES)}
-    readme = PAGES["README.md"].read_text()
-    assert not [name for name in NAMES if f"docs/{name}.md" not in readme]
-    assert len(PAGES["docs/RESULTS.md"].read_text().splitlines()) <= 150
-
-
-def test_lines_and_cells_fit_a_screen():
-    """160 characters for a line but for addresses, 100 for a cell of a table."""
-    for path in [*PAGES.values(), *(ROOT / "docs/results").glob("*.md")]:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert len(re.sub(r"https?://\S+", "", line)) <= 160, f"{path.name}:{number} is too long"
-            if line.startswith("|"):
-                assert max(map(len, line.split("|"))) <= 102, f"{path.name}:{number} has a cell that is too long"
-
-
-def test_numbers_have_their_leading_zero():
-    for name, path in PAGES.items():
-        found = re.findall(r"(?<![\w.])\.\d+", prose_of(path.read_text()))
-        assert not found, f"{name}: {found}"
 
 
 def test_links_between_pages_lead_somewhere():
@@ -129,9 +112,16 @@ def test_figures_of_the_readme_stand_in_the_results():
     assert not [x for x in figures if not re.search(rf"(?<![\d.]){re.escape(x)}(?![\d.])", results)]
 
 
+@cache
+def functions(file: str) -> set[str]:
+    """Names of the functions at the top of a file; none if there is no such file."""
+    text = (ROOT / file).read_text() if (ROOT / file).exists() else ""
+    return {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+
+
 def test_every_statement_of_reliability_has_its_test():
-    """Each entry of the two lists of RELIABILITY.md that state a behaviour, for each a test that exists."""
-    page = PAGES["docs/RELIABILITY.md"].read_text()
+    """Each entry of the two lists of RELIABILITY.md that state a behaviour, and each break that was caught once."""
+    page, tests = PAGES["docs/RELIABILITY.md"].read_text(), []
     for title in ("What is the same to the last bit", "What users of other code ran into"):
         section = page.split(f"## {title}")[1].split("\n## ")[0].split("### Neither")[0]
         entries = re.findall(r"^\* .*\n(?:  .*\n)*", section, flags=re.MULTILINE)
@@ -139,11 +129,10 @@ def test_every_statement_of_reliability_has_its_test():
         for entry in entries:
             named = re.findall(r"`(tests/\S+?\.py)::(test_\w+)`", entry)
             assert named, f"no test stands beside {entry}"
-            for path, test in named:
-                functions = {
-                    n.name for n in ast.parse((ROOT / path).read_text()).body if isinstance(n, ast.FunctionDef)
-                }
-                assert test in functions, f"{path} has no {test}"
+            tests += named
+    breaks = re.findall(r",([\w/]+\.py)::(test_\w+),", (ROOT / "docs/results/breaks.csv").read_text())
+    tests += [(f"tests/{path}", test) for path, test in breaks]
+    assert len(breaks) > 100 and not [where for where in tests if where[1] not in functions(where[0])]
 
 
 def test_names_and_defaults_of_the_readme_are_those_of_the_code():
@@ -158,3 +147,94 @@ def test_names_and_defaults_of_the_readme_are_those_of_the_code():
     for option, value in defaults:
         assert str(getattr(options.Config, option)) == value, f"{option} is not {value} by default"
     assert f"one every {options.Config.save_minutes:g} minutes" in PAGES["README.md"].read_text()
+
+
+# -- the map from the paper to the code --
+
+MAP = PAGES["docs/PAPER_MAP.md"].read_text()
+NUMBERED = {"Eq.": 20, "Table": 8, "Figure": 1, "Theorem": 3}  # of the printed paper
+APPENDICES = "A.1 A.2.1 A.2.2 A.3.1 A.3.2 B.1 B.2.1 B.2.2 C.1 C.2 D.1 D.2 D.3 E".split()
+
+
+def in_backticks(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def entries(text: str) -> list[dict[str, str]]:
+    """Entries "* **name**: ..." or "* ..." of a text: name, and what stands after Code, Tests, Measured, Differs."""
+    found = []
+    for bullet in re.findall(r"^\* .*\n(?:  .*\n)*", text, flags=re.MULTILINE):
+        first, *fields = re.split(r"^  (Code|Tests|Measured|Differs): ", bullet, flags=re.MULTILINE)
+        name = re.match(r"\* \*\*(.+?)\*\*: ", first)
+        found.append(dict(zip(fields[::2], fields[1::2], strict=True)) | {"name": name[1] if name else ""})
+    return found
+
+
+def defined(file: str, name: str) -> bool:
+    """Whether `name`, "f", "Class.f" or 'TABLE["key"]', is found in `file`, or in one of those that it matches."""
+    for path in ROOT.glob(file):
+        found: Any = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        dotted, _, key = name.partition("[")
+        for part in dotted.split("."):
+            found = getattr(found, part, None)
+        if found is not None and (not key or key.strip('"]') in found):
+            return True
+    return False
+
+
+def options_of(script: str) -> set[str]:
+    """Names of the options of a script at the root."""
+    classes = [x for x in vars(importlib.import_module(script.removesuffix(".py"))).values() if isinstance(x, type)]
+    return {field.name for cls in classes if dataclasses.is_dataclass(cls) for field in dataclasses.fields(cls)}
+
+
+def exists(reference: str) -> bool:
+    """Whether what stands in backticks is there, if it has one of the forms of a reference."""
+    if match := re.fullmatch(r"(tests/\S+\.py)::(\w+)", reference):
+        return match[2] in functions(match[1])
+    if match := re.fullmatch(r"(\S+\.py): (\S+)", reference):
+        return defined(*match.groups())
+    if match := re.fullmatch(r"(\w+\.py) --(\w+)", reference):
+        return match[2] in options_of(match[1])
+    if match := re.fullmatch(r"(\w+) = \w+", reference):
+        return match[1] in options_of("train.py")
+    if re.fullmatch(r"[\w/.-]+\.(py|md|toml)", reference):
+        return (ROOT / reference).exists()
+    if re.fullmatch(r"[\w/]+", reference):
+        named = {*SUITES, "theory", *SAMPLERS, *SCHEDULES, *LOSSES, *METRICS, *options_of("train.py")}
+        return reference in named or f'"{reference}"' in (ROOT / "train.py").read_text()  # a key of metrics.jsonl
+    return True
+
+
+def test_what_the_map_names_exists():
+    assert not [reference for reference in in_backticks(MAP) if not exists(reference)]
+
+
+def test_each_line_of_an_entry_names_its_own_kind():
+    """In these lines everything in backticks is a reference of the right kind, so none escapes the test above."""
+    assert len(entries(MAP)) > 100
+    for entry in entries(MAP):
+        for name in in_backticks(entry.get("Tests", "")):
+            assert re.fullmatch(r"tests/\S+\.py(::\w+)?", name), name
+        for name in in_backticks(entry.get("Measured", "")):
+            assert name in {*SUITES, "theory"} or re.fullmatch(r"docs/\w+\.md", name), name
+        for name in in_backticks(entry.get("Code", "")):
+            assert re.fullmatch(r"\S+\.py(: \S+| --\w+)|configs/\S+\.toml|\w+ = \w+", name) or name in SAMPLERS, name
+
+
+def test_no_number_of_the_paper_is_left_out():
+    """Entries "Eq. 1" to "Eq. 20", and so on: each once, and none that the paper does not have."""
+    names = [entry["name"] for entry in entries(MAP.split("## Where the paper contradicts itself")[0])]
+    for kind, last in NUMBERED.items():
+        found = [int(name.split()[-1]) for name in names if re.fullmatch(rf"{re.escape(kind)} \d+", name)]
+        assert sorted(found) == list(range(1, last + 1)), kind
+    assert [name.removeprefix("App. ") for name in names if name.startswith("App. ")] == APPENDICES
+
+
+def test_the_check_of_references_itself():
+    """Of each form one that exists and one that does not."""
+    good = ["hps/samplers.py: log_q", 'hps/losses.py: LOSSES["ipo"]', "hps/lab/world.py: World.is_harmful", "beta = 1"]
+    bad = ["hps/samplers.py: log_p", "hps/samplin.py: log_q", 'hps/losses.py: LOSSES["lisc"]', "train.py --gama",
+           "tests/test_docs.py::test_nothing", "tests/test_no_file.py::test_nothing", "gama = 1", "docs/NONE.md",
+           "tail"]  # fmt: skip
+    assert [exists(reference) for reference in good + bad] == [True] * len(good) + [False] * len(bad)

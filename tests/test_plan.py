@@ -8,7 +8,7 @@ from scipy import stats
 
 from hps import plan as planning
 from hps.extra.kto import mismatched
-from hps.plan import dispreferred, plan
+from hps.plan import plan
 from hps.samplers import counter_uniform, gamma_at
 
 RUN = dict(epochs=2, prompts_per_step=4, seed=0)
@@ -202,31 +202,6 @@ def test_curriculum_follows_optimizer_steps():
 
 
 # ------------------------------------------------------------------------------------------------ by hand, and mistakes
-
-
-def test_ties_and_copies_of_the_best_are_excluded_and_counted():
-    """Rewards 7 7' 6 5 5' 3 2 2, the 3 a copy of 6's text: positives 7, 6, 5; 7', 5' (ties) and 3 (copy) are out."""
-    rewards = np.array([2.0, 5.0, 7.0, 6.0, 3.0, 7.0, 5.0, 2.0])
-    identity = np.array([0, 1, 2, 3, 3, 5, 6, 7])
-    best, below, left_out = dispreferred(rewards[None], identity[None], 3)
-    assert best.tolist() == [[2, 3, 1]] and np.flatnonzero(below).tolist() == [0, 7]
-    assert left_out == {"ties_with_best": [2], "copies_of_best": [1]}
-    short = np.array([1.0, 3.0, 2.0])  # nothing is below three positives
-    how = dict(hps_form="full", n_factor="n_minus_one", gamma_start=0.5, **CONSTANT, **RUN)
-    p = plan([rewards, short], [identity, np.arange(3)], np.arange(2), positives=3, **how)
-    assert p.dropped == {"rows_one_response": 0, "rows_no_dispreferred": 1}
-    assert p.responses.tolist() == [[2, 3, 1, 0, 7]] * 2 and p.kappa.tolist() == [4.0, 4.0]
-    q = np.exp(0.5 * np.array([6.0, 5.0, 2.0, 2.0]))
-    np.testing.assert_allclose(np.exp(p.log_q), [q / q.sum()] * 2, rtol=1e-6)
-
-
-def test_bt_takes_best_and_worst_and_pl_ranks_evenly():
-    r = np.array([5.0, 0.0, 9.0, 3.0, 1.0, 7.0, 2.0, 4.0, 6.0, 8.0])
-    assert same_prompt(r, 1, sampler="bt", **RUN).responses[0].tolist() == [2, 1]
-    pl = same_prompt(r, 1, sampler="pl", pl_responses=4, **RUN)  # ranks 0, 4 and 8 of the nine dispreferred
-    assert r[pl.responses[0]].tolist() == [9.0, 8.0, 4.0, 0.0]
-    whole = same_prompt(r, 1, sampler="pl", pl_responses=0, **RUN)
-    assert r[whole.responses[0]].tolist() == sorted(r, reverse=True)
 
 
 @pytest.mark.parametrize(
