@@ -17,7 +17,6 @@ from hps.data import listwise
 from hps.data.rows import Row
 from hps.evaluate import export
 from hps.evaluate.metrics import METRICS
-from hps.io import card
 
 
 @pytest.fixture(scope="module")
@@ -165,21 +164,3 @@ def test_mistakes_are_named_and_leave_nothing(trained, tmp_path, tiny_world):
     with pytest.raises(ValueError, match="is no policy of a finished run: .*run.json"):
         export.main([f"--model={tiny_world / 'model'}", f"--out={tmp_path / 'd'}"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "there"]
-
-
-def test_what_markdown_or_html_would_read_is_escaped():
-    """A model's name, a setting and a file's name that would close the table, run a script, or start a new line."""
-    nasty = "a|b <script>alert(1)</script> [x](y) *b* `c` ~~d~~ # &amp; $e$ \\ ![i](j)\n\n# h\x1b"
-    run = {"config": {"model": f"me/{nasty}", "data": nasty, "loss": "preference", "method": nasty, "word": nasty}}
-    run |= {"changed": ["word"], "inputs": {"model": "m", "tokenizer": "t", "data": "d"}, "world_size": 1}
-    text = card.card(run, {"steps": 1, "seconds": 1.0, "tokens": 2, "counts": {nasty: 3}}, kind="model")
-    body = text.split("---\n", 2)[2].replace("| --- |", "|")
-    assert yaml.safe_load(text.split("---\n")[1])["tags"][-1] == nasty  # the front matter is quoted, not escaped
-    for line in body.splitlines():
-        assert len(re.findall(r"(?<!\\)\|", line)) in (0, 3) or "---" in line  # every row has its two cells
-    outside = re.sub(r"```.*?```", "", body, flags=re.DOTALL).replace(f"[Hard Preference Sampling]({card.PAPER})", "")
-    for wanted in ("<", ">", "*", "`", "[", "]", "~", "&", "$", "!"):
-        found = re.findall(rf"(\\*){re.escape(wanted)}", outside)
-        assert found and all(len(slashes) % 2 == 1 for slashes in found), wanted
-    assert "\x1b" not in text and "\n# h" not in text
-    assert table(text, "setting")["word"] == [nasty.replace("\n", " ").replace("\x1b", " ").strip()]

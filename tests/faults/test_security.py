@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from fuzz_targets import EVALUATION, RUN, SUMMARY
+import yaml
+from harness import EVALUATION, RUN, SUMMARY
 from helpers import arguments, chat_server, classifier, completion, flags, results, run, save
 from markdown_it import MarkdownIt
 from transformers import AutoTokenizer
@@ -336,6 +337,7 @@ HOSTILE = [
     "</script><script>window.ran = 1</script><svg onload=ran=1>\n\n# head\n\n| a | b |",
 ]
 LINK = "![y](http://127.0.0.1:9/y.png) [x](javascript:window.ran=1) `` ` `` ![z](http://127.0.0.1:9/z.png)"
+MARKED = f"{HOSTILE[2]} *e* _f_ ~~g~~ \x1b[2J"
 
 
 @pytest.fixture(scope="module")
@@ -348,11 +350,13 @@ def written(tmp_path_factory) -> Path:
     x = {"label": HOSTILE[1], "values": {HOSTILE[0]: 1, HOSTILE[1]: 2}}
     found["series"] = {"n": {"x": x, "panels": ["rm2"], "lines": {f"{HOSTILE[2]} {LINK}": [HOSTILE[0], HOSTILE[1]]}}}
     report.write_report(found, out)
-    about = dict(RUN["config"], model=HOSTILE[0], data=f"{HOSTILE[1]} {LINK}", method=HOSTILE[2], lora_targets=LINK)
+    about = dict(RUN["config"], model=HOSTILE[0], data=f"{HOSTILE[1]} {LINK}", method=MARKED, lora_targets=LINK)
     run, summary = RUN | {"config": about, "changed": ["model", "lora_targets"]}, SUMMARY | {"counts": {LINK: 1}}
     evaluated = EVALUATION | {"config": {"model": "policy", "data": LINK, "reference": HOSTILE[2]}}
     (out / "card.md").write_text(card.card(run, summary, kind="model", results=export.results(evaluated)))
-    render = MarkdownIt("commonmark", {"html": True}).enable("table").render  # as permissive as a viewer may be
+    render = (
+        MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render
+    )  # as permissive as a viewer may be
     for name in ("RESULTS", "card"):
         body = re.sub(r"\A---\n.*?\n---\n", "", (out / f"{name}.md").read_text(), flags=re.DOTALL)  # front matter
         (out / f"{name}.html").write_text(f"<!DOCTYPE html><meta charset=utf-8><title>{name}</title>\n{render(body)}")
@@ -365,8 +369,11 @@ def test_markdown_of_hostile_texts_holds_no_tag_and_no_link(written, name):
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attrs: tags.append((tag, dict(attrs)))
     parser.feed((written / f"{name}.html").read_text())
+    if name == "card":  # its front matter is quoted, not escaped
+        assert "\x1b" not in (written / "card.md").read_text()
+        assert yaml.safe_load((written / "card.md").read_text().split("---\n")[1])["tags"][-1] == MARKED
     allowed = {"meta", "title", "h1", "h2", "p", "ul", "li", "code", "pre", "table", "thead", "tbody", "tr", "th", "td",
-               "strong", "em", "img", "a"}  # fmt: skip
+               "img", "a"} | ({"strong", "em"} if name == "RESULTS" else set())  # fmt: skip
     assert {tag for tag, _ in tags} <= allowed and [tag for tag, _ in tags].count("h1") == 1
     assert all(re.fullmatch(r"figures/\w+\.png", attrs["src"]) for tag, attrs in tags if tag == "img")
     assert {attrs["href"] for tag, attrs in tags if tag == "a"} <= {card.PAPER}
