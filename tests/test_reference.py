@@ -114,27 +114,6 @@ def test_a_missing_entry_is_an_error(tmp_path):
         lookup(open_at(tmp_path), blocks_of(1))
 
 
-def test_torn_and_poisoned_shards_are_named(tmp_path):
-    cache = open_at(tmp_path)
-    blocks = blocks_of(2)
-    reference.fill(cache, PolicyModel(tiny("llama")), blocks, **HOW)
-    (shard,) = cache.glob("shard-*.safetensors")
-    whole = shard.read_bytes()
-    (cache / "shard-00.9.tmp").write_bytes(whole[:50])  # a killed writer leaves this, nobody reads it
-    lookup(cache, blocks)
-    shard.write_bytes(whole[:-7])
-    with pytest.raises(ValueError, match=f"{shard.name}: not a readable cache shard"):
-        lookup(cache, blocks)
-    poison = np.zeros((1, 16), np.uint8), np.array([np.nan], np.float32)
-    save_file({"keys": poison[0], "logps": poison[1]}, shard)
-    with pytest.raises(ValueError, match=f"{shard.name}: is not what was written"):
-        lookup(cache, blocks)
-    shard.unlink()
-    put(cache, *poison)
-    with pytest.raises(ValueError, match="not log-probs"):
-        lookup(cache, blocks)
-
-
 def test_a_reference_that_gives_nan_is_refused(tmp_path):
     lm = tiny("llama")
     lm.model.embed_tokens.weight.data[:] = torch.nan

@@ -120,32 +120,16 @@ def test_a_resumed_run_is_bit_identical(tiny_world, tmp_path, base):
     assert weights[0] == weights[1]
 
 
-def test_resume_reads_the_last_checkpoint_and_cuts_the_log(tiny_world, tmp_path, base, monkeypatch):
-    """Killed between checkpoints: steps past the last one are done again and stand in the log once."""
-    real = train.lr_at
-
-    def kill(c, step, steps):
-        if step == 4:
-            raise KeyboardInterrupt
-        return real(c, step, steps)
-
-    monkeypatch.setattr(train, "lr_at", kill)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_world, tmp_path, save_every=3, **ONE)
-    monkeypatch.undo()
-    assert len(losses(tmp_path)) == 4
-    assert run(tiny_world, tmp_path, save_every=3, **ONE) == base
-
-
-def test_a_resumed_run_never_scores_the_reference_with_trained_weights(tiny_world, tmp_path):
-    """With the cache gone, the model that the run began with fills it again."""
+@pytest.mark.parametrize("how", [LORA, {}], ids=["lora", "full"])
+def test_a_resumed_run_never_scores_the_reference_with_trained_weights(tiny_world, tmp_path, how):
+    """With the cache gone, the model that the run began with fills it again: the base, or loaded once more."""
     cache = tmp_path / "cache"
-    calm = run(tiny_world, tmp_path / "calm", **LORA)
-    run(tiny_world, tmp_path / "run", stop_after=2, reference_cache=cache, **LORA)
+    calm = run(tiny_world, tmp_path / "calm", **how)
+    run(tiny_world, tmp_path / "run", stop_after=2, reference_cache=cache, **how)
     for shard in cache.rglob("shard-*"):
         shard.unlink()
     assert np.std(calm[2:]) > 1e-3
-    close(run(tiny_world, tmp_path / "run", reference_cache=cache, **LORA), calm)
+    close(run(tiny_world, tmp_path / "run", reference_cache=cache, **how), calm)
 
 
 def test_a_run_does_not_go_on_with_other_settings_or_inputs(tiny_world, tmp_path):
@@ -348,12 +332,11 @@ def test_human_pairs_train_without_rewards(tiny_world, tmp_path):
     assert values[0] == pytest.approx(math.log(2), abs=1e-4) and np.std(values[1:]) > 1e-2
 
 
-@pytest.mark.parametrize("method", ["dpo-bt", "rdpo-bt", "lipo-pl"])
-def test_training_raises_the_margin_that_it_optimises(tiny_world, tmp_path, method):
-    run(tiny_world, tmp_path, epochs=6, method=method)
+def test_training_raises_the_margin_that_it_optimises(tiny_world, tmp_path):
+    run(tiny_world, tmp_path, epochs=6, method="dpo-bt")
     margins, accuracies = losses(tmp_path, "rewards/margins"), losses(tmp_path, "rewards/accuracies")
-    assert margins[0] == pytest.approx(0, abs=1e-4) and np.mean(margins[-4:]) > 0.2
-    assert method != "dpo-bt" or (np.mean(margins[-4:]) > 0.7 and np.mean(accuracies[-4:]) > 0.8)
+    assert margins[0] == pytest.approx(0, abs=1e-4)
+    assert np.mean(margins[-4:]) > 0.7 and np.mean(accuracies[-4:]) > 0.8
 
 
 def test_sft_learns_the_preferred_response(tiny_world, tmp_path):

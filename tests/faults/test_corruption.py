@@ -4,13 +4,11 @@ it makes no difference; it is never used silently.
 
 import dataclasses
 import random
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
 import numpy as np
 import pytest
 import torch
@@ -128,19 +126,3 @@ def test_harm_is_found_or_makes_no_difference(whole, amount):
     print(f"\n{sum(outcomes.values())} harms: " + ", ".join(f"{' '.join(k)} {n}" for k, n in sorted(outcomes.items())))
     for name in whole:
         assert outcomes[name, "found"] > outcomes[name, "no difference"], name
-
-
-def test_a_lost_shard_is_filled_again_in_a_run_that_goes_on(tiny_world, tmp_path):
-    """The policy has moved, and the reference is still what it was: the model that the run began with."""
-    options = dict(reference_cache=tmp_path / "cache", tokens_per_micro_batch=100_000)
-    argv = arguments(tiny_world, tmp_path / "run", **options)
-    train.main(arguments(tiny_world, tmp_path / "calm", **options))
-    shutil.rmtree(tmp_path / "cache")
-    train.main([*argv, "--stop_after=3"])
-    (shard,) = (tmp_path / "cache").rglob("shard-*")
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="delete it, it will be computed again"):
-        train.main(argv)
-    shard.unlink()
-    train.main(argv)
-    assert harness.outcome(tmp_path / "run") == harness.outcome(tmp_path / "calm")
