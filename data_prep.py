@@ -75,6 +75,7 @@ class Generate:
     max_rows: int = 512  # sequences decoded at once (a small model gains from more), or handed to vLLM at once
     template_options: str = ""  # NAME=VALUE,... of the chat template: enable_thinking=false, date=2026-01-31
     engine: str = "hf"  # hf (this code, on any transformers model) or vllm (if it is installed)
+    timeout: float = 10.0  # minutes that ranks wait for each other; for each other's shares of the prompts longer
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Annotate:
     objectives: str = "one"  # of a reward model's head: one, or mean of several
     remote_revision: str = ""  # run the code that a reward model brings, as of this commit; empty: never
     tokens_per_micro_batch: int = 4096  # packed tokens of a reward model's forward
+    timeout: float = 10.0  # minutes that ranks wait for each other; for each other's shares of the prompts longer
 
 
 @dataclass

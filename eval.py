@@ -8,8 +8,8 @@ Margins need candidates with rewards or a human pair; reward, harm and win rate 
 
 import sys
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ class Config:
     template_options: str = ""  # NAME=VALUE,... of the chat template: enable_thinking=false, date=2026-01-31
     tokens_per_micro_batch: int = 4096  # packed tokens of one forward
     reference_cache: str = "runs/reference_cache"  # folder of reference log-probs, shared with training
+    timeout: float = 10.0  # minutes that ranks wait for each other; for each other's shares of the prompts longer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,11 +66,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {out} would overwrite --data or --baseline: choose another folder")
     for package in ("scipy.stats", *(("nltk.translate.bleu_score", "sacrebleu") if c.samples else ())):
         metrics.extra(package)  # now rather than after hours
-    with dist.session() as ranks:
-        checkpoint.make_folder(out)
-        advice = "wait until it ends, or choose another --out"
-        with files.lock(out / "lock", what="eval.py", advice=advice) if ranks.first else nullcontext():
-            evaluate(c, ranks)
+    with (
+        dist.session(timeout=timedelta(minutes=c.timeout)) as ranks,
+        checkpoint.held(c, ranks, what="eval.py", caches=["reference_cache"]),
+    ):
+        evaluate(c, ranks)
 
 
 def evaluate(c: Config, ranks: dist.Ranks) -> None:
@@ -141,7 +142,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         if sampled:
             listwise.write(out / f"part-{ranks.rank}.jsonl", sampled)
     files.write_json(out / f"part-{ranks.rank}.json", {"values": values, "counts": counts})
-    dist.barrier()
+    dist.gather("done", ranks, days=True)  # one share of samples may take hours longer than another
     if ranks.first:
         merge(c, out, [e.id for e in examples], ranks.world_size)
 

@@ -39,10 +39,11 @@ STOPPED_BY_SIGTERM = 75  # status of a run that left a checkpoint for its next s
 def main(argv: list[str] | None = None) -> None:
     c, set_keys = config.parse(Config, argv, prog="train.py", description=str(__doc__).split("\n")[0])
     check(c, set_keys)
+    caches = ["token_cache"] + ["reference_cache"] * needs_reference(c)
     with (
         restored_sigterm(),
         dist.session(timeout=timedelta(minutes=c.timeout)) as ranks,
-        held_folder(Path(c.out), ranks),
+        checkpoint.held(c, ranks, what="train.py", caches=caches),
     ):
         train(as_preference(c), ranks)
 
@@ -209,18 +210,6 @@ def restored_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def held_folder(out: Path, ranks: dist.Ranks) -> Iterator[None]:
-    """The folder of the run, made, cleared of what killed runs left half-written, and held against other runs."""
-    checkpoint.make_folder(out)
-    if not ranks.first:
-        yield
-        return
-    with files.lock(out / "lock", what="train.py", advice="wait until it ends, or choose another --out"):
-        files.remove_stale_temporaries(out)
-        yield
 
 
 def load_policy(

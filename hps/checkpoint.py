@@ -7,6 +7,8 @@ checkpoint, so another number of ranks can read them) with the trained weights a
 
 import shutil
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,29 @@ from hps import dist
 from hps.io import files
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder of a run; ValueError where that cannot be, now and not after hours of work."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be made: {error.strerror}") from error
+@contextmanager
+def held(c: Any, ranks: dist.Ranks, *, what: str, caches: Sequence[str] = ()) -> Iterator[None]:
+    """Hold the folder --out, or the file --output, of a script (`what`) with options `c` against other runs. Its folder
+    is made now and not after hours of work, and cleared of what killed runs left half-written; all ranks must see it,
+    and the folders that the options `caches` name, on one disk. Collective."""
+    option = "out" if hasattr(c, "out") else "output"
+    path = Path(getattr(c, option))
+    folder, lock = (path, path / "lock") if option == "out" else (path.parent, Path(f"{path}.lock"))
+    holding = nullcontext()
+    if ranks.first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--{option} {path} cannot be made: {error.strerror}") from error
+        holding = files.lock(lock, what=what, advice=f"wait until it ends, or choose another --{option}")
+    with holding:
+        if ranks.first:
+            files.remove_stale_temporaries(folder, path.name if option == "output" else "")
+        if ranks.world_size > 1:
+            from hps import hosts
+
+            hosts.check(c, {option: folder} | {cache: Path(getattr(c, cache)) for cache in caches}, ranks)
+        yield
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -71,18 +90,12 @@ def save(
         dist.barrier()
         # Every rank reads back its share: the files may be too large for one.
         shares = sorted(partial.iterdir())[ranks.rank :: ranks.world_size]
-        sums = {path.name: files.sha256(path) for path in shares}
         for path in shares:
             files.sync(path)
-        dist.barrier()  # all have listed the folder
-        files.write_json(partial / f"checksums-{ranks.rank}.json", sums)
-        dist.barrier()
+        sums = dist.gather({path.name: files.sha256(path) for path in shares}, ranks)
         if ranks.first:
-            parts = list(partial.glob("checksums-*.json"))
-            state = state | {"files": {k: v for part in parts for k, v in files.read_json(part).items()}}
-            for part in parts:
-                part.unlink()
-            files.write_record(partial / "state.json", state)
+            of_all = {name: sum for part in sums for name, sum in part.items()}
+            files.write_record(partial / "state.json", state | {"files": of_all})
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             files.sync(folder)

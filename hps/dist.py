@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +19,14 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands. `sharded` is True under torchrun, whatever the number of processes."""
+    """Where this process stands. `sharded` is True under torchrun, whatever the number of processes; `patient` is then
+    the group of all ranks that waits for days."""
 
     rank: int
     world_size: int
     device: torch.device
     sharded: bool
+    patient: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -46,14 +47,9 @@ def init(*, timeout: timedelta) -> Ranks:
         return Ranks(rank=0, world_size=1, device=device, sharded=False)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device.type == "cpu" and local_world * torch.get_num_threads() > (os.cpu_count() or 1):
-        warnings.warn(
-            f"{local_world} processes x {torch.get_num_threads()} threads on {os.cpu_count()} cores run several "
-            "times slower than with fewer threads: set OMP_NUM_THREADS",
-            stacklevel=2,
-        )
-    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, sharded=True)
+        dist.barrier()  # NCCL asks no sooner whether all have come; the next group would wait for days
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, sharded=True, patient=patient)
 
 
 def rank_is_lost(error: BaseException) -> bool:
@@ -62,12 +58,14 @@ def rank_is_lost(error: BaseException) -> bool:
 
 
 @contextmanager
-def session(*, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
+def session(*, timeout: timedelta) -> Iterator[Ranks]:
     """`init` for the length of a block. Where another rank is gone or silent it ends with status 1 and a line on that.
 
     timeout: how long ranks wait for each other. torchrun ends all of them when one dies, however long it is, and NCCL
     ends a process that waits in vain by itself.
     """
+    if timeout <= timedelta(0):
+        raise ValueError("timeout must be positive")
     try:
         yield init(timeout=timeout)
     except RuntimeError as error:
@@ -91,27 +89,36 @@ def barrier() -> None:
         dist.barrier()
 
 
-def from_first(make: Callable[[], Any], ranks: Ranks | None) -> Any:
-    """What `make` gives on the first rank (JSON), on all ranks; they wait for it, days if need be. Collective.
+def gather(value: Any, ranks: Ranks | None, *, days: bool = False) -> list[Any]:
+    """What each rank gives (JSON), on all ranks; days: wait for the others that long if need be. Collective."""
+    if ranks is None or not dist.is_initialized():
+        return [value]
+    how = {"group": ranks.patient if days else None}
+    text = json.dumps(value).encode()
+    size = torch.tensor([len(text)], device="cpu" if days else ranks.device)
+    dist.all_reduce(size, dist.ReduceOp.MAX, **how)
+    padded = bytearray(text.ljust(int(size)))  # JSON may end in blanks
+    mine = torch.frombuffer(padded, dtype=torch.uint8).to(size.device)
+    found = [torch.empty_like(mine) for _ in range(ranks.world_size)]
+    dist.all_gather(found, mine, **how)
+    return [json.loads(bytes(one.tolist())) for one in found]
+
+
+def from_first(make: Callable[[], Any], ranks: Ranks | None, *, days: bool = True) -> Any:
+    """What `make` gives on the first rank (JSON), on all ranks; `days` as in `gather`. Collective.
 
     Raises:
         ValueError: that of `make` on the first rank, on all ranks.
     """
-    if ranks is None or ranks.world_size == 1:
+    if ranks is None or not dist.is_initialized():
         return make()
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # the ranks' own group gives up after minutes
-    answer: dict[str, Any] = {}
+    answer = None
     if ranks.first:
         try:
             answer = {"made": make()}
         except ValueError as error:
             answer = {"error": str(error)}
-    sent = bytearray(json.dumps(answer).encode())
-    size = torch.tensor([len(sent)])
-    dist.broadcast(size, 0, group=group)
-    message = torch.frombuffer(sent, dtype=torch.uint8) if ranks.first else torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(message, 0, group=group)
-    answer = json.loads(bytes(message.tolist()))
+    answer = gather(answer, ranks, days=days)[0]
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer["made"]

@@ -146,8 +146,8 @@ def open_store(
     length_penalty: float = 0.0,
     ranks: dist.Ranks | None = None,
 ) -> Store:
-    """The store of a list-wise file, made if no run before has made it. Collective with `ranks`: the first one reads
-    the data and hashes the store, the others look at the sizes and times of its files.
+    """The store of a list-wise file, made if no run before has made it. Collective with `ranks`: the first one alone
+    reads the data and hashes the store.
 
     root: folder of all stores. max_length, truncate, closing: as for `tokens.tokenize`. candidates: the first so many
     responses of each row, 0 for all. need_rewards: refuse data of which a row has no rewards. length_penalty: taken off
@@ -158,7 +158,7 @@ def open_store(
     data, root = Path(data), Path(root)
     how = dict(max_length=max_length, truncate=truncate)
 
-    def make() -> dict[str, Any]:
+    def make() -> str:
         identity = {"format": FORMAT, "data": files.sha256(data), "tokenizer": tokens.fingerprint(tokenizer)}
         identity |= how | {"candidates": candidates, "closing": closing}
         folder = root / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
@@ -182,22 +182,13 @@ def open_store(
             for i, rewards in enumerate(found.rewards[0 : len(found)]):
                 if np.isnan(rewards[0]):
                     raise _without_rewards(found.id(i), found.where(i))
-        return {"folder": folder.name, "files": _sizes_and_times(folder)}
+        return folder.name
 
-    found = dist.from_first(make, ranks)
-    folder = root / found["folder"]
-    if _sizes_and_times(folder) != found["files"]:
-        raise ValueError(f"{folder}: is not the token store that the first rank has checked; all must see one folder")
-    return Store(folder, data, length_penalty=length_penalty)
+    return Store(root / dist.from_first(make, ranks), data, length_penalty=length_penalty)
 
 
 def _without_rewards(id: str, where: str) -> ValueError:
     return ValueError(f"{where}: row {id!r} has no rewards; score the file first: data_prep.py annotate")
-
-
-def _sizes_and_times(folder: Path) -> dict[str, list[int]]:
-    stats = {path.name: path.stat() for path in folder.iterdir()} if folder.exists() else {}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> None:

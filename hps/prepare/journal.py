@@ -4,21 +4,18 @@ OUTPUT.journal-RANK holds the run's settings and then a JSON line for every row 
 flushed, and a last line without its end, torn when the run was killed, is as if it had not been written.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hps import dist
+from hps import checkpoint, dist, hosts
 from hps.data.rows import Row, decode_json
-from hps.io import files
 
 # Options that change nothing of what a journal holds: a run that was killed may go on with others.
-FREE = {"output", "max_rows", "pairs", "tokens_per_micro_batch"}
+FREE = {"output", "max_rows", "pairs", "tokens_per_micro_batch", "timeout"}
 
 Work = Callable[[list[Row], Counter[str], dist.Ranks], Iterator[tuple[str, list]]]
 
@@ -29,7 +26,8 @@ def in_shares(c: Any, rows: list[Row], work: Work, write: Callable[[dict[str, li
     While it lasts no other process works on the same output, and the journals go when that is written.
 
     Args:
-        c: options of the command, with an `output`; with others than a journal's, but for FREE, nothing is begun.
+        c: options of the command, with `output` and `timeout` (minutes that ranks wait for each other, but for their
+            shares); with others than a journal's, but for FREE, nothing is begun.
         work: (rows, counts, ranks) -> (id, what was found: texts or numbers) of each row, as it is done; it adds to
             `counts` what becomes of the row.
         write: what was found by id, and all counts; called on the first rank.
@@ -38,42 +36,26 @@ def in_shares(c: Any, rows: list[Row], work: Work, write: Callable[[dict[str, li
         ValueError: another process is at work on this output, or another run has left it unfinished.
     """
     output = Path(c.output)
-    settings = {key: value for key, value in vars(c).items() if key not in FREE}
-    settings |= {key: _digest(settings[key]) for key in ("model", "scorer", "input") if key in settings}
-    advice = "wait until it ends, or choose another --output"
-    with dist.session(timeout=timedelta(days=30)) as ranks:  # a rank may be done days before another
-        output.parent.mkdir(parents=True, exist_ok=True)
-        lock = files.lock(Path(f"{output}.lock"), what="data_prep.py", advice=advice) if ranks.first else nullcontext()
-        with lock:
-            if ranks.first:
-                files.remove_stale_temporaries(output.parent, output.name)
+    settings = {key: hosts.behind(key, value) for key, value in vars(c).items() if key not in FREE}
+    with dist.session(timeout=timedelta(minutes=c.timeout)) as ranks, checkpoint.held(c, ranks, what="data_prep.py"):
+        done = read(output, settings)
+        dist.barrier()  # none may write before all have read
+        if mine := [row for row in rows if row.id not in done][ranks.rank :: ranks.world_size]:
+            counts: Counter[str] = Counter()
+            file = None  # opened with the first record: a run that ends before has left nothing behind
+            for id, found in work(mine, counts, ranks):
+                file = file or begin(output, ranks.rank, settings)
+                note(file, {"id": id, "found": found, "counts": counts})
+                counts.clear()
+        dist.gather("done", ranks, days=True)  # a rank may be done days before another
+        if ranks.first:
             done = read(output, settings)
-            dist.barrier()  # none may write before all have read
-            if mine := [row for row in rows if row.id not in done][ranks.rank :: ranks.world_size]:
-                counts: Counter[str] = Counter()
-                file = None  # opened with the first record: a run that ends before has left nothing behind
-                for id, found in work(mine, counts, ranks):
-                    file = file or begin(output, ranks.rank, settings)
-                    note(file, {"id": id, "found": found, "counts": counts})
-                    counts.clear()
-            dist.barrier()
-            if ranks.first:
-                done = read(output, settings)
-                total: Counter[str] = Counter()
-                for row in rows:
-                    total.update(done[row.id]["counts"])  # which, unlike a sum of counters, keeps zeros
-                write({row.id: done[row.id]["found"] for row in rows}, total)
-                for path in journals(output):
-                    path.unlink()
-
-
-def _digest(path: str) -> str:
-    """A hash of what a file, or each of a folder's files, holds; what is no path (a hub name) stands for itself."""
-    if not Path(path).exists():
-        return path
-    inside = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
-    sums = "".join(files.sha256(file) for file in inside if file.is_file())
-    return hashlib.sha256(bytes.fromhex(sums)).hexdigest()
+            total: Counter[str] = Counter()
+            for row in rows:
+                total.update(done[row.id]["counts"])  # which, unlike a sum of counters, keeps zeros
+            write({row.id: done[row.id]["found"] for row in rows}, total)
+            for path in journals(output):
+                path.unlink()
 
 
 def journals(output: str | Path) -> list[Path]:

@@ -1,24 +1,31 @@
-"""Two hosts, as two network namespaces with a cable between them: the trajectory of one process across them; the cable
-is cut; a host dies and comes back. Needs the right to make namespaces, and `ip` (Debian: iproute2).
+"""Two hosts: what they do not share is told before any work; the trajectory of one process across them; the cable is
+cut; a host dies and comes back.
 
-The two have no way to anywhere but each other: 10.77.0.1 and 10.77.0.2. They share a file system, as hosts of a
-cluster do.
+Two that share no disk, or have other files or options, are two folders on one machine. For the cable they are two
+network namespaces that share a file system, which needs the right to make namespaces, and `ip` (Debian: iproute2); they
+have no way to anywhere but each other, 10.77.0.1 and 10.77.0.2.
 """
 
 import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import harness
 import pytest
 from harness import LOST, TIMEOUT
-from helpers import arguments
+from helpers import arguments, flags, on_ranks
+
+from hps import dist
+from hps.hosts import GLANCE_BYTES, check
 
 STEPS = 12
 PORT = 29400  # in a namespace of its own, no other program has it
@@ -27,6 +34,86 @@ CABLE = "veth0"  # at both of its ends
 
 def ip(*words: str, check: bool = True) -> str:
     return subprocess.run(["ip", *words], check=check, capture_output=True, text=True, timeout=30).stdout
+
+
+def asks(folder: str) -> None:
+    """What each of two ranks is told by `check`, one difference after the other."""
+    rank, large = int(os.environ["RANK"]), GLANCE_BYTES
+    os.chdir(f"{folder}/{rank}")
+    Path("model").mkdir()
+    for name, text in (("config.json", b"{}"), ("weights", bytes(3 * large)), ("odd", bytes(large) + bytes([rank]))):
+        Path("model", name).write_bytes(text)
+    Path("one").symlink_to(folder)
+    same = {"model": "model/weights", "lr": 1e-5, "data": "", "timeout": float(rank)}
+    with dist.session(timeout=timedelta(minutes=1)) as ranks:
+
+        def told(shared: list[str], **alike: Any) -> str:
+            try:
+                check(SimpleNamespace(**same | alike), {name: Path(name, "new", "run") for name in shared}, ranks)
+            except ValueError as error:
+                return str(error)
+            return ""
+
+        here = socket.gethostname()
+        assert told(["one"]) == ""
+        assert told(["one"], model="one/nowhere") == ""  # on none: that is told by whoever loads it
+        unseen = f"{here} (rank 1) does not see the --own of {here} (rank 0)"
+        assert told(["one", "own"]).startswith(f"{unseen}. All hosts must share --one, --own, on one disk, and have ")
+        assert Path("own").exists() == (rank == 0)  # a host that shares nothing is left as it was
+        for change in ({"model": "model"}, {"model": "model/odd"}, {"lr": rank}, {"data": "model/odd"}):
+            assert told(["one"], **change).startswith(
+                f"{here} (rank 1) has another --{next(iter(change))} than {here} (rank 0). All hosts "
+            )
+        assert told(["own"], lr=rank).startswith(f"{unseen} and has another --lr than ")
+        dist.barrier()
+        assert list(Path("one/new/run").iterdir()) == []
+
+
+def test_ranks_agree_on_what_each_can_see(tmp_path):
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    on_ranks(2, asks, (str(tmp_path),))
+
+
+def test_hosts_without_a_shared_disk_end_in_a_line(tiny_world, tmp_path):
+    """Every command that runs on several hosts, each in a folder of its own: both end at once, both say why."""
+    world, model = tiny_world, tiny_world / "model"
+    evaluation = dict(model=model, reference=model, data=world / "test.jsonl", reference_cache=world / "cache")
+    prepared = dict(input=world / "train.jsonl", output="new/out.jsonl")
+    commands = {
+        "train": (arguments(world, Path("run")), "out"),
+        "eval": (flags(**evaluation, out="run"), "out"),
+        "generate": (["generate", *flags(**prepared, model=model)], "output"),
+        "annotate": (["annotate", *flags(**prepared, scorer="world-true")], "output"),
+    }
+    for name, (argv, option) in commands.items():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        jobs = []
+        with contextlib.ExitStack() as stack:
+            for host in range(2):
+                there = tmp_path / name / str(host)
+                there.mkdir(parents=True)
+                words = ["--nnodes=2", "--nproc_per_node=1", f"--node_rank={host}", "--master_addr=127.0.0.1"]
+                words += [f"--master_port={port}"]
+                setup = f"import os\nos.chdir({str(there)!r})"
+                script = name if name in ("train", "eval") else "data_prep"
+                how: dict[str, Any] = dict(script=script, torchrun=words, setup=setup)
+                jobs.append(stack.enter_context(harness.job(argv, there / "log", **how)))
+            for job in jobs:
+                assert job.end(60) != 0
+                message = rf"error: \S+ \(rank 1\) does not see the --{option} of \S+ \(rank 0\)\. All hosts must "
+                assert re.search(message, job.text()), job.text()[-3000:]
+
+
+def test_a_host_that_never_comes_ends_in_a_line(tiny_world, tmp_path):
+    place = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    words = dict(model=tiny_world / "model", input=tiny_world / "train.jsonl", output=tmp_path / "out.jsonl")
+    argv = ["generate", *flags(**words, timeout=TIMEOUT)]
+    with harness.job(argv, tmp_path / "log", script="data_prep", env=place) as job:
+        assert job.end(60) == 1
+        assert re.search(LOST, job.text()), job.text()[-3000:]
 
 
 class Hosts:

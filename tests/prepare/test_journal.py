@@ -65,6 +65,7 @@ class Command:
     output: str
     n: int = 8
     max_rows: int = 512
+    timeout: float = 10.0
 
 
 @pytest.fixture
