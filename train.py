@@ -14,8 +14,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,12 +38,15 @@ def main(argv: list[str] | None = None) -> None:
     c, set_keys = config.parse(Config, argv, prog="train.py", description=str(__doc__).split("\n")[0])
     check(c, set_keys)
     caches = ["token_cache"] + ["reference_cache"] * needs_reference(c)
-    with (
-        restored_sigterm(),
-        dist.session(timeout=timedelta(minutes=c.timeout)) as ranks,
-        checkpoint.held(c, ranks, what="train.py", caches=caches),
-    ):
-        train(as_preference(c), ranks)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with (
+            dist.session(timeout=timedelta(minutes=c.timeout)) as ranks,
+            checkpoint.held(c, ranks, what="train.py", caches=caches),
+        ):
+            train(as_preference(c), ranks)
+    finally:
+        signal.signal(signal.SIGTERM, before)  # for whoever goes on in this process
 
 
 def train(c: Config, ranks: dist.Ranks) -> None:
@@ -80,10 +81,13 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     counts = examples.counts | plan.dropped | plan.excluded
     say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
 
-    # The model, and the reference's log-probs of just what the plan touches: those of the policy itself before its
-    # first update, unless another reference is named. Trained weights must never stand in for it, so a checkpoint is
-    # loaded after this.
+    # The model, its optimizer, and the reference's log-probs of just what the plan touches: those of the policy itself
+    # before its first update, unless another reference is named. Trained weights must never stand in for it, so a
+    # checkpoint is loaded after this.
     policy, weights, untrained = load_policy(c, ranks, tokenizer, longest=examples.longest)
+    parameters = list(checkpoint.trained(policy).values())
+    # Its moments are fp32 as the trained weights are: at lr 5e-7 an update in bf16 would round to nothing.
+    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.weight_decay)
     inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": examples.data_hash}
     scorer = policy
     if needs_reference(c) and c.reference:
@@ -103,10 +107,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         say(ranks, f"reference log-probs: {computed} computed, the rest was in {cache}")
     del scorer  # another reference's memory is free from here on
 
-    # The optimizer, how far the run is, and where its numbers go.
-    parameters = list(checkpoint.trained(policy).values())
-    # Its moments are fp32 as the trained weights are: at lr 5e-7 an update in bf16 would round to nothing.
-    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.weight_decay)
+    # How far the run is, and where its numbers go.
     done = 0
     if started is not None:
         done = checkpoint.load(started, policy, optimizer, ranks=ranks)["step"]
@@ -202,16 +203,6 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     say(ranks, f"{out / 'policy'}: trained in {seconds:.1f} s")
 
 
-@contextmanager
-def restored_sigterm() -> Iterator[None]:
-    """What SIGTERM did before the run, it does again after it."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def load_policy(
     c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast, *, longest: int
 ) -> tuple["model.PolicyModel | reward_model.RewardModel", str, bool]:
@@ -226,9 +217,9 @@ def load_policy(
     if c.loss == "reward":
         from hps.extra import reward_model
 
-        lm = reward_model.load_reward_model(c.model, begin=True, **how)
+        lm, wrapped = reward_model.load_reward_model(c.model, begin=True, **how), reward_model.RewardModel
     else:
-        lm = model.load_causal_lm(c.model, **how)
+        lm, wrapped = model.load_causal_lm(c.model, **how), model.PolicyModel
     model.check_limits(lm, longest=longest)
     weights = model.fingerprint(lm)  # while they are whole and untouched
     if c.lora_rank:
@@ -241,12 +232,10 @@ def load_policy(
         model.checkpoint_layers(lm)
     # Under FSDP its mixed precision casts the fp32 weights, in one process autocast does.
     autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
-    if c.loss == "reward":
-        policy = reward_model.RewardModel(lm, autocast=autocast).to(ranks.device)
-        untrained = not policy.classifier.score.weight.any()
-    else:
-        policy = model.PolicyModel(lm, autocast=autocast).to(ranks.device)
-        untrained = needs_reference(c) and not c.reference
+    policy = wrapped(lm, autocast=autocast).to(ranks.device)
+    untrained = (
+        not policy.classifier.score.weight.any() if c.loss == "reward" else needs_reference(c) and not c.reference
+    )
     model.check_paths_agree(policy, vocab_size=len(tokenizer), share_prompt=c.share_prompt)
     dist.shard(policy, policy.layers, ranks=ranks, dtype=dtype)
     return policy, weights, untrained

@@ -16,6 +16,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from hps import dist
 from hps.io import files
@@ -47,8 +49,17 @@ def held(c: Any, ranks: dist.Ranks, *, what: str, caches: Sequence[str] = ()) ->
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, of those that a gradient reaches, in a fixed order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Name -> parameter, of those that a gradient reaches, in a fixed order; of a sharded model the shards.
+
+    After a pass without gradient FSDP leaves the root group (embeddings, norm, head) gathered, and the model then names
+    the gathered copies: an optimizer made of them would train nothing, and a checkpoint fill nothing, without a word.
+    """
+    sharded = isinstance(model, FSDPModule)
+    if sharded:
+        model.reshard()
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert not sharded or all(isinstance(p, DTensor) for p in found.values())
+    return found
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

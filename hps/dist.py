@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -138,16 +138,6 @@ def shard(model: nn.Module, layers: list[nn.Module], *, ranks: Ranks, dtype: tor
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=inner)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def reshard(model: nn.Module) -> None:
-    """Give the gathered weights of a forward without gradient back. Must follow every such pass before training.
-
-    FSDP keeps the root group (embeddings, norm, head) gathered after a forward: parameters that are taken from the
-    model then are gathered copies, and an optimizer made of them would not train the shards, without a word.
-    """
-    if isinstance(model, FSDPModule):
-        model.reshard()
 
 
 def all_sum(values: Tensor) -> Tensor:

@@ -181,6 +181,5 @@ def fill(
         if mine:
             _write_shard(cache, response_keys(mine), logps)
     bar.close()
-    dist.reshard(model)
     dist.barrier()
     return lookup(cache, keys), computed

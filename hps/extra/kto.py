@@ -72,5 +72,4 @@ class Mismatched:
                 logps = policy(self._run.pack([self.blocks[v] for v in at]))[:, 0].double().cpu()
             if members:
                 total += (logps - torch.from_numpy(self.ref_logps[at])).sum()
-        dist.reshard(policy)
         return max(0.0, float(dist.all_sum(total.to(self._run.ranks.device))) / len(visits))
