@@ -83,12 +83,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     if world:
         rewards.check_prompts(rows, world.task)
     by_id = {row.id: row for row in rows}
-    tokenizer, own = (tokens.load_tokenizer(path, c.template_options) for path in (c.reference, c.model))
-    if tokens.fingerprint(tokenizer) != tokens.fingerprint(own):
-        raise ValueError(
-            f"the policy {c.model} and the reference {c.reference} have different tokenizers or chat templates: their "
-            "log-probs cannot be compared"
-        )
+    tokenizer = tokens.load_common(c.model, c.reference, c.template_options)
     fitting, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, progress=ranks.first)
     examples = [e for e in fitting if human_pair(e) or rewards_differ(e)]
     counts["rows_nothing_to_compare"] = len(fitting) - len(examples)

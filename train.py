@@ -62,7 +62,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     torch.manual_seed(c.seed)  # of what peft draws; our own draws are counted, not in sequence
 
     # Data -> the plan of the whole run. No draw is left to the loop, so a run that goes on cannot draw differently.
-    tokenizer = tokens.load_tokenizer(c.model, c.template_options)
+    tokenizer = tokens.load_common(c.model, c.reference, c.template_options)
     examples = store.open_store(
         c.token_cache,
         c.data,
@@ -244,14 +244,7 @@ def load_policy(
 def load_reference(
     c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast
 ) -> tuple[model.PolicyModel, str]:
-    """The model that `--reference` names, sharded, and the fingerprint of its weights; ValueError if its tokenizer is
-    not the policy's."""
-    own = tokens.load_tokenizer(c.reference, c.template_options)
-    if tokens.fingerprint(own) != tokens.fingerprint(tokenizer):
-        raise ValueError(
-            f"the reference {c.reference} has another tokenizer or chat template than {c.model}: their "
-            "log-probs cannot be compared; give the policy and its reference the same one"
-        )
+    """The model that `--reference` names, sharded, and the fingerprint of its weights."""
     lm = model.load_causal_lm(c.reference, dtype=model.DTYPES[c.dtype], tokenizer=tokenizer)
     weights = model.fingerprint(lm)
     scorer = model.PolicyModel(lm).to(ranks.device)

@@ -86,17 +86,6 @@ def find(cache: Path, keys: np.ndarray) -> np.ndarray:
     return found[place]
 
 
-def lookup(cache: Path, keys: np.ndarray) -> np.ndarray:
-    """Log-probs of responses by their keys (T,): (T,) float32 nats; ValueError if one is missing."""
-    found = find(cache, keys)
-    if np.isnan(found).any():
-        raise ValueError(
-            f"{cache}: a reference log-prob is missing. It cannot be computed now that the policy has moved "
-            "away from the reference: restore the cache folder, or start the run again in a new --out"
-        )
-    return found
-
-
 def shard_name(keys: np.ndarray, logps: np.ndarray) -> str:
     """A shard's name is the checksum of what it holds."""
     digest = hashlib.blake2b(f"{keys.dtype} {keys.shape} {logps.dtype} {logps.shape}".encode(), digest_size=12)
@@ -182,4 +171,7 @@ def fill(
             _write_shard(cache, response_keys(mine), logps)
     bar.close()
     dist.barrier()
-    return lookup(cache, keys), computed
+    found = find(cache, keys)
+    if np.isnan(found).any():
+        raise ValueError(f"{cache}: log-probs that were just written there are missing; start the same command again")
+    return found, computed

@@ -84,6 +84,17 @@ def load_tokenizer(path: str, options: str = "") -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def load_common(model: str, reference: str, options: str = "") -> PreTrainedTokenizerFast:
+    """The tokenizer of a policy and its reference (empty: there is none); ValueError where theirs differ."""
+    own = load_tokenizer(model, options)
+    if reference and fingerprint(load_tokenizer(reference, options)) != fingerprint(own):
+        raise ValueError(
+            f"the reference {reference} has another tokenizer or chat template than {model}: their log-probs cannot be "
+            "compared; give the policy and its reference the same one"
+        )
+    return own
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Hash what decides the ids (vocabulary, rules, BOS and EOS, chat template) to a sha256 hex string.
 

@@ -1,7 +1,7 @@
 """Work on many rows that is shared out over ranks, and goes on where it was when it is killed.
 
-OUTPUT.journal-RANK holds the run's settings and then a JSON line for every row that is done. It is appended to and
-flushed, and a last line without its end, torn when the run was killed, is as if it had not been written.
+OUTPUT.journal-RANK-N holds the run's settings and then a JSON line for every row that a process has done. It is
+flushed with each, and a last line without its end, torn when the run was killed, is as if it had not been written.
 """
 
 import json
@@ -100,15 +100,9 @@ def _is_record(record: Any) -> bool:
 
 
 def begin(output: str | Path, rank: int, settings: dict[str, object]) -> BinaryIO:
-    """The journal of a rank, behind its last whole line. All ranks must have read before one of them begins."""
-    path = Path(f"{output}.journal-{rank}")
-    path.touch()
-    whole = sum(map(len, _whole_lines(path)))
-    file = open(path, "r+b")
-    file.truncate(whole)
-    file.seek(whole)
-    if not whole:
-        note(file, settings)
+    """A new journal of a rank; those of processes before it stay as they are."""
+    file = open(f"{output}.journal-{rank}-{len(journals(output))}", "xb")
+    note(file, settings)
     return file
 
 

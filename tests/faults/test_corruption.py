@@ -83,7 +83,7 @@ def whole(tiny_world, tmp_path_factory) -> dict[str, tuple[list[Path], Callable[
     keys = np.concatenate([load_file(path)["keys"] for path in shards]).view("S16")[:, 0]
     return {
         "checkpoint": (sorted(saved.iterdir()), load),
-        "cache shards": (shards, lambda: reference.lookup(cache, keys)),
+        "cache shards": (shards, lambda: reference.find(cache, keys)),
         "token store and its offsets": (sorted(tokens_at.iterdir()), open_tokens),
         "data": ([data], lambda: [dataclasses.replace(row, where="") for row in listwise.read(data)]),
         "manifest": ([Path(f"{data}.manifest.json")], lambda: check_manifest(data)),

@@ -322,7 +322,7 @@ def test_killed_and_started_again_it_writes_the_same(task, tmp_path):
     output = tmp_path / "out.jsonl"
     argv = ["generate", *task.flags, f"--output={output}"]
     process = fork(run_script, ("data_prep", [*argv, "--max_rows=1"]), tmp_path / "log", {})
-    path, deadline = Path(f"{output}.journal-0"), time.monotonic() + 600
+    path, deadline = Path(f"{output}.journal-0-0"), time.monotonic() + 600
     while not path.exists() or path.read_bytes().count(b"\n") < 3:
         assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.01)

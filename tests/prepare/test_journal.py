@@ -25,7 +25,7 @@ def write(output, rank, records, settings=SETTINGS):
 
 
 def test_cut_anywhere_it_keeps_the_whole_lines(tmp_path):
-    path = tmp_path / "out.journal-0"
+    path = tmp_path / "out.journal-0-0"
     file = journal.begin(tmp_path / "out", 0, SETTINGS)
     for at, record in enumerate(RECORDS, 1):
         journal.note(file, record)
@@ -36,25 +36,24 @@ def test_cut_anywhere_it_keeps_the_whole_lines(tmp_path):
         path.write_bytes(whole[:cut])
         kept = max(sum(end <= cut for end in ends) - 1, 0)
         assert journal.read(tmp_path / "out", SETTINGS) == {record["id"]: record for record in RECORDS[:kept]}
-        write(tmp_path / "out", 0, RECORDS[kept:])
-        assert path.read_bytes() == whole
-    path.write_bytes(whole + b'{"id": "c", "found": ["a long one, of which nothing may be left')
-    write(tmp_path / "out", 0, [{"id": "d"}])
-    assert path.read_bytes() == whole + b'{"id": "d"}\n'
+        write(tmp_path / "out", 0, RECORDS[kept:])  # what goes on leaves what is there alone
+        assert path.read_bytes() == whole[:cut]
+        assert journal.read(tmp_path / "out", SETTINGS) == {record["id"]: record for record in RECORDS}
+        (tmp_path / "out.journal-0-1").unlink()
 
 
 def test_other_settings_and_broken_lines_are_refused(tmp_path):
-    path = tmp_path / "out.journal-0"
+    path = tmp_path / "out.journal-0-0"
     write(tmp_path / "out", 0, RECORDS)
-    with pytest.raises(ValueError, match=r"out.journal-0 .* differs in n, seed\. .* delete out.journal-\*"):
+    with pytest.raises(ValueError, match=r"out.journal-0-0 .* differs in n, seed\. .* delete out.journal-\*"):
         journal.read(tmp_path / "out", SETTINGS | {"n": 9, "seed": 1})
     whole = path.read_bytes()
     for bad in ({"found": ["x", 1.0]}, {"found": [1]}, {"found": "x"}, {"counts": {"a": 1.5}}, {"id": 3}):
         path.write_bytes(whole + json.dumps(RECORDS[0] | bad).encode() + b"\n")
-        with pytest.raises(ValueError, match="out.journal-0:4: no record of a finished prompt; remove that line"):
+        with pytest.raises(ValueError, match="out.journal-0-0:4: no record of a finished prompt; remove that line"):
             journal.read(tmp_path / "out", SETTINGS)
     path.write_bytes(whole + b'{"id": "c", \n')
-    with pytest.raises(ValueError, match="out.journal-0:4: broken JSON"):
+    with pytest.raises(ValueError, match="out.journal-0-0:4: broken JSON"):
         journal.read(tmp_path / "out", SETTINGS)
 
 
@@ -116,7 +115,7 @@ def test_ranks_share_what_no_journal_has(command, monkeypatch):
     assert run(command, monkeypatch, rank=1, world_size=3) == ("be", {})
     write(command.output + "2", 0, [RECORDS[0] | {"id": "g"}])
     assert run(command, monkeypatch, rank=2, world_size=3) == ("d", {})  # of the five that are left then
-    assert [path.name for path in journal.journals(command.output)] == ["out.journal-1", "out.journal-2"]
+    assert [path.name for path in journal.journals(command.output)] == ["out.journal-1-0", "out.journal-2-2"]
     done, written = run(command, monkeypatch)
     assert done == "acfg" and list(written) == list("abcdefg")
 
@@ -129,7 +128,7 @@ def test_another_run_than_the_unfinished_one_is_refused(command, monkeypatch, tm
     other = tmp_path / "other"
     other.write_text("others")
     for change, name in ((dict(n=9), "n"), (dict(input=str(other)), "input"), (dict(model="hub/name"), "model")):
-        with pytest.raises(ValueError, match=rf"journal-0 is what another run left unfinished: it differs in {name}\."):
+        with pytest.raises(ValueError, match=rf"-0 is what another run left unfinished: it differs in {name}\."):
             run(replace(command, **change), monkeypatch)
     (tmp_path / "model" / "weights").write_text("others")
     with pytest.raises(ValueError, match=r"it differs in model\."):
