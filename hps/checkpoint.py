@@ -36,7 +36,7 @@ def held(c: Any, ranks: dist.Ranks, *, what: str, caches: Sequence[str] = ()) ->
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--{option} {path} cannot be made: {error.strerror}") from error
+            raise ValueError(f"--{option} {path}: folder {folder} cannot be made: {error.strerror}") from error
         holding = files.lock(lock, what=what, advice=f"wait until it ends, or choose another --{option}")
     with holding:
         if ranks.first:

@@ -263,7 +263,7 @@ def test_an_output_below_a_file(tmp_path, folders):
         data.write_bytes(lines(foreign if name == "import" else ROW))
         more = {"out": file / "run"} if name in ("eval", "train") else {"output": file / "r.safetensors"}
         said = refused(name, data, tmp_path, folders, **more)
-        reason = "cannot be made: Not a directory" if name in ("eval", "train") else "cannot read or write "
+        reason = "cannot read or write " if name in ("import", "export") else "cannot be made: "
         assert reason in said and str(file) in said
     sizes = ["--train=2", "--valid=2", "--test=2", "--demonstrations=2"]
     with pytest.raises(ValueError, match=rf"cannot read or write {file}/world: Not a directory"):
