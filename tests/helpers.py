@@ -5,7 +5,6 @@ Nothing here is a test. Test files import from this module and conftest.py only,
 
 import importlib
 import json
-import math
 import multiprocessing
 import os
 import socket
@@ -332,7 +331,6 @@ def interval(mean, low, high):
 
 def results(sft="SFT", bt="DPO-BT", hps="HPS|x"):
     """A results file of three methods, by names that may be hostile."""
-    steps = list(range(1, 41))
     columns = {  # of the three methods
         "rm2": [(0, 0, 0), (0.512, 0.3, 0.7), (0.6, 0.45, 0.77)],
         "kl_exact": [(0, 0, 0), (6.1, 5.5, 6.6), (5.2, 4.9, 5.6)],
@@ -377,19 +375,6 @@ def results(sft="SFT", bt="DPO-BT", hps="HPS|x"):
             {"a": f"{bt} again", "b": bt, "metric": "harm", **interval(-1, -1.5, -0.5), **worlds, "p": 0.04},
             {"a": f"{bt} again", "b": bt, "metric": "rm_dpo", **interval(0.1, -0.2, 0.4), **worlds, "p": 0.4},
         ],
-        "curves": {
-            method: {
-                "step": steps,
-                "loss": [scale * math.exp(-0.1 * s) for s in steps],
-                "margin": [scale * s for s in steps],
-            }
-            for method, scale in ((bt, 0.7), (hps, 9))
-        },
-        "schedule": {
-            "step": steps,
-            "gamma": [-5.0 + s // 8 for s in steps],
-            "effective_negatives": [2.0 + s for s in steps],
-        },
         "series": {
             "strength": {
                 "x": {"metric": "kl_exact"},

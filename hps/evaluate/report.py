@@ -6,8 +6,6 @@
  optional "comparisons": [{"a": method, "b": method, "metric": name, ITEM of a - b, "p": of the t test,
                            "p_holm": the same after Holm; not of a row AGAIN}],
  optional "settings": {name: anything JSON},
- optional "curves": {method: {"step": [...], "loss": [...], "margin": [...]}},
- optional "schedule": {"step": [...], "gamma": [...], "effective_negatives": [...]},
  optional "series": {figure name: {"x": {"metric": name} or {"label": str, "values": {method: number}},
                                    "panels": [name], "lines": {line name: [method]}}},   lines through rows
  optional "claims": [{"claim": str, "paper": str, "table": str, "verdict": one of VERDICTS, and if not measured

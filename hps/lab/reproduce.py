@@ -15,7 +15,7 @@ from typing import Any
 
 from hps import config
 from hps.lab import claims
-from hps.lab.results import ROOT, Cells, commit, curves_of, machine, publish, summarise
+from hps.lab.results import ROOT, Cells, commit, machine, publish, summarise
 from hps.lab.suites import LR, SUITES, Row, Suite
 from hps.lab.sweep import Stage, course, flags, run_in_workers
 
@@ -131,7 +131,6 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     settings = vars(c) | SIZES[c.small] | course(stages, kept, out)
     results: dict[str, Any] = {"suite": name, "commit": commit(), "machine": machine(), "seconds": time.time() - began}
     results |= {"worlds": seeds, "rows": rows, "comparisons": comparisons, "settings": settings, "series": suite.series}
-    results |= curves_of(cells)
     publish(results | {"claims": claims.judge(results)}, folder)
 
 

@@ -1,4 +1,4 @@
-"""Runs and their evaluations -> one table with intervals, paired differences, curves: what suites and recipes report.
+"""Runs and their evaluations -> one table with intervals, paired differences: what suites and recipes report.
 
     python -m hps.lab.results --runs runs/smollm2 --first DPO-HPS
 
@@ -6,7 +6,6 @@ A row of the table is a folder RUNS/ROW of runs that differ in their seed: run-0
 evaluation by eval.py in the folder `test`. Rows without training (the reference's own) have run-0/test alone.
 """
 
-import json
 import os
 import platform
 import shutil
@@ -107,24 +106,6 @@ def summarise(cells: Cells, pairs: list[tuple[str, str]]) -> tuple[list[Item], l
     return rows, comparisons
 
 
-def curves_of(cells: Cells) -> dict[str, Any]:
-    """`curves` of the report: loss and margin of training, the mean over runs; and DPO-HPS's `schedule` of gamma."""
-    found: dict[str, Any] = {"curves": {}}
-    for name, worlds in cells.items():
-        paths = [folder.parent / "metrics.jsonl" for folders in worlds for folder in folders]
-        logs = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths if path.exists()]
-        if logs:
-            steps = [record["step"] for record in logs[0]]
-
-            def mean(key: str, logs: list = logs) -> list[float]:
-                return np.mean([[record[key] for record in log] for log in logs], axis=0).tolist()
-
-            found["curves"][name] = {"step": steps, "loss": mean("loss"), "margin": mean("rewards/margins")}
-            if name == "DPO-HPS":
-                found["schedule"] = {"step": steps} | {key: mean(key) for key in ("gamma", "effective_negatives")}
-    return found
-
-
 def agreement(path: Path) -> dict[str, float]:
     """How often the rewards of a file agree with its human pairs, ties half, with an interval over rows."""
     signs = []
@@ -181,7 +162,7 @@ def main() -> None:
     seconds = sum(row["metrics"].get("train_seconds", {"mean": 0.0})["mean"] * row["runs"] for row in rows)
     results = {"suite": out.name, "commit": commit(), "machine": machine(), "seconds": seconds, "worlds": 1}
     results |= {"rows": rows, "comparisons": comparisons, "settings": {"agreement with people": agreements}}
-    publish(results | curves_of(cells), out)
+    publish(results, out)
     for name, found in agreements.items():
         print(f"{name}: the rewards agree with people on {md.interval(found, 2)} of the pairs")
 
