@@ -189,6 +189,14 @@ def holm(p: Sequence[float]) -> list[float]:
     return np.minimum(1.0, adjusted)[np.argsort(rising)].tolist()
 
 
+def adjust(items: Sequence[dict[str, Any]]) -> None:
+    """Give each item with "metric" and "p" its "p_holm": adjusted for all of these items that are of its metric."""
+    for metric in {item["metric"] for item in items}:
+        mine = [item for item in items if item["metric"] == metric]
+        for item, adjusted in zip(mine, holm([item["p"] for item in mine]), strict=True):
+            item["p_holm"] = adjusted
+
+
 def item(triple: tuple[float, float, float]) -> dict[str, float | None]:
     """{"mean", "low", "high"} for JSON, which knows no infinity: without an interval, low and high are None."""
     return {

@@ -33,12 +33,12 @@ MARKS = (
 )
 COMPARISONS_NOTE = (
     "The same prompts on both sides, averaged by world; W: worlds; unresolved: the interval contains 0, so p of the t "
-    "test is above 0.05. After Holm: p adjusted for all of the table's {0} comparisons."
+    "test is above 0.05. After Holm: p adjusted for this table's comparisons of the metric."
 )
 AGAIN_NOTE = "Of {0} differences of a row with itself, trained with another seed, {1} are resolved; 5 % are expected."
 CLAIMS_NOTE = (
     "Holds, does not hold: the whole interval lies on one side of the claim's bound, which is 0 where the claim names "
-    "none; unresolved: it does not. After Holm: p adjusted for all claims of this table that are measured."
+    "none; unresolved: it does not. After Holm: p adjusted for this table's claims on the metric."
 )
 
 
@@ -121,22 +121,17 @@ def _comparisons(results: dict[str, Any]) -> Table:
     def verdict(item: dict[str, Any], p: float) -> str:
         return "unresolved" if p >= 0.05 else "a larger" if item["mean"] > 0 else "b larger"
 
-    rows, adjusted, again = [], 0, []
+    rows, again = [], []
     for item in results["comparisons"]:
         names = [Cell(METRICS[item["metric"]].title), Cell(item["a"]), Cell(item["b"])]
         raw, worlds = verdict(item, item["p"]), len([x for x in item["values"] if x is not None])
-        if "p_holm" in item:
-            adjusted += 1
-            after = verdict(item, item["p_holm"])
-        else:
-            again.append(raw)
-            after = "-"
+        after = verdict(item, item["p_holm"]) if "p_holm" in item else "-"
+        again += [raw] if after == "-" else []
         number = _number(item, METRICS[item["metric"]].digits, "+")
         cells = [Cell(str(worlds), value=worlds), Cell(raw), Cell(after), Cell(f"{item['p']:.1g}", value=item["p"])]
         rows.append([*names, number, *cells])
-    note = COMPARISONS_NOTE.format(adjusted)
-    if again:
-        note += " " + AGAIN_NOTE.format(len(again), len(again) - again.count("unresolved"))
+    resolved = len(again) - again.count("unresolved")
+    note = COMPARISONS_NOTE + (" " + AGAIN_NOTE.format(len(again), resolved) if again else "")
     header = ["metric", "a", "b", "a - b", "W", "verdict", "after Holm", "p"]
     return Table("Paired comparisons", header, rows, note, keys=3)
 

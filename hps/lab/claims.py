@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hps.evaluate.metrics import METRICS, holm, item, world_interval, world_p
+from hps.evaluate.metrics import METRICS, adjust, item, world_interval, world_p
 
 OURS = ("rm10", "harm", "junk")
 TABLES = ("The paper's claims, by its own metrics", "Its claims, by metrics of ours")
@@ -66,7 +66,7 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
 
     results: a suite's, as report.py takes them. Verdict: "holds" or "does not hold" if the interval over worlds lies on
     one side of the claim's bound, "unresolved" if not; `after_holm` the same by p adjusted for the measured claims of
-    the same table. A claim whose rows are not there is left out; one whose rows lack the numbers is "not measured
+    its metric. A claim whose rows are not there is left out; one whose rows lack the numbers is "not measured
     here", and says so. ValueError: a cost of 0 or less.
     """
     rows = {row["method"]: row["metrics"] for row in results["rows"]}
@@ -85,12 +85,12 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
             reason = claim.reason or f"no {compared}{METRICS[claim.metric].title} of these rows in the results"
             found |= {"verdict": "not measured here", "reason": reason}
         tables[claim.metric in OURS].append(found)
-    for table in tables:
-        measured = [found for found in table if "p" in found]
-        for found, adjusted in zip(measured, holm([found["p"] for found in measured]), strict=True):
-            side = "holds" if found.pop("right") else "does not hold"
-            found |= {"verdict": side if found.pop("p") < 0.05 else "unresolved"}
-            found |= {"after_holm": side if adjusted < 0.05 else "unresolved"}
+    measured = [found for table in tables for found in table if "p" in found]
+    adjust(measured)
+    for found in measured:
+        side = "holds" if found.pop("right") else "does not hold"
+        found |= {"verdict": side if found.pop("p") < 0.05 else "unresolved"}
+        found |= {"after_holm": side if found.pop("p_holm") < 0.05 else "unresolved"}
     return [found for table in tables for found in table]
 
 

@@ -81,7 +81,7 @@ def measured(worlds: list[dict[str, float]]) -> tuple[Item, list[float]]:
 
 def summarise(cells: Cells, pairs: list[tuple[str, str]]) -> tuple[list[Item], list[Item]]:
     """Rows of the table, and differences of the named pairs, paired by prompt and averaged by world, with p of the t
-    test before and after Holm's adjustment for all of them; those of a row with itself (AGAIN) have none of these."""
+    test before and after Holm's adjustment, which those of a row with itself (AGAIN) do not have."""
     found = {name: [per_prompt(folders) for folders in worlds] for name, worlds in cells.items()}
     rows = []
     for name, worlds in found.items():
@@ -100,9 +100,7 @@ def summarise(cells: Cells, pairs: list[tuple[str, str]]) -> tuple[list[Item], l
             if any(worlds):
                 difference, numbers = measured(worlds)
                 comparisons.append({"a": a, "b": b, "metric": metric, **difference, "p": metrics.world_p(numbers)})
-    judged = [x for x in comparisons if x["a"] != x["b"] + metrics.AGAIN]
-    for x, adjusted in zip(judged, metrics.holm([x["p"] for x in judged]), strict=True):
-        x["p_holm"] = adjusted
+    metrics.adjust([x for x in comparisons if x["a"] != x["b"] + metrics.AGAIN])
     return rows, comparisons
 
 

@@ -81,7 +81,10 @@ def test_comparisons_have_a_plain_verdict():
         "| RM_DPO | DPO-BT again | DPO-BT | +0.10 [-0.20, +0.40] | 2 | unresolved | - | 0.4 |",
     ]
     flat = " ".join(text.split())
-    assert "adjusted for all of the table's 3 comparisons" in flat and "Of 2 differences of a row with itself" in flat
+    assert (
+        "adjusted for this table's comparisons of the metric" in flat
+        and "Of 2 differences of a row with itself" in flat
+    )
     assert "another seed, 1 are resolved; 5 % are expected" in flat and report.comparisons_table(bare()) == ""
 
 

@@ -73,15 +73,16 @@ def test_the_intervals_side_of_the_bound_decides():
         assert found["DPO-HPS wins more than half of its samples against SFT"]["verdict"] == verdict
 
 
-def test_one_world_decides_nothing_and_holm_is_by_table():
+def test_one_world_decides_nothing_and_holm_is_by_metric():
     found = judged(results("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", "rm_dpo", [3.0])]))
     assert (found[MARGIN]["verdict"], found[MARGIN]["low"]) == (OPEN, None)
-    pairs = [("DPO-HPS", "DPO-BT", m, three(0.02, 1)) for m in ("rm_dpo", "rm_worst_case")]  # p of 0.04 each
-    found = judged(results("methods", rows=TWO, comparisons=pairs))
-    assert [(found[x]["verdict"], found[x]["after_holm"]) for x in (MARGIN, WORST)] == [(HOLDS, OPEN)] * 2
-    pairs[1] = ("DPO-HPS", "DPO-BT", "harm", three(-1, -0.02))  # in the other table
-    found = judged(results("methods", rows=TWO, comparisons=pairs))
-    assert [(found[x]["verdict"], found[x]["after_holm"]) for x in (MARGIN, HARM)] == [(HOLDS, HOLDS)] * 2
+    rows, other = TWO | {"DPO-PL-8": {}}, MARGIN.replace("BT", "PL-8")
+    pairs = [("DPO-HPS", b, "rm_dpo", three(0.02, 1)) for b in ("DPO-BT", "DPO-PL-8")]  # p of 0.04 each
+    found = judged(results("methods", rows=rows, comparisons=pairs))
+    assert [(found[x]["verdict"], found[x]["after_holm"]) for x in (MARGIN, other)] == [(HOLDS, OPEN)] * 2
+    pairs[1] = ("DPO-HPS", "DPO-BT", "rm_worst_case", three(0.02, 1))
+    found = judged(results("methods", rows=rows, comparisons=pairs))
+    assert [(found[x]["verdict"], found[x]["after_holm"]) for x in (MARGIN, WORST)] == [(HOLDS, HOLDS)] * 2
 
 
 def test_what_is_not_there_is_left_out_or_said():

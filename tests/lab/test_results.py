@@ -68,9 +68,10 @@ def test_rows_and_paired_differences(cells):
     assert of["DPO-HPS", "DPO-BT", "harm"]["values"] == [1, 3, None]
     # Samples by number: the first wins, the second ties, the third loses.
     assert of["DPO-HPS", "DPO-BT", "lead"]["values"] == [0, 0, 0] and ("DPO-HPS", "SFT", "lead") not in of
-    adjusted = metrics.holm([c["p"] for c in comparisons if "again" not in c["a"]])
-    assert [c["p_holm"] for c in comparisons if "p_holm" in c] == adjusted
-    assert [c["mean"] for c in comparisons if "p_holm" not in c] == [0, 0, 0] and len(adjusted) == 4
+    pair = [of["DPO-HPS", other, "rm10"] for other in ("DPO-BT", "SFT")]  # adjusted for the two of its metric
+    assert [c["p_holm"] for c in pair] == pytest.approx(metrics.holm([c["p"] for c in pair])) != [c["p"] for c in pair]
+    assert of["DPO-HPS", "DPO-BT", "harm"]["p_holm"] == of["DPO-HPS", "DPO-BT", "harm"]["p"]
+    assert [c["mean"] for c in comparisons if "p_holm" not in c] == [0, 0, 0] and len(comparisons) == 4 + 3
 
 
 def test_head_to_head_by_hand(tmp_path):
