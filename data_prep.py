@@ -87,6 +87,7 @@ class Annotate:
     dtype: str = "fp32"  # of a reward model's weights, fp32 or bf16; rewards are fp32 either way
     objectives: str = "one"  # of a reward model's head: one, or mean of several
     remote_revision: str = ""  # run the code that a reward model brings, as of this commit; empty: never
+    template_options: str = ""  # NAME=VALUE,... of a reward model's chat template: enable_thinking=false
     tokens_per_micro_batch: int = 4096  # packed tokens of a reward model's forward
     timeout: float = 10.0  # minutes that ranks wait for each other; for each other's shares of the prompts longer
 
@@ -147,6 +148,8 @@ def generate_candidates(c: Generate) -> None:
         rows = rows[: c.limit]
     if not rows:
         raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
+    if dropped := sum(encoder.template.drops_thoughts(row.prompt) for row in rows):
+        counts["rows_thoughts_dropped"] = dropped
 
     def work(mine: list[Row], counts: Counter[str], ranks: dist.Ranks) -> Iterator[tuple[str, list[str]]]:
         asked, by_id = [(row.id, prompts[row.id]) for row in mine], {row.id: row for row in mine}
@@ -176,7 +179,7 @@ def annotate_rows(c: Annotate) -> None:
     check_apart(c)
     rows = listwise.read(c.input)
     of_world = scorers.load(c.scorer) if c.scorer.split(":")[0] in ("world-true", "world-est") else None
-    of_reward_models = ("dtype", "objectives", "remote_revision", "tokens_per_micro_batch")
+    of_reward_models = ("dtype", "objectives", "remote_revision", "template_options", "tokens_per_micro_batch")
     if of_world or c.scorer == "human":
         if unused := [key for key in of_reward_models if getattr(c, key) != getattr(Annotate, key)]:
             raise ValueError(f"scorer {c.scorer} does not use {', '.join(unused)}: remove that")
@@ -190,9 +193,8 @@ def annotate_rows(c: Annotate) -> None:
         elif of_world:
             found = rewards.annotate(mine, of_world)
         else:
-            how = {key: getattr(c, key) for key in ("dtype", "objectives", "remote_revision")}
-            how |= dict(budget=c.tokens_per_micro_batch, device=ranks.device, counts=counts)
-            found = scorers.load_reward_model(c.scorer, **how)(mine)
+            how = {key: getattr(c, key) for key in of_reward_models}
+            found = scorers.load_reward_model(c.scorer, device=ranks.device, counts=counts, **how)(mine)
         yield from tqdm(found, total=len(mine), desc="annotate", unit="prompt", disable=not ranks.first)
 
     def write(found: dict[str, rewards.Rewards], more: Counter[str]) -> None:

@@ -59,9 +59,11 @@ class Template:
             at = max(at, first + size)
         return text
 
-    def drops_thoughts(self, prompt: Turns, texts: Sequence[str] = ()) -> bool:
+    def drops_thoughts(self, prompt: str | Turns, texts: Sequence[str] = ()) -> bool:
         """Whether it leaves out what an earlier answer thought, as the templates of models that think do, so that the
         policy will not see it when it is asked either; or what one of `texts` thought, as `answered` reads them."""
+        if isinstance(prompt, str):
+            return False
         read = [[*prompt, said(text)] for text in texts] if texts and self.closing is None else [prompt]
         thoughts = [(turns, thought) for turns in read for turn in turns if (thought := _thought_said(turn)[0])]
         return any(thought not in self.write(turns) for turns, thought in thoughts)

@@ -271,7 +271,7 @@ def tokenize(
                 empty = [not encoder.without_eos(text).strip() for text in row.responses]
                 empty = [e or ids[0] == encoder.eos for e, ids in zip(empty, responses, strict=True)]
                 example = _example(row, prompt, responses, empty, max_length, truncate, counts, encoder.bos)
-                if chat and encoder.template.drops_thoughts(row.prompt, row.responses if closing else ()):
+                if encoder.template.drops_thoughts(row.prompt, row.responses if closing else ()):
                     counts["rows_thoughts_dropped"] = counts.get("rows_thoughts_dropped", 0) + 1
             except ValueError as error:
                 raise ValueError(f"{row.where}: {error}") from error

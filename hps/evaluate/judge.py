@@ -69,6 +69,7 @@ class Options:
     # -- a local judge --
     model: str = ""  # a chat model: a local folder or a hub name
     dtype: str = "fp32"  # fp32 or bf16
+    template_options: str = ""  # NAME=VALUE,... of its chat template: enable_thinking=false, date=2026-01-31
     batch_size: int = 8  # responses judged at once
     # -- or a judge behind an OpenAI-compatible endpoint --
     endpoint: str = ""  # base URL, say https://host/v1
@@ -80,7 +81,7 @@ class Options:
     timeout: float = 120.0  # seconds to wait for an answer
 
 
-LOCAL = {"dtype", "batch_size"}
+LOCAL = {"dtype", "template_options", "batch_size"}
 REMOTE = {"judge_model", "key_variable", "in_flight", "requests_per_minute", "attempts", "timeout"}
 
 
@@ -101,11 +102,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("max_tokens, batch_size, in_flight and attempts must be at least 1, and timeout above 0")
     if min(c.responses, c.requests_per_minute) < 0:
         raise ValueError("responses and requests_per_minute must not be negative")
-    samples = read_samples(c)
-    run(c, samples, local_judge(c) if c.model else remote_judge(c))
+    samples, left_out = read_samples(c)
+    run(c, samples, left_out, local_judge(c) if c.model else remote_judge(c))
 
 
-def run(c: Options, samples: dict[str, list[Row]], judge: Judge) -> None:
+def run(c: Options, samples: dict[str, list[Row]], left_out: list[str], judge: Judge) -> None:
     """Ask what is missing, and write everything anew but answers.jsonl, which only grows."""
     template = hashlib.sha256(question(("", ""), reminded=True).encode()).hexdigest()
     items: dict[str, Item] = {}
@@ -140,6 +141,7 @@ def run(c: Options, samples: dict[str, list[Row]], judge: Judge) -> None:
     asked = {key: answers[key] for key in items}
     texts = [line["answer"] for some in asked.values() for line in some]
     counts = {
+        "prompts_left_out": len(left_out),
         "responses": len(places),
         "items": len(items),
         "answers": len(texts),
@@ -149,7 +151,7 @@ def run(c: Options, samples: dict[str, list[Row]], judge: Judge) -> None:
         "refused": len(refused),
     }
     served = Counter(line["model"] for some in asked.values() for line in some)
-    results = {"judge": judge.identity, "template": template, "served": served, "counts": counts}
+    results = {"judge": judge.identity, "template": template, "served": served, "counts": counts, "left_out": left_out}
     results |= verdicts.summarise(scores, words, unit="prompts", baseline=c.baseline)
     files.write_json(out / "judge.json", results | {"config": vars(c)})
     told = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
@@ -163,11 +165,12 @@ def run(c: Options, samples: dict[str, list[Row]], judge: Judge) -> None:
 # ---- what is asked, and what is made of the answer ------------------------------------------------
 
 
-def read_samples(c: Options) -> dict[str, list[Row]]:
-    """The first responses of every method in the order of the baseline's file.
+def read_samples(c: Options) -> tuple[dict[str, list[Row]], list[str]]:
+    """The first responses of every method in the order of the baseline's file; and the ids of prompts that are left
+    out, since one of the methods has no response to them (eval.py draws none for which the model has no positions).
 
     Raises:
-        ValueError: fewer than two methods, or files that do not answer the same prompts equally often.
+        ValueError: fewer than two methods, or files that do not answer the same prompts equally often, or none.
     """
     samples = verdicts.read_samples(c.methods, Path(c.out) / "scores.jsonl")
     if c.baseline not in samples:
@@ -176,11 +179,15 @@ def read_samples(c: Options) -> dict[str, list[Row]]:
     for name, rows in samples.items():
         if odd := rows.keys() ^ first.keys():
             raise ValueError(f"prompt {min(odd)!r} is in the samples of only one of {name} and {c.baseline}")
-        for row, like in ((rows[id], first[id]) for id in first):
-            if len(row.responses) != len(like.responses) or not row.responses:
-                raise ValueError(f"{row.where}: another number of responses than {like.where}, or none")
+    kept = [id for id in first if all(rows[id].responses for rows in samples.values())]
+    for row, like in ((rows[id], first[id]) for rows in samples.values() for id in kept):
+        if len(row.responses) != len(like.responses):
+            raise ValueError(f"{row.where}: another number of responses than {like.where}")
+    if not kept:
+        raise ValueError("no prompt has responses of all methods")
     most = c.responses or sys.maxsize
-    return {name: [first_responses(rows[id], most) for id in first] for name, rows in samples.items()}
+    chosen = {name: [first_responses(rows[id], most) for id in kept] for name, rows in samples.items()}
+    return chosen, sorted(first.keys() - set(kept))
 
 
 def as_data(value: Any) -> str:
@@ -243,15 +250,20 @@ def first_scores(lines: list[dict[str, Any]]) -> dict[str, float] | None:
 def local_judge(c: Options) -> Judge:
     """A causal LM on this machine, greedy, through its own chat template."""
     config.check_choices(c, dtype=model.DTYPES)
-    lm, tokenizer = chat.load(c.model, c.dtype)
-    limit = generate.positions(lm.config) - c.max_tokens
+    lm, tokenizer = chat.load(c.model, c.dtype, c.template_options)
+    limit, encoder = generate.positions(lm.config) - c.max_tokens, tokens.Encoder(tokenizer)
 
     def ask(questions: dict[str, str]) -> Generator[tuple[str, Reply]]:
-        prompts = {key: tokens.encode_prompt(tokenizer, chat.said(text)) for key, text in questions.items()}
-        for key in [key for key, ids in prompts.items() if len(ids) > limit]:
-            del prompts[key]
-            yield key, Reply(None, problem=f"the question is longer than this judge's {limit:.0f} tokens")
-        fitting = list(prompts.items())
+        fitting = []
+        for key, text in questions.items():
+            try:
+                ids, problem = encoder.prompt(chat.said(text)), f"it is longer than this judge's {limit:.0f} tokens"
+            except ValueError as error:
+                ids, problem = None, str(error)
+            if ids is None or len(ids) > limit:
+                yield key, Reply(None, problem=f"the question cannot be asked: {problem}")
+            else:
+                fitting.append((key, ids))
         for start in range(0, len(fitting), c.batch_size):
             batch = dict(fitting[start : start + c.batch_size])
             found = chat.answers(lm, tokenizer, batch, max_new_tokens=c.max_tokens, temperature=0.0, seed=0)

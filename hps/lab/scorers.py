@@ -51,16 +51,17 @@ def load_reward_model(
     dtype: str = "fp32",
     objectives: str = "one",
     remote_revision: str = "",
-    budget: int = 4096,
+    template_options: str = "",
+    tokens_per_micro_batch: int = 4096,
     device: torch.device | None = None,
     counts: Counter[str] | None = None,
 ) -> Annotator:
     """The function rows -> (id, rewards) of a reward model; see `reward_model.load_reward_model` for what is refused.
 
-    remote_revision: run the code that the model brings, as of this commit. budget: packed tokens of a forward.
+    remote_revision: run the code that the model brings, as of this commit. template_options: of its chat template.
     counts: what was cut and what could not be scored.
     """
-    tokenizer = tokens.load_tokenizer(path)
+    tokenizer = tokens.load_tokenizer(path, template_options)
     device, counts = device or torch.device("cpu"), Counter() if counts is None else counts
     if remote_revision:
         lm = reward_model.load_remote(path, dtype=model.compute_dtype(dtype), revision=remote_revision)
@@ -71,7 +72,7 @@ def load_reward_model(
         lm = reward_model.load_reward_model(path, **how)
         scoring = reward_model.RewardModel(lm).to(device)
         model.check_paths_agree(scoring, vocab_size=len(tokenizer))
-    packing = dict(device=device, budget=budget, pad_id=tokenizer.pad_token_id or 0)
+    packing = dict(device=device, budget=tokens_per_micro_batch, pad_id=tokenizer.pad_token_id or 0)
     return lambda rows: rewards.annotate_packed(
         rows,
         lambda blocks: score(scoring, blocks, **packing),

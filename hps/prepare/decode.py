@@ -8,6 +8,7 @@ hands the query to `_Rows.attend`, which looks at the row's prompt and at the ro
 import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,11 @@ class Sample:
     token_ids: np.ndarray  # (T,) int32
     finished: bool  # the end token came within max_new_tokens
     logp: float  # sum of the tokens' log-probs at temperature 1, whatever the sampling temperature
+
+    @property
+    def said(self) -> np.ndarray:
+        """The tokens of its text: all but the end token, which to the tokenizer may be a token like others."""
+        return self.token_ids[:-1] if self.finished else self.token_ids
 
 
 @dataclasses.dataclass(slots=True)
@@ -129,6 +135,12 @@ def _check(model: nn.Module, request: Request) -> None:
         )
 
 
+def end_ids(model: Any, eos_token_id: int) -> list[int]:
+    """The tokens at any of which a sample ends: the tokenizer's, and all that the model's generation config names."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # one, several or none
+    return sorted({eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+
+
 class _Rows:
     """The rows of the batch: R of them, of P prompts. A row that has ended goes on, in vain, until the next regroup."""
 
@@ -136,9 +148,7 @@ class _Rows:
         self.model, self.temperature = model, temperature
         self.device = next(model.parameters()).device
         self.max_new_tokens = max_new_tokens
-        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # one, several or none
-        ends = {eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
-        self.end_ids = torch.tensor(sorted(ends), device=self.device)  # a sample ends at any of them
+        self.end_ids = torch.tensor(end_ids(model, eos_token_id), device=self.device)
         self.owner: list[tuple[Request, int]] = []  # of each row: its request and place among the samples
         self.prompt = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) each row's prompt, in order
         self.length = torch.zeros(0, dtype=torch.int64, device=self.device)  # (P,) tokens of each prompt

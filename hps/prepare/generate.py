@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections import Counter, deque
 from collections.abc import Container, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hps.data.rows import Prompt
 from hps.data.tokens import Encoder
-from hps.io import hub
-from hps.prepare.decode import Request, Sample, decode
+from hps.io import files, hub
+from hps.prepare.decode import Request, Sample, decode, end_ids
 
 OVERSAMPLE = 1.1  # draws for each sample that is asked for, at first: some will be lost
 DRAW_LIMIT = 4.0  # draws for each sample that is asked for, at most
@@ -169,20 +170,32 @@ def answer(
     """
     encoder = Encoder(tokenizer)
     for id, some in generate(model, prompts, eos_token_id=encoder.eos, seed=~seed, as_drawn=True, **how):
-        yield id, [encoder.text(one.token_ids, chat=False if id in strings else None) for one in some]
+        yield id, [encoder.text(one.said, chat=False if id in strings else None) for one in some]
 
 
 def texts_of(encoder: Encoder, prompt: Prompt, samples: Sequence[Sample], counts: Counter[str]) -> list[str]:
-    """Samples as texts. counts: "encoded_otherwise", texts of which training will make other tokens than these."""
+    """Samples as texts. counts: "encoded_otherwise", texts of which training will make other tokens than these, their
+    ends aside."""
     chat, texts = not isinstance(prompt, str), []
     for one in samples:
-        texts.append(encoder.text(one.token_ids, chat=chat))
+        texts.append(encoder.text(one.said, chat=chat))
         try:
-            again = next(encoder.responses(texts[-1:], chat=chat))
+            again = next(encoder.responses(texts[-1:], chat=chat))[:-1]
         except ValueError:  # a control token that the tokenizer reads in the text
-            again = []
-        counts["encoded_otherwise"] += again != one.token_ids.tolist()
+            again = None
+        counts["encoded_otherwise"] += again != one.said.tolist()
     return texts
+
+
+def encoded_otherwise(data: str | Path) -> int:
+    """Of a file that `data_prep.py generate` wrote, or what was made from one: the samples of which training will make
+    other tokens than were drawn, as the manifests tell; 0 where there is none."""
+    manifest = Path(f"{data}.manifest.json")
+    if not manifest.exists():
+        return 0
+    about: Any = files.read_json(manifest)
+    count, made_from = about.get("counts", {}).get("encoded_otherwise"), about.get("input", {}).get("path", data)
+    return count if count is not None or made_from == data else encoded_otherwise(made_from)
 
 
 def positions(config: Any) -> float:
@@ -212,7 +225,10 @@ def load_vllm(path: str, *, dtype: str, max_length: int) -> Any:
     names = {"fp32": "float32", "bf16": "bfloat16"}
     name, revision = hub.resolve(path)
     how: dict[str, Any] = dict(revision=revision, tokenizer_revision=revision, dtype=names[dtype])
-    return LLM(model=name, max_model_len=max_length, logprobs_mode="raw_logprobs", **how)
+    llm = LLM(model=name, max_model_len=max_length, logprobs_mode="raw_logprobs", **how)
+    with suppress(OSError):  # where there is none the tokenizer's end token is all
+        llm.generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
+    return llm
 
 
 def ask_vllm(
@@ -227,6 +243,7 @@ def ask_vllm(
     """`hps.prepare.decode.decode` by a vLLM engine, which batches on its own; about `max_rows` sequences a call."""
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
+    ends = end_ids(llm, eos_token_id)
     while requests:
         batch = [requests.popleft()]
         while requests and sum(request.due for request in batch) + requests[0].due <= max_rows:
@@ -237,8 +254,8 @@ def ask_vllm(
                 seed=request.seed // 2 + len(request.samples),  # vLLM's j-th sample takes seed + j
                 temperature=temperature,
                 max_tokens=max_new_tokens,
-                ignore_eos=True,  # or it would add the end tokens of the model's generation_config.json
-                stop_token_ids=[eos_token_id],
+                ignore_eos=True,  # or it would end at a token of its own choice
+                stop_token_ids=ends,
                 logprobs=0,  # of the drawn token alone
                 detokenize=False,
             )
@@ -250,7 +267,7 @@ def ask_vllm(
             for one in sorted(output.outputs, key=lambda one: one.index):
                 ids = np.array(one.token_ids, dtype=np.int32)
                 finished = one.finish_reason == "stop"
-                if finished != (ids[-1] == eos_token_id):
+                if finished != (ids[-1] in ends):
                     raise ValueError(f"vLLM ended a response on token {ids[-1]} with reason {one.finish_reason!r}")
                 logp = sum(step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True))
                 request.samples.append(Sample(ids, finished, logp))

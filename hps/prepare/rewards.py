@@ -47,7 +47,7 @@ def annotate_packed(
     """Yields (id, rewards) for every row, in order, read as the reward model's own chat template writes them.
 
     Without a reward, and counted: a response longer than the model can read (`responses_overlong`), one whose reward is
-    not finite (`responses_not_finite`), and the rows that `encode_answered` refuses (`rows_refused`).
+    not finite (`responses_not_finite`), and those that `encode_answered` refuses (`responses_refused`).
 
     Args:
         score: rewards of all responses of some blocks, one array per block.
@@ -66,17 +66,16 @@ def annotate_packed(
         places: list[list[int]] = []  # which response each reward is of
         why = "the rewards are not finite: check the reward model's weights and dtype"
         for row in some:
-            try:
-                made = encode_answered(encoder, row.prompt, row.responses) if row.responses else []
-            except ValueError as error:
-                if tokenizer.chat_template is None:  # no fault of a row
-                    raise ValueError(f"{row.where}: {error}") from error
-                made, why = [], str(error)
-                counts["rows_refused"] += 1
-            fitted = [_fitted(block, positions, pad_id, tokenizer.bos_token_id, counts) for block in made]
-            starts = np.cumsum([0, *(len(block.responses) for block in made)]).tolist()
-            blocks.append([block for parts, _ in fitted for block in parts])
-            places.append([at + k for at, (_, ks) in zip(starts, fitted, strict=False) for k in ks])
+            made, refused = _encoded(encoder, row)
+            if refused and tokenizer.chat_template is None:  # no fault of a row
+                raise ValueError(f"{row.where}: {refused}") from refused
+            why = str(refused or why)
+            if made and encoder.template.drops_thoughts(row.prompt, () if refused else row.responses):
+                counts["rows_thoughts_dropped"] += 1
+            counts["responses_refused"] += len(row.responses) - sum(len(block.responses) for block, _ in made)
+            fitted = [(_fitted(one, positions, pad_id, tokenizer.bos_token_id, counts), ks) for one, ks in made]
+            blocks.append([block for (parts, _), _ in fitted for block in parts])
+            places.append([ks[k] for (_, kept), ks in fitted for k in kept])
             if made and not places[-1]:
                 why = f"all responses are longer than the {positions} tokens that the reward model reads"
         found = iter(score([block for made in blocks for block in made]))
@@ -92,13 +91,26 @@ def annotate_packed(
         yield from zip((row.id for row in some), all_rewards, strict=True)
 
 
-def encode_answered(encoder: tokens.Encoder, prompt: tokens.Prompt, texts: Sequence[str]) -> list[Block]:
-    """A prompt with its answers as a reward model reads them, one block; errors as `Template.answered`."""
+def _encoded(encoder: tokens.Encoder, row: Row) -> tuple[list[tuple[Block, Sequence[int]]], ValueError | None]:
+    """A row as blocks, each with which responses are in it: of all, or, where one cannot be read, of those that can be,
+    each by itself; and why one cannot be read."""
+    whole, found, refused = range(len(row.responses)), [], None
+    for groups in ([whole], [[k] for k in whole]):
+        for ks in groups if not found and whole else ():
+            try:
+                found.append((encode_answered(encoder, row.prompt, [row.responses[k] for k in ks]), ks))
+            except ValueError as error:
+                refused = error
+    return found, refused
+
+
+def encode_answered(encoder: tokens.Encoder, prompt: tokens.Prompt, texts: Sequence[str]) -> Block:
+    """A prompt with its answers as a reward model reads them; errors as `Template.answered`."""
     if isinstance(prompt, str):
         head, answers = encoder.prompt(prompt), encoder.responses(texts, chat=False)
     else:
         head, answers = encoder.template.answered(prompt, texts)
-    return [Block(np.array(head, np.int32), tuple(np.array(ids, np.int32) for ids in answers))]
+    return Block(np.array(head, np.int32), tuple(np.array(ids, np.int32) for ids in answers))
 
 
 def scored(row: Row, rewards: Rewards) -> Row:

@@ -100,7 +100,14 @@ def test_verdicts_by_hand(tmp_path, capsys):
     assert found["means"]["beta"]["words"]["mean"] == pytest.approx((5 + 7 + 5 + 5) / 4)
     # alpha's and gamma's first responses are equal: one item, asked once.
     assert found["counts"] == dict(
-        responses=12, items=11, answers=11, reminded=0, unparseable=0, unfinished_drafts=0, refused=0
+        prompts_left_out=0,
+        responses=12,
+        items=11,
+        answers=11,
+        reminded=0,
+        unparseable=0,
+        unfinished_drafts=0,
+        refused=0,
     )
     assert len(server.requests) == 11 and found["served"] == {"judge-2": 11} and found["judge"] == {"model": "judge"}
     page = (tmp_path / "out/judge.md").read_text()
@@ -144,6 +151,20 @@ def test_more_samples_and_the_first_of_them(tmp_path):
         [pair] = run(methods, tmp_path / "all", server)["comparisons"]
         [first] = run(methods, tmp_path / "first", server, responses=1)["comparisons"]
     assert shares(pair) == (50, 25, 25) and shares(first) == (50, 50, 0) and len(server.requests) == 8 + 4
+
+
+def test_a_prompt_without_samples_is_left_out_by_id(tmp_path):
+    """What is said of the others is as if the prompt had not been there."""
+    texts = {name: by_prompt | {"p5": ["And so 5 5 5 5"]} for name, by_prompt in TEXTS.items()}
+    texts["gamma"] |= {"p5": []}
+    with chat_server(good) as server:
+        without = run(write(tmp_path / "a"), tmp_path / "out", server)
+        found = run(write(tmp_path / "b", texts, PROMPTS | {"p5": "Five"}), tmp_path / "out", server)
+    assert len(server.requests) == 11 and found["left_out"] == ["p5"] and found["counts"]["prompts_left_out"] == 1
+    assert [found[key] for key in ("means", "comparisons")] == [without[key] for key in ("means", "comparisons")]
+    none = write(tmp_path / "c", {name: {"p1": []} for name in TEXTS})
+    with pytest.raises(ValueError, match="no prompt has responses of all methods"):
+        run(none, tmp_path / "out", endpoint="http://127.0.0.1:1", judge_model="m")
 
 
 FOUR = '"correctness": 5, "helpfulness": 5, "safety": 5, "clarity": '
@@ -209,7 +230,16 @@ def test_a_garbled_answer_is_asked_for_once_more(tmp_path):
     with chat_server(behave) as server:
         found = run(methods, tmp_path / "out", server)
         again = run(methods, tmp_path / "out", server)
-    counts = dict(responses=12, items=11, answers=14, reminded=1, unparseable=2, unfinished_drafts=5, refused=0)
+    counts = dict(
+        prompts_left_out=0,
+        responses=12,
+        items=11,
+        answers=14,
+        reminded=1,
+        unparseable=2,
+        unfinished_drafts=5,
+        refused=0,
+    )
     assert found["counts"] == again["counts"] == counts
     assert len(server.requests) == 14  # and none at the second run
     [pair, *_] = found["comparisons"]
@@ -405,3 +435,17 @@ def test_a_local_judge_and_a_question_too_long_for_it(tmp_path):
     lm.save_pretrained(folder)  # another judge
     run(methods, out, model=folder, max_tokens=64)
     assert len(lines(out / "answers.jsonl")) == 20
+    template = folder / "chat_template.jinja"
+    template.write_text("{% if aloud is defined %} {% endif %}" + template.read_text())
+    run(methods, out, model=folder, max_tokens=64, template_options="aloud=true")  # and one that reads other questions
+    assert len(lines(out / "answers.jsonl")) == 30
+
+
+def test_a_question_that_a_local_judge_cannot_read_is_refused(tmp_path):
+    """Its template knows no such words: the others are asked."""
+    folder = save_model(tmp_path / "model", answer=ANSWER)
+    template = folder / "chat_template.jinja"
+    refuse = "{% if 'Because' in messages[0].content %}{{ raise_exception('no reasons') }}{% endif %}"
+    template.write_text(refuse + template.read_text())
+    found = run(write(tmp_path), tmp_path / "out", model=folder, max_tokens=64)
+    assert {key: found["counts"][key] for key in ("answers", "refused")} == {"answers": 10, "refused": 1}

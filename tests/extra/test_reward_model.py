@@ -149,7 +149,7 @@ def conversations(folder) -> list[Block]:
     encoder = tokens.Encoder(tokens.load_tokenizer(str(folder / "model")))
     rows = listwise.read(folder / "train.jsonl")
     pair = [[row.responses[k] for k in (row.chosen, row.rejected)] for row in rows]
-    return [encode_answered(encoder, row.prompt, texts)[0] for row, texts in zip(rows, pair, strict=True)]
+    return [encode_answered(encoder, row.prompt, texts) for row, texts in zip(rows, pair, strict=True)]
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -1,5 +1,6 @@
 """`data_prep.py annotate` with reward models: the rewards that transformers itself gives to rendered conversations."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,7 @@ def test_what_cannot_be_scored_is_left_out_by_id(tokenizer, data, tmp_path, monk
         replace(good, id="long", responses=texts, chosen=3, rejected=0),
         replace(good, id="pair", responses=texts, chosen=2, rejected=0),
         replace(good, id="none", responses=texts[2:3]),
+        replace(good, id="quotes", responses=(texts[0], f"so {tokenizer.eos_token} it is", texts[1])),
         replace(good, id="refused", prompt=({"role": "tool", "content": "x"},)),
     ]
     encode = rewards.encode_answered
@@ -130,15 +132,16 @@ def test_what_cannot_be_scored_is_left_out_by_id(tokenizer, data, tmp_path, monk
 
     monkeypatch.setattr(rewards, "encode_answered", refusing)
     listwise.write(tmp_path / "in.jsonl", [good, *odd])
-    whole, long, pair = annotate(rm, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
-    assert_rewards([whole, long, pair], by_transformers(rm, [whole, long, pair], tokenizer))
+    whole, long, pair, quotes = rows = annotate(rm, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert_rewards(rows, by_transformers(rm, rows, tokenizer))
     assert whole.responses == good.responses and long.responses == pair.responses == texts[:2] + texts[3:]
     assert (long.chosen, long.rejected) == (2, 0) and (pair.chosen, pair.rejected) == (None, None)
     about = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
     everywhere = list(range(len(good.responses)))
-    assert about["responses_left_out"] == {"long": [2], "pair": [2], "none": [0], "refused": everywhere}
-    assert {key: about["counts"][key] for key in ("rows", "responses_overlong", "rows_refused")} == {
-        "rows": 3, "responses_overlong": 3, "rows_refused": 1,
+    assert quotes.responses == texts[:2]
+    assert about["responses_left_out"] == {"long": [2], "pair": [2], "none": [0], "quotes": [1], "refused": everywhere}
+    assert {key: about["counts"][key] for key in ("rows", "responses_overlong", "responses_refused")} == {
+        "rows": 4, "responses_overlong": 3, "responses_refused": 1 + len(everywhere),
     }  # fmt: skip
     score = scorers.score
 
@@ -155,6 +158,21 @@ def test_what_cannot_be_scored_is_left_out_by_id(tokenizer, data, tmp_path, monk
     monkeypatch.setattr(scorers, "score", lambda *_, **__: [np.full(len(good.responses), np.inf)])
     with pytest.raises(ValueError, match=r"one.jsonl:1: no response .* has a reward: the rewards are not finite"):
         annotate(rm, tmp_path / "one.jsonl", tmp_path / "out3.jsonl")
+
+
+def test_a_reward_model_has_template_options(tokenizer, data, tmp_path):
+    """Which are a part of what it reads: other rewards, those of a template with the option's text in it."""
+    rm = Path(classifier(tokenizer, tmp_path / "rm"))
+    written = tokenizer.chat_template
+    fixed = copy.copy(tokenizer)
+    fixed.chat_template = "what is " + written
+    (rm / "chat_template.jinja").write_text("{% if style is defined %}{{ style }} is {% endif %}" + written)
+    listwise.write(tmp_path / "in.jsonl", listwise.read(data)[:2])
+    rows = annotate(rm, tmp_path / "in.jsonl", tmp_path / "out.jsonl", template_options="style=what")
+    assert_rewards(rows, by_transformers(rm, rows, fixed))
+    plain = annotate(rm, tmp_path / "in.jsonl", tmp_path / "out2.jsonl")
+    assert_rewards(plain, by_transformers(rm, rows, tokenizer))
+    assert not np.allclose(rows[0].rewards, plain[0].rewards, atol=1e-3)
 
 
 def test_a_killed_run_goes_on(reward_model, data, tmp_path, monkeypatch):
@@ -255,5 +273,5 @@ def test_a_model_with_its_own_code(tokenizer, data, tmp_path, monkeypatch):
 
 
 def test_options_that_a_scorer_ignores_are_refused(data, tmp_path):
-    with pytest.raises(ValueError, match="scorer human does not use dtype, objectives"):
-        annotate("human", data, tmp_path / "out.jsonl", dtype="bf16", objectives="mean")
+    with pytest.raises(ValueError, match="scorer human does not use dtype, objectives, template_options"):
+        annotate("human", data, tmp_path / "out.jsonl", dtype="bf16", objectives="mean", template_options="a=1")

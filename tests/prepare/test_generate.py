@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import byte_tokenizer, fork, run_script, torchrun
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import data_prep
 from hps.data import listwise
 from hps.data.rows import Row
 from hps.data.tokens import Encoder
 from hps.io import hub
-from hps.prepare import decode, journal
+from hps.prepare import decode, importers, journal
 from hps.prepare import generate as generation
 from hps.prepare.generate import answer, generate, load_vllm, prompt_seed
 
@@ -177,6 +177,25 @@ def test_mistakes_are_named(llama, monkeypatch):
         run(llama, [("a", [3] * 9)], n=1)
 
 
+def test_samples_that_training_encodes_otherwise_are_counted(tmp_path):
+    """The same text in other tokens; but not an end at another token than EOS, of which a text has nothing."""
+    tokenizer = byte_tokenizer()
+    word, letters = ([tokenizer.convert_tokens_to_ids(token) for token in some] for some in (["the"], "the"))
+    letter, end = letters[0], tokenizer.convert_tokens_to_ids("!")
+    drawn = [([*word, 1], True), ([*letters, 1], True), ([*word, end], True), ([letter, *word], False), ([0, 1], True)]
+    samples = [decode.Sample(np.array(ids, np.int32), finished, 0.0) for ids, finished in drawn]
+    (tmp_path / "in").write_text("in")
+    counts = Counter()
+    texts = generation.texts_of(Encoder(tokenizer), "a", samples, counts)
+    assert texts == ["the", "the", "the", "tthe", ""] and counts == {"encoded_otherwise": 2}  # a <s> leaves no text
+    made = {"command": "generate", "counts": counts}
+    for name, facts in (("drawn", made), ("scored", {"command": "annotate", "counts": {"rows": 1}})):
+        (tmp_path / name).write_text(name)
+        importers.write_manifest(tmp_path / {"drawn": "in", "scored": "drawn"}[name], tmp_path / name, facts)
+    found = [generation.encoded_otherwise(tmp_path / name) for name in ("in", "drawn", "scored")]
+    assert found == [0, 2, 2]
+
+
 # --- vLLM --------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +306,21 @@ def test_vllm_samples_depend_on_seed_and_id_alone(vllm):
 def test_vllm_greedy_is_ours(vllm, llama):
     settings = dict(n=1, temperature=0, as_drawn=True)
     assert flat(run(vllm, PROMPTS, **settings)[0].values()) == flat(run(llama, PROMPTS, **settings)[0].values())
+
+
+def test_vllm_ends_at_each_end_token_of_the_model(vllm, llama, tmp_path, monkeypatch):
+    """As ours does: those that the generation config names beside the tokenizer's."""
+    settings = dict(n=4, as_drawn=True)
+    drawn = [ids for some in flat(run(vllm, PROMPTS, **settings)[0].values()) for ids, _ in some]
+    other = max(range(EOS + 1, 13), key=lambda i: sum(i in ids for ids in drawn))
+    GenerationConfig(eos_token_id=[EOS, other]).save_pretrained(tmp_path)
+    several = load_vllm(str(tmp_path), dtype="fp32", max_length=40)
+    samples = [one for some in flat(run(several, PROMPTS, **settings)[0].values()) for one in some]
+    for ids, whole in zip([ids for ids, _ in samples], drawn, strict=True):
+        end = next((i for i, token in enumerate(whole) if token in (EOS, other)), len(whole) - 1)
+        assert ids == whole[: end + 1]
+    assert sum(ids[-1] == other for ids, _ in samples) > 3
+    assert all(finished == (ids[-1] in (EOS, other)) for ids, finished in samples)
 
 
 def test_without_vllm_the_message_says_what_to_install(monkeypatch, tmp_path):
