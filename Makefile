@@ -15,7 +15,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 CORE := $(filter-out tests/test_scripts.py tests/test_golden.py tests/test_train.py,$(wildcard tests/test_*.py)) tests/data
 
 .DEFAULT_GOAL := help
-.PHONY: help env test check soak lint reproduce model smollm2 bench clean
+.PHONY: help env test check soak lint reproduce model smollm2 bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,9 @@ bench: $(STAMP) ## every benchmark: a table each, one JSON line last; HH=file of
 	$(RUN) benchmarks/generate.py $(if $(HH),--data $(HH))
 	$(if $(HH),$(BIN)/python benchmarks/step.py --data $(HH),# step and cost need HH)
 	$(if $(HH),$(BIN)/python benchmarks/cost.py --data $(HH))
+
+gpu: $(STAMP) ## what differs on a GPU, checked and timed in minutes, beside TRL; a tiny form of it without one
+	$(RUN) benchmarks/gpu.py --out runs/gpu
 
 clean: ## remove caches and build leftovers; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -3,14 +3,11 @@
     python benchmarks/head.py
 
 Each contestant runs in processes of its own (peak memory is a process's), alternating, and medians are reported.
-Errors are of the gradient to the states, against float64, as a share of its largest entry; the Triton kernel runs in
-Triton's interpreter, on a small shape, since this machine's head is the chunked one.
+Errors are of the gradient to the states, against float64, as a share of its largest entry. The Triton kernels are
+timed by gpu.py.
 """
 
-import os
 import statistics
-import subprocess
-import sys
 
 import harness
 import torch
@@ -21,7 +18,6 @@ WIDTH = 576  # SmolLM2-135M
 SHAPES = [(T, V) for V in (32_000, 49_152, 128_256) for T in (256, 4096)]
 CONTESTANTS = {"dense": dense_token_logps, "chunked": token_logps}
 DENSE_LIMIT = 2**28  # logits that the dense path may hold (three fp32 copies): 4,096 tokens of 49,152 and no more
-INTERPRETED = (48, 3000)  # T, V
 
 
 def inputs(T: int, V: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,20 +54,6 @@ def error(function, T: int, V: int, dtype: torch.dtype) -> float:
     return float((hidden.grad.double() - exact).abs().max() / exact.abs().max())
 
 
-def interpreted_error() -> float | None:
-    """The Triton kernel's in bf16, in a process whose Triton interprets; None where Triton cannot be imported."""
-    code = (
-        "import torch, sys; sys.path[:0] = ['benchmarks', 'tests']; import head, test_kernels; from hps import kernels;"
-        "test_kernels.exact_bf16_in_the_interpreter();"  # or it multiplies bit patterns
-        f"print(head.error(kernels.token_logps, *{INTERPRETED}, torch.bfloat16))"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": "."}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=harness.ROOT
-    )
-    return float(done.stdout) if done.returncode == 0 else None
-
-
 def main() -> None:
     results = []
     for T, V in SHAPES:
@@ -89,8 +71,7 @@ def main() -> None:
         for name, function in CONTESTANTS.items()
         for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
-    errors["triton_interpreted_bf16"] = interpreted_error()
-    shown = [[name, "not to be had" if value is None else f"{value:.2g}"] for name, value in errors.items()]
+    shown = [[name, f"{value:.2g}"] for name, value in errors.items()]
     harness.print_table(["gradient to the states", "error"], shown)
     largest = next(row["peak_mib"] for row in results[::-1] if row["path"] == "chunked")
     harness.finish({"peak_mib": largest, "threads": torch.get_num_threads(), "errors": errors, "results": results})

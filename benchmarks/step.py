@@ -8,6 +8,7 @@ checkpointing, at the fastest of batch 1, 2 and 4 (tried first on 8 pairs). Peak
 its loaded weights. The floor is the bare products x W^T and g W of our own micro-batches: a frozen weight has no other.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Options:
     rounds: int = 4  # in which both contestants take their turn
     epochs: int = 2  # after the reference pass
     tokens_per_micro_batch: int = 1024  # ours
+    lora_rank: int = RANK  # 0 trains all weights
 
 
 class Clock:
@@ -59,7 +61,7 @@ def before_training(lm: torch.nn.Module) -> float:
     return harness.reset_peak()
 
 
-def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, float]:
+def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
     """train.py as a user runs it, with its clocks read and the shapes of its micro-batches written down."""
     from hps.data import listwise
 
@@ -81,12 +83,15 @@ def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, float]:
     reference.fill = clock.wrap(reference.fill)
     options = dict(
         model=c.model, data=folder / "pairs.jsonl", out=folder / "run", reference_cache=folder / "cache", dtype=c.dtype,
-        method="dpo-human", lora_rank=RANK, lora_alpha=ALPHA, lora_targets=",".join(TARGETS), epochs=c.epochs,
-        prompts_per_step=STEP, tokens_per_micro_batch=c.tokens_per_micro_batch, token_cache=folder / "tokens",
+        method="dpo-human", lora_rank=c.lora_rank, epochs=c.epochs, prompts_per_step=STEP, lr_end=1.0,
+        tokens_per_micro_batch=c.tokens_per_micro_batch, token_cache=folder / "tokens",
     )  # fmt: skip
+    if c.lora_rank:
+        options |= dict(lora_alpha=ALPHA, lora_targets=",".join(TARGETS))
     loop, peak = harness.train(**options)["seconds"], harness.memory("VmHWM") - before[-1]
     floor = c.epochs * products(c, shapes[: len(shapes) // c.epochs])
-    return {"reference": clock.seconds, "loop": loop, "peak": peak, "floor": floor}
+    log = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {"reference": clock.seconds, "loop": loop, "peak": peak, "floor": floor, "log": log}
 
 
 def products(c: Options, shapes: list[tuple[int, int]]) -> float:
@@ -110,7 +115,7 @@ def products(c: Options, shapes: list[tuple[int, int]]) -> float:
     return seconds
 
 
-def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, float]:
+def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, Any]:
     """DPOTrainer with the settings of the docstring, on the very token ids of ours."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -130,10 +135,12 @@ def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, float]:
     arguments = DPOConfig(
         output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=STEP // batch,
         num_train_epochs=c.epochs, precompute_ref_log_probs=True, gradient_checkpointing=False, max_length=2048,
-        learning_rate=1e-5, use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_strategy="no",
-        disable_tqdm=True,
+        learning_rate=1e-5, lr_scheduler_type="constant", use_cpu=not torch.cuda.is_available(), bf16=False,
+        report_to="none", save_strategy="no", logging_strategy="steps", logging_steps=1, disable_tqdm=True,
     )  # fmt: skip
-    adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    adapter = None
+    if c.lora_rank:
+        adapter = LoraConfig(r=c.lora_rank, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     about = dict(args=arguments, train_dataset=Dataset.from_list(records), processing_class=tokenizer)
     trainer = DPOTrainer(lm, peft_config=adapter, **about)
     for example, theirs in zip(examples, trainer.train_dataset, strict=True):
@@ -141,11 +148,11 @@ def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, float]:
         both = zip(mine, (theirs[f"{key}_ids"] for key in ("prompt", "chosen", "rejected")), strict=True)
         if any(list(a) != list(b) for a, b in both):
             raise RuntimeError(f"{example.id}: TRL tokenises this row otherwise, so the two cannot be compared")
-    loop = harness.seconds(trainer.train)
-    return {"reference": clock.seconds, "loop": loop, "peak": harness.memory("VmHWM") - before}
+    loop, log = harness.seconds(trainer.train), [one for one in trainer.state.log_history if "grad_norm" in one]
+    return {"reference": clock.seconds, "loop": loop, "peak": harness.memory("VmHWM") - before, "log": log}
 
 
-def in_folder(contestant: Callable[..., dict], c: Options, rows: list, batch: int) -> dict[str, float]:
+def in_folder(contestant: Callable[..., dict], c: Options, rows: list, batch: int) -> dict[str, Any]:
     torch.set_num_threads(c.threads)
     with tempfile.TemporaryDirectory() as folder:
         return contestant(c, rows, batch, Path(folder))
@@ -154,6 +161,7 @@ def in_folder(contestant: Callable[..., dict], c: Options, rows: list, batch: in
 def measure(contestant: Callable[..., dict], c: Options, rows: list, batch: int = 0) -> dict[str, float]:
     """What a contestant found; `rate` is pairs a second over all passes, the reference's counted."""
     found = harness.alone(in_folder, contestant, c, rows, batch)
+    del found["log"]
     return found | {"rate": len(rows) * c.epochs / (found["reference"] + found["loop"])}
 
 
