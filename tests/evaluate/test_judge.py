@@ -318,7 +318,7 @@ def test_an_answer_is_in_the_file_before_the_next_one(tmp_path):
             yield key, endpoint.Reply(json.loads(good(0, text)[2])["choices"][0]["message"]["content"])
 
     c = judge.Options(write(tmp_path).split(","), "beta", str(out))
-    judge.run(c, judge.read_samples(c), judge.Judge({"model": "x"}, ask))
+    judge.run(c, *judge.read_samples(c), judge.Judge({"model": "x"}, ask))
     assert len(lines(out / "answers.jsonl")) == 11
 
 
@@ -443,7 +443,7 @@ def test_a_local_judge_and_a_question_too_long_for_it(tmp_path):
 
 def test_a_question_that_a_local_judge_cannot_read_is_refused(tmp_path):
     """Its template knows no such words: the others are asked."""
-    folder = save_model(tmp_path / "model", answer=ANSWER)
+    folder = save_model(tmp_path / "model")
     template = folder / "chat_template.jinja"
     refuse = "{% if 'Because' in messages[0].content %}{{ raise_exception('no reasons') }}{% endif %}"
     template.write_text(refuse + template.read_text())
