@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hps import checkpoint, config, dist, logps, model, reference
+from hps import checkpoint, config, dist, limits, logps, model, reference
 from hps.data import listwise, tokens
 from hps.data.rows import Row
 from hps.evaluate import metrics, report, scoring
@@ -97,8 +97,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in (policy_lm, ref_lm))
     longest = max(map(tokens.longest, examples))
     for one in (policy, ref):
-        model.check_limits(one.causal_lm, longest=longest)
-        model.check_paths_agree(one, vocab_size=len(tokenizer))
+        limits.check(one, longest=longest)
 
     # The same cache as in training: the log-probs of a test set are computed once for all methods and seeds.
     packing = dict(budget=c.tokens_per_micro_batch, pad_id=tokenizer.pad_token_id)
@@ -184,9 +183,11 @@ def exact_kl(
     """For each winner the sum over its positions of the exact next-token KL(policy || reference), nats."""
     found = np.empty(len(winners))
     for members in micro_batches([len(w) for w in winners], budget=budget, world_size=1)[0]:
-        packed = pack([winners[i] for i in members], pad_id=0).to(device)
+        shared = not (policy.padded or ref.padded)
+        packed = pack([winners[i] for i in members], pad_id=0, share_prompt=shared).to(device)
         with torch.no_grad():
-            kl = scoring.token_kl(policy.hidden(packed), policy.head, ref.hidden(packed), ref.head)
+            pairs = [(one.hidden(packed), None if one.padded else one.head) for one in (policy, ref)]
+            kl = scoring.token_kl(*pairs[0], *pairs[1])
         found[members] = logps.sequence_logps(kl, packed.num_tokens)[:, 0].cpu()
     return found.tolist()
 

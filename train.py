@@ -84,16 +84,17 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     # The model, its optimizer, and the reference's log-probs of just what the plan touches: those of the policy itself
     # before its first update, unless another reference is named. Trained weights must never stand in for it, so a
     # checkpoint is loaded after this.
-    policy, weights, untrained = load_policy(c, ranks, tokenizer, longest=examples.longest)
+    longest = c.max_length if form(c) == "kto" else examples.longest  # KTO puts prompts to each other's responses
+    policy, weights, untrained = load_policy(c, ranks, tokenizer, longest=longest)
     parameters = list(checkpoint.trained(policy).values())
     # Its moments are fp32 as the trained weights are: at lr 5e-7 an update in bf16 would round to nothing.
     optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.weight_decay)
     inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": examples.data_hash}
     scorer = policy
     if needs_reference(c) and c.reference:
-        scorer, inputs["reference"] = load_reference(c, ranks, tokenizer)
+        scorer, inputs["reference"] = load_reference(c, ranks, tokenizer, longest=longest)
     claim(out, c, inputs, started is not None, ranks)
-    run = batches.Run(c, plan, examples, ranks, pad_id=tokenizer.pad_token_id)
+    run = batches.Run(c, plan, examples, ranks, pad_id=tokenizer.pad_token_id, packs=not policy.padded)
     z0 = None  # KTO's alone
     if needs_reference(c):
         scored_by = dict(weights=inputs.get("reference", weights), tokenizer=inputs["tokenizer"], dtype=c.dtype)
@@ -158,7 +159,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
                 f"step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; no update was made. Rows: {rows}"
             )
         if step == 0 and untrained:
-            say(ranks, check_first_loss(c, metrics["loss"], statistics.expected, float(statistics.largest)))
+            say(ranks, check_first_loss(c, metrics["loss"], statistics.expected, statistics.largest.tolist()))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -211,6 +212,8 @@ def load_policy(
 
     longest: tokens that it must have positions for.
     """
+    from hps import limits
+
     dtype = model.compute_dtype(c.dtype)
     loaded = dtype if c.lora_rank else torch.float32  # trained weights are fp32, a frozen base is not updated
     how = dict(dtype=loaded, tokenizer=tokenizer, merged=not c.lora_rank)
@@ -220,7 +223,6 @@ def load_policy(
         lm, wrapped = reward_model.load_reward_model(c.model, begin=True, **how), reward_model.RewardModel
     else:
         lm, wrapped = model.load_causal_lm(c.model, **how), model.PolicyModel
-    model.check_limits(lm, longest=longest)
     weights = model.fingerprint(lm)  # while they are whole and untouched
     if c.lora_rank:
         from hps import adapters
@@ -236,19 +238,22 @@ def load_policy(
     untrained = (
         not policy.classifier.score.weight.any() if c.loss == "reward" else needs_reference(c) and not c.reference
     )
-    model.check_paths_agree(policy, vocab_size=len(tokenizer), share_prompt=c.share_prompt)
-    dist.shard(policy, policy.layers, ranks=ranks, dtype=dtype)
+    limits.check(policy, longest=longest, share_prompt=c.share_prompt)
+    dist.shard(policy, model.layers_of(lm), ranks=ranks, dtype=dtype)
     return policy, weights, untrained
 
 
 def load_reference(
-    c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast
+    c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast, *, longest: int
 ) -> tuple[model.PolicyModel, str]:
     """The model that `--reference` names, sharded, and the fingerprint of its weights."""
+    from hps import limits
+
     lm = model.load_causal_lm(c.reference, dtype=model.DTYPES[c.dtype], tokenizer=tokenizer)
     weights = model.fingerprint(lm)
     scorer = model.PolicyModel(lm).to(ranks.device)
-    dist.shard(scorer, scorer.layers, ranks=ranks, dtype=model.DTYPES[c.dtype])
+    limits.check(scorer, longest=longest, share_prompt=c.share_prompt)
+    dist.shard(scorer, model.layers_of(lm), ranks=ranks, dtype=model.DTYPES[c.dtype])
     return scorer, weights
 
 

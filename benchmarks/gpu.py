@@ -143,7 +143,9 @@ def packed_attention(_: Options) -> Table:
         packed = pack(blocks, pad_id=0).to(DEVICE)
         N, dtype = packed.input_ids.shape[1], torch.bfloat16 if CUDA else torch.float32
         qkv = [torch.randn(1, heads, N, 64, device=DEVICE, dtype=dtype) for heads in (8, 2, 2)]
-        dense = functools.partial(sdpa, attn_mask=attention.block_mask(packed), scale=0.125, enable_gqa=True)
+        at = torch.arange(packed.input_ids.shape[1], device=DEVICE)
+        mask = attention.may_attend(packed)(0, 0, at[:, None], at)[None, None]
+        dense = functools.partial(sdpa, attn_mask=mask, scale=0.125, enable_gqa=True)
         ours = attention.flex(packed) if CUDA else attention_cpu.layout(packed, 8)  # FlexAttention has no CPU backward
         ways = {"dense": dense, "packed": functools.partial(ours, scaling=0.125)}
         found += compare(ways, dense, qkv, ways, qkv, **{"packed tokens": N})

@@ -45,12 +45,22 @@ class Run:
     """All visits of a run and what belongs to them, in host memory; V visits, K responses at most.
 
     ref_logps: (V, K) float32 nats, once they were looked up. rewards: (V, K) float32, 0 where the loss looks at none.
+    packs: whether the model takes packed rows (hps.limits).
     """
 
-    def __init__(self, c: Config, plan: planning.Plan, examples: store.Store, ranks: dist.Ranks, *, pad_id: int):
+    def __init__(
+        self,
+        c: Config,
+        plan: planning.Plan,
+        examples: store.Store,
+        ranks: dist.Ranks,
+        *,
+        pad_id: int,
+        packs: bool = True,
+    ):
         self.plan, self.examples, self.ranks = plan, examples, ranks
         self._budget = c.tokens_per_micro_batch
-        self._layout = dict(pad_id=pad_id, share_prompt=c.share_prompt)
+        self._layout = dict(pad_id=pad_id, share_prompt=c.share_prompt and packs)
         self.ref_logps = np.zeros(plan.responses.shape, dtype=np.float32)
         self.rewards = np.zeros_like(self.ref_logps)
         if form(c) == "list":

@@ -105,9 +105,13 @@ def explain_load_errors(what: str, path: str) -> Iterator[None]:
 
 def why_not(path: str, error: Exception) -> str:
     """What an error of loading says, on one line, and that a pickle beside it was not read."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, ValueError | OSError | ImportError | RuntimeError):
-        said = f"{type(error).__name__}: {said}"
-    for file in sorted(Path(path).glob("*.bin"))[:1]:
-        said += f"; {file.name} is a pickle, which can run code, and is not read: save it as safetensors"
-    return said
+    pickles = sorted(Path(path).glob("*.bin"))[:1]
+    return said(error) + "".join(
+        f"; {file.name} is a pickle, which can run code, and is not read: save it as safetensors" for file in pickles
+    )
+
+
+def said(error: Exception) -> str:
+    """An error of a library on one line, with its kind where the words may not tell what it is."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: {line}"

@@ -51,9 +51,9 @@ def logratios_of(policy_logps: Tensor, batch: Batch) -> Tensor:
     return torch.where(batch.packed.valid, policy_logps - batch.ref_logps, 0.0)
 
 
-def check_first_loss(c: Config, loss: float, expected: float, largest: float) -> str:
-    """A line on the first step's loss and its largest |log-ratio|, nats; ValueError if the loss is not the `expected`
-    one, where policy = reference. A wrong mask, shift, dropout or dtype shows there, before a step is taken."""
+def check_first_loss(c: Config, loss: float, expected: float, largest: list[float]) -> str:
+    """A line on the first step's loss and largest |log-ratio| (as in `Statistics`); ValueError unless the loss is the
+    `expected` one, where policy = reference, and the other 0. A wrong mask, shift, dropout or dtype shows there."""
     known = f"expected {expected:.6f}" if parts(c)[0].continuous else "not known beforehand"
     tolerance = 1e-3 if c.dtype == "fp32" else 5e-2
     if parts(c)[0].continuous and abs(loss - expected) > tolerance * max(1.0, abs(expected)):
@@ -61,7 +61,13 @@ def check_first_loss(c: Config, loss: float, expected: float, largest: float) ->
             f"step 0: the loss is {loss:.6f}, but with policy = reference {c.method} must give {expected:.6f}. Policy "
             "and reference are scored differently: delete the reference cache if the model's code changed"
         )
-    return f"step 0: loss {loss:.6f}, {known}; largest |log-ratio| {largest:.2g} (should be 0)"
+    # Differences that cancel in the mean. Rounding adds up like a random walk over the tokens of a response.
+    if not largest[1] <= (1e-3 if c.dtype == "fp32" else 0.2):
+        raise ValueError(
+            f"step 0: a response's log-ratio is {largest[0]:.3g} nats where policy = reference must give 0, more than "
+            f"{c.dtype} rounds: they are scored differently; delete the reference cache if the model's code changed"
+        )
+    return f"step 0: loss {loss:.6f}, {known}; largest |log-ratio| {largest[0]:.2g} (should be 0)"
 
 
 class Statistics:
@@ -69,13 +75,13 @@ class Statistics:
 
     sums: (len(METRICS) + 3,) float64: the columns of METRICS, the loss where policy = reference if it was asked for,
     and how many ranks want to stop and to save. expected: that loss as a mean over the step's prompts, once read.
-    largest: largest |log-ratio| of this rank, nats.
+    largest: (2,) largest |log-ratio| of this rank, nats, and largest divided by the root of the response's tokens.
     """
 
     def __init__(self, c: Config, device: torch.device) -> None:
         self._c = c
         self.sums = torch.zeros(len(METRICS) + 3, dtype=torch.float64, device=device)
-        self.largest = torch.zeros((), device=device)
+        self.largest = torch.zeros(2, device=device)
         self.expected = 0.0
 
     def add(self, per_prompt: Tensor, policy_logps: Tensor, batch: Batch) -> None:
@@ -83,7 +89,8 @@ class Statistics:
         columns, logps = [per_prompt.detach()], policy_logps.detach()
         if self._c.loss != "sft":
             h = logratios_of(logps, batch)
-            self.largest = torch.maximum(self.largest, h.abs().max())
+            per_token = h / batch.packed.num_tokens.clamp(min=1).sqrt()
+            self.largest = torch.maximum(self.largest, torch.stack([h.abs().max(), per_token.abs().max()]))
             rewards = self._c.beta * h  # the implicit reward (Eq. 3)
             # "chosen" is the best response, "rejected" a mean over those behind all positives, accuracy the share of
             # them that the best one beats.

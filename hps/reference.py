@@ -148,6 +148,7 @@ def fill(
     computed = int(absent.sum())
     if not computed:
         return found, 0
+    layout = dict(pad_id=pad_id, share_prompt=share_prompt and not model.padded)
     bar = tqdm(total=computed, desc="reference log-probs", unit="response", disable=not ranks.first)
     for part in _parts(blocks, absent, budget=budget, tokens=budget * MICRO_BATCHES_PER_SHARD * ranks.world_size):
         batches = micro_batches([len(b) for b in part], budget=budget, world_size=ranks.world_size)
@@ -157,7 +158,7 @@ def fill(
             # An idle rank scores a block that another one keeps, so that sharded collectives stay in step.
             batch = [part[i] for i in members] or [part[0]]
             with torch.no_grad():
-                scored = model(pack(batch, pad_id=pad_id, share_prompt=share_prompt).to(ranks.device)).cpu()
+                scored = model(pack(batch, **layout).to(ranks.device)).cpu()
             if members:
                 mine += batch
                 for block, row in zip(batch, scored.tolist(), strict=True):

@@ -179,6 +179,14 @@ def distinct(rows: list[dict], without: int | None = None) -> None:
 VOCABULARY = 61  # of `tiny` models and `blocks_of`
 
 
+def block_mask(packed) -> torch.Tensor:
+    """The dense mask of a packed row, (1, 1, N, N) bool, by the rule that FlexAttention is given."""
+    from hps.attention import may_attend
+
+    at = torch.arange(packed.input_ids.shape[1])
+    return may_attend(packed)(0, 0, at[:, None], at)[None, None]
+
+
 def tiny(name: str) -> nn.Module:
     """A random causal LM of two layers: llama, qwen2 or gpt2."""
     sizes = dict(

@@ -1,16 +1,13 @@
 """Attention over packed rows: each way of serving them against the dense mask in float64, values and gradients."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
-from helpers import VOCABULARY, tiny
-from torch import nn
+from helpers import block_mask, tiny
 from torch.nn.attention.flex_attention import flex_attention
 
 from hps import attention, attention_cpu
-from hps.model import PolicyModel, check_paths_agree
+from hps.model import PolicyModel
 from hps.packing import Block, pack
 
 SCALE = 0.3  # not Dh ** -.5, so that a forgotten scaling shows
@@ -65,7 +62,7 @@ def test_packed_attention_is_dense_attention(way, spans):
     N = packed.input_ids.shape[1]
     exact, ours = qkv(N, torch.float64), qkv(N, torch.float32)
     upstream = torch.randn(1, H, N, Dh, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = dense(*exact, attention.block_mask(packed))
+    expected = dense(*exact, block_mask(packed))
     found = way(packed)(*ours, SCALE)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max()))
     expected.backward(upstream)
@@ -80,14 +77,14 @@ def test_the_flex_mask_is_the_dense_mask():
         packed = row(SPANS[name])
         query, key, value = (x.detach() for x in qkv(packed.input_ids.shape[1], torch.float32))
         found = attention.flex(packed, flex_attention)(query, key, value, SCALE)
-        torch.testing.assert_close(found, dense(query, key, value, attention.block_mask(packed)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, dense(query, key, value, block_mask(packed)), rtol=0, atol=1e-5)
 
 
 def test_bf16_is_as_close_as_dense_bf16():
     """Against float64 the blockwise path in bf16 may err at most 1.5 times as much as dense attention in bf16."""
     packed = row(SPANS["a pair of real text"])
     rounded = qkv(packed.input_ids.shape[1], torch.bfloat16)
-    mask = attention.block_mask(packed)
+    mask = block_mask(packed)
     exact = dense(*[x.detach().double() for x in rounded], mask)
     plain = dense(*rounded, mask)
     ours = attention_cpu.blockwise(packed)(*rounded, SCALE)
@@ -101,32 +98,6 @@ def test_many_short_responses_share_a_call_and_long_ones_do_not():
     pairs = row(SPANS["a pair of real text"])
     assert attention_cpu.padding_pays(world, 4) and attention_cpu.padding_pays(candidates, 4)
     assert not attention_cpu.padding_pays(pairs, 9)
-
-
-class DropsArguments(nn.Module):
-    """An attention layer whose model does not hand unknown arguments on."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args, packed_layout=None, **kwargs):
-        return self.inner(*args, **kwargs)
-
-
-def test_a_model_that_loses_the_layout_gets_dense_masks_and_says_so(caplog):
-    lm = tiny("llama")
-    blocks = [Block(np.array([3, 4, 5]), (np.array([6, 7]), np.array([8, 9, 1])))] * 2
-    expected = PolicyModel(lm)(pack(blocks, pad_id=0)).detach()
-    for layer in lm.model.layers:
-        layer.self_attn = DropsArguments(layer.self_attn)
-    policy = PolicyModel(lm)
-    with pytest.raises(attention.LayoutLost, match="LlamaAttention got no packed layout"):
-        policy(pack(blocks, pad_id=0))
-    with caplog.at_level(logging.WARNING):
-        check_paths_agree(policy, vocab_size=VOCABULARY)
-    assert "LlamaForCausalLM cannot take the packed layout: dense masks instead" in caplog.text
-    torch.testing.assert_close(policy(pack(blocks, pad_id=0)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_generation_and_saved_folders_do_not_notice(tmp_path):

@@ -3,18 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from helpers import VOCABULARY as V
 from helpers import blocks_of, separate_logps, tiny
-from torch import nn
 
 from hps.adapters import add_lora
 from hps.model import (
     PolicyModel,
-    check_limits,
-    check_paths_agree,
     checkpoint_layers,
     compute_dtype,
     fingerprint,
+    layers_of,
     load_causal_lm,
 )
 from hps.packing import Block, pack
@@ -77,54 +74,11 @@ def test_lora_starts_as_the_reference_and_trains_only_the_adapter():
     after.sum().backward()
     with_gradient = {n for n, p in adapted.named_parameters() if p.grad is not None}
     assert with_gradient == {n for n, _ in adapted.named_parameters() if ".lora_" in n}
-    assert len(adapted.layers) == 2
+    assert len(layers_of(adapted.lm)) == 2
     with pytest.raises(ValueError, match=r"lora_targets \['qkv'\] cannot be used.*k_proj"):
         add_lora(tiny("llama"), rank=4, alpha=8, targets=["qkv"], seed=0)
     with pytest.raises(ValueError, match="lm_head"):
         add_lora(tiny("qwen2"), rank=4, alpha=8, targets=["lm_head"], seed=0)
-
-
-class SoftCapped(nn.Module):
-    """A head that changes its logits after the product, as Gemma 2's does."""
-
-    def __init__(self, lm: nn.Module):
-        super().__init__()
-        self.lm, self.config = lm, lm.config
-
-    def set_attn_implementation(self, name):
-        self.lm.set_attn_implementation(name)
-
-    def get_decoder(self):
-        return self.lm.get_decoder()
-
-    def get_output_embeddings(self):
-        return self.lm.get_output_embeddings()
-
-    def forward(self, **inputs):
-        out = self.lm(**inputs)
-        out.logits = 2 * torch.tanh(out.logits / 2)
-        return out
-
-
-def test_models_that_the_packed_path_gets_wrong_are_refused():
-    assert check_paths_agree(PolicyModel(tiny("llama")), vocab_size=V) < 1e-4
-    with pytest.raises(
-        ValueError, match="packed responses get other values.*SoftCapped changes its logits.*--share_prompt false"
-    ):
-        check_paths_agree(PolicyModel(SoftCapped(tiny("llama"))), vocab_size=V)
-
-
-def test_data_beyond_the_models_limits_is_refused():
-    lm = tiny("gpt2")
-    check_limits(lm, longest=128)
-    with pytest.raises(ValueError, match="a row has 129 tokens, the model 128 positions: set --max_length 128"):
-        check_limits(lm, longest=129)
-    lm = tiny("qwen2")
-    lm.config.sliding_window = 32
-    check_limits(lm, longest=64)  # Qwen2 keeps a window in its config and does not use it
-    lm.config.use_sliding_window = True
-    with pytest.raises(ValueError, match="a sliding window of 32"):
-        check_limits(lm, longest=64)
 
 
 def test_bf16_on_a_cpu_that_emulates_it_is_said(monkeypatch, caplog):

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers import block_mask
 
-from hps.attention import block_mask
 from hps.packing import Block, micro_batches, pack, pieces
 
 
@@ -34,7 +34,7 @@ def test_the_layout_of_plain_rows():
     assert packed.input_ids.tolist() == [[7, 8, 5, 2, 0], [7, 8, 6, 9, 2]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert packed.predictor.tolist() == [1, 2, 6, 7, 8]
-    assert block_mask(packed) is None
+    assert packed.causal
 
 
 def test_what_all_prompts_begin_with_lies_once_before_the_blocks():

@@ -21,7 +21,7 @@ from hps.batches import Batch
 from hps.data import listwise, tokens
 from hps.data.rows import Row
 from hps.model import load_causal_lm
-from hps.objective import Statistics, objective
+from hps.objective import Statistics, check_first_loss, objective
 from hps.options import Config
 
 LORA = dict(lora_rank=4, lora_alpha=8, lr=3e-2)
@@ -292,13 +292,23 @@ def test_a_step_waits_for_the_device_once(method):
 def test_metrics_of_two_positives_leave_the_second_out_of_the_rejected():
     """h = 1 3 2 -4 with beta .5: chosen .5, rejected (1 - 2) / 2 = -.5, which leaves 3 out; 1 beats one of two."""
     h, valid = torch.tensor([[1.0, 3.0, 2.0, -4.0, 0.0]]), torch.tensor([[True, True, True, True, False]])
-    batch = SimpleNamespace(packed=SimpleNamespace(valid=valid), ref_logps=torch.full_like(h, -10.0), weight=1.0)
+    packed = SimpleNamespace(valid=valid, num_tokens=torch.tensor([[1, 9, 4, 4, 0]]))
+    batch = SimpleNamespace(packed=packed, ref_logps=torch.full_like(h, -10.0), weight=1.0)
     statistics = Statistics(Config("m", "d", "o", beta=0.5, positives=2), torch.device("cpu"))
     statistics.add(torch.tensor([7.0]), h - 10, batch)
     assert statistics.read(1, torch.tensor(2.0), asked=False, late=True) == ({
         "loss": 7.0, "rewards/chosen": 0.5, "rewards/rejected": -0.5, "rewards/margins": 1.0,
         "rewards/accuracies": 0.5, "logps/chosen": -9.0, "logps/rejected": -11.0,
     }, 2.0, False, True)  # fmt: skip
+    assert statistics.largest.tolist() == [4.0, 2.0]  # nats; and by the root of that response's tokens
+
+
+def test_differences_that_cancel_in_the_first_loss_are_seen():
+    """log 2 on the mean, and a response 4 nats off; what rounding leaves of 400 tokens passes."""
+    c = Config("m", "d", "o", method="dpo-bt")
+    assert "largest |log-ratio| 0.01" in check_first_loss(c, math.log(2), math.log(2), [0.01, 5e-4])
+    with pytest.raises(ValueError, match="step 0: a response's log-ratio is 4 nats where policy = ref"):
+        check_first_loss(c, math.log(2), math.log(2), [4.0, 2.0])
 
 
 def penalised_rewards(world: Path, penalty: float) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -26,14 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from hps import config, model
+from hps import config, limits, model
 from hps.data import listwise, tokens
 from hps.data.rows import Prompt, Row, first_responses, read_lines
 from hps.evaluate import chat, verdicts
 from hps.evaluate.endpoint import Endpoint, Reply
 from hps.evaluate.verdicts import CRITERIA
 from hps.io import files
-from hps.prepare import generate
 
 FORM = "{" + ", ".join(f'"{name}": <number>' for name in CRITERIA) + "}"
 QUESTION = """\
@@ -251,7 +250,7 @@ def local_judge(c: Options) -> Judge:
     """A causal LM on this machine, greedy, through its own chat template."""
     config.check_choices(c, dtype=model.DTYPES)
     lm, tokenizer = chat.load(c.model, c.dtype, c.template_options)
-    limit, encoder = generate.positions(lm.config) - c.max_tokens, tokens.Encoder(tokenizer)
+    limit, encoder = limits.positions(lm.config) - c.max_tokens, tokens.Encoder(tokenizer)
 
     def ask(questions: dict[str, str]) -> Generator[tuple[str, Reply]]:
         fitting = []

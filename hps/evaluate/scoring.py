@@ -23,10 +23,11 @@ def score(
     """
     cut = [(b, piece) for b, block in enumerate(blocks) for piece in pieces(block, tokens=budget)]
     scored: list[list[float]] = [[] for _ in cut]
+    layout = dict(pad_id=pad_id, share_prompt=not getattr(model, "padded", False))
     batches = micro_batches([len(piece) for _, piece in cut], budget=budget, world_size=1)[0]
     for members in tqdm(batches, desc=progress, unit="batch", disable=not progress):
         with torch.no_grad():
-            rows = model(pack([cut[i][1] for i in members], pad_id=pad_id).to(device)).tolist()
+            rows = model(pack([cut[i][1] for i in members], **layout).to(device)).tolist()
         for i, row in zip(members, rows, strict=True):
             scored[i] = row[: len(cut[i][1].responses)]
     whole: list[list[float]] = [[] for _ in blocks]
@@ -35,17 +36,20 @@ def score(
     return [np.array(row, dtype=np.float32) for row in whole]
 
 
-def token_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+def token_kl(hidden: Tensor, weight: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor | None) -> Tensor:
     """Exact next-token KL(policy || reference) at each position, (T,) fp32 nats >= 0; no gradient.
 
     Args:
-        hidden, ref_hidden: (T, D) states of the two models at the same positions. weight, ref_weight: (V, D) heads.
+        hidden, ref_hidden: (T, D) states of the two models at the same positions. weight, ref_weight: (V, D) heads;
+            without one the states are logits already, (T, V).
     """
     kl = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    chunk = chunk_for(len(weight), weight.device.type)
+    vocabulary = hidden.shape[1] if weight is None else len(weight)
+    chunk = chunk_for(vocabulary, hidden.device.type)
 
-    def log_softmax(states: Tensor, head: Tensor) -> Tensor:
-        return torch.log_softmax((states.to(head.dtype) @ head.T).float(), dim=-1)
+    def log_softmax(states: Tensor, head: Tensor | None) -> Tensor:
+        logits = states if head is None else states.to(head.dtype) @ head.T
+        return torch.log_softmax(logits.float(), dim=-1)
 
     with torch.no_grad():
         for i in range(0, len(hidden), chunk):

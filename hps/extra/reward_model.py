@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hps import adapters, attention, loading
 from hps.io import hub
-from hps.model import autocasting, decoder_layers, states, unwrapped
+from hps.model import states, unwrapped
 from hps.packing import Packed
 
 SEVERAL = (
@@ -31,8 +31,7 @@ class RewardModel(nn.Module):
     def __init__(self, lm: nn.Module, *, autocast: torch.dtype | None = None):
         super().__init__()
         self.lm = lm
-        attention.install(self.classifier)
-        self.dense_attention = False
+        self.padded = not attention.install(self.classifier)
         self.autocast = autocast
 
     @property
@@ -40,25 +39,9 @@ class RewardModel(nn.Module):
         """The transformers model itself, with its adapters in place."""
         return unwrapped(self.lm)
 
-    @property
-    def decoder(self) -> nn.Module:
-        """All of it below `score`."""
-        return self.classifier.get_decoder()
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The decoder layers, in order."""
-        return decoder_layers(self.decoder)
-
     def forward(self, packed: Packed) -> Tensor:
         """Rewards (B, K) fp32, 0 where there is no response."""
         return torch.where(packed.valid, self._rewards(states(self, packed)[packed.last]), 0.0)
-
-    def alone(self, ids: Tensor, prompt: int) -> Tensor:
-        """The reward of a sequence (N,) by a forward of its own, a scalar."""
-        with autocasting(self, ids):
-            found = self.decoder(input_ids=ids[None], use_cache=False).last_hidden_state
-        return self._rewards(found[0, -1])
 
     def _rewards(self, states: Tensor) -> Tensor:
         """(..., D) -> (...), always in fp32: in bf16 the rewards of a hundred candidates tie."""
@@ -75,23 +58,18 @@ class RemoteRewardModel(nn.Module):
 
     def __init__(self, lm: nn.Module, *, objectives: str = "one"):
         super().__init__()
-        self.lm, self.objectives = lm, objectives
+        self.lm, self.objectives, self.padded = lm, objectives, True
 
     def forward(self, packed: Packed) -> Tensor:
         """Rewards (B, K) fp32, 0 where there is no response; ValueError for several objectives not expected."""
         rewards = torch.zeros(packed.valid.shape)
-        at = packed.prefix
-        for b, (length, responses) in enumerate(packed.spans):
-            start, own = packed.input_ids[:, : packed.prefix], packed.input_ids[:, at : at + length]
-            prompt, at = torch.cat([start, own], dim=1), at + length
-            for k, n in enumerate(responses):
-                output = self.lm(input_ids=torch.cat([prompt, packed.input_ids[:, at : at + n]], dim=1))
-                found = getattr(output, "rewards", None)
-                found = output.logits if found is None else found
-                if found.numel() != 1 and self.objectives == "one":
-                    raise ValueError(SEVERAL.format(what="this model", labels=found.numel()))
-                rewards[b, k] = found.float().mean()
-                at += n
+        for (b, k), ids, block in zip(packed.valid.nonzero().tolist(), packed.input_ids, packed.block, strict=True):
+            output = self.lm(input_ids=ids[None, block >= 0])
+            found = getattr(output, "rewards", None)
+            found = output.logits if found is None else found
+            if found.numel() != 1 and self.objectives == "one":
+                raise ValueError(SEVERAL.format(what="this model", labels=found.numel()))
+            rewards[b, k] = found.float().mean()
         return rewards
 
 
@@ -138,7 +116,7 @@ def _load_classifier(path: str, *, dtype: torch.dtype, objectives: str, begin: b
     if not ready and not begin:
         kind = ", ".join(config.architectures or ["of no kind"])
         raise ValueError(f"it is no reward model but {kind}: train one from it with train.py --loss reward")
-    how: dict[str, Any] = dict(revision=revision, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+    how: dict[str, Any] = dict(revision=revision, dtype=dtype, trust_remote_code=False)
     how |= {} if ready else {"num_labels": 1}
     lm = loading.load_whole(AutoModelForSequenceClassification, name, begin=not ready, **how)
     if not isinstance(getattr(lm, "score", None), nn.Linear):

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from hps import limits
 from hps.data import store
 from hps.model import PolicyModel
 from hps.options import Config
@@ -29,7 +30,7 @@ def sample(
     began = time.perf_counter()
     count = min(c.sample_prompts, len(examples))
     prompts = [(examples.id(i), examples.block(i, []).prompt.tolist()) for i in range(count)]
-    room = generate.positions(policy.causal_lm.config) - max(len(ids) for _, ids in prompts)
+    room = limits.positions(policy.causal_lm.config) - max(len(ids) for _, ids in prompts)
     how = dict(n=1, max_new_tokens=int(min(SAMPLE_TOKENS, room)), temperature=0.0, seed=0, counts=Counter())
     mode = policy.lm.training  # on where layers are checkpointed
     policy.lm.eval()

@@ -85,10 +85,6 @@ def build(c: Options) -> nn.Module:
     return lm.to(model.DTYPES[c.dtype])
 
 
-def decoder_of(lm: nn.Module) -> nn.Module:
-    return (lm.get_base_model() if hasattr(lm, "peft_config") else lm).get_decoder()
-
-
 def run(lm: nn.Module, N: int) -> dict[str, int]:
     """Forward and backward of the decoder on N tokens: FLOPs of its products, and bytes that autograd keeps."""
     kept: dict[int, Any] = {}  # storages, by identity; alive, or an address could be another's
@@ -100,7 +96,7 @@ def run(lm: nn.Module, N: int) -> dict[str, int]:
 
     place = torch.arange(N, device="meta")[None]
     with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        states = decoder_of(lm)(input_ids=place, position_ids=place, use_cache=False).last_hidden_state
+        states = model.decoder_of(lm)(input_ids=place, position_ids=place, use_cache=False).last_hidden_state
     with FlopCounterMode(display=False) as backward:
         states.sum().backward()
     size = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
@@ -134,7 +130,7 @@ def scored_once(c: Options) -> list[dict[str, int]]:
 def work(c: Options, lm: nn.Module, forward_flops: float, backward_flops: float) -> dict[str, float]:
     """Tokens, FLOPs (all ranks) and hours (by the clock) of the run, the reference's among them. *_flops: of the
     decoder's products, per token."""
-    about = decoder_of(lm).config.get_text_config()
+    about = model.decoder_of(lm).config.get_text_config()
     D, V, layers = about.hidden_size, about.vocab_size, about.num_hidden_layers
     width = getattr(about, "head_dim", None) or D // about.num_attention_heads
     pair = 4 * about.num_attention_heads * width * layers  # forward; the backward has two products for each of two
@@ -174,9 +170,9 @@ def memory(c: Options, lm: nn.Module, kept: int) -> dict[str, int]:
 
     trained = 4 * sum(shard(p) for p in lm.parameters() if p.requires_grad)
     frozen = wide * sum(shard(p) for p in lm.parameters() if not p.requires_grad)
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.decoder_layers(decoder_of(lm))]
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.layers_of(lm)]
     root = sum(p.numel() for p in lm.parameters()) - sum(sizes)
-    about, (_, T) = decoder_of(lm).config.get_text_config(), micro_batch(c)
+    about, (_, T) = model.decoder_of(lm).config.get_text_config(), micro_batch(c)
     D, V = about.hidden_size, about.vocab_size
     chunk = min(T, 1024 if c.dtype == "bf16" else chunk_for(V, "cuda")) * V * wide
     return {
@@ -206,7 +202,7 @@ def estimate(c: Options) -> dict[str, Any]:
     if c.gradient_checkpointing:  # the layers' inputs, and one layer at a time all that it keeps otherwise
         model.checkpoint_layers(lm)
         counted = run(lm, N)
-        kept = counted["kept"] + (kept - counted["kept"]) // decoder_of(lm).config.get_text_config().num_hidden_layers
+        kept = counted["kept"] + (kept - counted["kept"]) // len(model.layers_of(lm))
     parameters = {"all": sum(p.numel() for p in lm.parameters())}
     parameters["trained"] = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     parts = memory(c, lm, kept)

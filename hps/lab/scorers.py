@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from hps import loading, model
+from hps import limits, loading, model
 from hps.data import tokens
 from hps.data.rows import Row
 from hps.evaluate.scoring import score
@@ -71,13 +71,13 @@ def load_reward_model(
         how = dict(dtype=model.compute_dtype(dtype), tokenizer=tokenizer, objectives=objectives)
         lm = reward_model.load_reward_model(path, **how)
         scoring = reward_model.RewardModel(lm).to(device)
-        model.check_paths_agree(scoring, vocab_size=len(tokenizer))
+        limits.check(scoring)
     packing = dict(device=device, budget=tokens_per_micro_batch, pad_id=tokenizer.pad_token_id or 0)
     return lambda rows: rewards.annotate_packed(
         rows,
         lambda blocks: score(scoring, blocks, **packing),
         tokenizer,
-        positions=getattr(lm.config, "max_position_embeddings", None) or 2**31,
+        positions=int(min(limits.positions(lm.config), 2**31)),
         pad_id=reward_model.pad_token_id(lm),
         counts=counts,
     )

@@ -6,9 +6,12 @@ hands the query to `_Rows.attend`, which looks at the row's prompt and at the ro
 """
 
 import dataclasses
+import logging
+import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,14 +19,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from hps import attention
+from hps import attention, limits, loading
 
 PADDED_TOKENS = 4096  # of one prefill, at most
+NOT_FINITE = "the model gave log-probs that are not finite: check its weights and dtype"
+NEVER = -1  # as EOS: samples go on to max_new_tokens
 WORTH_A_PREFILL = 32  # rows; fewer of a prompt's rows do not start without the rest
 COLUMNS = 32  # of own keys, at least: PyTorch has no fast product for fewer on a CPU
 ENDED_SHARE = 1 / 8  # of the rows must have ended before others take their places ...
 IDLE_SHARE = 1 / 4  # ... or, when no others are waiting, before the rest moves together
-OTHER_ENGINE = "only data_prep.py generate can sample from this model, with --engine vllm"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,20 +91,73 @@ def decode(
     """Yields each request when all its samples are there, in the order in which they end.
 
     Args:
-        model: a causal language model of `transformers` in eval mode, on any device; hps.attention takes the place
-            of its attention.
+        model: a causal language model of `transformers` in eval mode, on any device; meanwhile hps.attention takes
+            the place of its attention.
         requests: is emptied; may be added to between two results, also with a request that was yielded.
         max_new_tokens: longest response in tokens, end token included.
         max_rows: rows of the batch at most.
 
+    A model that cannot be decoded by packed attention is by transformers' `generate`, one prompt after the other and
+    slower, with a line in the log; its samples take the same random numbers.
+
     Raises:
-        ValueError: a model whose attention cannot be replaced, or log-probs that are not finite.
+        ValueError: log-probs that are not finite, or not those of the model's own forward.
     """
-    attention.install(model)
-    if model.config._attn_implementation != attention.NAME:
-        raise ValueError(f"{type(model).__name__} takes no attention but its own: {OTHER_ENGINE}")
-    rows = _Rows(model, eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
-    checked = False
+    if not requests:
+        return
+    settings = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
+    longest = max(len(request.prompt_ids) for request in requests) + max_new_tokens
+    with attention.instead(model, model.config._attn_implementation):
+        way = _way(model, longest, requests[0].prompt_ids[:16], settings)
+        yield from way(model, requests, max_rows=max_rows, **settings)
+
+
+def _way(model: Any, longest: int, prompt_ids: Sequence[int], settings: dict[str, Any]) -> Callable[..., Any]:
+    """`_in_rows` if a few tokens behind a prompt show that it is right, else `_by_transformers`, with a line in the log
+    the first time; the attention that it needs is put in place.
+
+    Raises:
+        ValueError: neither gives the log-probs of the model's own forward.
+    """
+    known, beyond = model.__dict__.setdefault("ways_to_decode", {}), longest > limits.window(model.config)
+    if beyond not in known:
+        reason = "samples may be longer than its window" if beyond else "it takes no attention but its own"
+        if not beyond and attention.install(model):
+            reason = _wrong(model, _in_rows, prompt_ids, settings)
+        if reason:
+            attention.put(model)
+            name = type(model).__name__
+            if wrong := _wrong(model, _by_transformers, prompt_ids, settings):
+                raise ValueError(f"{name} cannot be sampled from: {wrong}")
+            logging.getLogger(__name__).warning("%s is sampled by transformers' generate, slower: %s", name, reason)
+        known[beyond] = _by_transformers if reason else _in_rows
+    attention.put(model, attention.NAME if known[beyond] is _in_rows else "")
+    return known[beyond]
+
+
+def _wrong(model: Any, way: Callable[..., Any], prompt_ids: Sequence[int], settings: dict[str, Any]) -> str:
+    """What is wrong with two samples of a way to decode, or nothing, by the model's own forward of each."""
+    P, request = len(prompt_ids), Request(prompt_ids, seed=0, due=2)
+    few = settings | {"max_new_tokens": 4, "eos_token_id": NEVER}  # a sample that ends at once would show nothing
+    try:
+        list(way(model, deque([request]), max_rows=2, **few))
+        with attention.instead(model, "eager"):
+            for sample in request.samples:
+                assert sample is not None
+                ids = torch.tensor([[*prompt_ids, *sample.token_ids.tolist()]], device=next(model.parameters()).device)
+                logits = model(ids, use_cache=False).logits[0, P - 1 : -1]
+                logps = logits.float().log_softmax(-1).gather(1, ids[0, P:, None])
+                apart = abs(float(logps.double().sum()) - sample.logp) / len(sample.token_ids)
+                if not apart <= (1e-3 if logits.dtype == torch.float32 else 0.1):
+                    return f"its log-probs differ from its own forward's by {apart:.2g} nats per token"
+    except Exception as error:  # whatever its code raises on what it does not know
+        return loading.said(error)
+    return ""
+
+
+def _in_rows(model: nn.Module, requests: deque[Request], *, max_rows: int, **settings: Any) -> Iterator[Request]:
+    """`decode` by packed attention."""
+    rows = _Rows(model, **settings)
     while requests or rows.owner:
         room, joining = max_rows - len(rows.owner), []
         while requests and room >= min(requests[0].due, WORTH_A_PREFILL, max_rows):
@@ -113,30 +170,50 @@ def decode(
         rows.regroup(joining)
         while not rows.have_ended(ENDED_SHARE if requests else IDLE_SHARE):
             rows.step()
-        for request in rows.harvest():
-            if not checked:
-                _check(model, request)
-                checked = True
-            yield request
+        yield from rows.harvest()
 
 
-def _check(model: nn.Module, request: Request) -> None:
-    """Compare the log-prob of a request's first sample with a plain forward; ValueError where they differ."""
-    sample, P = request.samples[0], len(request.prompt_ids)
-    assert sample is not None
-    ids = torch.tensor([[*request.prompt_ids, *sample.token_ids.tolist()]], device=next(model.parameters()).device)
-    logits = model(ids, use_cache=False).logits[0, P - 1 : -1]
-    logps = logits.float().log_softmax(-1).gather(1, ids[0, P:, None])
-    apart = abs(float(logps.double().sum()) - sample.logp) / len(sample.token_ids)
-    if not apart <= (1e-3 if logits.dtype == torch.float32 else 0.1):
-        raise ValueError(
-            f"a response's log-probs differ from a plain forward's by {apart:.2g} nats a token: the attention of "
-            f"{type(model).__name__} is not decoded correctly here: {OTHER_ENGINE}"
-        )
+def _by_transformers(
+    model: Any, requests: deque[Request], *, max_rows: int, eos_token_id: int, max_new_tokens: int, temperature: float
+) -> Iterator[Request]:
+    """`decode` by transformers' `generate`, a prompt at a time; a processor of its logits draws with our numbers."""
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    ends = end_ids(model, eos_token_id)
+    how = dict(do_sample=False, eos_token_id=ends, pad_token_id=max(eos_token_id, 0), max_new_tokens=max_new_tokens)
+    while requests:
+        request = requests.popleft()
+        request.generator = request.generator or torch.Generator().manual_seed(request.seed)
+        while request.due:
+            n = min(request.due, max_rows)
+            uniforms = torch.rand(n, max_new_tokens, generator=request.generator).to(device)
+            drawn: list[tuple[Tensor, Tensor]] = []
+
+            def draw(_ids: Tensor, logits: Tensor, uniforms: Tensor = uniforms, drawn: list = drawn) -> Tensor:
+                drawn.append(draw_tokens(logits, uniforms[:, len(drawn)], temperature=temperature))
+                return torch.full_like(logits, -torch.inf).scatter_(1, drawn[-1][0][:, None], 0.0)
+
+            ids = torch.tensor([list(request.prompt_ids)] * n, device=device)
+            # The model's own generation config may repeat less, forbid tokens, or begin with one.
+            with mock.patch.object(model, "generation_config", GenerationConfig(**how)):
+                model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=[draw])
+            tokens, logps = (torch.stack(x, 1).cpu() for x in zip(*drawn, strict=True))
+            for row, row_logps in zip(tokens.numpy(), logps.double(), strict=True):
+                ended = np.flatnonzero(np.isin(row, ends))
+                count = ended[0] + 1 if len(ended) else len(row)
+                logp = float(row_logps[:count].sum())
+                if not math.isfinite(logp):
+                    raise ValueError(NOT_FINITE)
+                request.samples.append(Sample(row[:count].astype(np.int32), bool(len(ended)), logp))
+            request.due -= n
+        yield request
 
 
 def end_ids(model: Any, eos_token_id: int) -> list[int]:
     """The tokens at any of which a sample ends: the tokenizer's, and all that the model's generation config names."""
+    if eos_token_id == NEVER:
+        return [NEVER]
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # one, several or none
     return sorted({eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
 
@@ -240,7 +317,7 @@ class _Rows:
         alive, ended = self.alive.tolist(), ~self.alive
         tokens, counts, logps = self.tokens[ended].to("cpu", torch.int32), self.count[ended], self.logps[ended]
         if not logps.isfinite().all():
-            raise ValueError("the model gave log-probs that are not finite: check its weights and dtype")
+            raise ValueError(NOT_FINITE)
         owners = [owner for owner, goes_on in zip(self.owner, alive, strict=True) if not goes_on]
         self.owner = [owner for owner, goes_on in zip(self.owner, alive, strict=True) if goes_on]
         for (request, j), ids, n, logp in zip(owners, tokens.numpy(), counts.tolist(), logps.tolist(), strict=True):
@@ -294,7 +371,7 @@ class _Rows:
 
     def get_seq_length(self, *_: object) -> int:
         """Models ask for it that count positions by themselves."""
-        raise ValueError(f"{type(self.model).__name__} wants equally long rows: {OTHER_ENGINE}")
+        raise ValueError("it wants equally long rows")
 
     def attend(self, query: Tensor, _keys: Tensor, _values: Tensor, scaling: float) -> Tensor:
         """Attention of one token a row, (R, H, 1, Dh), to its prompt and to itself."""

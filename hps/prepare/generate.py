@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from hps import limits
 from hps.data.rows import Prompt
 from hps.data.tokens import Encoder
 from hps.io import files, hub
@@ -117,7 +118,7 @@ def generate(
     ours = isinstance(model, torch.nn.Module)
     if ours and model.training:
         raise ValueError("the model is in training mode (dropout): call model.eval() before sampling")
-    longest = positions(model.config) - max_new_tokens if ours else math.inf  # vLLM checks its own
+    longest = limits.positions(model.config) - max_new_tokens if ours else math.inf  # vLLM checks its own
     beyond = {id for id, ids in prompts if len(ids) > longest}
     for prompt_id, ids in prompts:
         if len(ids) == 0 or len(beyond) == len(prompts):
@@ -196,13 +197,6 @@ def encoded_otherwise(data: str | Path) -> int:
     about: Any = files.read_json(manifest)
     count, made_from = about.get("counts", {}).get("encoded_otherwise"), about.get("input", {}).get("path", data)
     return count if count is not None or made_from == data else encoded_otherwise(made_from)
-
-
-def positions(config: Any) -> float:
-    """Tokens that prompt and response may have together; our attention knows no sliding window."""
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return min(limit, window or math.inf)
 
 
 def load_vllm(path: str, *, dtype: str, max_length: int) -> Any:

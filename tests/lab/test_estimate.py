@@ -80,7 +80,7 @@ def test_bytes_of_rank_0_are_those_of_meta_shards(world_size, rank):
                 lm = adapters.add_lora(lm.to(torch.bfloat16), rank=rank, alpha=16, targets=LORA.split(","), seed=0)
         whole = model.PolicyModel(lm)
         ranks = dist.Ranks(rank=0, world_size=world_size, device=torch.device("cpu"), sharded=True)
-        dist.shard(whole, whole.layers, ranks=ranks, dtype=torch.bfloat16)
+        dist.shard(whole, model.layers_of(whole.lm), ranks=ranks, dtype=torch.bfloat16)
         trained = [p for p in whole.parameters() if p.requires_grad]
         for p in trained:
             p.grad = torch.zeros_like(p)

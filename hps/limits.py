@@ -1,0 +1,145 @@
+"""What a model can take: positions and window, and whether packed rows give its responses what its own forward gives.
+
+`check` tries it on a few tokens, once a run. A model that packed rows cannot serve gets plain ones: one response per
+row with its whole prompt, by the model's own attention and its own logits.
+"""
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hps import attention, loading
+from hps.model import states, unwrapped
+from hps.packing import Block, Packed, pack
+
+PROBE_TOKENS = 24  # of the longer prompts with a response that are compared
+
+
+def positions(config: Any) -> float:
+    """Tokens that prompt and response may have together, by a model's config; of a composite model its text's."""
+    text = config.get_text_config()
+    found = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    rope = getattr(text, "rope_parameters", None) or {}
+    for one in (rope, *(x for x in rope.values() if isinstance(x, dict))):
+        # Beyond its first length the rotation of all rows depends on the longest one beside them.
+        if one.get("rope_type") in ("dynamic", "longrope"):
+            found.append(one.get("original_max_position_embeddings"))
+    return min(filter(None, found), default=math.inf)
+
+
+def window(config: Any) -> float:
+    """Tokens that a layer looks back at most, by a model's config; infinite where all layers see everything."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    sliding = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    some = {"sliding": sliding, "chunked": getattr(text, "attention_chunk_size", None)}
+    used = [n for kind, n in some.items() if n and (kinds is None or any(kind in str(k) for k in kinds))]
+    return min(used, default=math.inf)
+
+
+def check(model: Any, *, longest: float = math.inf, share_prompt: bool = True) -> None:
+    """Set `padded` of a policy or reward model, with a line in the log, where packed rows cannot serve it.
+
+    Catches what would make every number silently wrong: capped or scaled logits, a head bias, a window, layers that
+    carry a sibling's tokens along, positions that do not restart.
+
+    Args:
+        longest: tokens of the longest prompt with one response. share_prompt: whether prompts are laid out once.
+
+    Raises:
+        ValueError: the model has fewer positions, or gets wrong values from plain rows too.
+    """
+    lm = unwrapped(model.lm)
+    name, limit, reach = type(lm).__name__, positions(lm.config), window(lm.config)
+    if math.inf > longest > limit:
+        raise ValueError(f"a row has {longest} tokens, the model {limit} positions: set --max_length {limit}")
+    if model.padded:
+        reason = "it takes no attention but its own"
+    elif longest > reach:
+        reason = f"rows may be longer than its window of {reach} tokens"
+    else:
+        reason = _wrong(model, min(longest, limit), share_prompt=share_prompt)
+    if reason:
+        model.padded = True
+        attention.put(lm)
+        if wrong := _wrong(model, min(longest, limit), share_prompt=False):
+            raise ValueError(f"{name} cannot be trained or scored here: {wrong}")
+        how = "one response per row by its own forward, slower and with more memory"
+        logging.getLogger(__name__).warning("%s cannot take packed rows (%s): %s", name, reason, how)
+
+
+def _wrong(model: Any, longest: float, *, share_prompt: bool) -> str:
+    """What is wrong with a model's values as it is set up, or nothing, on two short prompts and on two that begin
+    alike; `longest` tokens at most."""
+    parameter = next(model.parameters())
+    tolerance = 1e-3 if (model.autocast or parameter.dtype) == torch.float32 else 0.5
+    try:
+        for start in (0, max(0, int(min(PROBE_TOKENS, longest)) - 8)):
+            blocks = probe(model, start)
+            packed = pack(blocks, pad_id=0, share_prompt=share_prompt).to(parameter.device)
+            with torch.inference_mode():
+                apart = float((_values(model, packed) - _own_values(model, blocks)).abs().max())
+            if not apart <= tolerance:  # NaN too
+                return f"its values are {apart:.3g} apart from those of its own forward of each"
+            if leak(model, packed):
+                return "a response's value depends on tokens that are none of its own"
+    except Exception as error:  # whatever its code raises on what it does not know
+        return loading.said(error)
+    return ""
+
+
+def probe(model: Any, start: int) -> list[Block]:
+    """Two prompts whose first `start` tokens are equal, of one and three responses; 8 tokens beyond at most."""
+    draw, rows = np.random.default_rng(0), len(unwrapped(model.lm).get_input_embeddings().weight)
+    shared, *rest = (draw.integers(0, rows, size=n) for n in (start, 3, 4, 2, 4, 2, 5))
+    one, two = np.append(shared, rest[0]), np.append(shared, rest[2])
+    return [Block(one, (rest[1],)), Block(two, tuple(rest[3:]))]
+
+
+def _values(model: Any, packed: Packed) -> Tensor:
+    """A policy's log-probs (B, K); of a reward model, whose head may begin at zero, a mixture of its last states."""
+    if hasattr(model, "head"):
+        return model(packed)
+    last = states(model, packed)[packed.last].float()
+    mixture = torch.linspace(-1, 1, last.shape[-1], device=last.device) / last.shape[-1] ** 0.5
+    return torch.where(packed.valid, last @ mixture, 0.0)
+
+
+def _own_values(model: Any, blocks: list[Block]) -> Tensor:
+    """What each response gets in a row of its own, with the attention that defines the model, (B, K)."""
+    packed = pack(blocks, pad_id=0, share_prompt=False).to(next(model.parameters()).device)
+    before, model.padded = model.padded, True
+    try:
+        with attention.instead(unwrapped(model.lm), "eager"):
+            return _values(model, packed)
+    finally:
+        model.padded = before
+
+
+def leak(model: Any, packed: Packed) -> bool:
+    """Whether the value of a `probe`'s response depends on anything but its prompt and its own tokens.
+
+    By the gradient with respect to the tokens' embeddings: where nothing is seen it is exactly 0, in every dtype.
+    """
+    found: list[Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
+        found.append(embedded.detach().requires_grad_())
+        return found[0]
+
+    b, k = 1, 1  # a response between two others, behind another prompt
+    with unwrapped(model.lm).get_input_embeddings().register_forward_hook(keep):
+        value = _values(model, packed)[b, k]
+    (gradient,) = torch.autograd.grad(value, found)
+    seen = (gradient != 0).any(-1).view(packed.input_ids.shape)
+    own = packed.segment == k + 1
+    allowed = (packed.block == 2) | (packed.block == b) & ((packed.segment == 0) | own)
+    if packed.causal:  # the prompt stands in each row
+        allowed &= (own & (packed.block == b)).any(1, keepdim=True)
+    if hasattr(model, "head"):  # a log-prob, which must not know the token that it is of
+        allowed.view(-1)[packed.last[b, k]] = False
+    return bool((seen & ~allowed).any())
