@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 SUITE ?= headline
-SEEDS ?= 3
+SEEDS ?= 8
 OUT ?= runs/reproduce
 REPRODUCE_FLAGS ?=
 HH ?=
@@ -48,7 +48,7 @@ lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-reproduce: $(STAMP) ## the paper's comparison: SUITE=headline SEEDS=3 (worlds) OUT=runs/reproduce REPRODUCE_FLAGS=
+reproduce: $(STAMP) ## the paper's comparison: SUITE=headline SEEDS=8 (worlds) OUT=runs/reproduce REPRODUCE_FLAGS=
 	$(RUN) -m hps.lab.reproduce --suite $(SUITE) --seeds $(SEEDS) --out $(OUT) $(REPRODUCE_FLAGS)
 
 # The package is wanted for one file of it. Without what it depends on it would fail the check of a later `make env`.

@@ -9,8 +9,8 @@
  optional "series": {figure name: {"x": {"metric": name} or {"label": str, "values": {method: number}},
                                    "panels": [name], "lines": {line name: [method]}}},   lines through rows
  optional "claims": [{"claim": str, "paper": str, "table": str, "verdict": one of VERDICTS, and if not measured
-                      "reason": str, else "after_holm": one of VERDICTS, "metric": name,
-                      "kind": "difference" or "value" or "ratio", ITEM}]}
+                      "reason": str, else "after_holm": one of VERDICTS, "metric": name, "p", "p_holm", ITEM,
+                      "kind": "difference" or "value" or "ratio"}]}
 ITEM: "mean", "low", "high" (both None where there is no interval), optional "values": of each world, or None
 """
 
@@ -159,6 +159,11 @@ def claims_tables(claims: list[dict[str, Any]]) -> list[Table]:
     return tables
 
 
+def sections(tables: list[Table]) -> list[str]:
+    """Heading, table and note of each in Markdown."""
+    return [part for each in tables for part in (f"## {each.title}", markdown(each), md.wrapped(each.note))]
+
+
 def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     """Write results.json, RESULTS.md, report.html and figures/*.png under `out` (made if missing); returns their paths.
 
@@ -179,8 +184,7 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     about = f"Commit {md.code(results['commit'])}, {md.plain(results['machine'])}, {minutes}."
     items = [md.wrapped(f"* {md.plain(key)}: {md.code(value)}") for key, value in settings]
     parts = [f"# {md.plain(title)}", md.wrapped(about), "\n".join(items), md.wrapped(legend(results))]
-    for each in tables:
-        parts += [f"## {each.title}", markdown(each), md.wrapped(each.note)]
+    parts += sections(tables)
     for plan, path in zip(plans, drawn, strict=True):
         parts.append(md.wrapped(f"![{md.plain(plan.alt, also=r'[][]')}](figures/{path.name})"))
         parts.append(md.wrapped(md.plain(plan.caption)))

@@ -71,7 +71,7 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
     """
     rows = {row["method"]: row["metrics"] for row in results["rows"]}
     differences = {(x["a"], x["b"], x["metric"]): x for x in results.get("comparisons", [])}
-    tables: list[list[dict[str, Any]]] = [[], []]
+    items = []
     for claim in CLAIMS:
         if results["suite"] not in claim.suites or not claim.rows <= rows.keys():
             continue
@@ -84,14 +84,20 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
             compared = "comparison of " if claim.kind == "difference" else ""
             reason = claim.reason or f"no {compared}{METRICS[claim.metric].title} of these rows in the results"
             found |= {"verdict": "not measured here", "reason": reason}
-        tables[claim.metric in OURS].append(found)
-    measured = [found for table in tables for found in table if "p" in found]
+        items.append(found)
+    return decide(items)
+
+
+def decide(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The claims with their verdicts, those by the paper's metrics first; of several suites each claim stands once."""
+    items = sorted({found["claim"]: found for found in items}.values(), key=lambda found: TABLES.index(found["table"]))
+    measured = [found for found in items if "p" in found]
     adjust(measured)
     for found in measured:
-        side = "holds" if found.pop("right") else "does not hold"
-        found |= {"verdict": side if found.pop("p") < 0.05 else "unresolved"}
-        found |= {"after_holm": side if found.pop("p_holm") < 0.05 else "unresolved"}
-    return [found for table in tables for found in table]
+        side = "holds" if found["right"] else "does not hold"
+        found["verdict"] = side if found["p"] < 0.05 else "unresolved"
+        found["after_holm"] = side if found["p_holm"] < 0.05 else "unresolved"
+    return items
 
 
 def measure(claim: Claim, rows: dict[str, Any], differences: dict[tuple[str, ...], Any]) -> list[float]:

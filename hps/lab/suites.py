@@ -45,8 +45,8 @@ class Suite:
     domains "train-help" and the like are the prompts of one.
     `noise`: row -> standard deviation of the training reward's noise where it is not the world's own.
     `series`: figures of lines through rows, as `report` draws them.
-    `repeats`: preference runs of a row in each world. `later`: how far its worlds lie behind those of other suites.
-    `worlds`: at most so many.
+    `later`: how far its worlds lie behind those of other suites. `worlds`: at most so many where all
+    suites run.
     """
 
     rows: dict[str, Row]
@@ -56,9 +56,8 @@ class Suite:
     prompts: dict[str, tuple[str, str]] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
     series: dict[str, Any] = field(default_factory=dict)
-    repeats: int = 1
     later: int = 0
-    worlds: int | None = None
+    worlds: int = 12
 
 
 def compared(name: str) -> list[tuple[str, str]]:
@@ -77,14 +76,14 @@ def with_again(suite: Suite, name: str) -> Suite:
 def headline() -> Suite:
     """The question of the paper, with the control that it lacks: a uniformly drawn dispreferred response."""
     suite = Suite({f"DPO-{view}": row("dpo", view) for view in VIEWS}, compared("DPO-{}"))
-    return with_again(suite, "DPO-HPS")
+    return with_again(replace(suite, worlds=500), "DPO-HPS")
 
 
 def methods() -> Suite:
     """The paper's Table 2, five losses under three preference models, and our two beside these."""
     rows = {f"{loss.upper()}-{view}": row(loss, view) for loss in LOSSES for view in VIEWS}
     pairs = [pair for loss in LOSSES for pair in compared(f"{loss.upper()}-{{}}")]
-    return with_again(Suite(rows, pairs), "NCA-HPS")
+    return with_again(Suite(rows, pairs, worlds=500), "NCA-HPS")
 
 
 def transfer() -> Suite:
@@ -194,7 +193,7 @@ def tune() -> Suite:
             title = f"{name} beta {b:g} lr {lr:g}"
             rows[title] = {**options, "beta": b, "lr": lr}
             figure["lines"].setdefault(name, []).append(title)
-    return with_again(Suite(rows, [], split="valid", series=figures, worlds=2), "DPO-HPS beta 0.5 lr 0.0004")
+    return with_again(Suite(rows, [], split="valid", series=figures, worlds=4), "DPO-HPS beta 0.5 lr 0.0004")
 
 
 def confirm() -> Suite:
@@ -207,8 +206,7 @@ def confirm() -> Suite:
     candidates |= {f"SPPO-{view}": row("sppo", view, beta=0.02, lr=1.6e-3) for view in ("BT", "uniform", *HPS)}
     pairs = compared("DPO-{}") + list(product(candidates, baselines))
     pairs += [(f"{loss}-{view}{n}", f"{loss}-uniform{n}") for loss, n in (("NCA", " N"), ("SPPO", "")) for view in HPS]
-    suite = Suite(rows | candidates, [*pairs, ("SPPO-uniform", "SPPO-BT")], repeats=3, later=100)
-    return with_again(suite, "SPPO-HPS")
+    return with_again(Suite(rows | candidates, [*pairs, ("SPPO-uniform", "SPPO-BT")], later=500), "SPPO-HPS")
 
 
 SUITES: dict[str, Callable[[], Suite]] = {

@@ -47,7 +47,7 @@ def test_what_is_confirmed_was_tuned_on_other_worlds():
     suite = SUITES["confirm"]()
     assert all({"beta": 0.1} | options in swept for options in suite.rows.values() if "seed" not in options)
     assert SUITES["tune"]().split == "valid" and suite.split == "test"
-    assert suite.repeats == 3 and suite.later >= 10 and SUITES["tune"]().later == 0
+    assert suite.later >= max(SUITES[name]().worlds for name in SUITES) and SUITES["tune"]().later == 0
 
 
 def test_a_plan_has_every_cell_once_shared_by_suites(tmp_path):
