@@ -17,9 +17,8 @@ what the world pays for an opener, its smallest gain; costs are "about" equal wi
 """
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hps.evaluate.metrics import METRICS, adjust, item, world_interval, world_p
 
@@ -27,8 +26,7 @@ OURS = ("rm10", "harm", "junk")
 TABLES = ("The paper's claims, by its own metrics", "Its claims, by metrics of ours")
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """A line of claims.csv."""
 
     text: str
@@ -41,24 +39,20 @@ class Claim:
     kind: str
     reason: str
 
+    @classmethod
+    def of(cls, x: dict[str, str]) -> "Claim":
+        pairs = [tuple(filter(None, (x["a"], x["b"]))), tuple(filter(None, x["less"].split(" - ")))]
+        about = (x["metric"], tuple(filter(None, pairs)), int(x["sign"] or 1), float(x["bound"] or 0), x["kind"])
+        return cls(x["claim"], x["paper"], tuple(x["suites"].split()), *about, x["reason"])
+
     @property
     def rows(self) -> set[str]:
         """The rows that it needs."""
         return {name for pair in self.pairs for name in pair}
 
 
-def read(path: Path) -> list[Claim]:
-    """The claims of a file like claims.csv."""
-    claims = []
-    with path.open(encoding="utf-8", newline="") as lines:
-        for x in csv.DictReader(lines):
-            pairs = [tuple(filter(None, (x["a"], x["b"]))), tuple(filter(None, x["less"].split(" - ")))]
-            about = (x["metric"], tuple(filter(None, pairs)), int(x["sign"] or 1), float(x["bound"] or 0), x["kind"])
-            claims.append(Claim(x["claim"], x["paper"], tuple(x["suites"].split()), *about, x["reason"]))
-    return claims
-
-
-CLAIMS = read(Path(__file__).with_name("claims.csv"))
+with Path(__file__).with_name("claims.csv").open(encoding="utf-8", newline="") as lines:
+    CLAIMS = [Claim.of(line) for line in csv.DictReader(lines)]
 
 
 def judge(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Stages of a sweep: the repository's own commands, each run once, as many at a time as there are GPUs or cores.
+"""Stages of a sweep: the repository's own commands, each run once, as many at a time as there are cores.
 
 A product is kept where it was made by the same command, from the same files: OUTPUT.key holds a hash of both, so that a
 sweep that was stopped goes on where it was, and sweeps in one folder share what they have in common and nothing else.
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from hps.io import files
@@ -112,26 +111,13 @@ def tail(log: str) -> str:
     return lines[-1] if lines else "no output"
 
 
-def gpus() -> list[str]:
-    """The GPUs as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-
-
-def workers(jobs: int, devices: list[str]) -> ProcessPoolExecutor:
-    """Worker processes, each on one of the devices in turn (or where it likes, without any). They end with this one,
-    even if it is killed: an orphan would go on writing beside a restart."""
+def workers(jobs: int) -> ProcessPoolExecutor:
+    """Worker processes that end with this one, even if it is killed: an orphan would go on writing beside a restart."""
     spawn = multiprocessing.get_context("spawn")
-    dealt = spawn.SimpleQueue()
-    for i in range(jobs):
-        dealt.put(devices[i % len(devices)] if devices else "")
-    return ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin, initargs=(os.getpid(), dealt))
+    return ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin, initargs=(os.getpid(),))
 
 
-def _begin(parent: int, dealt: Any) -> None:
-    if device := dealt.get():
-        os.environ["CUDA_VISIBLE_DEVICES"] = device  # read when CUDA is first used, by a command
-
+def _begin(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
@@ -177,11 +163,10 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
 
 
 def run_in_workers(stages: list[Stage], jobs: int, out: Path, name: str) -> int:
-    """`run_stages` with a bar, in `jobs` processes, or one per GPU, or per core; ValueError where a stage fails."""
-    devices = gpus()
-    jobs = jobs or len(devices) or os.cpu_count() or 1
+    """`run_stages` with a bar, in `jobs` processes, or one per core; ValueError where a stage fails."""
+    jobs = jobs or os.cpu_count() or 1
     total = round(sum(stage.weight for stage in stages))
-    with workers(jobs, devices) as pool, tqdm(total=total, desc=name, bar_format=BAR) as bar:
+    with workers(jobs) as pool, tqdm(total=total, desc=name, bar_format=BAR) as bar:
         try:
             return run_stages(pool, jobs, stages, out, bar)
         except RuntimeError as e:

@@ -109,15 +109,13 @@ def test_workers_end_with_a_killed_sweep(tmp_path):
     """SIGKILL of the parent while a worker is busy: the worker is gone within seconds."""
     driver = tmp_path / "driver.py"
     lines = ["import os, sys, time", "from hps.lab import sweep", "if __name__ == '__main__':"]
-    lines += ["    pool = sweep.workers(1, ['7'])", "    print(pool.submit(os.getpid).result())"]
-    lines += ["    print(pool.submit(os.getenv, 'CUDA_VISIBLE_DEVICES').result(), flush=True)"]
+    lines += ["    pool = sweep.workers(1)", "    print(pool.submit(os.getpid).result(), flush=True)"]
     lines += ["    pool.submit(time.sleep, 600)", "    time.sleep(600)"]
     driver.write_text("\n".join(lines))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, str(driver)], stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())
-    assert parent.stdout.readline() == "7\n"
     assert Path(f"/proc/{worker}").exists()
     parent.kill()
     parent.wait()
@@ -125,17 +123,3 @@ def test_workers_end_with_a_killed_sweep(tmp_path):
     while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(f"/proc/{worker}").exists()
-
-
-def test_every_worker_has_a_gpu_of_its_own(monkeypatch):
-    """Three jobs on two GPUs take turns; without any, CUDA_VISIBLE_DEVICES stays as it is."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert sweep.gpus() == ["4", "7"]
-    found = []
-    for devices in (sweep.gpus(), []):
-        pool = sweep.workers(3, devices)
-        for _ in range(3):
-            sweep._begin(os.getppid(), pool._initargs[1])
-            found.append(os.environ["CUDA_VISIBLE_DEVICES"])
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "all")
-    assert found == ["4", "7", "4", "all", "all", "all"]
