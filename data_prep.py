@@ -2,7 +2,7 @@
 
     python data_prep.py world    --out data/world                                   a self-made world, offline
     python data_prep.py import   --source hh-rlhf --input FILE --output FILE.jsonl  a foreign format
-    python data_prep.py export   --format trl --input FILE --output FILE.jsonl      pairs for other trainers
+    python data_prep.py export   --input FILE --output FILE.jsonl                   pairs for other trainers
     python data_prep.py generate --model M --input IN --output OUT --n 8            candidate responses
     python data_prep.py annotate --scorer R --input IN --output OUT                 rewards by a reward model
     python data_prep.py doctor   --model M --input IN                               what to know before training
@@ -26,7 +26,6 @@ from tqdm import tqdm
 from hps import config, dist, model
 from hps.data import listwise, tokens
 from hps.data.rows import Row
-from hps.io import hub
 from hps.lab import scorers, world
 from hps.prepare import doctor, formats, generate, importers, journal, rewards
 
@@ -44,19 +43,21 @@ class World:
 
 @dataclass
 class Import:
-    source: str  # hh-rlhf, pku-saferlhf, ultrafeedback, nectar, trl or authors
-    input: str  # file in that format: .jsonl or .json (.gz, .xz), .parquet, or hf://datasets/OWNER/NAME@REVISION/FILE
+    source: str  # hh-rlhf, pku-saferlhf, ultrafeedback, nectar, trl, simpo or authors
+    input: tuple[str, ...]  # files: .jsonl, .json (.gz, .xz), .parquet, .csv, hf://...; data sets: OWNER/NAME@REVISION
     output: str  # list-wise JSON Lines to write, and OUTPUT.manifest.json beside it
     order: str = ""  # pku-saferlhf: helpful or safe; ultrafeedback: overall or fine-grained
+    columns: tuple[str, ...] = ()  # NAME=COLUMN: where the file has it; user= and system= make a prompt of turns
+    subset: str = ""  # of a data set by its hub name
+    split: str = ""  # of a data set by its hub name, if it has several
     limit: int = 0  # rows to keep at most; 0 means all
     skip: int = 0  # usable rows to leave out first, so that splits are disjoint
 
 
 @dataclass
 class Export:
-    format: str  # trl (conversational; standard for string prompts) or hh-rlhf
     input: str  # list-wise JSON Lines
-    output: str  # JSON Lines in that format, and OUTPUT.manifest.json beside it
+    output: str  # JSON Lines in TRL's format (standard for string prompts), and OUTPUT.manifest.json beside it
     pair: str = "human"  # human (chosen, rejected) or rewards (highest against lowest)
 
 
@@ -80,7 +81,7 @@ class Generate:
 
 @dataclass
 class Annotate:
-    scorer: str  # world-est[:SEED[:NOISE]], world-true[:SEED], human (1, 0), or a reward model: folder or hub name
+    scorer: str  # world-est[:SEED[:NOISE]], world-true[:SEED], or a reward model: folder or hub name
     input: str  # list-wise JSON Lines
     output: str  # the same with rewards
     pairs: bool = False  # give rows without a human pair one: two random responses, the one of higher reward chosen
@@ -112,20 +113,20 @@ def import_rows(c: Import) -> None:
     """Turn a foreign file of preferences into list-wise rows, and count what is left out."""
     check_apart(c)
     config.check_choices(c, source=formats.FORMATS)
-    local, name = hub.fetch(c.input)
-    limit = c.limit or None
-    rows, counts, reasons, left_out = importers.import_file(c.source, local, order=c.order, limit=limit, skip=c.skip)
+    inputs = [importers.located(name) for name in c.input]
+    how = {key: getattr(c, key) for key in ("order", "columns", "subset", "split", "skip")} | {"limit": c.limit or None}
+    rows, counts, reasons, left_out = importers.import_file(c.source, *(path for path, _ in inputs), **how)
     listwise.write(c.output, rows)
     if left_out:
-        print(f"{c.input}: columns left out: {', '.join(left_out)}", file=sys.stderr)
-    tell(dataclasses.replace(c, input=local), "import", counts, reasons, name=name, columns_left_out=left_out)
+        print(f"{c.output}: columns left out: {', '.join(left_out)}", file=sys.stderr)
+    tell(c, "import", counts, reasons, inputs=inputs, columns_left_out=left_out)
 
 
 def export_rows(c: Export) -> None:
-    """Write the pairs of list-wise rows in the format of another trainer, and count what is left out."""
+    """Write the pairs of list-wise rows in TRL's format, which other trainers read, and count what is left out."""
     check_apart(c)
-    config.check_choices(c, format=formats.EXPORTS, pair=("human", "rewards"))
-    records, counts, reasons, _ = importers.export_rows(c.format, listwise.read(c.input), pair=c.pair)
+    config.check_choices(c, pair=("human", "rewards"))
+    records, counts, reasons, _ = importers.export_rows(listwise.read(c.input), pair=c.pair)
     listwise.write_lines(c.output, records)
     tell(c, "export", counts, reasons)
 
@@ -180,17 +181,14 @@ def annotate_rows(c: Annotate) -> None:
     rows = listwise.read(c.input)
     of_world = scorers.load(c.scorer) if c.scorer.split(":")[0] in ("world-true", "world-est") else None
     of_reward_models = ("dtype", "objectives", "remote_revision", "template_options", "tokens_per_micro_batch")
-    if of_world or c.scorer == "human":
-        if unused := [key for key in of_reward_models if getattr(c, key) != getattr(Annotate, key)]:
-            raise ValueError(f"scorer {c.scorer} does not use {', '.join(unused)}: remove that")
+    if of_world and (unused := [key for key in of_reward_models if getattr(c, key) != getattr(Annotate, key)]):
+        raise ValueError(f"scorer {c.scorer} does not use {', '.join(unused)}: remove that")
     config.check_choices(c, dtype=model.DTYPES, objectives=("one", "mean"))
     if known := scorers.world_of(c.scorer):
         rewards.check_prompts(rows, known.task)
 
     def work(mine: list[Row], counts: Counter[str], ranks: dist.Ranks) -> Iterator[tuple[str, rewards.Rewards]]:
-        if c.scorer == "human":
-            found = rewards.by_people(mine)
-        elif of_world:
+        if of_world:
             found = rewards.annotate(mine, of_world)
         else:
             how = {key: getattr(c, key) for key in of_reward_models}
@@ -230,17 +228,18 @@ def diagnose(c: Doctor) -> None:
 
 def check_apart(c: Any) -> None:
     """Raise ValueError where the output is the input, by whatever name: no command changes its input."""
-    if Path(c.input).exists() and Path(c.output).exists() and Path(c.input).samefile(c.output):
-        raise ValueError(f"--output {c.output} is the input, which would be lost: choose another name")
+    for path in map(Path, [c.input] if isinstance(c.input, str) else c.input):
+        if path.exists() and Path(c.output).exists() and path.samefile(c.output):
+            raise ValueError(f"--output {c.output} is the input, which would be lost: choose another name")
 
 
-def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], *, name: str = "", **more: Any) -> None:
-    """Print what was left out and why, and write it to the manifest; name: the input's on the hub."""
+def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], *, inputs: Any = None, **more: Any) -> None:
+    """Print what was left out and why, and write it to the manifest; inputs: as `importers.located` has them."""
     for reason in reasons:
         print(reason, file=sys.stderr)
     options = {key: value for key, value in vars(c).items() if key not in ("input", "output")}
     facts = {"command": command, "options": options, "counts": counts, **more, "first_reasons": reasons}
-    importers.write_manifest(c.input, c.output, facts, name=name)
+    importers.write_manifest(inputs or [(c.input, c.input)], c.output, facts)
     print_counts(c.output, counts)
 
 

@@ -258,14 +258,23 @@ def test_import_and_export_leave_a_manifest(tmp_path, capsys):
     told = capsys.readouterr().err
     assert f"{source}:3: both answers are the same" in told and "rows_equal_responses 1" in told
     assert {"better_response_id", "is_response_0_safe"} <= set(listwise.read(rows)[0].others)
-    data_prep.main(["export", *flags(format="trl", input=rows, output=pairs)])
+    data_prep.main(["export", *flags(input=rows, output=pairs)])
     assert [json.loads(line)["rejected"][0]["content"] for line in pairs.read_text().splitlines()] == [
         "Hide half of what you earn.", "No idea.",
     ]  # fmt: skip
     first, second = (json.loads(Path(f"{path}.manifest.json").read_text()) for path in (rows, pairs))
     assert first["input"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert second["input"] == first["output"] and second["counts"]["rows_written"] == 2
-    assert first["options"] == {"source": "pku-saferlhf", "order": "safe", "limit": 0, "skip": 0}
+    options = {
+        "source": "pku-saferlhf",
+        "order": "safe",
+        "columns": [],
+        "subset": "",
+        "split": "",
+        "limit": 0,
+        "skip": 0,
+    }
+    assert first["options"] == options
     assert first["counts"]["rows_equal_responses"] == 1 and len(first["first_reasons"]) == 1
 
 
@@ -277,7 +286,7 @@ def test_data_prep_names_mistakes(tmp_path, tiny_world):
     path = tmp_path / "rows.jsonl"
     path.write_bytes((tiny_world / "test.jsonl").read_bytes())
     (tmp_path / "link.jsonl").symlink_to(path)
-    options = dict(import_=dict(source="trl"), export=dict(format="trl"), annotate=dict(scorer="world-true"))
+    options = dict(import_=dict(source="trl"), export=dict(), annotate=dict(scorer="world-true"))
     for command, more in (options | dict(generate=dict(model=tiny_world / "model"))).items():
         for output in (path, tmp_path / "link.jsonl", tmp_path / "x" / ".." / "rows.jsonl"):
             (tmp_path / "x").mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""The preference formats that users have: for each a function from a decoded record to what a row needs, and two back.
+"""The preference formats that users have: for each a function from a decoded record to what a row needs.
 
-A record of the right format that cannot be used raises Dropped, with its reason; a record of another format a
-ValueError. Texts are kept as they are, whitespace included.
+A record that cannot be used raises Dropped, with its reason, one of another format ValueError. Texts are kept as they
+are, whitespace included.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import re
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
@@ -17,20 +18,17 @@ from hps.data.rows import KEYS, MAX_REWARD, Row, check_keys, parse_row
 
 HH_MARK = re.compile(r"\n\n(Human|Assistant): ?")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-DROPS = (
-    "rows_malformed",
-    "rows_unsupported",
-    "rows_prompts_differ",
-    "rows_empty_response",
-    "rows_equal_responses",
-    "rows_too_few_responses",
-    "rows_no_preference",
-    "rows_duplicate",
-)
-KINDS = {str: "a string", list: "a list", dict: "an object", (str, list): "a string or a list of messages"}
+DROPS = ("rows_malformed", "rows_unsupported", "rows_prompts_differ", "rows_empty_response", "rows_equal_responses")
+DROPS += ("rows_too_few_responses", "rows_no_preference", "rows_duplicate")
+PROMPT_CHARACTERS = 10  # of a prompt at least, for an answer that begins with it to be no chance
+IMPLICIT_CHARACTERS = 20  # fewer of them are what two answers begin with by chance
+# Columns that are taken for the prompt when there is none, however short their text.
+PROMPT_NAMES = ("question", "instruction", "query", "input", "user", "problem", "context")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+TEXT_OR_MESSAGES = (str, list, dict)
+KINDS = {str: "a string", list: "a list", TEXT_OR_MESSAGES: "a string or a list of messages"}
 
 Record = dict[str, Any]
-Columns = dict[str, type | tuple[type, ...]]
 
 
 class Dropped(Exception):
@@ -50,7 +48,7 @@ class Format:
     """
 
     fields: Callable[[Record, str], Record]
-    columns: Columns
+    columns: Record
     optional: tuple[str, ...] = ()
     orders: dict[str, str] = field(default_factory=lambda: {"": ""})
 
@@ -81,27 +79,49 @@ def read(source: str, record: Record, where: str, *, order: str = "") -> Row:
     return replace(row, id=f"{source}-{hashlib.blake2b(content, digest_size=8).hexdigest()}")
 
 
+def renamed(record: Record, columns: dict[str, str], where: str) -> Record:
+    """The record with its columns under the names that the format knows, {name: column}: user and system make a prompt
+    of chat turns, and a prompt without a column is what the answers begin with."""
+    for column in filter(None, columns.values()):
+        if column not in record:
+            raise ValueError(f"{where}: there is no column {column!r}; there are {', '.join(map(repr, record))}")
+    named = {key: value for key, value in record.items() if key not in columns.values()}
+    named |= {name: record.get(column) for name, column in columns.items()}
+    turns = [{"role": role, "content": named.pop(role)} for role in ("system", "user") if role in columns]
+    return named | ({"prompt": [turn for turn in turns if turn["content"]]} if turns else {})
+
+
+def notes(source: str, record: Record, row: Row) -> dict[str, int]:
+    """What is worth counting in a record that was read, but for zeros."""
+    found = {"responses_with_prompt": sum(prompt_repeated(row))}
+    if source == "trl" and not record.get("prompt") and isinstance(row.prompt, str):
+        found["prompts_implicit_short"] = int(len(row.prompt) < IMPLICIT_CHARACTERS)
+    if source == "ultrafeedback" and "overall_score" in record["completions"][0]:
+        tens = [_false_ten(completion) for completion in record["completions"]]
+        found |= {"scores_ten_made_one": tens.count(True), "responses_of_doubtful_ten": tens.count(None)}
+    return {key: n for key, n in found.items() if n}
+
+
+def prompt_repeated(row: Row) -> list[bool]:
+    """Which responses begin with the prompt, or with its last turn."""
+    text = (row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]).strip()
+    return [len(text) >= PROMPT_CHARACTERS and y.lstrip().startswith(text) for y in row.responses]
+
+
 def columns_of(source: str, order: str) -> set[str]:
     """The columns that a row is made of."""
     form = FORMATS[source]
     return {*form.columns, *form.optional, form.orders[order]}
 
 
-def write(format: str, row: Row, chosen: int, rejected: int) -> Record:
-    """The pair (indices of responses) as a record of a format; Dropped where it would not give the same texts back."""
-    prompt, texts = row.prompt, (row.responses[chosen], row.responses[rejected])
-    record = EXPORTS[format](prompt, texts)
-    try:
-        back = read(format, record, row.where)
-        same = (back.prompt, back.responses) == (prompt, texts)
-    except Dropped as dropped:
-        if dropped.counter in ("rows_empty_response", "rows_equal_responses"):
-            raise
-        same = False
-    if not same:
-        reason = "turns must go Human, Assistant, ..., Assistant with no such mark inside a text"
-        raise Dropped("rows_unsupported", reason)
-    return record
+def to_trl(row: Row, chosen: int, rejected: int) -> Record:
+    """The pair (indices of responses) in TRL's preference format: conversational, or standard for a string prompt.
+    Dropped: an empty answer, or two equal ones."""
+    texts = (row.responses[chosen], row.responses[rejected])
+    _pair(row.prompt, *texts)
+    sides = texts if isinstance(row.prompt, str) else [[{"role": "assistant", "content": text}] for text in texts]
+    prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
+    return {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
 
 
 # -- from a record: one function per format --
@@ -110,8 +130,7 @@ def write(format: str, row: Row, chosen: int, rejected: int) -> Record:
 def hh_rlhf(record: Record, _: str) -> Record:
     """Anthropic's HH-RLHF: whole dialogues "chosen" and "rejected" -> messages and the pair of last answers.
 
-    Dropped: dialogues that do not go Human, Assistant, ..., Assistant; that differ before the last answer;
-    whose last answers are empty or equal.
+    Dropped: dialogues that do not go Human, Assistant, ..., Assistant or differ before the last, empty or equal answer.
     """
     (*prompt, chosen), (*other, rejected) = (_dialogue(record, key) for key in ("chosen", "rejected"))
     if prompt != other:
@@ -120,8 +139,19 @@ def hh_rlhf(record: Record, _: str) -> Record:
 
 
 def authors(record: Record, _: str) -> Record:
-    """The format of the released HPS code: a prompt in its template already, responses, rewards if scored."""
-    return {key: record[key] for key in ("prompt", "responses", "rewards") if key in record}
+    """The format of the released HPS code: a prompt in its template already, responses, rewards if scored; and its sets
+    of prompts, which are messages with nothing else."""
+    found = {"responses": []} | {key: record[key] for key in ("prompt", "responses", "rewards") if key in record}
+    return found | {"prompt": _messages(record["prompt"], "prompt")}
+
+
+def simpo(record: Record, _: str) -> Record:
+    """SimPO's lists: a question, all generated responses and their rewards. Dropped: as of UltraFeedback."""
+    prompt, texts, scores = record["prompt"], record["all_generated_responses"], record["all_rm_scores"]
+    if len(texts) != len(scores):
+        raise Dropped("rows_malformed", f"{len(texts)} responses but {len(scores)} rewards")
+    prompt = _question(prompt) if isinstance(prompt, str) else _messages(prompt, "prompt")
+    return _ranked(prompt, texts, scores, "all_rm_scores")
 
 
 def pku_saferlhf(record: Record, label: str) -> Record:
@@ -131,9 +161,9 @@ def pku_saferlhf(record: Record, label: str) -> Record:
     does not depend on it, so that the rows of both orders can be matched. Dropped: a label that is neither.
     """
     _check(record, {label: object})
-    if isinstance(record[label], bool) or record[label] not in (0, 1):
+    if (chosen := _number(record[label])) not in (0, 1):
         raise Dropped("rows_no_preference", f"{label} is {reprlib.repr(record[label])}, neither 0 nor 1")
-    return _pair(_question(record["prompt"]), record["response_0"], record["response_1"], chosen=int(record[label]))
+    return _pair(_question(record["prompt"]), record["response_0"], record["response_1"], chosen=int(chosen))
 
 
 def ultrafeedback(record: Record, score: str) -> Record:
@@ -141,9 +171,16 @@ def ultrafeedback(record: Record, score: str) -> Record:
 
     score: "overall_score" (1 to 10) or "fine-grained_score" (the mean of four aspects, 1 to 5). The principle
     that each completion was sampled under is its own system prompt, and is not part of the row's prompt.
+    Early versions say 10 of answers that were worth 1 (issue 8 of OpenBMB/UltraFeedback; Argilla's notes on
+    ultrafeedback-binarized-preferences). The rule is that of the authors' src/data_annotation/
+    fix_overall_score_issue.py: 10 stays where the mean of the aspects' ratings is above 4, and is 1 where it is at most
+    2. Differs: between, where they asked GPT-4 again, the completion is left out.
     Dropped: fewer than two completions; one without that score.
     """
-    return _ranked(_question(record["instruction"]), record, "completions", text="response", score=score)
+    answers = record["completions"]
+    if score == "overall_score":
+        answers = [{**y, score: 1} if ten else y for y in answers if (ten := _false_ten(y)) is not None]
+    return _ranked(_question(record["instruction"]), *_answers(answers, "completions", "response", score), score)
 
 
 def nectar(record: Record, _: str) -> Record:
@@ -155,16 +192,16 @@ def nectar(record: Record, _: str) -> Record:
     *prompt, answer = _dialogue(record, "prompt")
     if answer["content"].strip():
         raise Dropped("rows_malformed", "prompt holds the beginning of the answer")
-    return _ranked(prompt, record, "answers", text="answer", score="rank", sign=-1)
+    return _ranked(prompt, *_answers(record["answers"], "answers", "answer", "rank"), "rank", sign=-1)
 
 
 def trl(record: Record, _: str) -> Record:
     """TRL's preference format: standard (strings) or conversational (messages), with or without a prompt.
 
     Without one, or with a string beside conversations (as in ultrafeedback_binarized), the prompt is what both
-    begin with, as TRL's `extract_prompt` has it. A standard prompt stays a string, in no chat template.
-    Dropped: nothing in common; completions of several messages, or of other than the assistant's text; tools
-    and images, which change the prompt beyond its messages.
+    begin with, as TRL's `extract_prompt` has it, but up to the end of a word. A standard prompt stays a string, in no
+    chat template. Dropped: nothing in common; completions of several messages, or of other than the assistant's text;
+    tools and images, which change the prompt beyond its messages.
     """
     for key in ("tools", "images", "image", "chat_template_kwargs"):
         if record.get(key):
@@ -173,44 +210,30 @@ def trl(record: Record, _: str) -> Record:
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("chosen and rejected must both be strings or both be lists of messages")
     if isinstance(prompt, list) and isinstance(chosen, str):
-        raise ValueError("the prompt is a list of messages but chosen is a string; make both alike")
+        return _pair(prompt, chosen, rejected)  # a question apart from its answers
+    if "prompt" not in record:
+        _refuse_another_prompt(record, chosen)
     if prompt is None or isinstance(prompt, str) != isinstance(chosen, str):
         start = _common_start(chosen, rejected)
+        if start == 0 and prompt:
+            chosen, rejected = (_question(prompt) + side for side in (chosen, rejected))
+            start = 1
         if start == 0:
             raise Dropped("rows_prompts_differ", "chosen and rejected begin with nothing in common")
         prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
     if not isinstance(chosen, str):
-        for name, side in (("chosen", chosen), ("rejected", rejected)):
+        for side in (chosen, rejected):
             roles = [message["role"] for message in side]
             if roles != ["assistant"] or side[0].keys() != {"role", "content"} or type(side[0]["content"]) is not str:
-                what = f"{name} is {roles}, not one message of the assistant's with a text and no more"
-                raise Dropped("rows_unsupported", what)
+                raise Dropped("rows_unsupported", f"{roles}, not one message of the assistant's with a text alone")
         chosen, rejected = chosen[0]["content"], rejected[0]["content"]
     return _pair(prompt, chosen, rejected)
-
-
-# -- back to a record --
-
-
-def to_hh_rlhf(prompt: Any, texts: tuple[str, str]) -> Record:
-    """Two whole dialogues."""
-    if isinstance(prompt, str):
-        raise Dropped("rows_unsupported", "the prompt is a string; HH-RLHF needs messages")
-    speakers = {role: speaker for speaker, role in HH_ROLES.items()}
-    said = "".join(f"\n\n{speakers.get(turn['role'], turn['role'])}: {turn['content']}" for turn in prompt)
-    return {key: f"{said}\n\nAssistant: {text}" for key, text in zip(("chosen", "rejected"), texts, strict=True)}
-
-
-def to_trl(prompt: Any, texts: tuple[str, str]) -> Record:
-    """The prompt apart: conversational, or standard for a string prompt."""
-    chosen, rejected = texts if isinstance(prompt, str) else ([{"role": "assistant", "content": y}] for y in texts)
-    return {"prompt": prompt if isinstance(prompt, str) else list(prompt), "chosen": chosen, "rejected": rejected}
 
 
 # -- pieces --
 
 
-def _check(record: Any, columns: Columns, what: str = "") -> None:
+def _check(record: Any, columns: Record, what: str = "") -> None:
     """Raise ValueError unless the record, named `what` where it is inside another one, has these columns."""
     for key, kind in columns.items():
         if key not in record:
@@ -249,25 +272,73 @@ def _dialogue(record: Record, key: str) -> list[Record]:
 
 
 def _messages(value: Any, name: str) -> Any:
-    """A text or None as it is; messages without the keys that parquet has filled with null."""
+    """A text or None as it is; messages (one alone, ShareGPT's) without the keys that parquet has filled with null or
+    that are empty lists."""
     if value is None or isinstance(value, str):
         return value
-    _check({name: value}, {name: (str, list)})
+    _check({name: value}, {name: TEXT_OR_MESSAGES})
     messages = []
-    for i, turn in enumerate(value):
+    for i, turn in enumerate([value] if isinstance(value, dict) else value):
+        if isinstance(turn, dict) and {"from", "value"} <= turn.keys():
+            turn = {"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"], **turn}
+            del turn["from"], turn["value"]
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
             raise ValueError(f"{name}[{i}] must be an object with role and content")
         messages.append({key: part for key, part in turn.items() if part not in (None, []) or key == "content"})
     return messages
 
 
+def _refuse_another_prompt(record: Record, chosen: Any) -> None:
+    """Raise ValueError where another column may hold the prompt: a text or messages that `chosen` does not have."""
+    said = chosen if isinstance(chosen, str) else "\n".join(str(turn["content"]) for turn in chosen)
+    others = sorted(record.keys() - {"chosen", "rejected"}, key=lambda key: (key.lower() not in PROMPT_NAMES, key))
+    for key in others:
+        value, turn, may_be = record[key], "", False
+        if isinstance(value, str):
+            turn = f"user={key} (a turn of the user's), "
+            may_be = value.strip() not in said and (key.lower() in PROMPT_NAMES or len(value.split()) > 3)
+        elif value and isinstance(value, list) and all(isinstance(x, dict) and {"role", "from"} & {*x} for x in value):
+            may_be = _messages(value, key) != chosen[: len(value)]
+        if may_be:
+            known = f"{turn}prompt={key} (as it is), or prompt= (what both answers begin with)"
+            raise ValueError(f"there is no prompt, but the column {key!r} may be it: say --columns {known}")
+
+
 def _common_start(chosen: Sequence[object], rejected: Sequence[object]) -> int:
-    """Length of the prompt that both begin with, as in TRL: something is left of each, the space before it too."""
+    """Length of the prompt that both begin with, as in TRL: something is left of each, the space before it too.
+
+    Differs: of texts it ends with a word, where TRL may end it inside of one.
+    """
     shorter = min(len(chosen), len(rejected))
-    differ = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
-    if differ is None:
-        return max(shorter - 1, 0)
-    return differ - 1 if differ and chosen[differ - 1] == " " else differ
+    start = next((i for i in range(shorter) if chosen[i] != rejected[i]), max(shorter - 1, 0))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        # As long as what stands before the cut goes on behind it, in one of the two at least.
+        while 0 < start and chosen[start - 1].isalnum() and (chosen[start].isalnum() or rejected[start].isalnum()):
+            start -= 1
+    return start - 1 if start and chosen[start - 1] == " " else start
+
+
+def _number(value: object) -> float | None:
+    """A finite number, also one that is written as a text or a decimal; None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) <= MAX_REWARD else None  # NaN is not <= anything
+
+
+def _false_ten(completion: Any) -> bool | None:
+    """Whether UltraFeedback's overall score of 10 stands for 1; None where its aspects do not tell."""
+    if not isinstance(completion, dict) or _number(completion.get("overall_score")) != 10:
+        return False
+    mean = _number(completion.get("fine-grained_score"))
+    if mean is None and isinstance(aspects := completion.get("annotations"), dict):  # of the versions with false tens
+        ratings = [_number(aspect.get("Rating")) for aspect in aspects.values() if isinstance(aspect, dict)]
+        ratings = [rating for rating in ratings if rating is not None]  # some are "N/A"
+        mean = sum(ratings) / len(ratings) if ratings else None
+    return None if mean is None or 2 < mean <= 4 else mean <= 2
 
 
 def _pair(prompt: Any, *texts: str, chosen: int = 0) -> Record:
@@ -279,37 +350,34 @@ def _pair(prompt: Any, *texts: str, chosen: int = 0) -> Record:
     return {"prompt": prompt, "responses": list(texts), "chosen": chosen, "rejected": 1 - chosen}
 
 
-def _ranked(prompt: Any, record: Record, name: str, *, text: str, score: str, sign: int = 1) -> Record:
-    """The answers in record[name] with sign * score as rewards; an empty one stays: training drops and counts it."""
-    answers = record[name]
+def _answers(answers: list[Any], name: str, text: str, score: str) -> tuple[list[Any], list[Any]]:
+    """The texts and the scores of the answers, objects, in record[name]."""
     for i, answer in enumerate(answers):
         if not isinstance(answer, dict):
             raise ValueError(f"{name}[{i}] must be an object with {text} and {score}")
         _check(answer, {text: str, score: object}, f"{name}[{i}]: ")
-    if len(answers) < 2:
-        raise Dropped("rows_too_few_responses", f"{len(answers)} responses; a preference needs two")
-    for i, value in enumerate(answer[score] for answer in answers):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not abs(value) <= MAX_REWARD:  # NaN is not <= anything
-            raise Dropped("rows_no_preference", f"the {score} of response {i} is {reprlib.repr(value)}, not a number")
-    texts, rewards = ([answer[key] for answer in answers] for key in (text, score))
-    return {"prompt": prompt, "responses": texts, "rewards": [sign * reward for reward in rewards]}
+    return [answer[text] for answer in answers], [answer[score] for answer in answers]
 
 
+def _ranked(prompt: Any, texts: list[Any], scores: list[Any], score: str, *, sign: int = 1) -> Record:
+    """Responses with sign * scores as rewards; an empty one stays: training drops and counts it."""
+    if len(texts) < 2:
+        raise Dropped("rows_too_few_responses", f"{len(texts)} responses; a preference needs two")
+    rewards = [_number(value) for value in scores]
+    if None in rewards:
+        i = rewards.index(None)
+        raise Dropped("rows_no_preference", f"the {score} of response {i} is {reprlib.repr(scores[i])}, not a number")
+    return {"prompt": prompt, "responses": texts, "rewards": [sign * r for r in rewards if r is not None]}
+
+
+PKU_LABELS = {"helpful": "better_response_id", "safe": "safer_response_id"}
+ULTRAFEEDBACK_SCORES = {"overall": "overall_score", "fine-grained": "fine-grained_score"}
 FORMATS = {
     "hh-rlhf": Format(hh_rlhf, {"chosen": str, "rejected": str}),
-    "authors": Format(authors, {"prompt": str, "responses": list}, ("rewards",)),
-    "pku-saferlhf": Format(
-        pku_saferlhf,
-        {"prompt": str, "response_0": str, "response_1": str},
-        orders={"helpful": "better_response_id", "safe": "safer_response_id"},
-    ),
-    "ultrafeedback": Format(
-        ultrafeedback,
-        {"instruction": str, "completions": list},
-        orders={"overall": "overall_score", "fine-grained": "fine-grained_score"},
-    ),
+    "authors": Format(authors, {"prompt": TEXT_OR_MESSAGES}, ("responses", "rewards")),
+    "simpo": Format(simpo, {"prompt": TEXT_OR_MESSAGES, "all_generated_responses": list, "all_rm_scores": list}),
+    "pku-saferlhf": Format(pku_saferlhf, {"prompt": str, "response_0": str, "response_1": str}, orders=PKU_LABELS),
+    "ultrafeedback": Format(ultrafeedback, {"instruction": str, "completions": list}, orders=ULTRAFEEDBACK_SCORES),
     "nectar": Format(nectar, {"prompt": str, "answers": list}),
-    "trl": Format(trl, {"chosen": (str, list), "rejected": (str, list)}, ("prompt",)),
+    "trl": Format(trl, {"chosen": TEXT_OR_MESSAGES, "rejected": TEXT_OR_MESSAGES}, ("prompt",)),
 }
-EXPORTS = {"trl": to_trl, "hh-rlhf": to_hh_rlhf}

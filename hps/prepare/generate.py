@@ -104,8 +104,8 @@ def generate(
         max_rows: sequences of a batch at most, or handed to vLLM at once; lower it when memory runs out.
 
     Raises:
-        ValueError: a repeated id, an empty prompt or none but too long ones, settings out of range, a model in
-            training mode or one that cannot be decoded here, log-probs that are not finite.
+        ValueError: an empty prompt or none but too long ones, settings out of range, a model that cannot be decoded
+            here, log-probs that are not finite.
     """
     if n < 1 or max_rows < 1 or max_new_tokens < 1:
         raise ValueError("generate() needs n, max_rows and max_new_tokens of at least 1")
@@ -116,8 +116,7 @@ def generate(
     # A further greedy response would be the same one.
     oversample, limit = (1.0, 1.0) if as_drawn or temperature == 0 else (OVERSAMPLE, DRAW_LIMIT)
     ours = isinstance(model, torch.nn.Module)
-    if ours and model.training:
-        raise ValueError("the model is in training mode (dropout): call model.eval() before sampling")
+    assert not (ours and model.training), "the model is in training mode (dropout): call model.eval() before sampling"
     longest = limits.positions(model.config) - max_new_tokens if ours else math.inf  # vLLM checks its own
     beyond = {id for id, ids in prompts if len(ids) > longest}
     for prompt_id, ids in prompts:
@@ -128,8 +127,7 @@ def generate(
                 f"(data_prep.py generate drops it with --max_prompt_length {longest})"
             )
     streams = {id: _Stream(id, Request(ids, prompt_seed(seed, id))) for id, ids in prompts}
-    if len(streams) < len(prompts):
-        raise ValueError("two prompts share an id and would get the same samples: make the ids distinct")
+    assert len(streams) == len(prompts), "two prompts share an id and would get the same samples"
     running = {id(stream.request): stream for name, stream in streams.items() if name not in beyond}
     for name in beyond:
         streams[name].counts["prompts_no_room"] = 1
@@ -195,31 +193,26 @@ def encoded_otherwise(data: str | Path) -> int:
     if not manifest.exists():
         return 0
     about: Any = files.read_json(manifest)
-    count, made_from = about.get("counts", {}).get("encoded_otherwise"), about.get("input", {}).get("path", data)
-    return count if count is not None or made_from == data else encoded_otherwise(made_from)
+    if about.get("command") == "annotate":
+        return encoded_otherwise(about["input"]["path"])
+    return about.get("counts", {}).get("encoded_otherwise", 0)
 
 
 def load_vllm(path: str, *, dtype: str, max_length: int) -> Any:
-    """A vLLM engine whose log-probs are those of the model itself, before temperature.
+    """A vLLM engine of a folder or hub name, whose log-probs are those of the model itself, before temperature.
 
-    Args:
-        path: local folder or hub name. dtype: fp32 or bf16. max_length: tokens of prompt and response together.
-
-    Raises:
-        ValueError: vLLM is not installed, or `path` is an adapter.
+    max_length: tokens of prompt and response together. Raises ValueError without vLLM, and for an adapter.
     """
     if (Path(path) / "adapter_config.json").exists():
         raise ValueError(f"{path} is an adapter, which vLLM is not given here: use --engine hf, or merge it first")
     try:
         from vllm import LLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(
-            f"--engine vllm cannot import vllm ({error}): pip install vllm on a machine with a GPU, or --engine hf"
-        ) from error
-    names = {"fp32": "float32", "bf16": "bfloat16"}
+        raise ValueError(f"--engine vllm cannot import vllm ({error}): pip install vllm, or --engine hf") from error
     name, revision = hub.resolve(path)
-    how: dict[str, Any] = dict(revision=revision, tokenizer_revision=revision, dtype=names[dtype])
-    llm = LLM(model=name, max_model_len=max_length, logprobs_mode="raw_logprobs", **how)
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    how: dict[str, Any] = dict(revision=revision, tokenizer_revision=revision, max_model_len=max_length)
+    llm = LLM(model=name, dtype=dtype, logprobs_mode="raw_logprobs", **how)
     with suppress(OSError):  # where there is none the tokenizer's end token is all
         llm.generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
     return llm
@@ -237,33 +230,21 @@ def ask_vllm(
     """`hps.prepare.decode.decode` by a vLLM engine, which batches on its own; about `max_rows` sequences a call."""
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
-    ends = end_ids(llm, eos_token_id)
+    # logprobs=0: of the drawn token alone. ignore_eos: or it would end at a token of its own choice.
+    how: dict[str, Any] = dict(temperature=temperature, max_tokens=max_new_tokens, logprobs=0, detokenize=False)
+    how |= dict(ignore_eos=True, stop_token_ids=end_ids(llm, eos_token_id))
     while requests:
         batch = [requests.popleft()]
         while requests and sum(request.due for request in batch) + requests[0].due <= max_rows:
             batch.append(requests.popleft())
-        settings = [
-            SamplingParams(
-                n=request.due,
-                seed=request.seed // 2 + len(request.samples),  # vLLM's j-th sample takes seed + j
-                temperature=temperature,
-                max_tokens=max_new_tokens,
-                ignore_eos=True,  # or it would end at a token of its own choice
-                stop_token_ids=ends,
-                logprobs=0,  # of the drawn token alone
-                detokenize=False,
-            )
-            for request in batch
-        ]
+        seeds = [request.seed // 2 + len(request.samples) for request in batch]  # vLLM's j-th sample takes seed + j
+        settings = [SamplingParams(n=request.due, seed=seed, **how) for request, seed in zip(batch, seeds, strict=True)]
         asked = [{"prompt_token_ids": list(request.prompt_ids)} for request in batch]
         outputs = llm.generate(asked, settings, use_tqdm=False)
         for request, output in zip(batch, outputs, strict=True):
             for one in sorted(output.outputs, key=lambda one: one.index):
                 ids = np.array(one.token_ids, dtype=np.int32)
-                finished = one.finish_reason == "stop"
-                if finished != (ids[-1] in ends):
-                    raise ValueError(f"vLLM ended a response on token {ids[-1]} with reason {one.finish_reason!r}")
                 logp = sum(step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True))
-                request.samples.append(Sample(ids, finished, logp))
+                request.samples.append(Sample(ids, one.finish_reason == "stop", logp))
             request.due = 0
             yield request

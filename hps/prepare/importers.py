@@ -3,22 +3,29 @@
 The formats themselves are in hps/prepare/formats.py.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hps.data.rows import Row, decode_json, opened, read_lines
-from hps.io import files
+from hps.io import files, hub
 from hps.prepare import formats
 from hps.prepare.formats import DROPS, FORMATS, Dropped, Record
 
 MAX_REASONS = 5
-EXPORT_DROPS = ("rows_no_pair", "rows_unsupported", "rows_empty_response", "rows_equal_responses")
+MANY_SHORT = 10  # implicit prompts that may be chance, and a tenth of the rows: that is no chance
+EXPORT_DROPS = ("rows_no_pair", "rows_empty_response", "rows_equal_responses")
+# Files that `datasets` reads, and how: a text that says NA is one.
+TABLES: dict[str, dict[str, Any]] = {".parquet": dict(path="parquet"), ".csv": dict(path="csv", keep_default_na=False)}
+HUB_NAME = re.compile(r"(?!.*\.(jsonl?|gz|xz|parquet|csv)$)[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 class Converted(NamedTuple):
-    """rows of one format as those of another; counts: rows_read = rows_kept (rows_written) + rows_skipped + all drops;
-    the first 5 reasons, each with file:line; the columns of a foreign file that no row holds, by name."""
+    """rows of one format as those of another; counts: rows_read = rows_kept (rows_written) + rows_skipped + all drops,
+    and `formats.notes`; the first 5 reasons, each with file:line; the columns of a foreign file that no row holds."""
 
     rows: list[Any]
     counts: dict[str, int]
@@ -27,31 +34,45 @@ class Converted(NamedTuple):
 
 
 def import_file(
-    source: str, path: str | Path, *, order: str = "", limit: int | None = None, skip: int = 0
+    source: str,
+    *inputs: str | Path,
+    order: str = "",
+    columns: Iterable[str] = (),
+    subset: str = "",
+    split: str = "",
+    limit: int | None = None,
+    skip: int = 0,
 ) -> Converted:
-    """Read a foreign file as rows: JSON Lines or one JSON list, plain, .gz or .xz, or .parquet (with pyarrow).
+    """Read foreign files as rows: JSON Lines or one JSON list, plain, .gz or .xz; .parquet, .csv, or a data set by its
+    folder or hub name (with `datasets`). A row of several inputs says under `origin` where it stood.
 
-    source, order: keys of FORMATS and of its orders; a source with several needs one named. skip, limit: leave out the
-    first `skip` usable rows, then take at most `limit`, so that (limit=a) and (skip=a) are disjoint. Reading stops at
-    the limit.
+    source, order: keys of FORMATS and of its orders; a source with several needs one named. columns: NAME=COLUMN, what
+    a column of the file is called in the format; `user` and `system` make a prompt of turns. subset, split: of a data
+    set; a split need not be named where there is one. skip, limit: leave out the first `skip` usable rows, then take at
+    most `limit`, so that (limit=a) and (skip=a) are disjoint. Reading stops at the limit.
 
-    Raises:
-        ValueError: an unknown order, a broken file, one of another format, or no row left.
+    ValueError for an unknown order or name, a broken file, one of another format, no row left, or many rows whose
+    prompt is the little that two answers begin with by chance.
     """
     if order not in (orders := FORMATS[source].orders):
-        if "" in orders:
-            raise ValueError(f"order = {order!r} is of no use: source {source} has one order; leave it out")
-        raise ValueError(f"source {source} needs an order, one of {', '.join(orders)}; it is {order!r}")
+        needs = "has one order: leave it out" if "" in orders else f"needs an order, one of {', '.join(orders)}"
+        raise ValueError(f"order = {order!r} is of no use: source {source} {needs}")
     if skip < 0 or (limit is not None and limit < 1):
         raise ValueError(f"skip = {skip} must be at least 0 and limit = {limit} at least 1")
-    counts: dict[str, int] = dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0)
+    if (subset or split) and not any(map(is_data_set, inputs)):
+        raise ValueError("subset and split are those of a data set by its folder or hub name; leave them out for files")
+    names = _names(columns, formats.columns_of(source, order))
+    counts: Counter[str] = Counter(dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0))
     rows: list[Row] = []
     reasons: list[str] = []
     left_out: set[str] = set()
     first: dict[str, str] = {}  # where each id was met
-    for where, record in _records(path):
+    for where, record in (found for input in inputs for found in _records(input, subset, split)):
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: a record must be a JSON object")
         counts["rows_read"] += 1
         try:
+            record = formats.renamed(record, names, where) if names else record
             row = formats.read(source, record, where, order=order)
             if row.id in first:
                 raise Dropped("rows_duplicate", f"the same as {first[row.id]}")
@@ -62,25 +83,42 @@ def import_file(
         if len(first) <= skip:
             counts["rows_skipped"] += 1
             continue
-        rows.append(row)
         left_out |= record.keys() - formats.columns_of(source, order) - row.others.keys()
+        counts.update(formats.notes(source, record, row))
+        rows.append(replace(row, others=row.others | {"origin": where}) if len(inputs) > 1 else row)
         if len(rows) == limit:
             break
-    counts["rows_kept"] = len(rows)
+    counts["rows_kept"], read = len(rows), ", ".join(map(str, inputs))
     if not rows:
-        raise ValueError(_nothing_left(f"{path}: no row is left of this {source} file", counts, reasons))
-    return Converted(rows, counts, reasons, sorted(left_out))
+        raise ValueError(_nothing_left(f"{read}: no row is left of this {source} file", counts, reasons))
+    if (short := counts["prompts_implicit_short"]) >= MANY_SHORT and short > len(rows) / 10:
+        alike = f"chosen and rejected begin with fewer than {formats.IMPLICIT_CHARACTERS} characters in common"
+        advice = "they are answers alone. Name the prompt's column, --columns user=COLUMN or prompt=COLUMN"
+        raise ValueError(f"{read}: there is no prompt, and in {short} of {len(rows)} rows {alike}: {advice}")
+    return Converted(rows, dict(counts), reasons, sorted(left_out))
 
 
-def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Converted:
-    """Rows as records of pairs: the answers that do not fit a pair, and the rewards, are not in them.
+def _names(columns: Iterable[str], known: set[str]) -> dict[str, str]:
+    """NAME=COLUMN words, several in one with commas between them, as {name: column}."""
+    known = known - {""} | ({"user", "system"} if "prompt" in known else set())
+    names = {}
+    for word in (part for words in columns for part in words.split(",")):
+        name, equals, column = word.partition("=")
+        if not equals or name not in known or not (column or name == "prompt"):
+            raise ValueError(f"columns: {word!r} is not NAME=COLUMN with a name among {', '.join(sorted(known))}")
+        names[name] = column
+    if "prompt" in names and names.keys() & {"user", "system"}:
+        raise ValueError("columns: a prompt is one column, or made of user and system; not both")
+    return names
 
-    format: a key of EXPORTS. pair: "human" (chosen, rejected) or "rewards" (the highest against the lowest, the first
-    of equals). A row is left out and counted where it has no such pair (all rewards equal, say), or
-    where the format would not give the same texts back.
 
-    Raises:
-        ValueError: no record left, and prompts of both kinds, strings and messages: a TRL data set holds one kind.
+def export_rows(rows: Iterable[Row], *, pair: str = "human") -> Converted:
+    """Rows as pairs in TRL's format: the answers that do not fit a pair, and the rewards, are not in them.
+
+    pair: "human" (chosen, rejected) or "rewards" (the highest against the lowest, the first of equals). A row is left
+    out and counted where it has no such pair (all rewards equal, say).
+
+    ValueError without a record left, and for prompts of both kinds, strings and messages: TRL's sets hold one kind.
     """
     counts: dict[str, int] = dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0)
     records: list[Record] = []
@@ -89,7 +127,7 @@ def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Con
     for row in rows:
         counts["rows_read"] += 1
         try:
-            records.append(formats.write(format, row, *_pair_of(row, pair)))
+            records.append(formats.to_trl(row, *_pair_of(row, pair)))
         except Dropped as dropped:
             _count(dropped, row.where or f"row {row.id!r}", counts, reasons)
             continue
@@ -97,30 +135,27 @@ def export_rows(format: str, rows: Iterable[Row], *, pair: str = "human") -> Con
         kinds.setdefault(type(row.prompt), row.where)
     counts["rows_written"] = len(records)
     if len(kinds) == 2:
-        raise ValueError(
-            f"a TRL data set holds prompts of one kind, but that of {kinds[str]} is a string and that of "
-            f"{kinds[tuple]} a list of messages; export the two kinds from two files"
-        )
+        both = f"that of {kinds[str]} is a string and that of {kinds[tuple]} a list of messages"
+        raise ValueError(f"a TRL data set holds prompts of one kind, but {both}; export them from two files")
     if not records:
-        raise ValueError(_nothing_left(f"no row can be exported to {format} with pair {pair}", counts, reasons))
+        raise ValueError(_nothing_left(f"no row can be exported with pair {pair}", counts, reasons))
     return Converted(records, counts, reasons, [])
 
 
-def write_manifest(input: str | Path, output: str | Path, facts: dict[str, Any], *, name: str = "") -> Path:
-    """Write OUTPUT.manifest.json: `facts` (options, counts) and what identifies both files; returns its path.
+def write_manifest(inputs: Sequence[tuple[str, str]], output: str | Path, facts: dict[str, Any]) -> None:
+    """Write OUTPUT.manifest.json: `facts` (options, counts) and what identifies the files.
 
-    name: what the input is called instead of its path, which may be that of a cache.
-
-    The hashes are SHA-256 of the files as they lie, so that `sha256sum` checks them. Equal files and facts give
+    inputs: of each the path, and what it is called instead of that, which may be of a cache; a data set's name has its
+    commit. The hashes are SHA-256 of the files as they lie, so that `sha256sum` checks them. Equal files and facts give
     equal bytes: there is no time in it.
     """
-    about = {
-        key: {"path": called, "bytes": Path(path).stat().st_size, "sha256": files.sha256(Path(path))}
-        for key, path, called in (("input", input, name or str(input)), ("output", output, str(output)))
-    }
-    manifest = Path(f"{output}.manifest.json")
-    files.write_record(manifest, about | facts)
-    return manifest
+    about: list[dict[str, Any]] = [{"path": called} for _, called in (*inputs, (output, str(output)))]
+    for found, path in zip(about, [*(Path(path) for path, _ in inputs), Path(output)], strict=True):
+        if path.is_file():
+            found |= {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    *read, written = about
+    record = {"input": read[0] if len(read) == 1 else read, "output": written} | facts
+    files.write_record(Path(f"{output}.manifest.json"), record)
 
 
 def _count(dropped: Dropped, where: str, counts: dict[str, int], reasons: list[str]) -> None:
@@ -146,34 +181,57 @@ def _nothing_left(what: str, counts: dict[str, int], reasons: list[str]) -> str:
     return "\n  ".join([f"{what}: {lost}", *reasons])
 
 
-def _records(path: str | Path) -> Iterator[tuple[str, Record]]:
-    for where, record in _parquet(path) if Path(path).suffix == ".parquet" else _json(path):
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: a record must be a JSON object")
-        yield where, record
+def located(input: str) -> tuple[str, str]:
+    """What to read, and what it is called in a manifest: of a file of the hub its copy here, of a data set its commit.
+    ValueError for a name, file or revision that is not there, or no network."""
+    if Path(input).exists() or not (input.startswith("hf://") or is_data_set(input)):
+        return input, input
+    from huggingface_hub import HfApi, hf_hub_download, parse_hf_uri
+
+    try:
+        uri = parse_hf_uri(input if input.startswith("hf://") else f"hf://datasets/{input}")
+        if uri.type != "dataset":
+            raise ValueError("it must be hf://datasets/OWNER/NAME/FILE or hf://datasets/OWNER/NAME@REVISION/FILE")
+        if not uri.path_in_repo:
+            return (f"{uri.id}@{HfApi().dataset_info(uri.id, revision=uri.revision).sha}",) * 2
+        local = hf_hub_download(uri.id, uri.path_in_repo, repo_type="dataset", revision=uri.revision)
+    except Exception as error:  # of the system, the hub, the network's library
+        raise ValueError(f"{input} could not be fetched: {' '.join(str(error).split())}") from error
+    return local, f"hf://datasets/{uri.id}@{hub.commit_of_copy(local, uri.path_in_repo)}/{uri.path_in_repo}"
 
 
-def _json(path: str | Path) -> Iterator[tuple[str, object]]:
-    with opened(path) as file:
+def is_data_set(input: str | Path) -> bool:
+    """Whether an input is a folder, or the hub's name of a data set: OWNER/NAME or OWNER/NAME@REVISION."""
+    return Path(input).is_dir() or bool(HUB_NAME.fullmatch(str(input)) and not Path(input).exists())
+
+
+def _records(input: str | Path, subset: str, split: str) -> Iterator[tuple[str, object]]:
+    if is_data_set(input) or Path(input).suffix in TABLES:
+        return _by_datasets(str(input), subset, split)
+    with opened(input) as file:
         is_list = file.read(1) == b"["
-        values = decode_json(b"[" + file.read(), str(path)) if is_list else None
+        values = decode_json(b"[" + file.read(), str(input)) if is_list else None
     if isinstance(values, list):
-        return ((f"{path}[{i}]", value) for i, value in enumerate(values))
-    return read_lines(path)
+        return ((f"{input}[{i}]", value) for i, value in enumerate(values))
+    return read_lines(input)
 
 
-def _parquet(path: str | Path) -> Iterator[tuple[str, object]]:
+def _by_datasets(input: str, subset: str, split: str) -> Iterator[tuple[str, object]]:
+    """Record by record, nothing of it kept on the disk."""
     try:
-        import pyarrow  # only here: JSON needs none of it
-        import pyarrow.parquet
+        import datasets  # only here: JSON needs none of it
     except ImportError as error:
-        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
-    number = 0
+        raise ValueError(f"{input}: reading this needs datasets: pip install hps[data]") from error
+    name, _, revision = input.partition("@")
+    how = dict(path=name, name=subset or None, revision=revision or None)
+    if table := TABLES.get(Path(input).suffix):
+        how = dict(data_files=input, **table)
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):  # not the whole file: it holds more than is kept
-                for record in batch.to_pylist():
-                    yield f"{path}[{number}]", record
-                    number += 1
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
+        found: Any = datasets.load_dataset(**how, streaming=True)
+        split = split if is_data_set(input) else "train"  # as it calls all of a file
+        if (split or len(found) > 1) and split not in found:
+            raise ValueError(f"choose one of its splits with --split: {', '.join(found)}")
+        for number, record in enumerate(found[split or next(iter(found))]):
+            yield f"{input}{f'/{split}' if is_data_set(input) else ''}[{number}]", record
+    except Exception as error:  # of pyarrow, pandas, the network's library, datasets itself
+        raise ValueError(f"{input}: cannot be read by datasets: {' '.join(str(error).split())}") from error

@@ -17,6 +17,8 @@ from hps.data.rows import Row, decode_json
 # Options that change nothing of what a journal holds: a run that was killed may go on with others.
 FREE = {"output", "max_rows", "pairs", "tokens_per_micro_batch", "timeout"}
 
+RECORD = {"id": str, "found": list, "counts": dict}  # the texts or numbers found for a row, and what became of it
+
 Work = Callable[[list[Row], Counter[str], dist.Ranks], Iterator[tuple[str, list]]]
 
 
@@ -82,21 +84,11 @@ def read(output: str | Path, settings: dict[str, object]) -> dict[str, dict]:
                         f"{path} is what another run left unfinished: it differs in {', '.join(other)}. Start that run "
                         f"again to finish it, or delete {Path(output).name}.journal-* to begin anew"
                     )
-            elif not _is_record(record):
+            elif not isinstance(record, dict) or {key: type(record[key]) for key in record} != RECORD:
                 raise ValueError(f"{path}:{number}: no record of a finished prompt; remove that line")
             else:
                 records[record["id"]] = record
     return records
-
-
-def _is_record(record: Any) -> bool:
-    """{"id": text, "found": texts, or numbers and nulls, "counts": {name: int}}, as `in_shares` relies on it."""
-    if not isinstance(record, dict) or type(record.get("id")) is not str:
-        return False
-    found, counts = record.get("found"), record.get("counts")
-    kinds = {type(item) for item in found} if isinstance(found, list) else {object}
-    uniform = kinds <= {str} or kinds <= {float, type(None)}
-    return uniform and isinstance(counts, dict) and all(type(n) is int for n in counts.values())
 
 
 def begin(output: str | Path, rank: int, settings: dict[str, object]) -> BinaryIO:

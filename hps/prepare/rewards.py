@@ -1,4 +1,4 @@
-"""Rewards for candidate responses: by a function of texts, by people, or by a reward model in packed micro-batches.
+"""Rewards for candidate responses: by a function of texts, or by a reward model in packed micro-batches.
 
 A scorer is any callable (prompt, responses) -> one float per response; the prompt is a string or a list of
 chat messages. An annotator is any callable rows -> (id, rewards) of each row, in order. A response that cannot be
@@ -26,12 +26,10 @@ ROWS_AT_ONCE = 256  # whose responses are put into micro-batches together
 
 
 def annotate(rows: Iterable[Row], score: Scorer) -> Iterator[tuple[str, Rewards]]:
-    """Yields (id, rewards) for every row, in order; ValueError, with file and line, for another number of rewards."""
+    """Yields (id, rewards) for every row, in order."""
     for row in rows:
-        prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
-        found = _finite(score(prompt, list(row.responses)))
-        if len(found) != len(row.responses):
-            raise ValueError(f"{row.where}: the scorer gave {len(found)} rewards for {len(row.responses)} responses")
+        found = _finite(score(row.prompt if isinstance(row.prompt, str) else list(row.prompt), list(row.responses)))
+        assert len(found) == len(row.responses), f"{row.where}: the scorer gave {len(found)} rewards"
         yield row.id, found
 
 
@@ -167,14 +165,6 @@ def check_prompts(rows: Iterable[Row], read: Callable[[Any], Any]) -> list[Any]:
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
     return found
-
-
-def by_people(rows: Iterable[Row]) -> list[tuple[str, Rewards]]:
-    """(id, rewards) of every row: 1 for the human choice, 0 for its partner; ValueError for other rows than pairs."""
-    for row in rows:
-        if row.chosen is None or len(row.responses) != 2:
-            raise ValueError(f"{row.where}: scorer human needs a row of two responses with `chosen`")
-    return [(row.id, [float(k == row.chosen) for k in range(2)]) for row in rows]
 
 
 def random_pair(row: Row) -> Row:

@@ -43,9 +43,9 @@ def command(name: str, data: Path, out: Path, folders: Path, more: dict) -> tupl
     """The main function of a script and its words, for a command that reads a list-wise file."""
     model, output = folders / "model", out / "out.jsonl"
     options = {
-        "export": dict(format="trl", input=data, output=output),
+        "export": dict(input=data, output=output),
         "generate": dict(model=model, input=data, output=output, max_new_tokens=4),
-        "annotate": dict(scorer="human", input=data, output=output),
+        "annotate": dict(scorer=folders / "scorer-no-template", input=data, output=output),
         "doctor": dict(model=model, input=data),
         "import": dict(source="hh-rlhf", input=data, output=output),
         "train": dict(model=model, data=data, out=out, token_cache=out.parent / "tokens"),
@@ -177,10 +177,6 @@ FITS = [  # what it is; what is in line 2; commands and options that meet it; me
         "a prompt that is not the world's", {}, ("annotate",), dict(scorer="world-est"),
         "{path}:1: this world cannot read the prompt 'why': score only its own, as message lists",
     ),
-    (
-        "three responses for the human choice", {"responses": ["tea", "is", "hot"], "rewards": ...}, ("annotate",), {},
-        "{path}:2: scorer human needs a row of two responses with `chosen`",
-    ),
 ]  # fmt: skip
 
 
@@ -225,10 +221,13 @@ FOREIGN = [  # what it is, options, file name, content, message behind the file'
         "a column too few where others may be", dict(source="pku-saferlhf", order="safe"), "x.jsonl",
         lines({"qrompt": "a"}), ":1: the key 'prompt' is missing",
     ),
-    ("CSV", {}, "x.csv", b"chosen,rejected\na,b\n", ":1: broken JSON at character 1: Expecting value" + NO_LINES),
+    (
+        "CSV", {}, "x.csv", b"chosen,rejected\na,b\n",
+        ": no row is left of this hh-rlhf file: rows_read = 1, rows_malformed = 1\n  {path}[0]: chosen does not start",
+    ),
     ("half a gzip file", {}, "x.jsonl.gz", gzip.compress(lines(ROW))[:40], ": broken gzip file: "),
     ("half a JSON list", {}, "x.json", b'[{"chosen": "a"', ": broken JSON at character 16: Expecting ',' delimiter"),
-    ("a folder", {}, "x", None, ": cannot be read: Is a directory"),
+    ("a folder", {}, "x", None, ": cannot be read by datasets: The directory"),
     (
         "half an emoji in every row", {}, "x.jsonl",
         lines({"chosen": TALK_OF_HH.format("a\ud83d"), "rejected": TALK_OF_HH.format("b")}),

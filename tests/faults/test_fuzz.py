@@ -136,9 +136,7 @@ SETTINGS = {"n": 2, "model": "ab", "temperature": 0.9}
 
 def journal_file(path: Path) -> None:
     for id, record in journal.read(path.with_name("out.jsonl"), SETTINGS).items():
-        kinds = {type(one) for one in record["found"]}
-        assert type(id) is str and (kinds <= {str} or kinds <= {float, type(None)})
-        finite(record["counts"])
+        assert type(id) is str and type(record["found"]) is list and type(record["counts"]) is dict
 
 
 def metrics(path: Path) -> None:

@@ -240,7 +240,7 @@ def test_no_id_leads_out_of_the_folder_of_the_output(tmp_path, monkeypatch, capf
             "generate": lambda: data_prep.main(
                 ["generate", *flags(model=lm, input=data, output=made, n=2, max_new_tokens=4)]),
             "annotate": lambda: data_prep.main(["annotate", *flags(scorer=scorer, input=data, output=out / "a.jsonl")]),
-            "export": lambda: data_prep.main(["export", *flags(format="trl", input=data, output=out / "t.jsonl")]),
+            "export": lambda: data_prep.main(["export", *flags(input=data, output=out / "t.jsonl")]),
             "train": lambda: train.main(flags(
                 model=lm, data=data, out=out / "run", method="dpo-bt", lora_rank=0, lr=1e-3, epochs=1, max_length=16,
                 sample_every=1, sample_prompts=16, save_every=1, prompts_per_step=8, **caches)),

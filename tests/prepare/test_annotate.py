@@ -176,21 +176,18 @@ def test_a_reward_model_has_template_options(tokenizer, data, tmp_path):
 
 
 def test_a_killed_run_goes_on(reward_model, data, tmp_path, monkeypatch):
-    """Ended with all rows scored and nothing written: none is scored again, by whatever kind of scorer."""
-    for name in (reward_model, "human"):
-        rows = listwise.read(data)
-        pairs = [replace(r, responses=r.responses[:2], chosen=0, rejected=1) for r in rows if len(r.responses) > 1]
-        listwise.write(tmp_path / "in.jsonl", pairs)
-        output = tmp_path / f"{Path(name).name}.jsonl"
-        with monkeypatch.context() as patch:
-            patch.setattr(listwise, "write", lambda *_: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                annotate(name, tmp_path / "in.jsonl", output)
-        assert not output.exists()
-        with monkeypatch.context() as patch:
-            patch.setattr(rewards, "annotate_packed", lambda *_, **__: pytest.fail("scored again"))
-            patch.setattr(rewards, "by_people", lambda *_, **__: pytest.fail("scored again"))
-            assert len(annotate(name, tmp_path / "in.jsonl", output, pairs="true")) == len(pairs)
+    """Ended with all rows scored and nothing written: none is scored again."""
+    rows = listwise.read(data)
+    pairs = [replace(r, responses=r.responses[:2], chosen=0, rejected=1) for r in rows if len(r.responses) > 1]
+    listwise.write(tmp_path / "in.jsonl", pairs)
+    with monkeypatch.context() as patch:
+        patch.setattr(listwise, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            annotate(reward_model, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(rewards, "annotate_packed", lambda *_, **__: pytest.fail("scored again"))
+        assert len(annotate(reward_model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", pairs="true")) == len(pairs)
 
 
 def test_what_does_not_fit_is_cut_and_counted(tokenizer, data, tmp_path, capsys):
@@ -273,5 +270,5 @@ def test_a_model_with_its_own_code(tokenizer, data, tmp_path, monkeypatch):
 
 
 def test_options_that_a_scorer_ignores_are_refused(data, tmp_path):
-    with pytest.raises(ValueError, match="scorer human does not use dtype, objectives, template_options"):
-        annotate("human", data, tmp_path / "out.jsonl", dtype="bf16", objectives="mean", template_options="a=1")
+    with pytest.raises(ValueError, match="scorer world-est does not use dtype, objectives, template_options"):
+        annotate("world-est", data, tmp_path / "out.jsonl", dtype="bf16", objectives="mean", template_options="a=1")

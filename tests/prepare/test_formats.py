@@ -6,12 +6,16 @@ import lzma
 import re
 import sys
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import data_prep
 from hps.data.listwise import read, write, write_lines
 from hps.data.rows import Row
 from hps.prepare import formats
@@ -21,7 +25,7 @@ from hps.prepare.importers import export_rows, import_file
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 ASK = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Tea?"
 GOOD = {"chosen": ASK + "\n\nAssistant: Yes.", "rejected": ASK + "\n\nAssistant: No."}
-ONE_TURN = ({"role": "user", "content": "u"},)
+SIMPO = {"prompt": "Hi", "all_generated_responses": ["a", "b"], "all_rm_scores": ["0.5", 0.25], "prompt_id": "x"}
 
 
 def load(name):
@@ -40,6 +44,13 @@ def user(*texts):
 
 def talk(answer, ask=ASK):
     return f"{ask}\n\nAssistant: {answer}"
+
+
+def as_hh_rlhf(row):
+    said = "".join(
+        f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}: {turn['content']}" for turn in row.prompt
+    )
+    return {key: f"{said}\n\nAssistant: {y}" for key, y in zip(("chosen", "rejected"), row.responses, strict=True)}
 
 
 def lost(counts):
@@ -62,7 +73,7 @@ def test_hh_rlhf():
     row = formats.read("hh-rlhf", GOOD, "f:1")
     assert (row.prompt, row.responses) == (user("Hi", "Hello.", "Tea?"), ("Yes.", "No."))
     assert (row.chosen, row.rejected, row.rewards, row.source, row.where) == (0, 1, None, "hh-rlhf", "f:1")
-    assert formats.write("hh-rlhf", row, 0, 1) == GOOD
+    assert as_hh_rlhf(row) == GOOD
 
 
 def test_ids_are_stable_and_depend_on_every_text():
@@ -131,7 +142,7 @@ def test_trl():
     assert [(row.prompt, row.responses) for row in found.rows] == [
         ("The sky is", (" blue.", " green.")),
         ("Two and two make", (" four.", " six.")),
-        ("The sea i", ("s", "s wet")),
+        ("The sea", (" is", " is wet")),
     ]
     assert lost(found.counts) == {"rows_prompts_differ": 1}
 
@@ -150,15 +161,104 @@ def test_authors_as_a_list(tmp_path):
     assert rows[1].where == f"{tmp_path / 'x.json'}[1]" and counts["rows_read"] == 2
 
 
+def test_simpo_and_prompts_alone():
+    row = formats.read("simpo", SIMPO, "f:1")
+    assert (row.prompt, row.responses, row.rewards) == (user("Hi"), ("a", "b"), (0.5, 0.25))
+    assert formats.read("authors", {"prompt": list(user("Hi", "Hello", "Tea?"))}, "f:1").responses == ()
+
+
+def test_ultrafeedbacks_false_tens():
+    """As its authors mended them: at most 2 in the mean of the aspects is 1, above 4 stays; between, nobody knows."""
+
+    def tens(*aspects):
+        answers = [{"response": f"a{a}", "overall_score": "10", "fine-grained_score": a} for a in aspects]
+        return {"instruction": "q", "completions": [*answers, {"response": "b", "overall_score": 9.5}]}
+
+    record = tens(2, 4.25, 4, 2.25, None)
+    row = formats.read("ultrafeedback", record, "f:1", order="overall")
+    assert dict(zip(row.responses, row.rewards, strict=True)) == {"a2": 1, "a4.25": 10, "b": 9.5}
+    assert formats.notes("ultrafeedback", record, row) == {"scores_ten_made_one": 1, "responses_of_doubtful_ten": 3}
+    ratings = [("1", "2", "N/A"), ("5", "4"), ("2", "5")]  # as in the versions that have no mean
+    early = [
+        {"response": str(r), "overall_score": 10.0, "annotations": {str(i): {"Rating": x} for i, x in enumerate(r)}}
+        for r in ratings
+    ]
+    row = formats.read("ultrafeedback", {"instruction": "q", "completions": early}, "f:1", order="overall")
+    assert row.responses == (str(ratings[0]), str(ratings[1])) and row.rewards == (1, 10)
+
+
+def test_odd_numbers_messages_and_columns(tmp_path):
+    """Decimals and texts are numbers; no calls are none; one message alone and ShareGPT's are messages."""
+    pku = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": "1.0"}
+    assert formats.read("pku-saferlhf", pku, "f:1", order="helpful").chosen == 1
+    scores = [Decimal("7.5"), "3"]
+    uf = {"instruction": "q", "completions": [{"response": "ab"[i], "overall_score": s} for i, s in enumerate(scores)]}
+    assert formats.read("ultrafeedback", uf, "f:1", order="overall").rewards == (7.5, 3.0)
+    say = {"role": "assistant", "content": "a", "tool_calls": [], "name": None}
+    talk = {"prompt": list(user("q")), "chosen": say, "rejected": [say | {"content": "b"}]}
+    assert formats.read("trl", talk, "f:1").responses == ("a", "b")
+    talk |= {"prompt": "q", "rejected": [say | {"content": "b"}]}  # a question beside answers alone
+    assert formats.read("trl", talk, "f:1").prompt == user("q")
+    gpt = {"conversations": [{"from": "human", "value": "q"}]}
+    gpt |= {key: {"from": "gpt", "value": key} for key in ("chosen", "rejected")}
+    [row] = import_file("trl", put(tmp_path / "g.jsonl", gpt), columns=["prompt=conversations"]).rows
+    assert (row.prompt, row.responses) == (user("q"), ("chosen", "rejected"))
+    with pytest.raises(ValueError, match=r"g.jsonl:1: .* column 'conversations' may be it: say --columns prompt=conv"):
+        import_file("trl", tmp_path / "g.jsonl")
+
+
+def test_columns_are_mapped_by_name(tmp_path):
+    """A question beside its answers is no prompt that the answers begin with: the column is named, not guessed."""
+    record = {"system": "Be brief.", "question": "A rhyme?", "chosen": "Hat rhymes.", "rejected": "Have you a dog?"}
+    path = put(tmp_path / "x.jsonl", record)
+    with pytest.raises(ValueError, match=r"x.jsonl:1: .* column 'question' may be it: say --columns user=question"):
+        import_file("trl", path)
+    [row] = import_file("trl", path, columns=["user=question,system=system"]).rows
+    assert row.prompt == ({"role": "system", "content": "Be brief."}, *user("A rhyme?")) and not row.others
+    [row] = import_file("trl", path, columns=["prompt=question"]).rows
+    assert (row.prompt, row.responses) == ("A rhyme?", ("Hat rhymes.", "Have you a dog?"))
+    assert row.others == {"system": "Be brief."}
+    for columns, message in (
+        (["question"], "'question' is not NAME=COLUMN with a name among chosen, prompt, rejected, system, user"),
+        (["answer=chosen"], "'answer=chosen' is not NAME=COLUMN"),
+        (["user=task"], r"x.jsonl:1: there is no column 'task'; there are 'system', 'question'"),
+        (["prompt=question", "system=system"], "not both"),
+        (["prompt="], "no row is left of this trl file"),  # "Ha" is no prompt
+    ):
+        with pytest.raises(ValueError, match=message):
+            import_file("trl", path, columns=columns)
+
+
+def test_short_implicit_prompts_are_no_prompts(tmp_path):
+    """Answers alone begin alike by chance; dialogues begin with whole turns."""
+    answers = [{"chosen": f"The answer {i} is yes", "rejected": f"The answer {i} may be no"} for i in range(10)]
+    import_file("trl", put(tmp_path / "few.jsonl", *answers[:9]))
+    with pytest.raises(ValueError, match="in 10 of 10 rows chosen and rejected begin with fewer than 20 characters"):
+        import_file("trl", put(tmp_path / "many.jsonl", *answers))
+    whole = [{key: talk(f"{i} {key}", ASK + str(i)) for key in ("chosen", "rejected")} for i in range(91)]
+    found = import_file("trl", put(tmp_path / "most.jsonl", *answers, *whole))
+    assert found.counts["prompts_implicit_short"] == 10 and found.counts["rows_kept"] == 101
+
+
+def test_a_prompt_repeated_in_its_answers_is_counted(tmp_path):
+    ask = "Question: name a planet.\nAnswer:"
+    records = [{"prompt": ask, "chosen": f"{ask} Mars", "rejected": rejected} for rejected in ("cat", f"{ask} cat")]
+    assert import_file("trl", put(tmp_path / "x.jsonl", *records)).counts["responses_with_prompt"] == 3
+    row = Row("a", user("Name a planet, please."), (" Name a planet, please. Mars", "Name"))
+    assert formats.prompt_repeated(row) == [True, False]
+    assert formats.prompt_repeated(Row("a", user("Hi"), ("Hi!",))) == [False]
+
+
 # -- against TRL's own code --
 
 
 def test_trl_fixtures_are_read_as_trl_reads_them():
+    """But for the text whose words TRL takes apart."""
     oracle = pytest.importorskip("trl.data_utils", reason="TRL is a development extra")
     for name in ("trl.jsonl", "trl-standard.jsonl"):
         rows = [(record, dropped("trl", record)) for record in load(name)]
-        rows = [(record, row) for record, row in rows if isinstance(row, Row)]
-        assert len(rows) == 3
+        rows = [(record, row) for record, row in rows if isinstance(row, Row) and row.prompt != "The sea"]
+        assert len(rows) == 3 - (name == "trl-standard.jsonl")
         for record, row in rows:
             theirs = oracle.maybe_extract_prompt(record)
             texts = [s if isinstance(s, str) else s[0]["content"] for s in (theirs["chosen"], theirs["rejected"])]
@@ -167,18 +267,22 @@ def test_trl_fixtures_are_read_as_trl_reads_them():
 
 
 @given(st.text("ab ", max_size=6), st.text("ab ", min_size=1, max_size=4), st.text("ab ", min_size=1, max_size=4))
-def test_an_implicit_prompt_ends_where_trl_ends_it(start, chosen, rejected):
-    """TRL's own function, where the first characters agree (it wraps around to the last one where not)."""
+def test_an_implicit_prompt_ends_with_a_word(start, chosen, rejected):
+    """At most where TRL's own function ends it (which wraps around to the last character where the first differ), and
+    there unless that is inside of a word."""
     oracle = pytest.importorskip("trl.data_utils", reason="TRL is a development extra")
     record = {"chosen": start + chosen, "rejected": start + rejected}
     assume(record["chosen"][0] == record["rejected"][0])
-    theirs = oracle.extract_prompt(record)
+    theirs = oracle.extract_prompt(record)["prompt"]
+    behind = [text[len(theirs) : len(theirs) + 1] for text in record.values()]
+    whole = not theirs[-1:].isalnum() or not any(map(str.isalnum, behind))
+    wanted = theirs if whole else theirs[: theirs.rfind(" ") + 1].removesuffix(" ")
     row = dropped("trl", record)
     if isinstance(row, Row):
-        assert {"prompt": row.prompt, "chosen": row.responses[0], "rejected": row.responses[1]} == theirs
+        assert row.prompt == wanted and [row.prompt + y for y in row.responses] == list(record.values())
     else:
-        a, b = theirs["chosen"].strip(), theirs["rejected"].strip()
-        assert not theirs["prompt"].strip() or not a or not b or a == b
+        a, b = (text[len(wanted) :].strip() for text in record.values())
+        assert not wanted.strip() or not a or not b or a == b
 
 
 # -- what is left out, and what ends the command --
@@ -197,6 +301,8 @@ def test_an_implicit_prompt_ends_where_trl_ends_it(start, chosen, rejected):
         ("hh-rlhf", {"chosen": talk("Yes \ud800")}, "rows_malformed", "half of a surrogate pair"),
         ("pku-saferlhf", {"better_response_id": -1}, "rows_no_preference", "better_response_id is -1"),
         ("pku-saferlhf", {"better_response_id": True}, "rows_no_preference", "is True, neither 0 nor 1"),
+        ("simpo", {"all_rm_scores": [1]}, "rows_malformed", "2 responses but 1 rewards"),
+        ("simpo", {"all_rm_scores": [1, "N/A"]}, "rows_no_preference", "of response 1 is 'N/A', not a number"),
         ("nectar", {"answers": [{"answer": "a", "rank": 10**400}] * 2}, "rows_no_preference", "not a number"),
         ("nectar", {"answers": [{"answer": "a", "rank": float("nan")}] * 2}, "rows_no_preference", "is nan"),
         ("trl", {"tools": [{"name": "f"}]}, "rows_unsupported", "tools changes the prompt"),
@@ -213,7 +319,8 @@ def test_an_implicit_prompt_ends_where_trl_ends_it(start, chosen, rejected):
     ],
 )
 def test_unusable_records_are_dropped(source, change, counter, reason):
-    record = (GOOD if source == "hh-rlhf" else load(f"{source}.jsonl")[0]) | change
+    examples = {"hh-rlhf": GOOD, "simpo": SIMPO}
+    record = (examples.get(source) or load(f"{source}.jsonl")[0]) | change
     found = dropped(source, record, order=next(iter(FORMATS[source].orders)))
     assert found[0] == counter and reason in found[1]
 
@@ -228,8 +335,7 @@ def test_unusable_records_are_dropped(source, change, counter, reason):
         ("ultrafeedback", {"completions": [{"response": "a"}]}, r"\[0\]: the key 'overall_score' is missing"),
         ("nectar", {"answers": [3]}, r"x.jsonl:1: answers\[0\] must be an object with answer and rank"),
         ("trl", {"chosen": "a"}, "x.jsonl:1: chosen and rejected must both be strings or both be lists"),
-        ("trl", {"chosen": [{"from": "gpt", "value": "a"}]}, r"chosen\[0\] must be an object with role and content"),
-        ("trl", {"chosen": "a", "rejected": "b"}, "the prompt is a list of messages but chosen is a string"),
+        ("trl", {"chosen": [{"by": "gpt", "value": "a"}]}, r"chosen\[0\] must be an object with role and content"),
         ("trl", {"prompt": 3}, "x.jsonl:1: prompt must be a string or a list of messages, not int"),
     ],
 )
@@ -249,18 +355,16 @@ def test_options_and_files_that_are_refused(tmp_path, monkeypatch):
         ("hh-rlhf", path, {"skip": -1}, "skip = -1 must be"),
         ("hh-rlhf", path, {"limit": 0}, "limit = 0 at least 1"),
         ("hh-rlhf", path, {"skip": 1}, r"no row is left .*rows_read = 1, rows_skipped = 1"),
-        ("pku-saferlhf", path, {}, "needs an order, one of helpful, safe; it is ''"),
+        ("pku-saferlhf", path, {}, "order = '' is of no use: source pku-saferlhf needs an order, one of helpful, safe"),
         ("nectar", path, {"order": "safe"}, "order = 'safe' is of no use: source nectar has one"),
+        ("hh-rlhf", path, {"split": "train"}, "subset and split are those of a data set"),
         ("hh-rlhf", tmp_path / "number.jsonl", {}, "number.jsonl:1: a record must be a JSON object"),
         ("authors", tmp_path / "cut.json", {}, "cut.json: broken JSON at character 17"),
     ]:
         with pytest.raises(ValueError, match=message):
             import_file(source, file, **options)
-    if "pyarrow" in sys.modules:
-        with pytest.raises(ValueError, match=r"bad.parquet: cannot be read as parquet"):
-            import_file("nectar", tmp_path / "bad.parquet")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)  # import raises ImportError
-    with pytest.raises(ValueError, match=r"bad.parquet: .*pip install pyarrow"):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # import raises ImportError
+    with pytest.raises(ValueError, match=r"bad.parquet: reading this needs datasets: pip install hps\[data\]"):
         import_file("nectar", tmp_path / "bad.parquet")
 
 
@@ -300,18 +404,70 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     wanted = import_file("ultrafeedback", path, order="overall")
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     (tmp_path / "x.json.xz").write_bytes(lzma.compress(json.dumps(load("ultrafeedback.jsonl")).encode()))
-    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs pyarrow, which is optional")
-    arrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow, which is optional")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs datasets, which is optional")
+    arrow = pytest.importorskip("pyarrow", reason="parquet needs datasets, which is optional")
     parquet.write_table(arrow.Table.from_pylist(load("ultrafeedback.jsonl")), tmp_path / "x.parquet")
     for name in ("x.jsonl.gz", "x.json.xz", "x.parquet"):
         found = import_file("ultrafeedback", tmp_path / name, order="overall")
         assert [(r.id, r.prompt, r.rewards) for r in found.rows] == [(r.id, r.prompt, r.rewards) for r in wanted.rows]
         assert found.counts == wanted.counts and found.columns_left_out == wanted.columns_left_out
     assert found.rows[1].where == f"{tmp_path / 'x.parquet'}[1]"
-    # Parquet fills the absent keys of messages with null, which is no extra key.
+    # Parquet fills the absent keys of messages with null, which is no extra key; columns of few texts are dictionaries.
     parquet.write_table(arrow.Table.from_pylist(load("trl.jsonl")[:2] + load("trl.jsonl")[3:4]), tmp_path / "y.parquet")
     found = import_file("trl", tmp_path / "y.parquet")
     assert len(found.rows) == 2 and lost(found.counts) == {"rows_unsupported": 1}
+    columns = {key: arrow.array([text]).dictionary_encode() for key, text in GOOD.items()}
+    parquet.write_table(arrow.table(columns), tmp_path / "z.parquet")
+    assert import_file("hh-rlhf", tmp_path / "z.parquet").rows[0].responses == ("Yes.", "No.")
+    (tmp_path / "x.csv").write_text('prompt,chosen,rejected\nWhat?,NA,"no, ""none""\nat all"\n')
+    assert import_file("trl", tmp_path / "x.csv").rows[0].responses == ("NA", 'no, "none"\nat all')
+
+
+def test_several_inputs_say_where_each_row_is_from(tmp_path):
+    """A row of two files is one row; an error names its file and line."""
+    a, b = put(tmp_path / "a.jsonl", GOOD), put(tmp_path / "b.jsonl", {**GOOD, "rejected": talk("Never.")}, GOOD)
+    found = import_file("hh-rlhf", a, b)
+    assert [row.others["origin"] for row in found.rows] == [f"{a}:1", f"{b}:1"]
+    assert len({row.id for row in found.rows}) == 2 and found.counts["rows_read"] == 3
+    assert found.reasons == [f"{b}:2: the same as {a}:1"] and not import_file("hh-rlhf", a).rows[0].others
+    with pytest.raises(ValueError, match="b.jsonl:3: the key 'rejected' is missing"):
+        import_file("hh-rlhf", a, put(b, GOOD, GOOD, {"chosen": "x"}))
+    data_prep.main(["import", "--source=hh-rlhf", "--input", str(a), str(a), f"--output={tmp_path / 'out.jsonl'}"])
+    about = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
+    assert [each["path"] for each in about["input"]] == [str(a)] * 2 and about["counts"]["rows_duplicate"] == 1
+
+
+def test_data_sets_by_folder_and_by_name(tmp_path, monkeypatch):
+    """A folder is laid out as on the hub, so that `datasets` reads both in one way; a name is read as of its commit."""
+    datasets = pytest.importorskip("datasets", reason="data sets need datasets, which is optional")
+    for split, n in (("train", 2), ("test", 1)):
+        (tmp_path / "owner/set/data").mkdir(parents=True, exist_ok=True)
+        put(tmp_path / f"owner/set/data/{split}.jsonl", *[{**GOOD, "rejected": talk(f"{split} {i}")} for i in range(n)])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="owner/set: .* choose one of its splits with --split: train, test"):
+        import_file("hh-rlhf", "owner/set")
+    with pytest.raises(ValueError, match="owner/set: .*BuilderConfig 'none' not found"):
+        import_file("hh-rlhf", "owner/set", subset="none")
+    assert [row.where for row in import_file("hh-rlhf", "owner/set", split="train").rows] == [
+        "owner/set/train[0]", "owner/set/train[1]",
+    ]  # fmt: skip
+    real = datasets.load_dataset
+
+    def load_dataset(path, *, name, revision, streaming):
+        assert (path, name, revision, streaming) == ("owner/far", None, "c" * 40, True)
+        return real("owner/set", streaming=True)
+
+    def dataset_info(_, name, *, revision):
+        assert (name, revision) == ("owner/far", "v1")
+        return SimpleNamespace(sha="c" * 40)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    data_prep.main(["import", "--source=hh-rlhf", "--input=owner/far@v1", "--split=test", "--output=out.jsonl"])
+    assert read("out.jsonl")[0].responses == ("Yes.", "test 0")
+    assert json.loads(Path("out.jsonl.manifest.json").read_text())["input"] == {"path": f"owner/far@{'c' * 40}"}
+    with pytest.raises(ValueError, match=r"owner/gone.jsonl: cannot be read: No such file"):
+        import_file("hh-rlhf", "owner/gone.jsonl")
 
 
 # -- and back --
@@ -333,7 +489,7 @@ def test_each_format_to_trl_and_back(source, order, pair, left, tmp_path):
     """Best against worst is picked here by sorting; what comes back from TRL's format is those two texts."""
     name = source.removesuffix("-standard")
     rows = import_file(name, FIXTURES / f"{source}.jsonl", order=order).rows
-    found = export_rows("trl", rows, pair=pair)
+    found = export_rows(rows, pair=pair)
     wanted, others = [], 0
     for row in rows:
         if pair == "human":
@@ -355,17 +511,14 @@ def test_each_format_to_trl_and_back(source, order, pair, left, tmp_path):
     ("change", "counter", "reason"),
     [
         ({"rejected": None}, "rows_no_pair", "row 'a' has no chosen and rejected"),
-        ({"prompt": "Hi"}, "rows_unsupported", "the prompt is a string"),
-        ({"prompt": ({"role": "system", "content": "s"}, *ONE_TURN)}, "rows_unsupported", "turns must go Human"),
-        ({"responses": ("x\n\nHuman: y\n\nAssistant: z", "z")}, "rows_unsupported", "no such mark inside a text"),
         ({"responses": ("x", " ")}, "rows_empty_response", "an answer is empty"),
         ({"responses": ("x", "x ")}, "rows_equal_responses", "both answers are the same"),
     ],
 )
-def test_export_leaves_out_what_would_not_come_back(change, counter, reason):
-    row = Row("a", ONE_TURN, ("x", "y"), chosen=0, rejected=1, where="f:1")
-    records, counts, reasons, _ = export_rows("hh-rlhf", [row, replace(row, **change, where="f:2")])
-    assert records == [{key: f"\n\nHuman: u\n\nAssistant: {a}" for key, a in (("chosen", "x"), ("rejected", "y"))}]
+def test_export_leaves_out_what_is_no_pair(change, counter, reason):
+    row = Row("a", "u", ("x", "y"), chosen=0, rejected=1, where="f:1")
+    records, counts, reasons, _ = export_rows([row, replace(row, **change, where="f:2")])
+    assert records == [{"prompt": "u", "chosen": "x", "rejected": "y"}]
     assert {key: n for key, n in counts.items() if n} == {"rows_read": 2, "rows_written": 1, counter: 1}
     assert len(reasons) == 1 and reasons[0].startswith("f:2: ") and reason in reasons[0]
 
@@ -373,9 +526,9 @@ def test_export_leaves_out_what_would_not_come_back(change, counter, reason):
 def test_exports_that_are_refused():
     rows = [r for n in ("trl", "trl-standard") for r in import_file("trl", FIXTURES / f"{n}.jsonl").rows]
     with pytest.raises(ValueError, match=r"trl-standard.jsonl:1 is a string and that of .*trl.jsonl:1 a list"):
-        export_rows("trl", rows)
+        export_rows(rows)
     with pytest.raises(ValueError, match="no row can be exported .*rows_no_pair = 6\n"):
-        export_rows("trl", rows, pair="rewards")
+        export_rows(rows, pair="rewards")
 
 
 pieces = st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " ", "\n", "Tea", "\ud800", "Human: "])
@@ -386,17 +539,18 @@ dialogues = st.lists(pieces, max_size=9).map("".join)
 def test_any_pair_of_texts_is_a_row_or_dropped(chosen, rejected):
     row = dropped("hh-rlhf", {"chosen": chosen, "rejected": rejected})
     if isinstance(row, Row):
-        assert formats.read("hh-rlhf", formats.write("hh-rlhf", row, 0, 1), "f:1") == row
+        assert formats.read("hh-rlhf", as_hh_rlhf(row), "f:1") == row
 
 
 def test_the_real_hh_rlhf_both_ways(hh_rlhf_path):
     rows, counts, reasons, _ = import_file("hh-rlhf", hh_rlhf_path)
-    assert counts["rows_read"] == 1500 == sum(counts.values()) - 1500
+    assert counts["rows_read"] == 1500 == sum(n for key, n in counts.items() if key.startswith("rows_")) - 1500
+    assert counts["responses_with_prompt"] == 3
     assert counts["rows_kept"] == len(rows) > 1480 and len(reasons) == 5
     with gzip.open(hh_rlhf_path, "rt", encoding="utf-8") as file:
         real = [json.loads(line) for line in file]
     kept = [real[int(re.findall(r":(\d+)$", row.where)[0]) - 1] for row in rows]
-    assert export_rows("hh-rlhf", rows).rows == kept
+    assert [as_hh_rlhf(row) for row in rows] == kept
     for row, record in zip(rows, kept, strict=True):
         # The published rule of thumb, independent of our parser: the answer follows the last "Assistant:".
         assert row.responses[0] == record["chosen"].rpartition("\n\nAssistant: ")[2]

@@ -161,7 +161,6 @@ def test_mistakes_are_named(llama, monkeypatch):
     for prompts, more, message in (
         ([("long", [3] * 53)], {}, "'long' has 53 tokens; the model's 64 positions"),
         ([("empty", [])], {}, "'empty' has 0 tokens"),
-        ([("a", [1]), ("a", [3])], {}, "share an id"),
         ([("a", [1])], {"n": 0}, "n, max_rows"),
         ([("a", [1])], {"temperature": -1.0}, "temperature must be"),
         ([("a", [1])], {"temperature": math.nan}, "temperature must be"),
@@ -169,7 +168,9 @@ def test_mistakes_are_named(llama, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             run(llama, prompts, **more)
-    with pytest.raises(ValueError, match="training mode"):
+    with pytest.raises(AssertionError, match="share an id"):
+        run(llama, [("a", [1]), ("a", [3])])
+    with pytest.raises(AssertionError, match="training mode"):
         run(AutoModelForCausalLM.from_config(llama.config).train(), [("a", [1])])
 
 
@@ -187,7 +188,8 @@ def test_samples_that_training_encodes_otherwise_are_counted(tmp_path):
     made = {"command": "generate", "counts": counts}
     for name, facts in (("drawn", made), ("scored", {"command": "annotate", "counts": {"rows": 1}})):
         (tmp_path / name).write_text(name)
-        importers.write_manifest(tmp_path / {"drawn": "in", "scored": "drawn"}[name], tmp_path / name, facts)
+        made_from = str(tmp_path / {"drawn": "in", "scored": "drawn"}[name])
+        importers.write_manifest([(made_from, made_from)], tmp_path / name, facts)
     found = [generation.encoded_otherwise(tmp_path / name) for name in ("in", "drawn", "scored")]
     assert found == [0, 2, 2]
 

@@ -48,7 +48,7 @@ def test_other_settings_and_broken_lines_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"out.journal-0-0 .* differs in n, seed\. .* delete out.journal-\*"):
         journal.read(tmp_path / "out", SETTINGS | {"n": 9, "seed": 1})
     whole = path.read_bytes()
-    for bad in ({"found": ["x", 1.0]}, {"found": [1]}, {"found": "x"}, {"counts": {"a": 1.5}}, {"id": 3}):
+    for bad in ({"found": "x"}, {"counts": 1}, {"id": 3}, {"more": 1}):
         path.write_bytes(whole + json.dumps(RECORDS[0] | bad).encode() + b"\n")
         with pytest.raises(ValueError, match="out.journal-0-0:4: no record of a finished prompt; remove that line"):
             journal.read(tmp_path / "out", SETTINGS)
