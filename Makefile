@@ -15,7 +15,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 CORE := $(filter-out tests/test_scripts.py tests/test_golden.py tests/test_train.py,$(wildcard tests/test_*.py)) tests/data
 
 .DEFAULT_GOAL := help
-.PHONY: help env test check soak lint reproduce model smollm2 bench gpu clean
+.PHONY: help env test check core soak lint reproduce model smollm2 bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,7 +37,10 @@ $(STAMP): requirements.lock pyproject.toml
 test: $(STAMP) ## all tests, four minutes; none needs a GPU or the network; HH=file of HH-RLHF rows adds those on them
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-check: $(STAMP) lint ## the linter and the tests of the core: a minute
+check: $(STAMP) ## the linters and beside them the tests of the core: a minute on two cores
+	$(MAKE) --no-print-directory -j 2 lint core
+
+core: $(STAMP)
 	$(RUN) -m pytest -n 2 --dist loadfile $(CORE)
 
 soak: $(STAMP) ## the faults of docs/RELIABILITY.md in full, an hour of training among them: hours
