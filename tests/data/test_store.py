@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hps import batches, config, dist
+from hps import plan as planning
 from hps.data import listwise, store, tokens
 from hps.data.rows import Row, first_responses
 from hps.options import Config
@@ -86,10 +87,11 @@ def test_blocks_and_rewards_of_some_responses(tiny_world, tmp_path, tokenizer):
     assert found.rewards[4].tolist() == penalised[4].tolist()
 
 
-def test_a_plan_from_disk_is_the_plan_from_memory(tiny_world, tmp_path, tokenizer):
+def test_a_plan_from_disk_is_the_plan_from_memory(tiny_world, tmp_path, tokenizer, monkeypatch):
     """Of more rows than a chunk of the plan has, in every part of the plan."""
+    monkeypatch.setattr(planning, "PROMPTS_PER_CHUNK", 200)
     rows = listwise.read(tiny_world / "train.jsonl")
-    many = [Row(f"{i}", rows[i % 24].prompt, rows[i % 24].responses, rows[i % 24].rewards) for i in range(5000)]
+    many = [Row(f"{i}", rows[i % 24].prompt, rows[i % 24].responses, rows[i % 24].rewards) for i in range(500)]
     listwise.write(tmp_path / "x.jsonl", many)
     found = opened(tmp_path / "stores", tmp_path / "x.jsonl", tokenizer)
     examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(tmp_path / "x.jsonl"), max_length=128)

@@ -83,7 +83,7 @@ class Strike(NamedTuple):
     term: str = ""
 
 
-SMALL = ["kill gradient 1, stop step 1, nan gradient 1, wait step 0 torchrun, wait step 0 1, kill load 1"]
+SMALL = ["kill gradient 1, stop step 1, nan gradient 1, wait step 0 1, kill load 1"]
 # Four at a time, since a run of 12 steps has room for so many; what strikes before the first step or after the last
 # one stands first or last.
 FULL = [
