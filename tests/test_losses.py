@@ -296,26 +296,6 @@ def test_rdpo_asks_less_margin_of_a_longer_winner():
     assert losses == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))])
 
 
-def test_limits_of_the_list_losses():
-    h, s, _ = draw()
-
-    def value(name, h, s, **more):
-        return extra.listwise_loss(extra.LISTWISE[name], h, s, beta=BETA, **more)
-
-    # One-hot labels: InfoNCA is Eq. 6 (DPO for a pair), NCA is the first stage of NCA-PL.
-    close(value("infonca", h, s, label_temperature=1e-6), torch.logsumexp(BETA * h, 1) - BETA * h[:, 0])
-    first = stage_loss(LOSSES["nca"], h, log_q(s, 0.0), beta=BETA, kappa=K - 1)
-    close(value("nca_soft", h, s, label_temperature=1e-6), first)
-    # Rewards far apart make win rates of 1 and 0 against the other: SPPO's hard pair, at half its targets.
-    far, alone = torch.tensor([[100.0, -100.0]] * B, dtype=h.dtype), torch.zeros(B, 1, dtype=h.dtype)
-    close(value("sppo_winrate", h[:, :2], far), stage_loss(LOSSES["sppo"], h[:, :2], alone, beta=2 * BETA))
-    # EXO's is zero just where the policy has the rewards' distribution: beta h = s / alpha.
-    assert value("exo_rw", s / (ALPHA * BETA), s, label_temperature=ALPHA).abs().max() < 1e-12
-    # LiPO looks at rewards on a scale of 0 to 1, and at nothing where all are equal.
-    close(value("lipo", h, 50 * s - 7), value("lipo", h, s), 1e-10)
-    assert (value("lipo", h, torch.ones_like(s)) == 0).all()
-
-
 def test_kto_counts_a_negative_kl_as_none():
     """z0 of each prompt, and no gradient through it."""
     h, _, _ = draw()

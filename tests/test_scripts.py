@@ -14,7 +14,6 @@ import data_prep
 import eval as evaluation
 from hps import config, dist
 from hps.data import listwise
-from hps.data.rows import Row
 from hps.data.tokens import encode_prompt, encode_response, load_tokenizer
 from hps.io import files
 from hps.lab.world import World
@@ -211,24 +210,6 @@ def test_a_wrong_option_of_eval_is_named(tiny_world, tmp_path, options, message)
 # ---------------------------------------------------------------------------------------------- data_prep.py
 
 
-def test_generate_and_annotate_a_world(tiny_world, tmp_path):
-    """Distinct candidates behind the responses that were there, rewards from the world, the file trains."""
-    prompts, drawn, scored = tmp_path / "p.jsonl", tmp_path / "drawn.jsonl", tmp_path / "scored.jsonl"
-    rows = listwise.read(tiny_world / "test.jsonl")
-    listwise.write(prompts, [Row(r.id, r.prompt, r.responses[:2], None, 0, 1, None, "") for r in rows])
-    common = dict(input=prompts, output=drawn)
-    data_prep.main(["generate", *flags(model=tiny_world / "model", n=3, max_new_tokens=400, **common)])
-    before, after = listwise.read(prompts), listwise.read(drawn)
-    assert [r.id for r in after] == [r.id for r in before]
-    for a, b in zip(after, before, strict=True):
-        assert a.responses[:2] == b.responses and (a.chosen, a.rejected) == (0, 1)
-        assert len(a.responses) == 5
-    data_prep.main(["annotate", *flags(scorer="world-est", input=drawn, output=scored)])
-    world = World(0)
-    for row in listwise.read(scored):
-        assert list(row.rewards) == [world.train_reward(list(row.prompt), y) for y in row.responses]
-
-
 def test_annotate_scorers_with_noise_and_pairs(tiny_world, tmp_path):
     """Noise of the training reward is linear in its level; made pairs are labelled by reward, human ones stay."""
     source, outs = tiny_world / "train.jsonl", {}
@@ -236,6 +217,8 @@ def test_annotate_scorers_with_noise_and_pairs(tiny_world, tmp_path):
         data_prep.main(["annotate", *flags(scorer=scorer, input=source, output=tmp_path / "a.jsonl")])
         outs[scorer] = np.concatenate([r.rewards for r in listwise.read(tmp_path / "a.jsonl")])
     noiseless, own, twice = outs["world-est:0:0"], outs["world-est"], outs["world-est:0:0.8"]
+    world = World(0)
+    assert own.tolist() == [world.train_reward(list(r.prompt), y) for r in listwise.read(source) for y in r.responses]
     np.testing.assert_allclose(twice - noiseless, 2 * (own - noiseless), atol=1e-9)
     liking = [0.03 * (len(y.split()) - 15) for r in listwise.read(source) for y in r.responses]
     np.testing.assert_allclose(noiseless, outs["world-true:0"] + liking, atol=1e-9)
