@@ -31,14 +31,14 @@ from hps.record import RECORD, check_folder, claim
 if TYPE_CHECKING:
     from hps.extra import reward_model
 
-STOPPED_BY_SIGTERM = 75  # status of a run that left a checkpoint for its next start: EX_TEMPFAIL of sysexits.h
+STOPPED = 75  # status of a run that left a checkpoint for its next start: EX_TEMPFAIL of sysexits.h
 
 
 def main(argv: list[str] | None = None) -> None:
     c, set_keys = config.parse(Config, argv, prog="train.py", description=str(__doc__).split("\n")[0])
     check(c, set_keys)
     caches = ["token_cache"] + ["reference_cache"] * needs_reference(c)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with (
             dist.session(timeout=timedelta(minutes=c.timeout)) as ranks,
@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         ):
             train(as_preference(c), ranks)
     finally:
-        signal.signal(signal.SIGTERM, before)  # for whoever goes on in this process
+        for number, handler in before.items():  # for whoever goes on in this process
+            signal.signal(number, handler)
 
 
 def train(c: Config, ranks: dist.Ranks) -> None:
@@ -123,8 +124,14 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         loggers.cut(out / "samples.jsonl", done + 1 if done else 0)
         if done == 0:
             samples.sample(c, policy, tokenizer, examples, 0)
-    terminated = threading.Event()  # until here, SIGTERM ends the run at once: all that is done is on disk
+    terminated = threading.Event()  # until here, SIGTERM and Ctrl-C end the run at once: all that is done is on disk
+
+    def interrupt(*_: object) -> None:
+        terminated.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C ends the run at once
+
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    signal.signal(signal.SIGINT, interrupt)
 
     # The loop: the gradient of each step is the same, whichever way its prompts are split over ranks and micro-batches.
     loss = objective(c)
@@ -188,7 +195,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             how = "the same command" if asked else "without --stop_after it"
             say(ranks, f"stopped after {step + 1} of {plan.steps} steps; {how} goes on")
             if asked:
-                raise SystemExit(STOPPED_BY_SIGTERM)
+                raise SystemExit(STOPPED)
             return
     bar.close()
     seconds = time.perf_counter() - clock

@@ -136,8 +136,22 @@ def convert(value: Any, kind: type, where: str, *, from_text: bool = False) -> A
     return value
 
 
+# What TRL and transformers call it.
+ELSEWHERE = {"learning_rate": "lr", "output_dir": "out", "num_train_epochs": "epochs", "model_name_or_path": "model"}
+ELSEWHERE |= {"dataset_name": "data", "per_device_train_batch_size": "prompts_per_step", "bf16": "dtype"}
+ELSEWHERE |= {
+    "lora_r": "lora_rank",
+    "lora_target_modules": "lora_targets",
+    "report_to": "log_to",
+    "ref_model": "reference",
+}
+
+
 def nearest(name: str, names: Collection[str]) -> str:
-    found = difflib.get_close_matches(name.lower().replace("-", "_"), [*names, "config"], n=1)
+    """What an unknown option may have meant, by another program's name of it or by its letters."""
+    name = name.lower().replace("-", "_")
+    found = [ELSEWHERE.get(name, "")] if ELSEWHERE.get(name) in names else []
+    found += difflib.get_close_matches(name, [*names, "config"], n=1, cutoff=0.7)
     return f": the nearest is --{found[0]}" if found else ""
 
 
@@ -175,9 +189,12 @@ def run_command(
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run `main`; for a ValueError, which is a user's mistake, print its message and exit with status 2."""
+    """Run `main`; a ValueError, which is a user's mistake, ends it with its message and status 2, Ctrl-C with 130."""
     try:
         main()
     except ValueError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None  # as a shell calls a process that Ctrl-C has ended

@@ -87,6 +87,7 @@ def test_flags_give_back_any_value(number, whole, text):
     [
         (["--max_lenght", "5"], "unknown option --max_lenght: the nearest is --max_length;"),
         (["--cofig=a.toml"], "--cofig: the nearest is --config"),
+        (["--learning_rate", "x"], "--learning_rate: the nearest is --lr;"),
         (["--METHOD", "x"], "--METHOD: the nearest is --method"),
         (["--zzz", "x"], "unknown option --zzz; options are written"),  # no absurd guess
         (["--max_length", "5.0"], "--max_length 5.0: expected an int of 64 bits"),

@@ -5,7 +5,9 @@ import gc
 import json
 import math
 import shutil
+import signal
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -221,6 +223,26 @@ def test_the_self_check_fails_on_a_wrong_reference(tiny_world, tmp_path, monkeyp
     assert not (tmp_path / "policy").exists()
 
 
+def test_ctrl_c_stops_with_a_checkpoint(tiny_world, tmp_path, base, monkeypatch):
+    """After the step at work, with status 75, and the same command goes on; the second one ends the run at once."""
+    before, lr_at = signal.getsignal(signal.SIGINT), train.lr_at
+
+    def interrupted(c, step, steps, times: int) -> float:
+        for _ in range(times if step == 2 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return lr_at(c, step, steps)
+
+    monkeypatch.setattr(train, "lr_at", partial(interrupted, times=1))
+    with pytest.raises(SystemExit, match="75"):
+        run(tiny_world, tmp_path, **ONE)
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setattr(train, "lr_at", partial(interrupted, times=2))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_world, tmp_path / "twice", **ONE)
+    monkeypatch.undo()
+    assert run(tiny_world, tmp_path, **ONE) == base
+
+
 def test_losses_without_a_reference_need_no_cache(tiny_world, tmp_path, monkeypatch):
     """SimPO: softplus(target - beta (mean log p_w - mean log p_l)) of the first pairs, by hand at the start, where the
     model gives every token about log(1/V): the margin is nearly zero."""
@@ -381,6 +403,7 @@ def test_odd_rows_are_dropped_and_counted(tiny_world, tmp_path):
 TWO = dict(hps_form="full", positives=2)
 WRONG = [
     (dict(method="dpo-hsp"), "method = 'dpo-hsp' does not exist: did you mean dpo-hps.*Samplers: hps,"),
+    (dict(method="dpo"), "method = 'dpo' does not exist: did you mean dpo-hps"),
     (dict(method="infonca-hps"), "method = 'infonca-hps' does not exist"),
     (dict(dtype="fp16"), "dtype = 'fp16' does not exist; choose one of fp32, bf16"),
     (dict(betta=0.1), "betta.*--beta"),
