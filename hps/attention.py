@@ -22,14 +22,12 @@ NAME = "hps_packed"  # of `packed_attention` among transformers' attention funct
 def may_attend(packed: Packed) -> Callable[..., Tensor]:
     """The rule, as FlexAttention asks for it: (batch, head, query, key) indices -> bool.
 
-    A token sees earlier tokens of its own block that belong to the prompt or to its own response, and the start that
-    all prompts share.
+    A token sees earlier tokens of its own block that belong to the prompt or to its own response.
     """
-    block, segment, shared = packed.block[0], packed.segment[0], len(packed.spans)
+    block, segment = packed.block[0], packed.segment[0]
 
     def rule(_batch, _head, q, k):
-        own = (block[q] == block[k]) & ((segment[k] == 0) | (segment[k] == segment[q]))
-        return (q >= k) & (own | (block[k] == shared))
+        return (q >= k) & (block[q] == block[k]) & ((segment[k] == 0) | (segment[k] == segment[q]))
 
     return rule
 

@@ -29,7 +29,7 @@ def padding_pays(packed: Packed, heads: int) -> bool:
     """Whether on a CPU the pads of two calls cost less than the calls that do without them."""
     parts = _parts(packed)
     exact = sum((q.stop - q.start) * (k.stop - k.start) for q, k, _ in parts)
-    prompt = packed.prefix + max(P for P, _ in packed.spans)
+    prompt = max(P for P, _ in packed.spans)
     lengths = [n for _, responses in packed.spans for n in responses]
     padded = len(packed.spans) * prompt**2 + len(lengths) * max(lengths) * (prompt + max(lengths))
     return heads * padded < heads * exact + ENTRIES_PER_CALL * len(parts)
@@ -44,13 +44,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 def _parts(packed: Packed) -> list[tuple[slice, slice, bool]]:
     """(queries, keys, is causal) of each call. Causal stretches, which see their own past, cover the row and come
-    first; then what their tokens see beside it: y_2..y_K their prompt, and all blocks the shared start."""
-    causal, beside = [], []
-    S, N = packed.prefix, packed.input_ids.shape[1]
-    if S:
-        causal.append((slice(0, S), slice(0, S), True))
-        beside.append((slice(S, N), slice(0, S), False))
-    at = S
+    first; then what their tokens see beside it: y_2..y_K their prompt."""
+    causal, beside, at = [], [], 0
     for P, lengths in packed.spans:
         prompt, second = slice(at, at + P), at + P + lengths[0]
         for length in (P + lengths[0], *lengths[1:]):  # the first response simply goes on
@@ -107,21 +102,20 @@ class _Blockwise(torch.autograd.Function):
 
 def padded(packed: Packed) -> Callable[..., Tensor]:
     """Prompts in one causal call, responses in another, each over [its prompt | itself], padded to the longest."""
-    N, S, segment = packed.input_ids.shape[1], packed.prefix, packed.segment[0]
+    N, segment = packed.input_ids.shape[1], packed.segment[0]
     at = torch.arange(N)
-    start, own = at[:S], at[S:][segment[S:] == 0].split([P for P, _ in packed.spans])
     responses = at[segment > 0].split([n for _, lengths in packed.spans for n in lengths])
     owner = torch.tensor([b for b, (_, lengths) in enumerate(packed.spans) for _ in lengths])
     # Which packed token stands where, (prompts, longest) and (responses, longest); N on pads, so that a token sees the
     # keys up to its own index, pads (or softmax would be NaN there) see anything, and nobody else sees a pad.
-    prompts = pad_sequence([torch.cat([start, x]) for x in own], batch_first=True, padding_value=N)
+    own = at[segment == 0].split([P for P, _ in packed.spans])
+    prompts = pad_sequence(own, batch_first=True, padding_value=N)
     queries = pad_sequence(responses, batch_first=True, padding_value=N)
     keys = torch.cat([prompts[owner], queries], dim=1)
     mask = (keys[:, None] <= queries[:, :, None])[:, None]
-    # Where the result of each packed token is among those of both calls; the shared start's is the first prompt's.
+    # Where the result of each packed token is among those of both calls.
     there = torch.cat([prompts.flatten(), queries.flatten()])
     back = torch.empty(N + 1, dtype=torch.int64).index_put_((there,), torch.arange(len(there)))[:N]
-    back[:S] = start
     prompts, queries, keys = (x.clamp(max=N - 1) for x in (prompts, queries, keys))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -1,11 +1,8 @@
 """One prompt and its K responses side by side, all prompts of a micro-batch in one packed row without pads.
 
-    row      [ p p p p | a a a | b b ]        prompt tokens are computed once for all K responses
-    position   0 1 2 3   4 5 6   4 5          positions restart at each response
-    segment    0 0 0 0   1 1 1   2 2          a response sees the prompt (0) and itself, not its siblings
-
-Where all prompts begin alike, as under one system prompt, these tokens lie once at the start of the row (block B) and
-are seen by every block.
+row      [ p p p p | a a a | b b ]        prompt tokens are computed once for all K responses
+position   0 1 2 3   4 5 6   4 5          positions restart at each response
+segment    0 0 0 0   1 1 1   2 2          a response sees the prompt (0) and itself, not its siblings
 """
 
 import heapq
@@ -15,10 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-
-# Tokens that all prompts of a row must begin with before these are laid out once: a shared start costs every layer one
-# more call of attention and splits its sums.
-MIN_PREFIX = 8
 
 
 @dataclass(frozen=True)
@@ -52,14 +45,13 @@ class Packed:
     """A micro-batch. R rows of N packed tokens; T scored tokens; B prompts of at most K responses.
 
     input_ids, position_ids: (R, N) int64.
-    block: (R, N) int64, the prompt's index in the micro-batch, B on what all prompts begin with, -1 on pads.
+    block: (R, N) int64, the prompt's index in the micro-batch, -1 on pads.
     segment: (R, N) int64, 0 on prompt tokens, k + 1 on response k.
     predictor: (T,) int64, index into the flattened R * N positions of the hidden state that predicts the token.
     last: (B, K) int64, index into the same of each response's last token, 0 where there is none.
     targets: (T,) int64 token ids, response after response.
     num_tokens: (B, K) int64, how many of the T each response has. valid: (B, K) bool.
-    prefix: tokens at the start of the row that all prompts begin with, 0 unless they are laid out once.
-    spans: B pairs (length of the rest of the prompt, its responses' lengths), in the order of the row.
+    spans: B pairs (length of the prompt, its responses' lengths), in the order of the row.
     causal: True where each row holds one prompt with one response, so that the plain causal mask is enough.
     """
 
@@ -72,7 +64,6 @@ class Packed:
     targets: Tensor
     num_tokens: Tensor
     valid: Tensor
-    prefix: int
     spans: tuple[tuple[int, tuple[int, ...]], ...]
     causal: bool
 
@@ -107,25 +98,23 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
         num_tokens[b, : len(block.responses)] = torch.tensor([len(y) for y in block.responses])
 
     # Rows of (index of the prompt, index of the first response, block): one for all blocks, or one for each response.
-    prefix = _common_start([block.prompt for block in blocks]) if share_prompt else 0
     rows = [[(b, 0, block) for b, block in enumerate(blocks)]]
     if not share_prompt:
         rows = [[(b, k, Block(block.prompt, (y,)))] for b, _, block in rows[0] for k, y in enumerate(block.responses)]
-    R, N = len(rows), prefix + max(sum(len(block) - prefix for _, _, block in row) for row in rows)
+    R, N = len(rows), max(sum(len(block) for _, _, block in row) for row in rows)
     input_ids = np.full((R, N), pad_id, dtype=np.int64)
     position_ids = np.tile(np.arange(N), (R, 1))  # pads count on: a jump back looks like a new text to transformers
     owner = np.full((R, N), -1, dtype=np.int64)
     segment = np.zeros((R, N), dtype=np.int64)
     predictor, targets = [], []  # (y,) each, one after the other response
-    input_ids[:, :prefix], owner[:, :prefix] = blocks[0].prompt[:prefix], len(blocks)
     for r, row in enumerate(rows):
-        at = prefix
+        at = 0
         for b, first, block in row:
-            P, own = len(block.prompt), len(block.prompt) - prefix
-            owner[r, at : at + len(block) - prefix] = b
-            input_ids[r, at : at + own] = block.prompt[prefix:]
-            position_ids[r, at : at + own] = np.arange(prefix, P)
-            at += own
+            P = len(block.prompt)
+            owner[r, at : at + len(block)] = b
+            input_ids[r, at : at + P] = block.prompt
+            position_ids[r, at : at + P] = np.arange(P)
+            at += P
             last_prompt = at - 1
             for k, y in enumerate(block.responses, start=first):
                 input_ids[r, at : at + len(y)] = y
@@ -146,21 +135,9 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
         targets=torch.from_numpy(np.concatenate(targets)).long(),
         num_tokens=num_tokens,
         valid=num_tokens > 0,
-        prefix=prefix,
-        spans=tuple((len(block.prompt) - prefix, tuple(map(len, block.responses))) for block in blocks),
+        spans=tuple((len(block.prompt), tuple(map(len, block.responses))) for block in blocks),
         causal=not share_prompt,
     )
-
-
-def _common_start(prompts: Sequence[np.ndarray]) -> int:
-    """How many tokens all prompts begin with, if there are several and it is worth it; a prompt keeps one for itself,
-    whose state predicts its responses' first tokens."""
-    if len(prompts) < 2:
-        return 0
-    shortest = min(map(len, prompts)) - 1
-    equal = np.stack([p[:shortest] for p in prompts]) == prompts[0][:shortest]
-    same = int(equal.all(0).cumprod().sum())
-    return same if same >= MIN_PREFIX else 0
 
 
 def micro_batches(lengths: Sequence[int], *, budget: int, world_size: int) -> list[list[list[int]]]:

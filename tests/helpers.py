@@ -205,15 +205,14 @@ def tiny(name: str) -> nn.Module:
     return lm.eval()
 
 
-def blocks_of(K: int, seed: int = 0, B: int = 3, start: int = 0) -> list:
-    """B random prompts of K responses; start: tokens that all prompts begin with."""
+def blocks_of(K: int, seed: int = 0, B: int = 3) -> list:
+    """B random prompts of K responses."""
     from hps.packing import Block
 
     g = np.random.default_rng(seed)
-    common = g.integers(0, VOCABULARY, start)
     return [
         Block(
-            np.concatenate([common, g.integers(0, VOCABULARY, g.integers(1, 9))]),
+            g.integers(0, VOCABULARY, g.integers(1, 9)),
             tuple(g.integers(0, VOCABULARY, g.integers(1, 12)) for _ in range(K)),
         )
         for _ in range(B)

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from helpers import block_mask
 
 from hps.packing import Block, micro_batches, pack, pieces
@@ -35,28 +34,6 @@ def test_the_layout_of_plain_rows():
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert packed.predictor.tolist() == [1, 2, 6, 7, 8]
     assert packed.causal
-
-
-def test_what_all_prompts_begin_with_lies_once_before_the_blocks():
-    start = np.arange(10, 18)  # 8 tokens; the shortest prompt keeps its last one for itself
-    blocks = [
-        Block(np.append(start, [1, 2]), (np.array([3, 4]), np.array([5]))),
-        Block(np.append(start, [1]), (np.array([6]),)),
-    ]
-    packed = pack(blocks, pad_id=0)
-    assert packed.prefix == 8 and packed.spans == ((2, (2, 1)), (1, (1,)))
-    assert packed.input_ids.tolist() == [[*start, 1, 2, 3, 4, 5, 1, 6]]
-    assert packed.position_ids.tolist() == [[*range(8), 8, 9, 10, 11, 10, 8, 9]]
-    assert packed.block.tolist() == [[2] * 8 + [0] * 5 + [1] * 2]
-    assert packed.predictor.tolist() == [9, 10, 9, 13] and packed.last.tolist() == [[11, 12], [14, 0]]
-    mask = block_mask(packed)[0, 0]
-    assert mask[:, :8].equal(torch.ones(15, 8).tril().bool())  # all see it, and nothing else of each other's
-    assert mask[13].nonzero().flatten().tolist() == [*range(8), 13]
-    assert mask[12].nonzero().flatten().tolist() == [*range(10), 12]
-    same = [Block(np.append(start, [1]), (np.array([6]),))] * 2
-    assert pack(same, pad_id=0).prefix == 8 and pack(same[:1], pad_id=0).prefix == 0
-    short = [Block(block.prompt[1:], block.responses) for block in blocks]
-    assert pack(short, pad_id=0).prefix == 0 == pack(blocks, pad_id=0, share_prompt=False).prefix
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
