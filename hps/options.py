@@ -211,9 +211,9 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
     positive_stages(c)
     if c.log_to:
-        from hps.io import trackers
+        from hps.io import loggers
 
-        trackers.check_names(c.log_to)
+        loggers.check_names(c.log_to)
     if form(c) == "kto" and c.prompts_per_step < 2:
         raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
     if c.lora_rank and (Path(c.model) / "adapter_config.json").exists():

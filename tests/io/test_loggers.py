@@ -13,7 +13,7 @@ import pytest
 from helpers import run
 
 import train
-from hps.io import loggers, trackers
+from hps.io import loggers
 
 
 class Events:
@@ -144,4 +144,4 @@ def test_names_are_checked_before_training(tiny_world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     for names in ("tensorbord", "wandb,wandb"):
         with pytest.raises(ValueError, match="give each of tensorboard, wandb at most once"):
-            trackers.check_names(names)
+            loggers.check_names(names)
