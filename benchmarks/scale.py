@@ -95,9 +95,7 @@ def write_store(c: Options, folder: Path) -> None:
     def examples() -> Iterator[tokens.Example]:
         for i in range(c.prompts):
             rewards = g.normal(size=c.candidates)
-            yield tokens.Example(
-                str(i), tokens.row_key(str(i)), prompt, responses, rewards, places, places, None, None, f"data:{i + 1}"
-            )
+            yield tokens.Example(str(i), prompt, responses, rewards, places, places, None, None, f"data:{i + 1}")
 
     store.write(folder, examples(), {"identity": {"data": ""}, "counts": {}})
 

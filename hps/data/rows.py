@@ -29,6 +29,7 @@ import numpy as np
 from hps.io import files
 
 KEYS = ("id", "prompt", "responses", "rewards", "chosen", "rejected", "source")
+FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")  # of a row, as other programs read it
 ROLES = ("system", "user", "assistant", "tool")
 MAX_REWARD = 1e30  # of either sign; differences and squares of rewards stay far from the largest float
 MAX_LINE_BYTES = 64 * 2**20
@@ -69,6 +70,10 @@ def parse_row(obj: object, where: str) -> Row:
     """
     row = _typed(obj, f"{where}: a row", "a JSON object", dict)
     others = check_keys(row, KEYS, required=("id", "prompt", "responses"), where=where, others=True)
+    if unread := [key for key in FOR_TEMPLATES if others.get(key) and not isinstance(row["prompt"], str)]:
+        raise ValueError(
+            f"{where}: {unread[0]} is not given to the chat template: write it into a turn, or rename the key"
+        )
     id, prompt = _text(row["id"], f"{where}: id"), _prompt(row["prompt"], f"{where}: prompt")
     texts = _typed(row["responses"], f"{where}: responses", "a list", list)
     texts = tuple(_text(text, f"{where}: responses[{i}]", empty=True) for i, text in enumerate(texts))

@@ -219,7 +219,7 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
                 rewards = [np.full(len(e.identity), np.nan) if e.rewards is None else e.rewards for e in some]
                 put("rewards", np.concatenate(rewards))
                 put("identity", np.concatenate([e.identity for e in some]))
-                put("keys", [e.key for e in some])
+                put("keys", [tokens.row_key(e.id) for e in some])
                 put("lines", [int(e.where.rpartition(":")[2]) for e in some])
                 put("human", [[-1 if k is None else k for k in (e.chosen, e.rejected)] for e in some])
                 cuts = cuts[-1] + np.cumsum([(len(e.response_ids), len(e.id.encode())) for e in some], axis=0)

@@ -187,7 +187,7 @@ def _fits(text: str, shape: list[str], turns: Turns) -> bool:
 def _thought_said(turn: dict[str, Any]) -> tuple[str, str]:
     """What an answer thought, and what it then said."""
     thought, end, said = turn["content"].rpartition("</think>")
-    if turn["role"] != "assistant" or not (end and said.strip()):
+    if turn["role"] != "assistant" or not end:
         thought, said = "", turn["content"]
     more = [str(turn[key]) for key in THOUGHTS if turn.get(key)]
     return (more or [thought.rpartition("<think>")[2]])[0].strip(), said.strip()
@@ -207,13 +207,17 @@ def _lost(turns: Turns, i: int, what: str) -> ValueError:
     )
 
 
-def fix(template: str, options: str, *, path: str) -> str:
-    """The template with options of its own set, and with a fixed date where it asks for the day's; in lines before it,
-    which replace those of an earlier call.
+def fix(template: Any, options: str, *, path: str) -> Any:
+    """The template, or each by its name, with options of its own set, and with a fixed date where it asks for the
+    day's; in lines before it, which replace those of an earlier call.
 
     options: NAME=VALUE,... of what the template asks for (enable_thinking=false), and date=YYYY-MM-DD.
     Raises ValueError for an option that the template does not know, and for what is no date.
     """
+    if not template:
+        raise ValueError(f"the tokenizer of {path!r} has no chat template that could take options")
+    if isinstance(template, dict):
+        return {name: fix(one, options, path=path) for name, one in template.items()}
     lines = {}
     while line := FIXED.match(template):
         lines[line[1]], template = line[2], template[line.end() :]

@@ -31,7 +31,6 @@ class Example:
     """One row as token ids, over its kept responses only (k of the row's n)."""
 
     id: str
-    key: int  # 64-bit hash of the id, for seeded draws
     prompt_ids: np.ndarray  # (prompt tokens,) int32
     response_ids: tuple[np.ndarray, ...]  # k times (response tokens,) int32, each ends in EOS
     rewards: np.ndarray | None  # (k,) float64
@@ -72,15 +71,10 @@ def load_tokenizer(path: str, options: str = "") -> PreTrainedTokenizerFast:
         raise ValueError(f"the tokenizer of {path!r} has no eos_token; name one in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    template = tokenizer.chat_template
-    if options and not template:
-        raise ValueError(f"the tokenizer of {path!r} has no chat template that could take options")
-    if options or "strftime_now" in str(template):
+    if options or "strftime_now" in str(tokenizer.chat_template):
         from hps.data import templates
 
-        named = template if isinstance(template, dict) else {"": template}
-        named = {name: templates.fix(one, options, path=path) for name, one in named.items()}
-        tokenizer.chat_template = named if isinstance(template, dict) else named[""]
+        tokenizer.chat_template = templates.fix(tokenizer.chat_template, options, path=path)
     return tokenizer
 
 
@@ -257,7 +251,10 @@ def tokenize(
     while chunk := list(itertools.islice(rows, 256)):
         if len(prompts) > 2**16:  # equal prompts stand near each other; memory must not grow with the file
             prompts.clear()
-        encoded = {chat: encoder.responses(_texts(chunk, chat), chat=chat) for chat in (False, True)}
+        both = [(chat, [row for row in chunk if chat != isinstance(row.prompt, str)]) for chat in (False, True)]
+        encoded = {
+            chat: encoder.responses((y for row in some for y in row.responses), chat=chat) for chat, some in both
+        }
         for row in chunk:
             cached, chat = json.dumps(row.prompt), not isinstance(row.prompt, str)
             try:
@@ -268,9 +265,7 @@ def tokenize(
                     if cached not in prompts:
                         prompts[cached] = np.array(encoder.prompt(row.prompt), np.int32)
                     prompt, responses = prompts[cached], [next(encoded[chat]) for _ in row.responses]
-                empty = [not encoder.without_eos(text).strip() for text in row.responses]
-                empty = [e or ids[0] == encoder.eos for e, ids in zip(empty, responses, strict=True)]
-                example = _example(row, prompt, responses, empty, max_length, truncate, counts, encoder.bos)
+                example = _example(row, prompt, responses, max_length, truncate, counts, encoder)
                 if encoder.template.drops_thoughts(row.prompt, row.responses if closing else ()):
                     counts["rows_thoughts_dropped"] = counts.get("rows_thoughts_dropped", 0) + 1
             except ValueError as error:
@@ -282,11 +277,6 @@ def tokenize(
         raise ValueError(f"no row is left with max_length = {max_length}: {lost or 'no rows were given'}")
 
 
-def _texts(rows: Sequence[Row], chat: bool) -> Iterator[str]:
-    """All responses to messages, or to strings."""
-    return (text for row in rows if chat != isinstance(row.prompt, str) for text in row.responses)
-
-
 def row_key(id: str) -> int:
     """64-bit hash of a row's id, which seeded draws are keyed by."""
     return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
@@ -296,12 +286,13 @@ def _example(
     row: Row,
     prompt: np.ndarray,
     responses: list[list[int]],
-    empty: list[bool],
     max_length: int,
     truncate: str,
     counts: dict[str, int],
-    bos: int | None,
+    encoder: Encoder,
 ) -> Example | None:
+    texts = [encoder.without_eos(text).strip() for text in row.responses]
+    empty = [not text or ids[0] == encoder.eos for text, ids in zip(texts, responses, strict=True)]
     least = min(len(prompt), max_length // 2) if truncate == "keep_end" else len(prompt)
     long = [not e and least + len(ids) > max_length for e, ids in zip(empty, responses, strict=True)]
     if truncate == "error" and any(long):
@@ -320,7 +311,7 @@ def _example(
         return None
     room = max_length - max(len(responses[i]) for i in kept)
     if len(prompt) > room:
-        begin = prompt[:1][prompt[:1] == bos]  # empty where there is no BOS
+        begin = prompt[:1][prompt[:1] == encoder.bos]  # empty where there is no BOS
         prompt = np.concatenate([begin, prompt[len(prompt) - room + len(begin) :]])
         counts["prompts_cut"] += 1
     new_index: dict[int | None, int] = {old: new for new, old in enumerate(kept)}
@@ -329,7 +320,6 @@ def _example(
     first: dict[tuple[int, ...], int] = {}
     return Example(
         id=row.id,
-        key=row_key(row.id),
         prompt_ids=prompt,
         response_ids=tuple(np.array(responses[i], np.int32) for i in kept),
         rewards=None if row.rewards is None else np.array(row.rewards, np.float64)[kept],

@@ -51,12 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     if not same:
         raise ValueError(f"--eval_json {c.eval_json} is about {about}: run eval.py on {c.model}")
 
-    load = reward_model.load_reward_model if reward else model.load_causal_lm
+    load, tokenizer = reward_model.load_reward_model if reward else model.load_causal_lm, tokens.load_tokenizer(c.model)
     lost = rounding(load(c.model, dtype=torch.float32)) if c.dtype == "bf16" else ""
-    lm = load(c.model, dtype=torch.float32, merged=True).to(model.DTYPES[c.dtype])
+    lm = load(c.model, dtype=torch.float32, tokenizer=tokenizer, merged=True).to(model.DTYPES[c.dtype])
     alone = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.export(lm, tokens.load_tokenizer(c.model), out, ranks=alone, card=readme)
+    checkpoint.export(lm, tokenizer, out, ranks=alone, card=readme)
     print(f"{out}: {sum(p.numel() for p in lm.parameters()):,} parameters in {c.dtype}{lost}", file=sys.stderr)
 
 

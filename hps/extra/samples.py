@@ -32,9 +32,10 @@ def sample(
     prompts = [(examples.id(i), examples.block(i, []).prompt.tolist()) for i in range(count)]
     room = limits.positions(policy.causal_lm.config) - max(len(ids) for _, ids in prompts)
     how = dict(n=1, max_new_tokens=int(min(SAMPLE_TOKENS, room)), temperature=0.0, seed=0, counts=Counter())
+    raw = {id for id, _ in prompts}  # so that all is shown as it was sampled
     mode = policy.lm.training  # on where layers are checkpointed
     policy.lm.eval()
-    answers = list(generate.answer(policy.causal_lm, tokenizer, prompts, progress=False, **how))
+    answers = list(generate.answer(policy.causal_lm, tokenizer, prompts, strings=raw, progress=False, **how))
     policy.lm.train(mode)
     records = []
     for (id, ids), (_, [response]) in zip(prompts, answers, strict=True):

@@ -43,7 +43,7 @@ def opened(root: Path, data: Path, tokenizer, **changes) -> store.Store:
 
 def check_equal(found: store.Store, examples: list[tokens.Example]) -> None:
     assert len(found) == len(examples)
-    assert found.keys.tolist() == [e.key for e in examples]
+    assert found.keys.tolist() == [tokens.row_key(e.id) for e in examples]
     assert found.longest == max(map(tokens.longest, examples))
     columns = (found.rewards[0 : len(found)], found.identity[0 : len(found)], found.human.tolist())
     for i, (e, rewards, identity, human) in enumerate(zip(examples, *columns, strict=True)):
@@ -97,7 +97,7 @@ def test_a_plan_from_disk_is_the_plan_from_memory(tiny_world, tmp_path, tokenize
     examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(tmp_path / "x.jsonl"), max_length=128)
     how = dict(sampler="hps", epochs=2, prompts_per_step=64, seed=1)
     ours = plan(found.rewards, found.identity, found.keys, **how)
-    keys = np.array([e.key for e in examples], dtype=np.uint64)
+    keys = np.array([tokens.row_key(e.id) for e in examples], dtype=np.uint64)
     theirs = plan([e.rewards for e in examples], [e.identity for e in examples], keys, **how)
     for name in ("row", "epoch", "responses", "log_q", "kappa", "gamma", "effective"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))

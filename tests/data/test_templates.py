@@ -38,6 +38,20 @@ def test_every_turn_is_found_in_order_or_named():
             tokenize_rows(byte_tokenizer(chat_template=template), [row], max_length=500)
 
 
+def test_what_only_a_template_could_write_is_refused():
+    """Of messages: a string goes through no template."""
+    row = {"id": "r", "prompt": [{"role": "user", "content": "a"}], "responses": ["b"]}
+    for key, value in (
+        ("tools", [{"name": "f"}]),
+        ("documents", ["d"]),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+    ):
+        with pytest.raises(ValueError, match=f"^f:1: {key} is not given to the chat template"):
+            parse_row(row | {key: value}, "f:1")
+        assert parse_row(row | {key: value, "prompt": "a"}, "f:1").others == {key: value}
+        assert parse_row(row | {key: []}, "f:1").others == {key: []}
+
+
 def test_control_tokens_in_a_turn_are_characters():
     """A quoted turn is no turn: as many marks as the template writes, and the text is all there."""
     tokenizer = byte_tokenizer(chat_template=CHAT)

@@ -18,6 +18,7 @@ from hps.data.tokens import (
     encode_response,
     fingerprint,
     load_tokenizer,
+    row_key,
     tokenize,
     tokenize_rows,
 )
@@ -152,7 +153,7 @@ def test_examples_by_hand(words):
     assert a.rewards.tolist() == [1, 4, 5] and a.rewards.dtype == np.float64
     assert a.identity.tolist() == [0, 1, 0] and a.kept.tolist() == [0, 3, 4]
     assert (a.chosen, a.rejected, a.where, a.id) == (1, 2, "f.jsonl:a", "a")
-    assert a.key == int.from_bytes(hashlib.blake2b(b"a", digest_size=8).digest(), "big") != b.key
+    assert row_key(a.id) == int.from_bytes(hashlib.blake2b(b"a", digest_size=8).digest(), "big") != row_key(b.id)
     assert (b.rewards, b.chosen, b.rejected) == (None, None, None)
     read = dict(rows_read=2, rows_kept=2, responses_read=6, responses_kept=4, responses_empty=1, responses_overlong=1)
     assert counts == dict.fromkeys(COUNTS, 0) | read

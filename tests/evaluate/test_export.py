@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from helpers import arguments
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import eval as evaluation
@@ -86,6 +89,43 @@ def test_bf16_weights_are_the_merged_ones_rounded(trained, exported, tmp_path):
         for name in whole.keys():
             assert torch.equal(low.get_tensor(name), whole.get_tensor(name).bfloat16())
     assert read(tmp_path / "low/config.json")["dtype"] == "bfloat16"
+
+
+def test_what_rounding_to_bf16_loses_is_said(trained, tiny_world, tmp_path, capsys):
+    """By numpy: B A from the adapter's file, and a float's upper half, rounded to even, as bf16."""
+    shutil.copytree(trained, tmp_path / "run")
+    weights = tmp_path / "run/policy/adapter_model.safetensors"
+    adapter = {name: w * (1e-2 if "lora_B" in name else 1) for name, w in load_file(weights).items()}
+    save_file(adapter, weights, metadata={"format": "pt"})  # a smaller change, of which a part is lost
+    make(tmp_path / "run", tmp_path / "low", dtype="bf16")
+    said, base = " ".join(capsys.readouterr().err.split()), load_file(tiny_world / "model/model.safetensors")
+    scale = 8 / 4  # alpha / rank
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32).astype(np.float64)
+
+    unchanged = adapted = change = lost = 0.0
+    for name in (name for name in adapter if ".lora_A." in name):
+        w = base[name.removeprefix("base_model.model.").replace("lora_A.", "")].astype(np.float64)
+        delta = scale * adapter[name.replace("lora_A", "lora_B")].astype(np.float64) @ adapter[name].astype(np.float64)
+        merged = rounded(w + delta)
+        unchanged, adapted = unchanged + (merged == rounded(w)).sum(), adapted + w.size
+        change, lost = change + (delta**2).sum(), lost + ((merged - w - delta) ** 2).sum()
+    assert 0.1 < unchanged / adapted < 0.9
+    assert f"{unchanged / adapted:.0%} of the {int(adapted):,} adapted weights are the base's again" in said
+    assert float(re.search(r"the rounding is (\S+) times as large", said)[1]) == pytest.approx(
+        (lost / change) ** 0.5, rel=0.06
+    )
+
+
+def test_a_tokenizer_beyond_the_embeddings_is_not_exported(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "policy")
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(tmp_path / "run/policy")
+    with pytest.raises(ValueError, match="the tokenizer gives 'one more' ids up to"):
+        make(tmp_path / "run", tmp_path / "out")
 
 
 @pytest.mark.parametrize("which", ["adapter", "merged"])

@@ -21,7 +21,6 @@ def case(responses, rewards=None, chosen=None, rejected=None, prompt="why"):
     row = Row("a", prompt, tuple(responses), rewards and tuple(rewards), chosen, rejected)
     example = Example(
         id="a",
-        key=1,
         prompt_ids=np.ones(len(prompt), np.int32),
         response_ids=tuple(np.array([*map(ord, text), 0], np.int32) for text in responses),
         rewards=None if rewards is None else np.array(rewards, np.float64),
