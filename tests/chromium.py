@@ -35,6 +35,7 @@ class Browser:
             "goog:chromeOptions": chromium,
             "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"},
             "unhandledPromptBehavior": "accept",
+            "timeouts": {"script": 60_000},
         }
         try:
             session = self.send("POST", "", {"capabilities": {"alwaysMatch": wanted}})

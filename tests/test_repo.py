@@ -123,7 +123,7 @@ def test_the_forbidden_check_itself():
     lint = [
         "from os import *", "import pickle", "import joblib", "from torch import load", "import shelve", "exec('')",
         "eval('1')", "os.system('x')", "yaml.load(x)", "subprocess.run('x', shell=True)", "torch.load(x)",
-        "pandas.read_pickle(x)", "def f(x): return x",
+        "pandas.read_pickle(x)", "def f(x) -> int: return 1", "def g(): return 1",
     ]  # fmt: skip
     text = "import os, pandas, subprocess, torch, yaml\n" + "\n".join(lint)
     argv = [sys.executable, "-m", "ruff", "check", "--stdin-filename=hps/x.py", "--output-format=concise", "-"]
