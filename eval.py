@@ -200,7 +200,9 @@ def sample_metrics(samples: Row, row: Row, world: World | None) -> dict[str, flo
         found["true_reward"] = float(np.mean(samples.rewards))
         found["best_of_k_reward"] = float(np.max(samples.rewards))
         hypothesis = samples.responses[int(np.argmax(samples.rewards))]
-    target = row.responses[int(np.argmax(row.rewards)) if row.rewards is not None else row.chosen or 0]
+    # The data's own preferred answer; a world's pair is of random candidates, and its best one stands for that.
+    own = row.chosen is not None and (world is None or row.rewards is None)
+    target = row.responses[row.chosen if own else int(np.argmax(row.rewards))]
     found["bleu_char"] = metrics.bleu_char(hypothesis, target)
     found["bleu_word"] = metrics.bleu_word(hypothesis, target)
     if world is not None:

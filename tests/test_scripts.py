@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -276,3 +277,12 @@ def test_data_prep_names_mistakes(tmp_path, tiny_world):
             with pytest.raises(ValueError, match="is the input, which would be lost: choose another name"):
                 data_prep.main([command.strip("_"), *flags(**more, input=path, output=output)])
     assert path.read_bytes() == (tiny_world / "test.jsonl").read_bytes()
+
+
+def test_bleu_is_against_the_datas_preferred_answer():
+    """Where people chose, what they chose, whatever a reward model says; in a world the best candidate."""
+    row = Row("a", "p", ("a b c d e", "k l m n o", "u v w x y"), (0.0, 2.0, 1.0), 2, 0)
+    samples = [Row("a", "p", (text,), None, None, None) for text in row.responses]
+    world = SimpleNamespace(junk_fraction=lambda y: 0, is_risky=lambda prompt: False)
+    for place, found in ((None, [0, 0, 1]), (world, [0, 1, 0])):
+        assert [round(evaluation.sample_metrics(s, row, place)["bleu_char"], 3) for s in samples] == found
