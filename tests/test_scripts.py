@@ -15,6 +15,7 @@ import data_prep
 import eval as evaluation
 from hps import config, dist
 from hps.data import listwise
+from hps.data.rows import Row
 from hps.data.tokens import encode_prompt, encode_response, load_tokenizer
 from hps.io import files
 from hps.lab.world import World
