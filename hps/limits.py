@@ -14,9 +14,7 @@ from torch import Tensor
 
 from hps import attention, loading
 from hps.model import states, unwrapped
-from hps.packing import Block, Packed, pack
-
-PROBE_TOKENS = 24  # of the longer prompts with a response that are compared
+from hps.packing import MIN_PREFIX, Block, Packed, pack
 
 
 def positions(config: Any) -> float:
@@ -73,26 +71,21 @@ def check(model: Any, *, longest: float = math.inf, share_prompt: bool = True) -
 
 
 def _wrong(model: Any, longest: float, *, share_prompt: bool) -> str:
-    """What is wrong with a model's values as it is set up, or nothing, on two short prompts and on two that begin
-    alike; `longest` tokens at most."""
+    """What is wrong with a model's values as it is set up, or nothing, on a few tokens, `longest` per row at most."""
     parameter = next(model.parameters())
     tolerance = 1e-3 if (model.autocast or parameter.dtype) == torch.float32 else 0.5
     try:
-        for start in (0, max(0, int(min(PROBE_TOKENS, longest)) - 8)):
-            blocks = probe(model, start)
-            packed = pack(blocks, pad_id=0, share_prompt=share_prompt).to(parameter.device)
-            with torch.inference_mode():
-                apart = float((_values(model, packed) - _own_values(model, blocks)).abs().max())
-            if not apart <= tolerance:  # NaN too
-                return f"its values are {apart:.3g} apart from those of its own forward of each"
-            if leak(model, packed):
-                return "a response's value depends on tokens that are none of its own"
+        blocks = probe(model, start=int(max(0, min(MIN_PREFIX, longest - 8))))
+        values, leaks = tried(model, pack(blocks, pad_id=0, share_prompt=share_prompt).to(parameter.device))
+        apart = float((values - _own_values(model, blocks)).abs().max())
     except Exception as error:  # whatever its code raises on what it does not know
         return loading.said(error)
-    return ""
+    if not apart <= tolerance:  # NaN too
+        return f"its values are {apart:.3g} apart from those of its own forward of each"
+    return "a response's value depends on tokens that are none of its own" if leaks else ""
 
 
-def probe(model: Any, start: int) -> list[Block]:
+def probe(model: Any, *, start: int) -> list[Block]:
     """Two prompts whose first `start` tokens are equal, of one and three responses; 8 tokens beyond at most."""
     draw, rows = np.random.default_rng(0), len(unwrapped(model.lm).get_input_embeddings().weight)
     shared, *rest = (draw.integers(0, rows, size=n) for n in (start, 3, 4, 2, 4, 2, 5))
@@ -109,6 +102,7 @@ def _values(model: Any, packed: Packed) -> Tensor:
     return torch.where(packed.valid, last @ mixture, 0.0)
 
 
+@torch.no_grad()
 def _own_values(model: Any, blocks: list[Block]) -> Tensor:
     """What each response gets in a row of its own, with the attention that defines the model, (B, K)."""
     packed = pack(blocks, pad_id=0, share_prompt=False).to(next(model.parameters()).device)
@@ -120,8 +114,8 @@ def _own_values(model: Any, blocks: list[Block]) -> Tensor:
         model.padded = before
 
 
-def leak(model: Any, packed: Packed) -> bool:
-    """Whether the value of a `probe`'s response depends on anything but its prompt and its own tokens.
+def tried(model: Any, packed: Packed) -> tuple[Tensor, bool]:
+    """The values (B, K) of a `probe`, and whether one of them depends on anything but its prompt and its own tokens.
 
     By the gradient with respect to the tokens' embeddings: where nothing is seen it is exactly 0, in every dtype.
     """
@@ -131,10 +125,10 @@ def leak(model: Any, packed: Packed) -> bool:
         found.append(embedded.detach().requires_grad_())
         return found[0]
 
-    b, k = 1, 1  # a response between two others, behind another prompt
     with unwrapped(model.lm).get_input_embeddings().register_forward_hook(keep):
-        value = _values(model, packed)[b, k]
-    (gradient,) = torch.autograd.grad(value, found)
+        values = _values(model, packed)
+    b, k = 1, 1  # a response between two others, behind another prompt
+    (gradient,) = torch.autograd.grad(values[b, k], found)
     seen = (gradient != 0).any(-1).view(packed.input_ids.shape)
     own = packed.segment == k + 1
     allowed = (packed.block == 2) | (packed.block == b) & ((packed.segment == 0) | own)
@@ -142,4 +136,4 @@ def leak(model: Any, packed: Packed) -> bool:
         allowed &= (own & (packed.block == b)).any(1, keepdim=True)
     if hasattr(model, "head"):  # a log-prob, which must not know the token that it is of
         allowed.view(-1)[packed.last[b, k]] = False
-    return bool((seen & ~allowed).any())
+    return values.detach(), bool((seen & ~allowed).any())

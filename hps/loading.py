@@ -114,4 +114,5 @@ def why_not(path: str, error: Exception) -> str:
 def said(error: Exception) -> str:
     """An error of a library on one line, with its kind where the words may not tell what it is."""
     line = " ".join(str(error).split()) or type(error).__name__
+    line = line.split(" Model type should be one of ")[0]  # a hundred names
     return line if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: {line}"
