@@ -14,7 +14,10 @@ from torch import Tensor
 
 from hps import attention, loading
 from hps.model import states, unwrapped
-from hps.packing import MIN_PREFIX, Block, Packed, pack
+from hps.packing import Block, Packed, pack
+
+PROBE_TOKENS = 16  # of a prompt with a response that are compared, at most
+BF16_TOLERANCE = 0.02  # share of a value that rounding to bf16 may move
 
 
 def positions(config: Any) -> float:
@@ -73,11 +76,14 @@ def check(model: Any, *, longest: float = math.inf, share_prompt: bool = True) -
 def _wrong(model: Any, longest: float, *, share_prompt: bool) -> str:
     """What is wrong with a model's values as it is set up, or nothing, on a few tokens, `longest` per row at most."""
     parameter = next(model.parameters())
-    tolerance = 1e-3 if (model.autocast or parameter.dtype) == torch.float32 else 0.5
     try:
-        blocks = probe(model, start=int(max(0, min(MIN_PREFIX, longest - 8))))
+        blocks = probe(model, tokens=int(min(PROBE_TOKENS, longest)))
         values, leaks = tried(model, pack(blocks, pad_id=0, share_prompt=share_prompt).to(parameter.device))
-        apart = float((values - _own_values(model, blocks)).abs().max())
+        own = _own_values(model, blocks)
+        apart = float((values - own).abs().max())
+        # In bf16 what is left to tell are other logits; which tokens are seen needs no tolerance.
+        coarse = (model.autocast or parameter.dtype) != torch.float32
+        tolerance = max(0.5, BF16_TOLERANCE * float(own.abs().max())) if coarse else 1e-3
     except Exception as error:  # whatever its code raises on what it does not know
         return loading.said(error)
     if not apart <= tolerance:  # NaN too
@@ -85,12 +91,12 @@ def _wrong(model: Any, longest: float, *, share_prompt: bool) -> str:
     return "a response's value depends on tokens that are none of its own" if leaks else ""
 
 
-def probe(model: Any, *, start: int) -> list[Block]:
-    """Two prompts whose first `start` tokens are equal, of one and three responses; 8 tokens beyond at most."""
+def probe(model: Any, *, tokens: int) -> list[Block]:
+    """Two prompts, of one and three responses; `tokens` with a response at most."""
     draw, rows = np.random.default_rng(0), len(unwrapped(model.lm).get_input_embeddings().weight)
-    shared, *rest = (draw.integers(0, rows, size=n) for n in (start, 3, 4, 2, 4, 2, 5))
-    one, two = np.append(shared, rest[0]), np.append(shared, rest[2])
-    return [Block(one, (rest[1],)), Block(two, tuple(rest[3:]))]
+    P = max(2, tokens - 5)
+    one, two, *responses = (draw.integers(0, rows, size=n) for n in (P, P - 1, 4, 4, 2, 5))
+    return [Block(one, tuple(responses[:1])), Block(two, tuple(responses[1:]))]
 
 
 def _values(model: Any, packed: Packed) -> Tensor:
@@ -131,7 +137,7 @@ def tried(model: Any, packed: Packed) -> tuple[Tensor, bool]:
     (gradient,) = torch.autograd.grad(values[b, k], found)
     seen = (gradient != 0).any(-1).view(packed.input_ids.shape)
     own = packed.segment == k + 1
-    allowed = (packed.block == 2) | (packed.block == b) & ((packed.segment == 0) | own)
+    allowed = (packed.block == b) & ((packed.segment == 0) | own)
     if packed.causal:  # the prompt stands in each row
         allowed &= (own & (packed.block == b)).any(1, keepdim=True)
     if hasattr(model, "head"):  # a log-prob, which must not know the token that it is of

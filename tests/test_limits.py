@@ -110,7 +110,7 @@ def test_each_architecture_gets_its_own_values(name, caplog):
 def test_layers_that_carry_siblings_along_are_found_in_bf16(name):
     """The leak needs no tolerance: a gradient that should be 0 is not."""
     policy = PolicyModel(random_model(name).bfloat16())
-    packed, plain = (pack(limits.probe(policy, start=9), pad_id=0, share_prompt=share) for share in (True, False))
+    packed, plain = (pack(limits.probe(policy, tokens=16), pad_id=0, share_prompt=share) for share in (True, False))
     assert limits.tried(policy, packed)[1]
     policy.padded = True
     assert not limits.tried(policy, plain)[1]
