@@ -1,61 +1,64 @@
 """Revisions of what stands on the hub, against a copy of it on disk: two commits of a model and of a data set."""
 
 import json
-import os
-import subprocess
-import sys
+import logging
 
 import pytest
+import torch
 from helpers import ROOT, classifier
+from huggingface_hub import constants
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import data_prep
+from hps.adapters import add_lora
+from hps.checkpoint import export
 from hps.data.tokens import load_tokenizer
+from hps.dist import Ranks
+from hps.extra.reward_model import load_reward_model
 from hps.io import hub
+from hps.model import fingerprint, load_causal_lm
 
 FIRST, SECOND = "1" * 40, "2" * 40  # the branch stands at SECOND
 
-SCRIPT = """
-import json, pathlib, sys, torch, data_prep
-from hps.io import hub
-from hps.checkpoint import export
-from hps.dist import Ranks
-from hps.adapters import add_lora
-from hps.model import fingerprint, load_causal_lm
-from hps.extra.reward_model import load_reward_model
-from hps.data.tokens import load_tokenizer
-out, first, second, alone = sys.argv[1:]
-hashes = lambda names, load=load_causal_lm: [fingerprint(load(name, dtype=torch.float32)) for name in names]
-at = ("owner/lm", "owner/lm@" + first, "owner/lm@" + second, "owner/lm@main")
-found = {"lm": hashes(at), "folders": hashes([alone + "/lm1", alone + "/lm2"])}
-found["rm"] = hashes(("owner/rm@" + first, "owner/rm@" + second), load_reward_model)
-found["eos"] = [load_tokenizer(name).eos_token for name in at]
-how = dict(rank=2, alpha=2, targets=["q_proj"], seed=0, revision=hub.resolve(at[1])[1])
-lm = add_lora(load_causal_lm(at[1], dtype=torch.float32), **how)
-one = Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
-export(lm, load_tokenizer(at[1]), pathlib.Path(out) / "adapter", ranks=one, card="")
-found["adapter"] = hashes([out + "/adapter"], lambda name, **how: load_causal_lm(name, merged=True, **how))
-for name in ("", "@main", "@" + first):
-    path = f"hf://datasets/owner/pairs{name}/some/pairs.jsonl"
-    data_prep.main(["import", "--source=hh-rlhf", "--input=" + path, f"--output={out}/rows{name}.jsonl"])
-for name in ("owner/lm@none", "owner/none"):
-    try:
-        load_causal_lm(name, dtype=torch.float32)
-    except ValueError as error:
-        found[name] = str(error)
-for path in ("hf://datasets/owner/pairs@none/some/pairs.jsonl", "hf://datasets/owner/pairs/none", "hf://owner/pairs"):
-    try:
-        data_prep.main(["import", "--source=hh-rlhf", "--input=" + path, f"--output={out}/none.jsonl"])
-    except ValueError as error:
-        found[path] = str(error)
-print(json.dumps(found))
-"""
+
+def hashes(names, load=load_causal_lm, **how) -> list[str]:
+    return [fingerprint(load(str(name), dtype=torch.float32, **how)) for name in names]
+
+
+def refusal(call) -> str:
+    with pytest.raises(ValueError) as refused:
+        call()
+    return str(refused.value)
+
+
+def look(folder) -> dict:
+    """What the commands make of names on the hub, by what they load or say."""
+    at = ("owner/lm", f"owner/lm@{FIRST}", f"owner/lm@{SECOND}", "owner/lm@main")
+    found = {"lm": hashes(at), "folders": hashes([folder / "lm1", folder / "lm2"])}
+    found["rm"] = hashes((f"owner/rm@{FIRST}", f"owner/rm@{SECOND}"), load_reward_model)
+    found["eos"] = [load_tokenizer(name).eos_token for name in at]
+    how = dict(rank=2, alpha=2, targets=["q_proj"], seed=0, revision=hub.resolve(at[1])[1])
+    lm = add_lora(load_causal_lm(at[1], dtype=torch.float32), **how)
+    one = Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
+    export(lm, load_tokenizer(at[1]), folder / "adapter", ranks=one, card="")
+    found["adapter"] = hashes([folder / "adapter"], merged=True)
+
+    def read(name: str, output: str) -> None:
+        data_prep.main(["import", "--source=hh-rlhf", f"--input={name}", f"--output={folder}/{output}.jsonl"])
+
+    for name in ("", "@main", f"@{FIRST}"):
+        read(f"hf://datasets/owner/pairs{name}/some/pairs.jsonl", f"rows{name}")
+    for name in ("owner/lm@none", "owner/none"):
+        found[name] = refusal(lambda name=name: load_causal_lm(name, dtype=torch.float32))
+    for name in ("hf://datasets/owner/pairs@none/some/pairs.jsonl", "hf://datasets/owner/pairs/none",
+                 "hf://owner/pairs"):  # fmt: skip
+        found[name] = refusal(lambda name=name: read(name, "none"))
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tiny_world, tmp_path_factory):
-    """What SCRIPT saw, its log and its folder."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    """What `look` saw, what the log said, and the folder."""
     folder = tmp_path_factory.mktemp("hub")
     tokenizer = load_tokenizer(str(tiny_world / "model"))
     rows = (ROOT / "tests/fixtures/hh-rlhf.jsonl").read_text().splitlines(keepends=True)
@@ -68,7 +71,6 @@ def found(tiny_world, tmp_path_factory):
             snapshot.mkdir(parents=True)
             if name == "lm":
                 shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
-                torch.manual_seed(number)
                 for place in (snapshot, folder / f"lm{number}"):
                     torch.manual_seed(number)
                     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(place)
@@ -80,11 +82,16 @@ def found(tiny_world, tmp_path_factory):
             else:
                 (snapshot / "some").mkdir()
                 (snapshot / "some/pairs.jsonl").write_text("".join(rows[:number]))
-    environment = os.environ | {"HF_HUB_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-c", SCRIPT, str(folder), FIRST, SECOND, str(folder)]
-    done = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr, folder
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log = logging.getLogger("hps.io.hub")
+    log.addHandler(handler)
+    hub._commit_of.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        yield look(folder), said, folder
+    log.removeHandler(handler)
+    hub._commit_of.cache_clear()
 
 
 def test_a_model_is_that_of_its_revision(found):
@@ -105,10 +112,11 @@ def test_an_adapter_pins_its_base(found):
 
 
 def test_a_branch_is_told_with_its_commit(found):
-    _, log, _ = found
-    told = [line for line in log.splitlines() if "may change on the hub" in line]
+    _, said, _ = found
+    told = [line for line in said if "may change on the hub" in line]
     assert [line.split()[0] for line in told] == ["owner/lm@main"]  # once, though named twice
     assert all(f"owner/lm@{SECOND}" in line for line in told)
+    assert hub.resolve("owner/lm") == hub.resolve("owner/lm@main") == ("owner/lm", SECOND)
 
 
 def test_a_data_set_is_read_and_its_commit_recorded(found):
