@@ -99,6 +99,7 @@ class Doctor:
     model: str  # its tokenizer counts the tokens
     max_length: int = 2048  # tokens of prompt and response together
     truncate: str = "drop"  # beyond max_length: drop (and count) the response, error, or keep_end of the prompt
+    test: str = ""  # list-wise JSON Lines whose prompts should not be among these
     template_options: str = ""  # NAME=VALUE,... of the chat template: enable_thinking=false, date=2026-01-31
     json: bool = False  # print JSON for machines instead of a page
 
@@ -220,7 +221,8 @@ def diagnose(c: Doctor) -> None:
     rows = listwise.read(c.input)
     tokenizer = tokens.load_tokenizer(c.model, c.template_options)
     examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, truncate=c.truncate)
-    found = doctor.diagnose(rows, examples, counts, tokenizer=tokenizer)
+    counts["samples_encoded_otherwise"] = generate.encoded_otherwise(c.input)
+    found = doctor.diagnose(rows, examples, counts, tokenizer=tokenizer, test=listwise.read(c.test) if c.test else ())
     print(json.dumps(found, indent=1) if c.json else doctor.format_report(found))
     if found["errors"]:
         sys.exit(1)

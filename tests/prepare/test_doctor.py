@@ -1,26 +1,30 @@
 """The data report against numbers worked out by hand."""
 
+import hashlib
+import itertools
 import json
 
 import numpy as np
 import pytest
 from helpers import byte_tokenizer
-from scipy.stats import entropy
-from tokenizers import Tokenizer, models, pre_tokenizers
+from scipy.stats import entropy, spearmanr
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import data_prep
 from hps.data.listwise import write
 from hps.data.rows import Row
 from hps.data.tokens import COUNTS, Example, tokenize_rows
-from hps.prepare.doctor import diagnose, format_report
+from hps.io import files
+from hps.prepare.doctor import cut_off, diagnose, format_report
 
 
-def case(responses, rewards=None, chosen=None, rejected=None, prompt="why"):
+def case(responses, rewards=None, chosen=None, rejected=None, prompt="why", **others):
     """A row and its example with one token a character, end token 0."""
-    row = Row("a", prompt, tuple(responses), rewards and tuple(rewards), chosen, rejected)
+    id = str(next(NUMBERS))
+    row = Row(id, prompt, tuple(responses), rewards and tuple(rewards), chosen, rejected, others=others)
     example = Example(
-        id="a",
+        id=id,
         prompt_ids=np.ones(len(prompt), np.int32),
         response_ids=tuple(np.array([*map(ord, text), 0], np.int32) for text in responses),
         rewards=None if rewards is None else np.array(rewards, np.float64),
@@ -31,6 +35,9 @@ def case(responses, rewards=None, chosen=None, rejected=None, prompt="why"):
         where="f:1",
     )
     return row, example
+
+
+NUMBERS = itertools.count()
 
 
 def report_of(*cases, **more):
@@ -48,24 +55,25 @@ MIXED = [
 
 def test_counts_by_hand():
     report = report_of(*MIXED)
-    assert report["responses_per_prompt"] == {"min": 2, "median": 3, "max": 5}
-    assert report["response_tokens"] == {"min": 2, "median": 2, "max": 4}
-    assert report["prompt_tokens"] == {"min": 3, "median": 3, "max": 3}
-    assert (report["rows"], report["examples"], report["duplicates"]) == (3, 3, 2)
-    assert (report["human_pairs"], report["human_pairs_identical"]) == (3, 0)
-    rewards = report["rewards"]
-    assert rewards["spread"] == {"min": 0, "median": 1, "max": 2}
-    assert rewards["negatives"] == {"min": 0, "median": 1, "max": 2} and rewards["mean_negatives"] == 1.5
-    assert (rewards["rows_with_top_tie"], rewards["copies_of_best"]) == (3, 1)
-    assert rewards["rows_no_dispreferred"] == 1
-    assert (rewards["human_pairs"], rewards["human_pairs_reversed"]) == (3, 1)
+    ranges, counts = report["ranges"], report["counts"]
+    assert ranges["responses per prompt"] == {"min": 2, "median": 3, "max": 5}
+    assert ranges["tokens of a response, end token included"] == {"min": 2, "median": 2, "max": 4}
+    assert ranges["tokens of a prompt"] == {"min": 3, "median": 3, "max": 3}
+    assert (report["rows"], report["examples"], counts["copies_of_other_responses"]) == (3, 3, 2)
+    assert (counts["human_pairs"], counts["human_pairs_identical"]) == (3, 0)
+    assert ranges["best reward minus worst"] == {"min": 0, "median": 1, "max": 2}
+    assert ranges["dispreferred responses per prompt"] == {"min": 0, "median": 1, "max": 2}
+    assert report["gammas"][0]["negatives"] == 1.5
+    assert (counts["rows_with_top_tie"], counts["copies_of_best"]) == (3, 1)
+    assert counts["rows_no_dispreferred"] == 1
+    assert (counts["human_pairs_with_rewards"], counts["human_pairs_reversed"]) == (3, 1)
     assert report["errors"] == []
     assert json.loads(json.dumps(report)) == report
 
 
 def test_weights_of_the_negatives():
     gammas = (-5.0, -1.0, 0.0, 3.0)
-    weights = {(w["reward_norm"], w["gamma"]): w for w in report_of(*MIXED, gammas=gammas)["rewards"]["gammas"]}
+    weights = {(w["reward_norm"], w["gamma"]): w for w in report_of(*MIXED, gammas=gammas)["gammas"]}
     first = np.array([1.0, 2.0])  # below 3.0, without the copy at 2.5; the second row has one negative
     for norm, std in (("none", 1.0), ("zscore", np.std([3.0, 1.0, 2.5, 3.0, 2.0]))):
         for gamma in gammas:
@@ -73,7 +81,7 @@ def test_weights_of_the_negatives():
             found = weights[norm, gamma]
             assert found["effective_negatives"] == pytest.approx((np.exp(entropy(q)) + 1) / 2)
             assert found["top_mass"] == pytest.approx((q.max() + 1) / 2)
-    [large, _] = report_of(case("abc", [1e4, -1e4, 0.0]), gammas=(5,))["rewards"]["gammas"]
+    [large, _] = report_of(case("abc", [1e4, -1e4, 0.0]), gammas=(5,))["gammas"]
     assert (large["effective_negatives"], large["top_mass"]) == (1.0, 1.0)  # finite
 
 
@@ -99,7 +107,7 @@ def test_every_other_advice():
         )["advice"]
     )
     for part in (
-        "25.0% of the responses do not fit: raise --max_length",
+        "2 responses (25.0%) do not fit: raise --max_length",
         "4 prompts lose their beginning: raise --max_length",
         "3 rows lost a response of their human pair",
         "1 human pairs hold equal responses",
@@ -115,7 +123,7 @@ NO_REWARDS = "no rewards: for -human methods and --loss reward; others need data
 
 def test_errors_and_pairs_alone_which_are_none():
     report = report_of(case("ab", chosen=1, rejected=0))
-    assert report["rewards"] is None and report["errors"] == [] and report["advice"] == [NO_REWARDS]
+    assert report["gammas"] == report["errors"] == [] and report["advice"] == [NO_REWARDS]
     for cases, error in (
         ([], "no row can be trained on: no rewards"),
         ([case("ab", [1.0, 1.0])], "no row can be trained on: the rewards tell no two responses apart"),
@@ -125,21 +133,104 @@ def test_errors_and_pairs_alone_which_are_none():
     ):
         [message] = report_of(*cases)["errors"]
         assert error in message
-        assert f"  - {message}" in format_report(report_of(*cases)).partition("errors:")[2]
+        assert f"  - {message}" in format_report(report_of(*cases)).partition("errors:")[2].partition("advice:")[0]
 
 
 def test_the_page():
+    """Errors and advice come first, counts of nothing are left out, and a screen holds it."""
     report = report_of(*MIXED, counts={"rows_read": 12345, "responses_empty": 7})
-    lines = [line.split() for line in format_report(report).splitlines()]
+    page = format_report(report)
+    lines = [line.split() for line in page.splitlines()]
+    assert page.index("errors:") < page.index("advice:") < page.index("responses per prompt") and len(lines) < 40
     assert ["responses", "per", "prompt", "2", "3", "5"] in lines
     assert ["best", "reward", "minus", "worst", "0", "1", "2"] in lines
     assert ["rows", "read", "12,345"] in lines and ["responses", "empty", "7"] in lines
-    assert ["copies", "of", "the", "best", "response", "1"] in lines
-    assert ["human", "pairs", "that", "the", "rewards", "reverse", "1"] in lines
-    assert [line[:2] for line in lines].count(["zscore", "-5"]) == 1
-    assert lines[-2:] == [["errors:"], ["-", "none"]]
+    assert ["copies", "of", "best", "1"] in lines and "human pairs identical" not in page
+    assert ["human", "pairs", "reversed", "1"] in lines
+    assert [line[:3] for line in lines].count(["gamma", "=", "-5"]) == 1
     bare = format_report(report_of(case("ab", chosen=0, rejected=1)))
-    assert "gamma" not in bare and "rewards reverse" not in bare
+    assert "gamma" not in bare and "reversed" not in bare
+
+
+# -- what may win instead of quality --
+
+
+def advice(part, *cases, **more):
+    """The one line of advice with these words in it, or nothing."""
+    return [line for line in report_of(*cases, **more)["advice"] if part in line]
+
+
+def test_rewards_and_lengths_as_scipy_has_them():
+    """The mean of Spearman's correlation within prompts; equal rewards or lengths say nothing, ties share a rank."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, (60, 6))
+    rewards = rng.normal(size=(60, 6)).round(1) + 0.2 * lengths
+    lengths[0], rewards[1] = 3, 0.5
+    rows = [case(["x" * n for n in lengths[i]], rewards[i].tolist()) for i in range(60)]
+    found = report_of(*rows)
+    assert found["reward_length_correlation"] == pytest.approx(
+        np.mean([spearmanr(rewards[i], lengths[i]).statistic for i in range(2, 60)])
+    )
+    best = rewards.argmax(1)
+    shares = []
+    for of, k in zip(lengths.tolist(), best, strict=True):
+        shares.append(np.mean([(of[k] > n) + 0.5 * (of[k] == n) for n in of[:k] + of[k + 1 :]]))
+    assert found["best_longer"] == pytest.approx(np.mean(shares))
+    assert "of its rivals, reward and length correlate by 0." in found["advice"][-1]
+
+
+def test_lengths_of_human_pairs():
+    """Three of four chosen are longer than the rejected one, beside which other responses do not count; of four prompts
+    that is chance."""
+    longer, shorter = (case(["aaa", "b", "ccccc"], chosen=k, rejected=1 - k) for k in (0, 1))
+    found = report_of(*[longer, longer, longer, shorter] * 5)
+    assert found["best_longer"] == 0.75 and found["reward_length_correlation"] is None
+    assert "longer than 75% of its rivals: if length is no quality, train with --length_penalty" in found["advice"][-2]
+    assert not advice("longer", *[longer, shorter] * 10) and not advice("longer", longer, longer, longer, shorter)
+
+
+def test_what_wins_many_prompts_is_named():
+    """A text that games the judge is best in two prompts of three; chance would have it in a fifth of them."""
+    fair = [([f"{c}{i}" for c in "abcde"], [5.0 * (c == i % 5) + c / 10 for c in range(5)]) for i in range(30)]
+    assert not advice("one ", *(case(y, r) for y, r in fair))
+    gamed = [case([*y[1:], "Say\nthat I win"], [*r[1:], 9.0 * (i % 3 > 0)]) for i, (y, r) in enumerate(fair)]
+    winner = report_of(*gamed)["winners"]["text"]
+    assert winner == {"name": "Say that I win", "wins": 20, "by_chance": pytest.approx(6), "prompts": 30}
+    [line] = advice("one ", *gamed)
+    assert line.startswith("one text is the best of 67% of the prompts (20% by chance): 'Say that I win'; look")
+    for at, rows in (
+        ("beginning", [case([*y, f"I am sure, it is {i}"], [*r, 9.0 * (i % 3 == 0)]) for i, (y, r) in enumerate(fair)]),
+        ("source", [case(y, r[1:] + r[:1], models=[*"ABCD", "Z"]) for y, r in fair[4::5]]),
+    ):
+        [line] = advice("one ", *rows)
+        assert line.startswith(f"one {at} is the best of"), line
+    half = [case(["no", f"yes {i}"], chosen=0, rejected=1) for i in range(30)]  # what always wins of two does so twice
+    assert advice("one text is the best of 100% of the prompts (50% by chance): 'no'", *half)
+
+
+def test_texts_that_tell_of_a_fault():
+    """Prompts in their answers, answers that stop, texts of several prompts, and test prompts: each with its share."""
+    ask = "Question: name a planet.\nAnswer:"
+    said = [
+        case([f"{ask} Mars", "Mars"], [1.0, 0.0], prompt=ask),
+        case(["a", "b"], [1.0, 0.0], prompt="Name a number."),
+    ]
+    assert advice("25.0% of the responses begin with their prompt", *said, counts={"responses_kept": 4})
+    assert not advice("begin with", *said, counts={"responses_kept": 400})
+    whole = "One two three four five six seven eight."
+    for text, stops in (
+        (whole, False), (whole[:-1], True), (f"{whole}\n* {whole[:-1]},", True), ("Yes", False), ("", False),
+        (f"{whole}\n1. Mars", False), ("```py\nx = (", True), ("```py\nx = 1\n```", False), (f"{whole} :)", False),
+    ):  # fmt: skip
+        assert cut_off(text) is stops, text
+    rows = [case([whole, whole[:-1]], [1.0, 0.0], prompt=str(i)) for i in range(3)]
+    assert advice("50.0% of the responses stop inside a sentence", *rows, counts={"responses_kept": 6})
+    assert advice("100.0% of the responses stand under another prompt too", *rows, counts={"responses_kept": 6})
+    again = [case([whole, whole[:-1]], [1.0, 0.0]) for i in range(3)]  # the same prompt
+    assert not advice("another prompt", *again, counts={"responses_kept": 6})
+    test = [Row("t", "NAME  a number.", ()), Row("u", "another", ())]
+    assert advice("1 of the test prompts (50.0%) are in this file too", *said, test=test)
+    assert not advice("test prompts", *said, test=test[1:])
 
 
 # -- with a tokenizer: where texts meet, and the limit --
@@ -158,13 +249,21 @@ def test_where_texts_meet():
         assert ([*ids, *tokenizer(first).input_ids[1:]] != whole) is merged
     examples, counts = tokenize_rows(tokenizer, rows, max_length=99)
     report = diagnose(rows, examples, counts, tokenizer=tokenizer)
-    expected = {"prompts_with_bos": 2, "responses_with_one_eos": 4, "looked_at": 2, "merges": 1}
-    assert report["joints"] == expected | {"changed": 0, "differs": ""}
-    lines = [line.split() for line in format_report(report).splitlines()]
-    assert ["prompts", "that", "begin", "with", "BOS", "2"] in lines
-    assert ["responses", "that", "end", "in", "EOS,", "the", "only", "one", "4"] in lines
-    assert ["merges", "with", "the", "prompt,", "in", "2", "rows", "1"] in lines
+    expected = {"prompts_with_bos": 2, "rows_looked_at": 2, "responses_looked_at": 4, "merges_with_the_prompt": 1}
+    assert expected.items() <= report["counts"].items() and report["template"] == ""
+    assert report["counts"]["responses_decoded_otherwise"] == 0
+    assert ["merges", "with", "the", "prompt", "1"] in [line.split() for line in format_report(report).splitlines()]
     assert json.loads(json.dumps(report)) == report
+
+
+def test_a_text_that_its_tokens_do_not_give_back():
+    """A tokenizer that makes letters small: a policy can write none of these."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    rows = [Row("a", "why", ("Yes", "no"), (1.0, 0.0), where="f:1")]
+    report = diagnose(rows, *tokenize_rows(tokenizer, rows, max_length=99), tokenizer=tokenizer)
+    assert report["counts"]["responses_decoded_otherwise"] == 1
+    assert "50.0% of the responses are not what their tokens decode to" in report["advice"][0]
 
 
 def test_a_template_that_ends_answers_otherwise_is_told():
@@ -177,7 +276,10 @@ def test_a_template_that_ends_answers_otherwise_is_told():
     for end, told in (("</s> ", ""), ("<|tool|>", ends.format("<|tool|>")), ("", ends.format(""))):
         tokenizer = byte_tokenizer(chat_template=ANSWERED.replace("END", end))
         report = diagnose(rows, *tokenize_rows(tokenizer, rows, max_length=99), tokenizer=tokenizer)
-        assert report["advice"] == [told + trained] * bool(told) + [NO_REWARDS] and report["joints"]["merges"] == 0
+        assert (
+            report["advice"] == [told + trained] * bool(told) + [NO_REWARDS]
+            and report["counts"]["merges_with_the_prompt"] == 0
+        )
     thinks = ANSWERED.replace("END", "</s>").replace(begins, begins.replace("{%", "<think>{%"))
     before = ANSWERED.replace("END", "</s>").replace(
         "]:{{ m.content }}{% if", "]:{% if loop.last and m.role == 'assistant' %}<think>{% endif %}{{ m.content }}{% if"
@@ -211,18 +313,35 @@ def test_the_limit_and_what_becomes_of_longer_rows(words, tmp_path, capsys):
     """Six tokens of prompt; responses of two and four with EOS; five tokens in all."""
     path = tmp_path / "x.jsonl"
     write(path, [Row("a", "a b c d e f", ("x", "x y x"), (1.0, 0.0)), Row("b", "a", ("x", "y"), (1.0, 0.0))])
-    whole = run(words, path, capsys)
-    assert whole["prompt_tokens"] == {"min": 1, "median": 3.5, "max": 6} and whole["counts"]["prompts_cut"] == 0
-    assert whole["response_tokens"] == {"min": 2, "median": 2, "max": 4} and whole["advice"] == []
+    whole, prompts = run(words, path, capsys), "tokens of a prompt"
+    assert whole["ranges"][prompts] == {"min": 1, "median": 3.5, "max": 6} and whole["counts"]["prompts_cut"] == 0
+    assert whole["ranges"]["tokens of a response, end token included"] == {"min": 2, "median": 2, "max": 4}
     dropped = run(words, path, capsys, "--max_length=5")
-    assert (dropped["examples"], dropped["counts"]["responses_overlong"], dropped["prompt_tokens"]["max"]) == (1, 2, 1)
+    assert (dropped["examples"], dropped["counts"]["responses_overlong"]) == (1, 2)
+    assert dropped["ranges"][prompts]["max"] == 1
     cut = run(words, path, capsys, "--max_length=5", "--truncate=keep_end")
     # Two tokens of the prompt are kept at the least: the longer response does not fit, three go beside the shorter.
-    assert (cut["examples"], cut["counts"]["responses_overlong"], cut["prompt_tokens"]["max"]) == (2, 1, 3)
-    assert cut["counts"]["prompts_cut"] == 1 and "1 prompts lose their beginning" in cut["advice"][1]
+    assert (cut["examples"], cut["counts"]["responses_overlong"], cut["ranges"][prompts]["max"]) == (2, 1, 3)
+    assert cut["counts"]["prompts_cut"] == 1 and "1 prompts lose their beginning" in "".join(cut["advice"])
     with pytest.raises(ValueError, match=r"x.jsonl:1: prompt of 6 tokens \+ responses\[0\] of 2 tokens > max_length"):
         run(words, path, capsys, "--max_length=5", "--truncate=error")
     write(path, [Row("a", "a", ("x", "y"), (1.0, 1.0))])
     with pytest.raises(SystemExit) as ended:
         run(words, path, capsys)
     assert ended.value.code == 1
+
+
+def test_files_that_doctor_looks_up(words, tmp_path, capsys):
+    """Prompts of a test file; and what the manifest of generated samples, or of their annotation, says of them."""
+    drawn, path, test = (tmp_path / f"{name}.jsonl" for name in ("drawn", "x", "test"))
+    write(path, [Row(id, id, ("x", "y"), (1.0, 0.0)) for id in "ab"])
+    write(test, [Row("t", "a", ()), Row("u", "c", ())])
+    about = {"output": {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
+    for name, facts in (
+        (drawn, {"command": "generate", "counts": {"encoded_otherwise": 3}}),
+        (path, {"command": "annotate", "input": {"path": str(drawn)}, "counts": {"rows": 2}}),
+    ):
+        files.write_record(tmp_path / f"{name}.manifest.json", facts | about)
+    found = run(words, path, capsys, f"--test={test}")
+    assert found["counts"]["test_prompts_in_training"] == 1 and found["counts"]["samples_encoded_otherwise"] == 3
+    assert "1 of the test prompts (50.0%)" in found["advice"][0] and "3 generated responses" in found["advice"][2]
