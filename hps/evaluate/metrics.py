@@ -197,7 +197,7 @@ def adjust(items: Sequence[dict[str, Any]]) -> None:
             item["p_holm"] = adjusted
 
 
-def item(triple: tuple[float, float, float]) -> dict[str, float | None]:
+def item(triple: tuple[float, float, float]) -> dict[str, Any]:
     """{"mean", "low", "high"} for JSON, which knows no infinity: without an interval, low and high are None."""
     return {
         name: float(value) if np.isfinite(value) else None

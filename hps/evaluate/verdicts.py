@@ -119,7 +119,7 @@ def compare(a: Floats, b: Floats, longer: Floats | None = None, *, unit: str) ->
     return result
 
 
-def length_controlled(difference: Floats, longer: Floats) -> dict[str, float | None]:
+def length_controlled(difference: Floats, longer: Floats) -> dict[str, Any]:
     """a - b at equal length: intercept of the least-squares line of score difference on length difference (OURS).
 
     [low, high] is its 95 % interval over prompts by Student's t; `per_100_words` is the slope: the points that go with
@@ -137,7 +137,7 @@ def length_controlled(difference: Floats, longer: Floats) -> dict[str, float | N
     return found | {"per_100_words": 100 * float(line.slope)}
 
 
-def interval(values: Floats, unit: str) -> dict[str, Any] | None:
+def interval(values: Floats, unit: str) -> Any:
     """Mean, 95 % interval and number of (responses or raters, prompts) values, nan where missing; None without any.
 
     Raters and prompts are crossed: the variance of the mean is that of raters' sums plus that of prompts' sums less

@@ -70,7 +70,7 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
         if results["suite"] not in claim.suites or not claim.rows <= rows.keys():
             continue
         numbers = [] if claim.reason else measure(claim, rows, differences)
-        found = {"claim": claim.text, "paper": claim.paper, "table": TABLES[claim.metric in OURS]}
+        found: dict[str, Any] = {"claim": claim.text, "paper": claim.paper, "table": TABLES[claim.metric in OURS]}
         if numbers:
             found |= {"kind": claim.kind, "metric": claim.metric, **item(world_interval(numbers)), "values": numbers}
             found |= {"p": world_p(numbers, claim.bound), "right": claim.sign * (found["mean"] - claim.bound) > 0}
@@ -83,8 +83,10 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def decide(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The claims with their verdicts, those by the paper's metrics first; of several suites each claim stands once."""
-    items = sorted({found["claim"]: found for found in items}.values(), key=lambda found: TABLES.index(found["table"]))
+    """The claims with their verdicts, those by the paper's metrics first; of several suites each claim stands once, as
+    it was measured."""
+    once = {found["claim"]: found for found in sorted(items, key=lambda found: "p" in found)}
+    items = sorted(once.values(), key=lambda found: TABLES.index(found["table"]))
     measured = [found for found in items if "p" in found]
     adjust(measured)
     for found in measured:
@@ -96,6 +98,7 @@ def decide(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def measure(claim: Claim, rows: dict[str, Any], differences: dict[tuple[str, ...], Any]) -> list[float]:
     """What decides the claim, one number per world; none where a row or a comparison is missing."""
+    sides: list[Any]
     if claim.kind == "difference":
         sides = [differences.get((*pair, claim.metric)) for pair in claim.pairs]
     else:

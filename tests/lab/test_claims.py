@@ -85,6 +85,21 @@ def test_one_world_decides_nothing_and_holm_is_by_metric():
     assert [(found[x]["verdict"], found[x]["after_holm"]) for x in (MARGIN, WORST)] == [(HOLDS, HOLDS)] * 2
 
 
+def test_a_claim_of_two_suites_counts_once():
+    """As it was measured, whichever suite did; adjusted for what both measure, the paper's metrics first."""
+    rows, other = TWO | {"DPO-PL-8": {}}, MARGIN.replace("BT", "PL-8")
+    bt, pl = (("DPO-HPS", b, "rm_dpo", three(0.02, 1)) for b in ("DPO-BT", "DPO-PL-8"))
+    harm = ("DPO-HPS", "DPO-BT", "harm", three(1, 2))
+    both = [results("headline", rows=rows, comparisons=[bt, harm]), results("methods", rows=rows, comparisons=[pl])]
+    merged = claims.decide([item for found in both for item in claims.judge(found)])
+    by_text = {item["claim"]: item for item in merged}
+    assert len(by_text) == len(merged)
+    assert [(by_text[x]["verdict"], by_text[x]["after_holm"]) for x in (MARGIN, other)] == [(HOLDS, OPEN)] * 2
+    assert by_text[HARM]["verdict"] == NOT
+    tables = [claims.TABLES.index(item["table"]) for item in merged]
+    assert tables == sorted(tables) and set(tables) == {0, 1}
+
+
 def test_what_is_not_there_is_left_out_or_said():
     found = judged(results("methods", rows=TWO, comparisons=[("DPO-BT", "DPO-HPS", "rm_dpo", [1, 0.5, 2])]))
     assert not any("PL-8" in text or "EXO" in text for text in found)  # no such rows
