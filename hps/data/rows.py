@@ -18,7 +18,7 @@ import json
 import lzma
 import reprlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -172,12 +172,18 @@ def _finite(value: object, name: str) -> float:
     return float(value)  # pyright: ignore[reportArgumentType]
 
 
+def only(row: Row, kept: Sequence[int]) -> Row:
+    """The row with some of its responses; its human pair goes where a part of it does."""
+    pair = [kept.index(k) if k in kept else None for k in (row.chosen, row.rejected)]
+    if pair.count(None) > (row.chosen, row.rejected).count(None):
+        pair = [None, None]
+    texts, rewards = (values and tuple(values[k] for k in kept) for values in (row.responses, row.rewards))
+    return replace(row, responses=texts, rewards=rewards, chosen=pair[0], rejected=pair[1])
+
+
 def first_responses(row: Row, n: int) -> Row:
-    """The row with its first n responses only; its human pair goes where a part of it does."""
-    pair = (row.chosen, row.rejected)
-    pair = pair if all(k is None or k < n for k in pair) else (None, None)
-    rewards = None if row.rewards is None else row.rewards[:n]
-    return replace(row, responses=row.responses[:n], rewards=rewards, chosen=pair[0], rejected=pair[1])
+    """The row with its first n responses."""
+    return only(row, range(min(n, len(row.responses))))
 
 
 def stream(path: str | Path) -> Iterator[Row]:

@@ -9,7 +9,6 @@ conversation; the reference answers that one as well.
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     config.check_choices(c, dtype=model.DTYPES)
     names = {"policy": c.model} | ({"reference": c.reference} if c.reference else {})
     speakers = {name: load(path, c.dtype, c.template_options) for name, path in names.items()}
-    how = {"max_new_tokens": c.max_new_tokens, "temperature": c.temperature, "seed": c.seed}
+    how = dict(max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed, n=1, progress=False)
     history: Prompt = ()
     while True:
         try:
@@ -57,10 +56,10 @@ def main(argv: list[str] | None = None) -> None:
             asked = (*history, *said(line))
             turn = f"turn {len(asked) // 2 + 1}"  # which gives the random stream of its answers
             try:
-                found = {
-                    name: answers(lm, tokenizer, {turn: tokens.encode_prompt(tokenizer, asked)}, **how)[turn]
-                    for name, (lm, tokenizer) in speakers.items()
-                }
+                found = {}
+                for name, (lm, tokenizer) in speakers.items():
+                    prompts = [(turn, tokens.encode_prompt(tokenizer, asked))]
+                    [(_, [found[name]])] = generate.answer(lm, tokenizer, prompts, counts=Counter(), **how)
             except ValueError as error:
                 print(f"error: {error}\nThat was not added to the conversation; /reset begins a new one.")
                 continue
@@ -84,12 +83,6 @@ def load(path: str, dtype: str, options: str = "") -> tuple[Any, Any]:
 def said(text: str) -> tuple[dict[str, str]]:
     """One turn of the user's."""
     return ({"role": "user", "content": text},)
-
-
-def answers(lm: Any, tokenizer: Any, prompts: dict[str, Sequence[int]], **how: Any) -> dict[str, str]:
-    """What a model says to prompts of token ids, each by the random stream of its name; `how`: see generate.answer."""
-    found = generate.answer(lm, tokenizer, list(prompts.items()), n=1, counts=Counter(), progress=False, **how)
-    return {name: text for name, [text] in found}
 
 
 def wrapped(text: str, width: int) -> list[str]:

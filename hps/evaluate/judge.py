@@ -33,6 +33,7 @@ from hps.evaluate import chat, verdicts
 from hps.evaluate.endpoint import Endpoint, Reply
 from hps.evaluate.verdicts import CRITERIA
 from hps.io import files
+from hps.prepare import generate
 
 FORM = "{" + ", ".join(f'"{name}": <number>' for name in CRITERIA) + "}"
 QUESTION = """\
@@ -263,10 +264,9 @@ def local_judge(c: Options) -> Judge:
                 yield key, Reply(None, problem=f"the question cannot be asked: {problem}")
             else:
                 fitting.append((key, ids))
-        for start in range(0, len(fitting), c.batch_size):
-            batch = dict(fitting[start : start + c.batch_size])
-            found = chat.answers(lm, tokenizer, batch, max_new_tokens=c.max_tokens, temperature=0.0, seed=0)
-            yield from ((key, Reply(text, c.model)) for key, text in found.items())
+        how = dict(n=1, max_new_tokens=c.max_tokens, temperature=0.0, seed=0, max_rows=c.batch_size)
+        found = generate.answer(lm, tokenizer, fitting, counts=Counter(), progress=False, **how) if fitting else ()
+        yield from ((key, Reply(text, c.model)) for key, [text] in found)
 
     weights = {"weights": model.fingerprint(lm), "tokenizer": tokens.fingerprint(tokenizer)}
     return Judge({"model": c.model, **weights, "dtype": c.dtype}, ask)

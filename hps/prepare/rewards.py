@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hps import samplers
 from hps.data import tokens
-from hps.data.rows import Row
+from hps.data.rows import Row, only
 from hps.packing import Block
 
 Prompt = str | list[dict[str, str]]
@@ -112,13 +112,9 @@ def encode_answered(encoder: tokens.Encoder, prompt: tokens.Prompt, texts: Seque
 
 
 def scored(row: Row, rewards: Rewards) -> Row:
-    """The row with its rewards, without the responses that have none; its human pair goes where a part of it does."""
-    kept = [k for k, reward in enumerate(rewards) if reward is not None]
-    pair = [kept.index(k) if k in kept else None for k in (row.chosen, row.rejected)]
-    if pair.count(None) > (row.chosen, row.rejected).count(None):
-        pair = [None, None]
-    texts, found = (tuple(of[k] for k in kept) for of in (row.responses, rewards))
-    return replace(row, responses=texts, rewards=found, chosen=pair[0], rejected=pair[1])
+    """The row with its rewards, without the responses that have none."""
+    whole = replace(row, rewards=tuple(reward or 0.0 for reward in rewards))
+    return only(whole, [k for k, reward in enumerate(rewards) if reward is not None])
 
 
 def _finite(rewards: Iterable[float]) -> Rewards:

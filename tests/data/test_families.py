@@ -275,7 +275,7 @@ def test_what_is_said_is_read_or_refused(family):
     tokenizer = bytes_alone(template, eos)
     if "strftime_now" in template:
         tokenizer.chat_template = fix(template, "date=2021-03-02", path=family)
-    marks = set(tokenizer.convert_tokens_to_ids(SPECIAL.split()))
+    marks = set(tokenizer.convert_tokens_to_ids(SPECIAL.split() + ["<im>"] * ("<im>" in template)))
     [asked], said = CONVERSATIONS["a question"], {"role": "assistant", "content": ANSWER}
     head, answered = by_jinja(template, eos, [asked]), by_jinja(template, eos, [asked, said])
     before = answered[len(head) :].partition(ANSWER.split("\n")[0])[0] if answered.startswith(head) else ""
@@ -315,3 +315,5 @@ def test_what_is_said_is_read_or_refused(family):
     report = diagnose(rows, examples, {}, tokenizer=tokenizer)["joints"]
     assert report["changed"] == 0
     assert bool(report["differs"]) is not answered.startswith(head + before + ANSWER + eos)
+    changes = answered.startswith(head + before) and ANSWER not in answered and ANSWER.split("\n")[0] in answered
+    assert (report["differs"] == "changes what an answer says") is changes
