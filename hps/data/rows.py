@@ -174,16 +174,10 @@ def _finite(value: object, name: str) -> float:
 
 def only(row: Row, kept: Sequence[int]) -> Row:
     """The row with some of its responses; its human pair goes where a part of it does."""
-    pair = [kept.index(k) if k in kept else None for k in (row.chosen, row.rejected)]
-    if pair.count(None) > (row.chosen, row.rejected).count(None):
-        pair = [None, None]
+    lost = any(k is not None and k not in kept for k in (row.chosen, row.rejected))
+    chosen, rejected = (None if k is None or lost else kept.index(k) for k in (row.chosen, row.rejected))
     texts, rewards = (values and tuple(values[k] for k in kept) for values in (row.responses, row.rewards))
-    return replace(row, responses=texts, rewards=rewards, chosen=pair[0], rejected=pair[1])
-
-
-def first_responses(row: Row, n: int) -> Row:
-    """The row with its first n responses."""
-    return only(row, range(min(n, len(row.responses))))
+    return replace(row, responses=texts, rewards=rewards, chosen=chosen, rejected=rejected)
 
 
 def stream(path: str | Path) -> Iterator[Row]:

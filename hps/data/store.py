@@ -168,7 +168,7 @@ def open_store(
             for row in rows.stream(data):
                 if need_rewards and row.rewards is None:
                     raise _without_rewards(row.id, row.where)
-                yield rows.first_responses(row, candidates) if candidates else row
+                yield rows.only(row, range(len(row.responses))[: candidates or None])
             if files.sha256(data) != identity["data"]:
                 raise ValueError(f"{data}: changed while it was read; start again")
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from hps import config, limits, model
 from hps.data import listwise, tokens
-from hps.data.rows import Prompt, Row, first_responses, read_lines
+from hps.data.rows import Prompt, Row, only, read_lines
 from hps.evaluate import chat, verdicts
 from hps.evaluate.endpoint import Endpoint, Reply
 from hps.evaluate.verdicts import CRITERIA
@@ -185,8 +185,8 @@ def read_samples(c: Options) -> tuple[dict[str, list[Row]], list[str]]:
             raise ValueError(f"{row.where}: another number of responses than {like.where}")
     if not kept:
         raise ValueError("no prompt has responses of all methods")
-    most = c.responses or sys.maxsize
-    chosen = {name: [first_responses(rows[id], most) for id in kept] for name, rows in samples.items()}
+    some = {id: range(len(first[id].responses))[: c.responses or None] for id in kept}
+    chosen = {name: [only(rows[id], some[id]) for id in kept] for name, rows in samples.items()}
     return chosen, sorted(first.keys() - set(kept))
 
 

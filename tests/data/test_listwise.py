@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hps.data import listwise, rows
 from hps.data.listwise import read, write
-from hps.data.rows import ROLES, Row, first_responses, parse_row, stream
+from hps.data.rows import ROLES, Row, only, parse_row, stream
 
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 GOOD = {"id": "a", "prompt": "Hi", "responses": ["yes", "no"], "rewards": [1, -0.5]}
@@ -228,10 +228,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / "x.jsonl").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
 
 
-def test_first_responses_keeps_or_drops_the_human_pair_whole():
+def test_some_responses_keep_or_drop_the_human_pair_whole():
     row = Row("a", "p", ("x", "y", "z"), (1.0, 2.0, 3.0), 0, 1, None, "f:1")
-    two = first_responses(row, 2)
+    two = only(row, range(2))
     assert (two.responses, two.rewards, two.chosen, two.rejected) == (("x", "y"), (1.0, 2.0), 0, 1)
-    one = first_responses(row, 1)
+    one = only(row, range(1))
     assert (one.responses, one.rewards, one.chosen, one.rejected) == (("x",), (1.0,), None, None)
-    assert first_responses(row, 9) == row
+    assert only(row, range(len(row.responses))) == row

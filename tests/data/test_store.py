@@ -12,7 +12,7 @@ import torch
 from hps import batches, config, dist
 from hps import plan as planning
 from hps.data import listwise, store, tokens
-from hps.data.rows import Row, first_responses
+from hps.data.rows import Row, only
 from hps.options import Config
 from hps.plan import plan
 
@@ -61,7 +61,7 @@ def test_a_store_holds_what_memory_does(tiny_world, tmp_path, tokenizer, suffix,
     data = tmp_path / f"x.{suffix}"
     listwise.write(data, odd_rows(tiny_world))
     rows = listwise.read(data)
-    rows = [first_responses(row, candidates) for row in rows] if candidates else rows
+    rows = [only(row, range(len(row.responses))[:candidates]) for row in rows] if candidates else rows
     examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=128)
     assert counts["rows_overlong_prompt"] == counts["responses_empty"] == 1 and counts["pairs_broken"] == 1
     for _ in ("made", "found"):
