@@ -173,7 +173,7 @@ def candidate_metrics(
         found["rm_dpo"] = rm
     if human_pair(example) or not human_pairs:
         for unit, items in (("chars", texts), ("tokens", example.response_ids)):
-            found[f"rm_rdpo_{unit}"] = metrics.rm_rdpo(rm, len(items[w]), len(items[o]))
+            found[f"rm_rdpo_{unit}"] = rm - 0.01 * (len(items[w]) - len(items[o]))  # Tables 2 and 5; alpha is theirs
     return found | {"kl_seq": float(h[w])}
 
 

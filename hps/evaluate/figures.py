@@ -96,8 +96,7 @@ def _strips(name: str, labels: list[str], panels: Strips, x: str) -> list[Plan]:
 def _draw_lines(figure: "Figure", rows: list[dict[str, Any]], names: list[str], series: dict[str, Any]) -> None:
     """One panel per metric, one line per name through its rows, over another metric or over numbers of the rows."""
     of, over = {row["method"]: row["metrics"] for row in rows}, series["x"]
-    panels = list(figure.subplots(*_grid(len(names)), squeeze=False).flat)
-    for axes, name in zip(panels, names, strict=False):
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for i, (label, methods) in enumerate(series["lines"].items()):
             y, up = _numbers(of[method].get(name) for method in methods)
             if "metric" in over:
@@ -113,16 +112,9 @@ def _draw_lines(figure: "Figure", rows: list[dict[str, Any]], names: list[str], 
         axes.margins(0.08)
         if "values" in over and len(ticks := sorted(set(over["values"].values()))) <= 8:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    for axes in panels[len(names) :]:
-        axes.remove()
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside right center")  # one for all panels
     figure.supxlabel(_title_of_x(series), fontsize=9, color="0.15")
-
-
-def _grid(panels: int) -> tuple[int, int]:
-    """Rows and columns: up to three panels stand beside each other, more in two rows."""
-    return (1, panels) if panels <= 3 else (2, math.ceil(panels / 2))
 
 
 def _title_of_x(series: dict[str, Any]) -> str:
@@ -138,10 +130,9 @@ def _lines(results: dict[str, Any], name: str, series: dict[str, Any]) -> list[P
     if not names:
         return []
     titles, over = ", ".join(METRICS[panel].title for panel in names), _title_of_x(series)
-    rows, columns = _grid(len(names))
     alt = f"{titles} over {over}, one line each for {', '.join(series['lines'])}."
     draw = functools.partial(_draw_lines, rows=results["rows"], names=names, series=series)
-    size = (1.8 + 2.6 * columns + _room(series["lines"]), 0.5 + 2.4 * rows)
+    size = (1.8 + 2.6 * len(names) + _room(series["lines"]), 2.9)
     caption = f"{titles} over {over}: means and intervals, each line through its rows in order."
     return [Plan(name, caption, alt, size, draw)]
 

@@ -138,15 +138,6 @@ def margins(logratios: ArrayLike, rewards: ArrayLike, *, gap: float = 0.5, harde
     return {name: float(value) for name, value in result.items()}
 
 
-def rm_rdpo(rm: float, len_chosen: int, len_rejected: int, *, alpha: float = 0.01) -> float:
-    """RM_R-DPO = RM - alpha (|y_w| - |y_l|), the length-corrected margin (paper, Tables 2 and 5).
-
-    Lengths in characters (the paper's figures fit only these) or in tokens. RM - RM_R-DPO depends on the data alone,
-    so it is the same for every method.
-    """
-    return rm - alpha * (len_chosen - len_rejected)
-
-
 # ---- intervals -----------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from hps.io import files
 from hps.lab import claims
 from hps.lab.results import ROOT, Cells, commit, machine, publish, summarise
 from hps.lab.suites import LR, SUITES, Row, Suite
-from hps.lab.sweep import Stage, course, flags, run_in_workers
+from hps.lab.sweep import Stage, flags, run_in_workers, stage_seconds
 
 
 @dataclass
@@ -132,9 +132,9 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     seeds = min(c.seeds, suite.worlds) if c.suite == "all" else c.seeds
     c = dataclasses.replace(c, suite=name, seeds=seeds, first_seed=c.first_seed + suite.later)
     stages, cells = plan(c, suite, out)
-    kept = run_in_workers(stages, c.jobs, out, f"{name}, {seeds} seeds")
+    run_in_workers(stages, c.jobs, out, f"{name}, {seeds} seeds")
     rows, comparisons = summarise(cells, suite.pairs)
-    settings = vars(c) | SIZES[c.small] | course(stages, kept, out)
+    settings = vars(c) | SIZES[c.small] | {"stage_seconds": stage_seconds(stages, out)}
     results: dict[str, Any] = {"suite": name, "commit": commit(), "machine": machine(), "seconds": time.time() - began}
     results |= {"worlds": seeds, "rows": rows, "comparisons": comparisons, "settings": settings, "series": suite.series}
     publish(results | {"claims": claims.judge(results)}, folder)

@@ -162,25 +162,23 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
     return kept
 
 
-def run_in_workers(stages: list[Stage], jobs: int, out: Path, name: str) -> int:
+def run_in_workers(stages: list[Stage], jobs: int, out: Path, name: str) -> None:
     """`run_stages` with a bar, in `jobs` processes, or one per core; ValueError where a stage fails."""
     jobs = jobs or os.cpu_count() or 1
     total = round(sum(stage.weight for stage in stages))
     with workers(jobs) as pool, tqdm(total=total, desc=name, bar_format=BAR) as bar:
         try:
-            return run_stages(pool, jobs, stages, out, bar)
+            run_stages(pool, jobs, stages, out, bar)
         except RuntimeError as e:
             pool.shutdown(wait=False, cancel_futures=True)
             raise ValueError(f"a stage failed; its output is in {out / 'logs'}: {e}") from e
 
 
-def course(stages: list[Stage], kept: int, out: Path) -> dict[str, int]:
-    """How a suite's stages went, for its settings: their number, those that an earlier start had done, and the seconds
-    that all of them took, whenever they ran: a suite that was killed or shares stages tells its whole cost."""
-    lines = (out / "seconds.jsonl").read_text().splitlines() if (out / "seconds.jsonl").exists() else []
+def stage_seconds(stages: list[Stage], out: Path) -> int:
+    """What a suite's stages took, whenever they ran: one that was killed or shares stages tells its whole cost."""
+    lines = (out / "seconds.jsonl").read_text().splitlines()
     took = {record["product"]: record["seconds"] for record in map(json.loads, lines)}
-    seconds = sum(took.get(str(stage.product.relative_to(out)), 0.0) for stage in stages)
-    return {"stages": len(stages), "stages_kept": kept, "stage_seconds": round(seconds)}
+    return round(sum(took.get(str(stage.product.relative_to(out)), 0.0) for stage in stages))
 
 
 def flags(options: dict[str, Any]) -> list[str]:

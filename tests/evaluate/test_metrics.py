@@ -68,10 +68,6 @@ def test_margins_refuse(h, s, message):
         M.margins(h, s)
 
 
-def test_rm_rdpo_takes_off_what_the_longer_winner_gains():
-    assert M.rm_rdpo(1.0, 100, 40) == pytest.approx(0.4) and M.rm_rdpo(2.0, 20, 50) == pytest.approx(2.3)
-
-
 # ---- intervals ------------------------------------------------------------------------------------
 
 

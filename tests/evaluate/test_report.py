@@ -248,8 +248,6 @@ def test_eight_lines_and_five_panels_are_told_apart():
     main = [container.lines[0] for container in figure.axes[0].containers]
     assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in main}) == 8
     assert [text.get_text() for text in figure.legends[0].get_texts()] == names
-    boxes = [axes.get_position().bounds[:2] for axes in figure.axes]
-    assert len({round(y, 3) for _, y in boxes}) == 2 and len({round(x, 3) for x, _ in boxes}) == 3
 
 
 # ---- the page -------------------------------------------------------------------------------------
