@@ -101,7 +101,8 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
 
     # The same cache as in training: the log-probs of a test set are computed once for all methods and seeds.
     packing = dict(budget=c.tokens_per_micro_batch, pad_id=tokenizer.pad_token_id)
-    identity = dict(weights=model.fingerprint(ref_lm), tokenizer=tokens.fingerprint(tokenizer), dtype=c.dtype)
+    weights = dist.from_first(lambda: model.fingerprint(ref_lm), ranks)
+    identity = dict(weights=weights, tokenizer=tokens.fingerprint(tokenizer), dtype=c.dtype)
     cache = reference.open_cache(c.reference_cache, **identity)
     blocks = [Block(e.prompt_ids, e.response_ids) for e in examples]
     ref_logps, _ = reference.fill(cache, ref, blocks, ranks=ranks, **packing)

@@ -8,6 +8,7 @@ micro-batch holds is in `hps/batches.py`, log-probs in `hps/model.py`, the losse
 `hps/losses.py`, the options in `hps/options.py`.
 """
 
+import gc
 import math
 import resource
 import signal
@@ -107,7 +108,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             z0 = kto.Mismatched(run, c.max_length)
             computed += z0.look_up_reference(cache, scorer)
         say(ranks, f"reference log-probs: {computed} computed, the rest was in {cache}")
-    del scorer  # another reference's memory is free from here on
+    del scorer  # another reference's memory is free from here on,
+    gc.collect()  # and not when Python sees fit: its modules point at each other in circles
 
     # How far the run is, and where its numbers go.
     done = 0
@@ -230,7 +232,7 @@ def load_policy(
         lm, wrapped = reward_model.load_reward_model(c.model, begin=True, **how), reward_model.RewardModel
     else:
         lm, wrapped = model.load_causal_lm(c.model, **how), model.PolicyModel
-    weights = model.fingerprint(lm)  # while they are whole and untouched
+    weights = dist.from_first(lambda: model.fingerprint(lm), ranks)  # while they are whole and untouched
     if c.lora_rank:
         from hps import adapters
 
@@ -246,7 +248,10 @@ def load_policy(
         not policy.classifier.score.weight.any() if c.loss == "reward" else needs_reference(c) and not c.reference
     )
     limits.check(policy, longest=longest, share_prompt=c.share_prompt)
-    dist.shard(policy, model.layers_of(lm), ranks=ranks, dtype=dtype)
+    if ranks.sharded:
+        from hps import sharding
+
+        sharding.shard(policy, model.layers_of(lm), c, ranks=ranks, dtype=dtype)
     return policy, weights, untrained
 
 
@@ -257,10 +262,13 @@ def load_reference(
     from hps import limits
 
     lm = model.load_causal_lm(c.reference, dtype=model.DTYPES[c.dtype], tokenizer=tokenizer)
-    weights = model.fingerprint(lm)
+    weights = dist.from_first(lambda: model.fingerprint(lm), ranks)
     scorer = model.PolicyModel(lm).to(ranks.device)
     limits.check(scorer, longest=longest, share_prompt=c.share_prompt)
-    dist.shard(scorer, model.layers_of(lm), ranks=ranks, dtype=model.DTYPES[c.dtype])
+    if ranks.sharded:
+        from hps import sharding
+
+        sharding.shard(scorer, model.layers_of(lm), c, ranks=ranks, dtype=model.DTYPES[c.dtype])
     return scorer, weights
 
 

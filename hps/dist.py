@@ -1,4 +1,4 @@
-"""Ranks, sharding and reductions. The only file that reads rank variables; the model never mentions any of it."""
+"""Ranks and what they tell each other. The only file that reads rank variables; the model never mentions any of it."""
 
 import json
 import os
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -122,22 +121,6 @@ def from_first(make: Callable[[], Any], ranks: Ranks | None, *, days: bool = Tru
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer["made"]
-
-
-def shard(model: nn.Module, layers: list[nn.Module], *, ranks: Ranks, dtype: torch.dtype) -> None:
-    """Apply FSDP2 in place: one group per decoder layer, the rest (embeddings, head, norm) in the root group.
-
-    Master weights keep their dtype; compute runs in `dtype`; gradients are reduced in fp32. Does nothing for a
-    process that was not started by torchrun.
-    """
-    if not ranks.sharded:
-        return
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    mesh = dist.init_device_mesh(ranks.device.type, (ranks.world_size,))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=inner)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def all_sum(values: Tensor) -> Tensor:

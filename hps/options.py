@@ -72,6 +72,10 @@ class Config:
     dtype: str = "fp32"  # compute dtype, fp32 or bf16; trained weights are fp32 either way
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     share_prompt: bool = True  # compute a prompt once for all its responses; false pads plain rows
+    # -- on several ranks --
+    shard_frozen: str = "auto"  # the weights below a LoRA adapter: true, false (whole on each rank), auto (if they fit)
+    shard_ranks: int = 0  # shard over groups of so many ranks that hold the same (HSDP), say those of a host; 0: all
+    reshard_after_forward: bool = True  # false keeps gathered layers until the backward: more memory, fewer bytes sent
     # -- batches --
     candidates: int = 0  # use the first so many responses of each prompt; 0 means all
     max_length: int = 2048  # tokens of prompt and response together
@@ -99,7 +103,7 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("be positive", lambda x: x > 0, "slic_delta label_temperature reward_scale sample_prompts timeout"),
     ("not be negative", lambda x: x >= 0, "target_margin slic_lambda rdpo_alpha desirable_weight undesirable_weight"),
     ("not be negative", lambda x: x >= 0, "candidates length_penalty lora_rank warmup_steps weight_decay stop_after"),
-    ("not be negative", lambda x: x >= 0, "max_grad_norm save_minutes save_every sample_every"),
+    ("not be negative", lambda x: x >= 0, "max_grad_norm save_minutes save_every sample_every shard_ranks"),
     ("lie in [0, 0.5)", lambda x: 0 <= x < 0.5, "label_smoothing"),
     ("lie in (0, 1)", lambda x: 0 < x < 1, "exo_eps"),
 ]
@@ -163,7 +167,7 @@ def used_options(c: Config) -> set[str]:
         used -= {"hps_samples"} if c.hps_form == "full" else set()
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
     used -= {"sample_prompts"} if c.sample_every == 0 else set()
-    return used if c.lora_rank else used - {"lora_alpha", "lora_targets"}
+    return used if c.lora_rank else used - {"lora_alpha", "lora_targets", "shard_frozen"}
 
 
 def positive_stages(c: Config) -> dict[str, Any]:
@@ -201,6 +205,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     config.check_choices(c, loss=["preference", "sft", "reward"], dtype=model.DTYPES, truncate=tokens.TRUNCATE)
     config.check_choices(c, gamma_schedule=SCHEDULES, reward_norm=REWARD_NORMS, pl_form=["stagewise", "official"])
     config.check_choices(c, hps_form=planning.FORMS, n_factor=planning.N_FACTORS, shuffle=planning.SHUFFLES)
+    config.check_choices(c, shard_frozen=["auto", "true", "false"])
     for words, allowed, keys in RANGES:
         for key in keys.split():
             if not allowed(getattr(c, key)):
@@ -227,7 +232,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
 
 # Settings that do not decide the result: a run may go on with other values of them.
 FREE = {"out", "token_cache", "reference_cache", "tokens_per_micro_batch", "save_every", "save_minutes", "stop_after"}
-FREE |= {"sample_every", "sample_prompts", "log_to", "timeout"}
+FREE |= {"sample_every", "sample_prompts", "log_to", "timeout", "shard_frozen", "shard_ranks", "reshard_after_forward"}
 
 
 def settings(c: Config) -> dict[str, object]:

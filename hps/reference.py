@@ -36,9 +36,6 @@ def open_cache(root: str | Path, *, weights: str, tokenizer: str, dtype: str) ->
     cache = Path(root) / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     with files.explain_disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    description = cache / "reference.json"
-    if not description.exists():
-        files.write_json(description, identity)
     return cache
 
 

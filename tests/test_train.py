@@ -1,7 +1,6 @@
 """The loop: the same trajectory however it is split, sharded, packed, cached or interrupted; known first losses;
 every user mistake named. Runs `train.py` on a tiny world, with the shapes that real runs pass."""
 
-import gc
 import json
 import math
 import shutil
@@ -191,7 +190,6 @@ def test_another_reference_is_gone_before_the_first_step(tiny_world, tmp_path, m
         return lm
 
     def count(c, step, steps):
-        gc.collect()
         alive.append([lm() is not None for lm in loaded])
         return lr_at(c, step, steps)
 

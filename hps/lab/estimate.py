@@ -3,9 +3,9 @@
     python -m hps.lab.estimate --config configs/llama3-8b.toml --world_size 4 --gpu_gib 48
 
 Any causal LM of transformers is built on the meta device, without weights, and run there forward and backward: its
-parameters, the tensors that autograd keeps and the FLOPs of its products are counted and not derived. Premises: torch
-shards all parameters (hps.dist.shard); every prompt has the mean length and every response too; nothing is padded or
-idle; attention keeps what flash kernels keep, and works on pairs of a query and a key that it may see. Not in it:
+parameters, the tensors that autograd keeps and the FLOPs of its products are counted and not derived. Premises: all
+parameters are sharded (--shard_frozen true); every prompt has the mean length and every response too; nothing is padded
+or idle; attention keeps what flash kernels keep, and works on pairs of a query and a key that it may see. Not in it:
 gradients on their way, copies that the allocator holds, what CUDA and NCCL take (some GiB).
 """
 

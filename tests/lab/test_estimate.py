@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from hps import adapters, attention_cpu, config, dist, model
+from hps import adapters, attention_cpu, config, dist, model, sharding
 from hps.lab import estimate
 from hps.options import Config
 from hps.packing import Block, Packed, pack
@@ -70,7 +70,7 @@ def test_parameters_of_llama_3_8b_by_hand():
 
 @pytest.mark.parametrize(("world_size", "rank"), [(4, 8), (64, 0)])
 def test_bytes_of_rank_0_are_those_of_meta_shards(world_size, rank):
-    """Llama-3-8B on the meta device, sharded by hps.dist.shard; gradients and moments are AdamW's own tensors."""
+    """Llama-3-8B on the meta device, sharded by hps.sharding.shard; gradients and moments are AdamW's own tensors."""
     c = options(world_size=world_size, lora_rank=rank, dtype="bf16")
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
@@ -80,7 +80,8 @@ def test_bytes_of_rank_0_are_those_of_meta_shards(world_size, rank):
                 lm = adapters.add_lora(lm.to(torch.bfloat16), rank=rank, alpha=16, targets=LORA.split(","), seed=0)
         whole = model.PolicyModel(lm)
         ranks = dist.Ranks(rank=0, world_size=world_size, device=torch.device("cpu"), sharded=True)
-        dist.shard(whole, model.layers_of(whole.lm), ranks=ranks, dtype=torch.bfloat16)
+        all_of_it = Config("m", "d", "o", shard_frozen="true")
+        sharding.shard(whole, model.layers_of(whole.lm), all_of_it, ranks=ranks, dtype=torch.bfloat16)
         trained = [p for p in whole.parameters() if p.requires_grad]
         for p in trained:
             p.grad = torch.zeros_like(p)
