@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hps.data import listwise
 from hps.data.rows import Row
+from hps.data.tokens import fingerprint as fingerprint_of
+from hps.data.tokens import load_tokenizer
 from hps.evaluate import endpoint, judge
 from hps.evaluate.judge import CRITERIA, REMINDER, as_data, parse_scores, question
 from hps.io import files
@@ -437,8 +439,9 @@ def test_a_local_judge_and_a_question_too_long_for_it(tmp_path):
     assert len(lines(out / "answers.jsonl")) == 20
     template = folder / "chat_template.jinja"
     template.write_text("{% if aloud is defined %} {% endif %}" + template.read_text())
-    run(methods, out, model=folder, max_tokens=64, template_options="aloud=true")  # and one that reads other questions
-    assert len(lines(out / "answers.jsonl")) == 30
+    found = run(methods, out, model=folder, max_tokens=64, template_options="aloud=true")  # reads other questions
+    read = [fingerprint_of(load_tokenizer(str(folder), options)) for options in ("", "aloud=true")]
+    assert len(lines(out / "answers.jsonl")) == 30 and found["judge"]["tokenizer"] == read[1] != read[0]
 
 
 def test_a_question_that_a_local_judge_cannot_read_is_refused(tmp_path):
