@@ -115,7 +115,8 @@ def import_rows(c: Import) -> None:
     check_apart(c)
     config.check_choices(c, source=formats.FORMATS)
     inputs = [importers.located(name) for name in c.input]
-    how = {key: getattr(c, key) for key in ("order", "columns", "subset", "split", "skip")} | {"limit": c.limit or None}
+    options = ("order", "columns", "subset", "split", "skip")
+    how: dict[str, Any] = {key: getattr(c, key) for key in options} | {"limit": c.limit or None}
     rows, counts, reasons, left_out = importers.import_file(c.source, *(path for path, _ in inputs), **how)
     listwise.write(c.output, rows)
     if left_out:

@@ -101,7 +101,7 @@ def _texts(kept: list[tuple[Row, Example]], counts: dict[str, int]) -> dict[str,
     for row, e in kept:
         prompt, responses = _words(row.prompt), [_words(row.responses[k]) for k in e.kept]
         texts += [(text, prompt) for text in responses]
-        compared = list(range(len(responses))) if e.rewards is not None else [e.chosen, e.rejected] * _is_pair(e)
+        compared: Any = list(range(len(responses))) if e.rewards is not None else [e.chosen, e.rejected] * _is_pair(e)
         if len(compared) < 2:
             continue
         lengths = np.array([len(ids) for ids in e.response_ids])
@@ -141,10 +141,10 @@ def cut_off(text: str) -> bool:
 
 def _winner(rivals: list[list[str]]) -> dict[str, Any]:
     """What is best more often than by chance; rivals: of each prompt what its responses are, the best one's first."""
-    wins, chance = Counter(names[0] for names in rivals), Counter()
+    wins, chance = Counter(names[0] for names in rivals), dict[str, float]()
     for names in rivals:
         for name in names:
-            chance[name] += 1 / len(names)
+            chance[name] = chance.get(name, 0) + 1 / len(names)
     name = max(wins, key=lambda name: wins[name] - chance[name])
     return {"name": name, "wins": wins[name], "by_chance": chance[name], "prompts": len(rivals)}
 
@@ -250,8 +250,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
         advice.append(f"the chat template {report['template']}; a policy is trained on prompt, text and eos_token")
     if "rows_with_rewards" not in counts and counts["human_pairs"]:
         advice.append("no rewards: for -human methods and --loss reward; others need data_prep.py annotate first")
-    raw = [w for w in report["gammas"] if w["reward_norm"] == "none"]
-    hardest = max(raw, key=lambda w: w["gamma"], default=None)
+    hardest = max((w for w in report["gammas"] if w["reward_norm"] == "none"), key=lambda w: w["gamma"], default=None)
     if hardest and hardest["gamma"] > 0 and hardest["negatives"] >= 2:
         sharp = hardest["top_mass"] > 0.9
         if sharp or hardest["effective_negatives"] > 0.95 * hardest["negatives"]:

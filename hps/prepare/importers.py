@@ -223,7 +223,7 @@ def _by_datasets(input: str, subset: str, split: str) -> Iterator[tuple[str, obj
     except ImportError as error:
         raise ValueError(f"{input}: reading this needs datasets: pip install hps[data]") from error
     name, _, revision = input.partition("@")
-    how = dict(path=name, name=subset or None, revision=revision or None)
+    how: dict[str, Any] = dict(path=name, name=subset or None, revision=revision or None)
     if table := TABLES.get(Path(input).suffix):
         how = dict(data_files=input, **table)
     try:
