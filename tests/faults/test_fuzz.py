@@ -122,6 +122,7 @@ def exported(path: Path) -> None:
     for name, part in zip(("run.json", "summary.json", "eval.json"), (about + 3 * [b""])[:3], strict=True):
         path.with_name(name).write_bytes(part)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export.tokens, "load_tokenizer", lambda _: None)
         patch.setattr(export.model, "load_causal_lm", stop)
         patch.setattr(export.reward_model, "load_reward_model", stop)
         words = {"model": "policy", "out": "out", "eval_json": "eval.json"}
