@@ -86,7 +86,7 @@ def decide(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The claims with their verdicts, those by the paper's metrics first; of several suites each claim stands once, as
     it was measured."""
     once = {found["claim"]: found for found in sorted(items, key=lambda found: "p" in found)}
-    items = sorted(once.values(), key=lambda found: TABLES.index(found["table"]))
+    items = sorted(once.values(), key=lambda found: (TABLES.index(found["table"]), "p" not in found))
     measured = [found for found in items if "p" in found]
     adjust(measured)
     for found in measured:
