@@ -78,9 +78,9 @@ class Template:
         if closing is not None:
             return head, [[*ids, *closing] for ids in self.encoder.responses(texts, chat=True)]
         wholes = [self.encode([*prompt, said(text)]) for text in texts]
-        some = [head, *(whole[:-1] for whole in wholes)]  # something is left of each
+        some: Any = [head, *(whole[:-1] for whole in wholes)]  # something is left of each
         begin = os.path.commonprefix(some)  # noqa: RUF071 - of ids, not of paths
-        return begin, [whole[len(begin) :] for whole in wholes]
+        return list(begin), [whole[len(begin) :] for whole in wholes]
 
     @functools.cached_property
     def closing(self) -> list[int] | None:
@@ -221,7 +221,7 @@ def fix(template: Any, options: str, *, path: str) -> Any:
     lines = {}
     while line := FIXED.match(template):
         lines[line[1]], template = line[2], template[line.end() :]
-    given = dict(item.partition("=")[::2] for item in options.split(",") if item)
+    given = {name: value for item in options.split(",") if item for name, _, value in [item.partition("=")]}
     # transformers gives a template no other way to the clock.
     if "date" in given and "strftime_now" not in template:
         raise ValueError(f"template option date={given['date']}: the chat template of {path!r} writes no date")

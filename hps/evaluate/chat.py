@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     config.check_choices(c, dtype=model.DTYPES)
     names = {"policy": c.model} | ({"reference": c.reference} if c.reference else {})
     speakers = {name: load(path, c.dtype, c.template_options) for name, path in names.items()}
-    how = dict(max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed, n=1, progress=False)
+    how: dict[str, Any] = dict(n=1, max_new_tokens=c.max_new_tokens, temperature=c.temperature, progress=False)
     history: Prompt = ()
     while True:
         try:
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
                 found = {}
                 for name, (lm, tokenizer) in speakers.items():
                     prompts = [(turn, tokens.encode_prompt(tokenizer, asked))]
-                    [(_, [found[name]])] = generate.answer(lm, tokenizer, prompts, counts=Counter(), **how)
+                    [(_, [found[name]])] = generate.answer(lm, tokenizer, prompts, seed=c.seed, counts=Counter(), **how)
             except ValueError as error:
                 print(f"error: {error}\nThat was not added to the conversation; /reset begins a new one.")
                 continue

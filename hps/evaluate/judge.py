@@ -264,7 +264,7 @@ def local_judge(c: Options) -> Judge:
                 yield key, Reply(None, problem=f"the question cannot be asked: {problem}")
             else:
                 fitting.append((key, ids))
-        how = dict(n=1, max_new_tokens=c.max_tokens, temperature=0.0, seed=0, max_rows=c.batch_size)
+        how: dict[str, Any] = dict(n=1, max_new_tokens=c.max_tokens, temperature=0.0, seed=0, max_rows=c.batch_size)
         found = generate.answer(lm, tokenizer, fitting, counts=Counter(), progress=False, **how) if fitting else ()
         yield from ((key, Reply(text, c.model)) for key, [text] in found)
 
