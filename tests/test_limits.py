@@ -123,6 +123,10 @@ def test_a_model_that_looks_ahead_is_refused():
         p.data.add_(0.1 * torch.randn_like(p))
     with pytest.raises(ValueError, match="BertLMHeadModel cannot be trained or scored here"):
         limits.check(PolicyModel(lm))
+    lm = tiny("llama")  # by one token, and no pad: a log-prob knows what it is of
+    lm.model.layers[0].register_forward_pre_hook(lambda _, given: (given[0].roll(-1, 1), *given[1:]))
+    with pytest.raises(ValueError, match="depends on tokens that are none of its own"):
+        limits.check(PolicyModel(lm))
 
 
 def test_gradients_of_plain_rows_are_those_of_the_model(caplog):

@@ -231,6 +231,11 @@ def test_a_model_that_is_decoded_wrongly_falls_back(llama, monkeypatch, caplog):
     assert flat(ours) == flat(expected)
     for group, other in zip(ours, expected, strict=True):
         assert [one.logp for one in group] == pytest.approx([one.logp for one in other], abs=1e-4)
+    caplog.clear()
+    del lm.ways_to_decode  # and is seen though every sample ends at its first token
+    lm.generation_config.eos_token_id = list(range(13))
+    draw(lm, PROMPTS, 2)
+    assert "slower: its log-probs differ" in caplog.text
 
 
 def test_a_model_that_looks_ahead_is_not_sampled_from():

@@ -1,0 +1,389 @@
+"""Architectures x entrances: which models train, score and sample here, each cell run and compared with transformers.
+
+    python benchmarks/architectures.py                            all of them; writes docs/results/architectures.md
+    python benchmarks/architectures.py --only gemma2 mamba --out /tmp/some.md
+
+Every architecture of transformers below is made tiny and random, and goes through every entrance: training with LoRA
+and of all weights, a reward model, a reference of its own, eval, annotate, generate, chat, export, samples during
+training. Every log-prob and reward that an entrance computes is computed again by transformers, one response at a time
+with eager attention. Status 1 if one is further off than 1e-3 (nats, reward units), or anything ends in a traceback.
+"""
+
+import builtins
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers as T
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts
+
+import data_prep
+import eval as evaluation
+import train
+from hps import adapters, attention, config, limits, model
+from hps.data import listwise
+from hps.evaluate import chat, export
+from hps.extra.reward_model import RewardModel
+from hps.lab import world
+from hps.packing import Packed
+from hps.prepare import decode
+
+TOLERANCE = 1e-3  # nats, or reward units
+V = len(world.World(0).words) + 6  # the world's tokens
+SIZES: dict[str, Any] = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+SIZES |= dict(num_attention_heads=4, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+KV = SIZES | {"num_key_value_heads": 2}
+HEADS = KV | {"head_dim": 16}
+IDS = dict(vocab_size=V, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+GPT = IDS | dict(n_embd=32, n_layer=2, n_head=4, n_positions=256)
+WINDOW = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])  # shorter than the rows
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+LINEAR |= dict(shared_expert_intermediate_size=24, layer_types=["linear_attention", "full_attention"])
+MLA = dict(num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8)
+MLA |= dict(v_head_dim=16)
+ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, n_shared_experts=1)
+ROUTED |= dict(first_k_dense_replace=1, n_group=1, topk_group=1)
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+IMAGES = dict(mm_tokens_per_image=4, image_token_index=V - 1, boi_token_index=V - 2, eoi_token_index=V - 3)
+ATTENTION = {"q_proj", "v_proj", "o_proj", "query_key_value", "c_attn", "Wqkv", "query", "x_proj"}  # may get an adapter
+LOCAL = dict(num_local_experts=4, num_experts_per_tok=2)
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "Llama": lambda: T.LlamaConfig(**KV),
+    "Qwen2, Qwen2.5": lambda: T.Qwen2Config(**KV),
+    "Qwen2, window": lambda: T.Qwen2Config(**KV, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+    "Qwen3": lambda: T.Qwen3Config(**HEADS),
+    "Qwen3-MoE": lambda: T.Qwen3MoeConfig(**HEADS, **EXPERTS),
+    "Qwen3-Next": lambda: T.Qwen3NextConfig(**HEADS, **EXPERTS, **LINEAR),
+    "Gemma": lambda: T.GemmaConfig(**HEADS),
+    "Gemma 2": lambda: T.Gemma2Config(**HEADS),
+    "Gemma 3 text": lambda: T.Gemma3TextConfig(**HEADS, **WINDOW | {"sliding_window": 200}),
+    "Gemma 3 text, window": lambda: T.Gemma3TextConfig(**HEADS, **WINDOW),
+    "Gemma 3 composite": lambda: T.Gemma3Config(
+        text_config=HEADS | WINDOW, vision_config=VISION | {"patch_size": 14}, **IMAGES
+    ),
+    "Mistral": lambda: T.MistralConfig(**KV, sliding_window=None),
+    "Mistral, window": lambda: T.MistralConfig(**KV, sliding_window=16),
+    "Mixtral": lambda: T.MixtralConfig(**KV, **LOCAL, sliding_window=None),
+    "Phi-2": lambda: T.PhiConfig(**SIZES),
+    "Phi-3": lambda: T.Phi3Config(**KV),
+    "SmolLM3": lambda: T.SmolLM3Config(**KV),
+    "OLMo 2": lambda: T.Olmo2Config(**KV),
+    "OLMo 3": lambda: T.Olmo3Config(**KV, **WINDOW),
+    "GPT-2": lambda: T.GPT2Config(**GPT),
+    "GPT-J": lambda: T.GPTJConfig(**GPT, rotary_dim=8),
+    "GPT-Neo": lambda: T.GPTNeoConfig(
+        **IDS, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=256, window_size=16,
+        attention_types=[[["global", "local"], 1]],
+    ),
+    "GPT-NeoX": lambda: T.GPTNeoXConfig(**SIZES),
+    "GPT-BigCode": lambda: T.GPTBigCodeConfig(**GPT),
+    "StarCoder 2": lambda: T.Starcoder2Config(**KV),
+    "gpt-oss": lambda: T.GptOssConfig(**HEADS, **LOCAL, **WINDOW),
+    "DeepSeek-V2": lambda: T.DeepseekV2Config(**SIZES, **MLA | {"q_lora_rank": None}, **ROUTED),
+    "DeepSeek-V3": lambda: T.DeepseekV3Config(**SIZES, **MLA, **ROUTED),
+    "DeepSeek-V3, 2 of 4": lambda: T.DeepseekV3Config(**SIZES, **MLA | {"num_key_value_heads": 2}, **ROUTED),
+    "MiniCPM3": lambda: T.MiniCPM3Config(**SIZES, **MLA),
+    "Llama 4": lambda: T.Llama4TextConfig(
+        **HEADS, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48, attention_chunk_size=16
+    ),
+    "LFM2": lambda: T.Lfm2Config(**KV, layer_types=["conv", "full_attention"]),
+    "Falcon": lambda: T.FalconConfig(**SIZES),
+    "Falcon, ALiBi": lambda: T.FalconConfig(**SIZES, alibi=True),
+    "BLOOM": lambda: T.BloomConfig(**IDS, hidden_size=32, n_layer=2, n_head=4),
+    "MPT": lambda: T.MptConfig(**IDS, d_model=32, n_layers=2, n_heads=4, max_seq_len=256, expansion_ratio=2),
+    "OPT": lambda: T.OPTConfig(
+        **IDS, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
+        word_embed_proj_dim=16,
+    ),
+    "StableLM": lambda: T.StableLmConfig(**KV),
+    "Nemotron": lambda: T.NemotronConfig(**KV),
+    "Granite": lambda: T.GraniteConfig(**KV, logits_scaling=2.0, attention_multiplier=0.1, residual_multiplier=0.5),
+    "Cohere": lambda: T.CohereConfig(**KV),
+    "GLM-4": lambda: T.Glm4Config(**HEADS),
+    "EXAONE 4": lambda: T.Exaone4Config(**KV, **WINDOW),
+    "BitNet": lambda: T.BitNetConfig(**KV),
+    "Jamba": lambda: T.JambaConfig(
+        **KV, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2,
+        mamba_d_state=8, use_mamba_kernels=False,
+    ),
+    "Mamba": lambda: T.MambaConfig(**IDS, hidden_size=32, num_hidden_layers=2, state_size=8),
+    "BERT": lambda: T.BertConfig(**SIZES),
+}  # fmt: skip
+
+
+@dataclass
+class Options:
+    only: tuple[str, ...] = ()  # names of the table, or what they begin with; empty: all
+    out: str = "docs/results/architectures.md"  # the page
+
+
+class Watch(logging.Handler):
+    """What the code says of slower ways, and how far its numbers are from transformers' own."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.padded, self.worst, self.compared, self.checking = False, 0.0, 0, False
+        self.watched = contextlib.ExitStack()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.getMessage()
+        self.padded |= "cannot take packed rows" in said or "is sampled by transformers' generate" in said
+
+    def compare(self, ours: Any, own: Any) -> None:
+        apart = float((torch.as_tensor(ours).double() - torch.as_tensor(own).double()).abs().max())
+        self.worst, self.compared = max(self.worst, apart if apart == apart else torch.inf), self.compared + 1
+
+    def __enter__(self) -> "Watch":
+        logging.getLogger("hps").addHandler(self)
+        for cls in (model.PolicyModel, RewardModel):
+            self.watched.enter_context(mock.patch.object(cls, "forward", self.scored(cls.forward)))
+        for module in (limits, decode):  # what they try on a few tokens is no result
+            what = "check" if module is limits else "_way"
+            self.watched.enter_context(mock.patch.object(module, what, self.not_while(getattr(module, what))))
+        self.watched.enter_context(mock.patch("hps.prepare.generate.decode", self.sampled(decode.decode)))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        logging.getLogger("hps").removeHandler(self)
+        self.watched.close()
+
+    def not_while(self, function: Callable) -> Callable:
+        def run(*args: Any, **how: Any) -> Any:
+            self.checking = True
+            try:
+                return function(*args, **how)
+            finally:
+                self.checking = False
+
+        return run
+
+    def scored(self, forward: Callable) -> Callable:
+        def run(this: Any, packed: Packed) -> torch.Tensor:
+            found = forward(this, packed)
+            if not self.checking:
+                with mock.patch.object(self, "checking", True), eager(this.lm) as lm:
+                    own = [of_sequence(lm, ids, P) for ids, P in sequences(packed)]
+                self.compare(found.detach()[packed.valid], torch.stack(own))
+            return found
+
+        return run
+
+    def sampled(self, decoded: Callable) -> Callable:
+        def run(lm: Any, requests: Any, **how: Any) -> Iterator[Any]:
+            for request in decoded(lm, requests, **how):
+                P = len(request.prompt_ids)
+                rows = [torch.tensor([*request.prompt_ids, *one.token_ids.tolist()]) for one in request.samples]
+                with eager(lm) as one:
+                    own = [of_sequence(one, row, P) for row in rows]
+                self.compare([sample.logp for sample in request.samples], torch.stack(own))
+                yield request
+
+        return run
+
+
+@contextlib.contextmanager
+def eager(lm: Any) -> Iterator[Any]:
+    """The transformers model inside, with its eager attention."""
+    with torch.no_grad(), attention.instead(model.unwrapped(lm), "eager"):
+        yield model.unwrapped(lm)
+
+
+def of_sequence(lm: Any, ids: torch.Tensor, P: int) -> torch.Tensor:
+    """Log-prob of the tokens behind the first P, or the reward of all, by transformers."""
+    logits = lm(input_ids=ids[None], use_cache=False).logits[0].double()
+    if hasattr(lm, "score"):
+        return logits.mean()
+    return logits.log_softmax(-1)[P - 1 : -1].gather(1, ids[P:, None]).sum()
+
+
+def sequences(packed: Packed) -> Iterator[tuple[torch.Tensor, int]]:
+    """Each response behind its prompt, token ids, and how many of them are the prompt's."""
+    for b, k in packed.valid.nonzero().tolist():
+        prompt = (packed.block == b) & (packed.segment == 0)
+        own = (packed.block == b) & (packed.segment == k + 1)
+        if packed.causal:
+            prompt &= own.any(1, keepdim=True)
+        yield packed.input_ids[prompt | own], int(prompt.sum())
+
+
+# ---- what goes in --------------------------------------------------------------------------------
+
+
+def make_data(folder: Path) -> None:
+    """Prompts and responses of random words, longer than the windows above."""
+    draw, words = np.random.default_rng(0), world.World(0).words
+
+    def say(n: int) -> str:
+        return " ".join(draw.choice(words, n).tolist())
+
+    rows = []
+    for i in range(4):
+        prompt = [{"role": "user", "content": say(20 + i)}]
+        row = {"id": f"r{i}", "prompt": prompt, "responses": [say(n) for n in (9, 3, 6)], "rewards": [1.0, 0.5, 0.0]}
+        rows.append(row | {"chosen": 0, "rejected": 2})
+    listwise.write_lines(folder / "data.jsonl", rows)
+
+
+def make_models(folder: Path, name: str) -> list[str]:
+    """A policy, another one as its reference, and a reward model; the linear layers that may get an adapter."""
+    tokenizer = world.build_tokenizer(world.World(0))
+    targets: list[str] = []
+    for what, seed in (("policy", 0), ("other", 1), ("rewards", 2)):
+        torch.manual_seed(seed)
+        about = ARCHITECTURES[name]()
+        if what == "rewards":
+            about.get_text_config().num_labels = about.num_labels = 1
+        cls = T.AutoModelForSequenceClassification if what == "rewards" else T.AutoModelForCausalLM
+        try:
+            lm = cls.from_config(about)
+        except ValueError:  # no classifier of this architecture: training one says so
+            lm = T.AutoModelForCausalLM.from_config(about)
+        for p in lm.parameters():  # far from uniform predictions, so that a wrong mask shows
+            p.data.add_(0.1 * torch.randn_like(p))
+        lm.save_pretrained(folder / what)
+        tokenizer.save_pretrained(folder / what)
+        linear = [n for n, m in lm.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+        text = [n for n in linear if "vision" not in n and "projector" not in n]
+        targets = targets or sorted({n.rsplit(".", 1)[-1] for n in text} - adapters.OUTPUT_HEADS - {"embed_out"})
+    return sorted(ATTENTION & set(targets)) or targets[:1]
+
+
+def entrances(folder: Path, targets: list[str]) -> dict[str, Callable[[], Any]]:
+    """Name -> the command that a user gives there, in this process."""
+    data, policy, other = (str(folder / name) for name in ("data.jsonl", "policy", "other"))
+
+    def trained(name: str, **more: Any) -> Callable[[], Any]:
+        options = dict(model=policy, data=data, out=folder / name, method="dpo-hps", lora_rank=0, epochs=1, lr=1e-3)
+        options |= dict(prompts_per_step=2, max_length=128, token_cache=folder / "tokens")
+        options |= dict(reference_cache=folder / f"cache-{name}") | more
+        return lambda: train.main([f"--{key}={value}" for key, value in options.items() if value is not None])
+
+    def prepared(command: str, **options: Any) -> Callable[[], Any]:
+        options |= dict(input=data, output=folder / f"{command}.jsonl")
+        return lambda: data_prep.main([command, *(f"--{key}={value}" for key, value in options.items())])
+
+    def talk() -> None:
+        said = " ".join(world.World(0).words[:20])
+        with mock.patch.object(builtins, "input", mock.Mock(side_effect=[said, "/quit"])):
+            with contextlib.redirect_stdout(io.StringIO()) as answered:
+                chat.main([f"--model={policy}", "--max_new_tokens=8"])
+        if "error: " in (text := answered.getvalue()):
+            raise ValueError(text.split("error: ")[1].split("\n")[0])
+
+    def given_away() -> None:
+        export.main([f"--model={folder / 'LoRA' / 'policy'}", f"--out={folder / 'export'}"])
+        lm = T.AutoModelForCausalLM.from_pretrained(folder / "export")
+        beside = model.load_causal_lm(str(folder / "LoRA" / "policy"), dtype=torch.float32)
+        ids = torch.arange(3, 27)
+        with eager(beside) as one, eager(lm) as merged:
+            WATCH.compare(of_sequence(merged, ids, 12), of_sequence(one, ids, 12))
+
+    of_evaluation = [f"--model={policy}", f"--reference={other}", f"--data={data}", f"--out={folder / 'eval'}"]
+    of_evaluation += ["--samples=0", f"--reference_cache={folder / 'cache-eval'}", "--max_length=128"]
+    sft = dict(loss="sft", method=None, reference_cache=None)
+    reward = dict(loss="reward", method=None, reference_cache=None, lora_rank=0)
+    return {
+        "LoRA": trained("LoRA", lora_rank=2, lora_targets=",".join(targets)),
+        "full": trained("full"),
+        "reward": trained("reward", **reward),
+        "reference": trained("reference", reference=other),
+        "eval": lambda: evaluation.main(of_evaluation),
+        "annotate": prepared("annotate", scorer=folder / "rewards"),
+        "generate": prepared("generate", model=policy, n=2, max_new_tokens=8, limit=2),
+        "chat": talk,
+        "export": given_away,
+        "samples": trained("samples", **sft, sample_every=1, sample_prompts=2),
+    }
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def cell(run: Callable[[], Any]) -> dict[str, Any]:
+    """How an entrance ended: a word or a line, whether that is a fault, and the largest difference."""
+    global WATCH
+    quiet = io.StringIO()
+    with Watch() as WATCH, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        try:
+            run()
+            word, fault = "padded" if WATCH.padded else "packed", WATCH.worst > TOLERANCE or not WATCH.compared
+        except ValueError as error:
+            word, fault = " ".join(str(error).split()), False
+        except Exception as error:
+            word, fault = f"TRACEBACK {type(error).__name__}: {' '.join(str(error).split())[:300]}", True
+    return {"word": word, "fault": fault, "apart": WATCH.worst, "compared": WATCH.compared}
+
+
+WATCH = Watch()
+
+
+def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The table in Markdown, the refusals below it."""
+    refusals: dict[str, int] = {}
+    names = list(next(iter(found.values())))
+    lines = [f"| architecture | {' | '.join(names)} | largest difference |", "|---" * (len(names) + 2) + "|"]
+    for name, cells in found.items():
+        words = []
+        for one in (cells[entrance] for entrance in names):
+            word = one["word"]
+            if word not in ("packed", "padded"):
+                word = f"[{refusals.setdefault(word, len(refusals) + 1)}]"
+            words.append(word + (" **wrong**" if one["fault"] else ""))
+        lines.append(f"| {name} | {' | '.join(words)} | {max(one['apart'] for one in cells.values()):.0e} |")
+    about = (
+        f"Written by `python benchmarks/architectures.py`: tiny random models of transformers {T.__version__}, each "
+        "through every entrance. *packed*: a prompt's responses in one row, or our own decoding; *padded*: the model's "
+        "own forward of one response per row, or transformers' `generate`, slower; a number: it is refused, with the "
+        "line below. The last column is the largest difference of a log-prob (nats) or a reward from transformers' "
+        "eager attention (its own, where it takes no other), one response at a time, in fp32. Rows are longer than the "
+        "windows."
+    )
+    parts = ["# Architectures x entrances", textwrap.fill(about, 120), "\n".join(lines)]
+    if refusals:
+        told = [textwrap.fill(f"{n}. `{text}`", 150, subsequent_indent="   ") for text, n in refusals.items()]
+        parts += ["## Refused", "\n".join(told)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    c, _ = config.parse(Options, prog="benchmarks/architectures.py", description=str(__doc__).split("\n")[0])
+    names = [name for name in ARCHITECTURES if not c.only or name.lower().startswith(tuple(x.lower() for x in c.only))]
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    T.logging.set_verbosity_error()
+    T.utils.logging.disable_progress_bar()
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    with tqdm(total=10 * len(names), unit="cell", file=sys.stderr) as bar:
+        for name in names:
+            with tempfile.TemporaryDirectory() as folder:
+                make_data(Path(folder))
+                found[name] = {}
+                for entrance, run in entrances(Path(folder), make_models(Path(folder), name)).items():
+                    bar.set_description(f"{name}, {entrance}")
+                    found[name][entrance] = one = cell(run)
+                    one["word"] = one["word"].replace(folder, "M")
+                    if one["fault"]:
+                        tqdm.write(f"{name}, {entrance}: {one}", file=sys.stderr)
+                    bar.update()
+            Path(c.out).write_text(page(found), encoding="utf-8")  # a row each quarter of a minute
+    print(json.dumps(found))
+    sys.exit(int(any(one["fault"] for cells in found.values() for one in cells.values())))
+
+
+if __name__ == "__main__":
+    config.run_main(main)
