@@ -346,7 +346,9 @@ def written(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("hostile")
     found = results(*HOSTILE) | {"suite": HOSTILE[0], "commit": f"{HOSTILE[1]} {LINK}", "machine": LINK}
     found["settings"] = {HOSTILE[2]: LINK, LINK: {HOSTILE[1]: HOSTILE[0]}}
-    found["claims"] = [{"claim": LINK, "paper": HOSTILE[2], "verdict": "not measured here", "reason": HOSTILE[0]}]
+    found["claims"] = [
+        {"table": "Claims", "claim": LINK, "paper": HOSTILE[2], "verdict": "not measured here", "reason": HOSTILE[0]}
+    ]
     x = {"label": HOSTILE[1], "values": {HOSTILE[0]: 1, HOSTILE[1]: 2}}
     found["series"] = {"n": {"x": x, "panels": ["rm2"], "lines": {f"{HOSTILE[2]} {LINK}": [HOSTILE[0], HOSTILE[1]]}}}
     report.write_report(found, out)
