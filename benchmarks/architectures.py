@@ -325,7 +325,7 @@ def cell(run: Callable[[], Any]) -> dict[str, Any]:
             word, fault = "padded" if WATCH.padded else "packed", WATCH.worst > TOLERANCE or not WATCH.compared
         except ValueError as error:
             word, fault = " ".join(str(error).split()), False
-        except Exception as error:
+        except Exception as error:  # a traceback is what this table is to find
             word, fault = f"TRACEBACK {type(error).__name__}: {' '.join(str(error).split())[:300]}", True
     return {"word": word, "fault": fault, "apart": WATCH.worst, "compared": WATCH.compared}
 

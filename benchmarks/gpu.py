@@ -31,6 +31,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
+# E402 from here on: Triton reads the variable above when it is imported, which these do.
 import harness  # noqa: E402
 import step  # noqa: E402
 
