@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 2 train.py ...          the same losses, sharded
 
 The same command again goes on from the last checkpoint. Read from `main` down: launch to gradient in one page. What a
-micro-batch holds is in `hps/batches.py`, log-probs in `hps/model.py`, the losses in `hps/objective.py` and
+micro-batch holds, and which loss looks at it, is in `hps/batches.py`, log-probs in `hps/model.py`, the losses in
 `hps/losses.py`, the options in `hps/options.py`.
 """
 
@@ -25,9 +25,9 @@ from tqdm import tqdm
 from hps import batches, checkpoint, config, dist, model, reference
 from hps.data import store, tokens
 from hps.io import files, hub, loggers
-from hps.objective import Statistics, check_first_loss, objective
 from hps.options import Config, as_preference, check, form, needs_reference, parts, settings
 from hps.record import RECORD, check_folder, claim
+from hps.statistics import Statistics, check_first_loss
 
 if TYPE_CHECKING:
     from hps.extra import reward_model
@@ -136,7 +136,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     signal.signal(signal.SIGINT, interrupt)
 
     # The loop: the gradient of each step is the same, whichever way its prompts are split over ranks and micro-batches.
-    loss = objective(c)
+    loss = batches.objective(c)
     clock, tokens_seen, saved = time.perf_counter(), 0, time.monotonic()
     for step in range(done, plan.steps):
         lr = lr_at(c, step, plan.steps)

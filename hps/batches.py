@@ -1,10 +1,10 @@
-"""What a step of training is given: the visits of the plan as micro-batches, with all that a loss looks at.
+"""What a step of training is given: the plan's visits as micro-batches, all that a loss looks at, and the loss.
 
 The plan says which prompt meets which responses; the store has their tokens and rewards, the reference cache their
 log-probs. Here the three are put together, the same way however many ranks there are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hps import dist, reference
+from hps import dist, losses, reference
 from hps import plan as planning
 from hps.data import store
 from hps.model import PolicyModel
-from hps.options import Config, form
+from hps.options import Config, form, parts, positive_stages
 from hps.packing import Block, Packed, micro_batches, pack, to_device
 from hps.samplers import sampler_options
 
@@ -39,6 +39,41 @@ class Batch:
     rewards: Tensor
     kl: float
     weight: float
+
+
+def objective(c: Config) -> Callable[[Tensor, Batch], Tensor]:
+    """The per-prompt loss of a run, `loss(policy_logps, batch) -> (B,)`, from summed log-probs (B, K) in nats.
+
+    Of a reward model `policy_logps` are its rewards: -log sigmoid(r(chosen) - r(rejected)) (Eq. 15) is DPO on the human
+    pair with rewards in the place of log-ratios (see `as_preference`).
+    """
+    if c.loss == "sft":
+        return lambda policy_logps, batch: -policy_logps[:, 0]
+    loss, sampler = parts(c)
+    options = {key: getattr(c, key) for key in loss.options}
+
+    def per_prompt(policy_logps: Tensor, batch: Batch) -> Tensor:
+        h = logratios_of(policy_logps, batch)
+        given = {"valid": batch.packed.valid, **options}
+        if loss.form != "stage":  # beside the paper's five
+            from hps.extra.losses import kto_loss, listwise_loss
+
+            return (
+                kto_loss(h, batch.kl, **given) if loss.form == "kto" else listwise_loss(loss, h, batch.rewards, **given)
+            )
+        given["num_tokens"] = batch.packed.num_tokens
+        if sampler == "pl":
+            return losses.plackett_luce_loss(loss, h, **given)
+        if c.positives > 1:
+            return losses.multi_positive_loss(loss, h, batch.log_q, **positive_stages(c), **given)
+        return losses.stage_loss(loss, h, batch.log_q, kappa=batch.kappa, **given)
+
+    return per_prompt
+
+
+def logratios_of(policy_logps: Tensor, batch: Batch) -> Tensor:
+    """h = log pi_theta(y|x) - log pi_ref(y|x), (B, K) float32 nats, 0 where a ragged row has no response."""
+    return torch.where(batch.packed.valid, policy_logps - batch.ref_logps, 0.0)
 
 
 class Run:

@@ -16,7 +16,7 @@ ROOMS = ("core", "hps.data", "hps.extra", "hps.prepare", "hps.evaluate", "hps.la
 # A method's facts are looked up by its name, and answers during training are those of the decoder.
 OUTWARDS = {
     ("hps.options", "hps.extra.losses"),
-    ("hps.objective", "hps.extra.losses"),
+    ("hps.batches", "hps.extra.losses"),
     ("hps.extra.samples", "hps.prepare.generate"),
 }
 

@@ -18,12 +18,12 @@ from peft import AutoPeftModelForCausalLM
 
 import train
 from hps import batches, reference
-from hps.batches import Batch
+from hps.batches import Batch, objective
 from hps.data import listwise, tokens
 from hps.data.rows import Row
 from hps.model import load_causal_lm
-from hps.objective import Statistics, check_first_loss, objective
 from hps.options import Config
+from hps.statistics import Statistics, check_first_loss
 
 LORA = dict(lora_rank=4, lora_alpha=8, lr=3e-2)
 ONE = dict(tokens_per_micro_batch=100_000)  # one micro-batch per step

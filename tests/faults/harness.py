@@ -115,13 +115,13 @@ def put(fault: Fault, step: list[int | None]) -> None:
         return per_prompt
 
     if fault.where == "loss":
-        real = train.objective
+        real = train.batches.objective
 
         def objective(c: Any) -> Callable[..., Any]:
             loss = real(c)
             return lambda *args: spoil(loss(*args))
 
-        train.objective = objective
+        train.batches.objective = objective
     else:
         before(*PLACES[fault.where], strike)
 

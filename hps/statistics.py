@@ -1,54 +1,16 @@
-"""The objective of a run: its loss as one function of log-probs and a batch, the check of its first value, and what the
-log says of a step."""
-
-from collections.abc import Callable
+"""What the log says of a step, summed on the device over its micro-batches and read once; the first loss checked."""
 
 import torch
 from torch import Tensor
 
-from hps import dist, losses
-from hps.batches import Batch
-from hps.options import Config, parts, positive_stages
+from hps import dist
+from hps.batches import Batch, logratios_of
+from hps.options import Config, parts
 
 # Per-prompt values of the log, in the order of `Statistics.sums`; names are the field's.
 METRICS = ("loss", *(f"rewards/{which}" for which in ("chosen", "rejected", "margins", "accuracies")))
 METRICS += ("logps/chosen", "logps/rejected")
 METRICS_OF = {"sft": METRICS[:1], "reward": METRICS[:5], "preference": METRICS}
-
-
-def objective(c: Config) -> Callable[[Tensor, Batch], Tensor]:
-    """The per-prompt loss of a run, `loss(policy_logps, batch) -> (B,)`, from summed log-probs (B, K) in nats.
-
-    Of a reward model `policy_logps` are its rewards: -log sigmoid(r(chosen) - r(rejected)) (Eq. 15) is DPO on the human
-    pair with rewards in the place of log-ratios (see `as_preference`).
-    """
-    if c.loss == "sft":
-        return lambda policy_logps, batch: -policy_logps[:, 0]
-    loss, sampler = parts(c)
-    options = {key: getattr(c, key) for key in loss.options}
-
-    def per_prompt(policy_logps: Tensor, batch: Batch) -> Tensor:
-        h = logratios_of(policy_logps, batch)
-        given = {"valid": batch.packed.valid, **options}
-        if loss.form != "stage":  # beside the paper's five
-            from hps.extra.losses import kto_loss, listwise_loss
-
-            return (
-                kto_loss(h, batch.kl, **given) if loss.form == "kto" else listwise_loss(loss, h, batch.rewards, **given)
-            )
-        given["num_tokens"] = batch.packed.num_tokens
-        if sampler == "pl":
-            return losses.plackett_luce_loss(loss, h, **given)
-        if c.positives > 1:
-            return losses.multi_positive_loss(loss, h, batch.log_q, **positive_stages(c), **given)
-        return losses.stage_loss(loss, h, batch.log_q, kappa=batch.kappa, **given)
-
-    return per_prompt
-
-
-def logratios_of(policy_logps: Tensor, batch: Batch) -> Tensor:
-    """h = log pi_theta(y|x) - log pi_ref(y|x), (B, K) float32 nats, 0 where a ragged row has no response."""
-    return torch.where(batch.packed.valid, policy_logps - batch.ref_logps, 0.0)
 
 
 def check_first_loss(c: Config, loss: float, expected: float, largest: list[float]) -> str:
