@@ -40,7 +40,8 @@ def held(c: Any, ranks: dist.Ranks, *, what: str, caches: Sequence[str] = ()) ->
         holding = files.lock(lock, what=what, advice=f"wait until it ends, or choose another --{option}")
     with holding:
         if ranks.first:
-            files.remove_stale_temporaries(folder, path.name if option == "output" else "")
+            written = [path.name, f"{path.name}.manifest.json"] if option == "output" else []
+            files.remove_stale_temporaries(folder, *written)
         if ranks.world_size > 1:
             from hps import hosts
 

@@ -72,12 +72,12 @@ def replacing(path: str | Path, *, over: bool = True) -> Iterator[Path]:
             _clear(old, path)
 
 
-def remove_stale_temporaries(folder: Path, name: str = "") -> None:
-    """Remove what killed processes have left behind in `replacing`, of the file `name` or of all in the folder.
+def remove_stale_temporaries(folder: Path, *names: str) -> None:
+    """Remove what killed processes have left behind in `replacing`, of the files `names` or of all in the folder.
 
     Nobody else may be at work on them: whoever calls this holds their lock. Other files that end in .tmp stay.
     """
-    stale = re.compile(rf"({re.escape(name) or '.+'})\.\d+\.(tmp|old)")
+    stale = re.compile(rf"({'|'.join(map(re.escape, names)) or '.+'})\.\d+\.(tmp|old)")
     for left in folder.iterdir():
         if found := stale.fullmatch(left.name):
             _clear(left, folder / found[1])

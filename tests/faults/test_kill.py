@@ -106,6 +106,8 @@ def test_killed_at_any_moment_and_started_again(tiny_world, tmp_path, amount, na
     seconds = 0.0
     for which in ("calm", "again"):  # the first one starts the server as well
         (tmp_path / which).mkdir()
+        for written in ("out.jsonl", "out.jsonl.manifest.json"):  # as a kill in the midst of writing them leaves it
+            (tmp_path / which / f"{written}.1.tmp").touch()
         seconds = harness.run(work.argv(tmp_path / which), log, **how)
     expected = work.result(tmp_path / "calm")
     assert work.result(tmp_path / "again") == expected
