@@ -70,9 +70,14 @@ def arguments(world: Path, out: Path, **changes) -> list[str]:
 SFT = dict(loss="sft", method=None, beta=None, reference_cache=None)  # for `arguments`
 
 
+def jsonl(path: Path) -> list[dict]:
+    """The records of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def losses(out: Path, key: str = "loss") -> list[float]:
     """A column of a run's log."""
-    return [json.loads(line)[key] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record[key] for record in jsonl(out / "metrics.jsonl")]
 
 
 def run(world: Path, out: Path, **changes) -> list[float]:
@@ -155,7 +160,7 @@ def torchrun(ranks: int, words: list[str]) -> None:
 
 def rewrite(world: Path, folder: Path, change: Callable[[list[dict]], object]) -> Path:
     """A copy of the training file with `change(list of dicts)` applied."""
-    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    rows = jsonl(world / "train.jsonl")
     change(rows)
     path = folder / "changed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -358,7 +363,16 @@ def results(sft="SFT", bt="DPO-BT", hps="HPS|x"):
     ]
     keys = ("claim", "paper", "table", "verdict", "after_holm", "kind", "metric")
     unmeasured = {"claim": "people like it", "paper": "Table 3: 3.93", "verdict": "not measured here"}
-    worlds = {"values": [0.1, None, 0.3]}
+    worlds, again = {"values": [0.1, None, 0.3]}, f"{bt} again"
+    compared = [  # a, b, metric, numbers, p, and the rest
+        (hps, bt, "true_reward", (0.64, 0.5, 0.8), 0.0032, {"p_holm": 0.0064}),
+        (hps, bt, "rm_dpo", (-0.001, -0.2, 0.2), 0.9, {"p_holm": 0.9}),
+        (hps, sft, "harm", (-29.1, -32, -26), 0.03, {"p_holm": 0.06}),
+        (again, bt, "harm", (-1, -1.5, -0.5), 0.04, {}),
+        (again, bt, "rm_dpo", (0.1, -0.2, 0.4), 0.4, {}),
+    ]
+    x = {"label": "candidates", "values": {bt: 5, hps: 20.5}}
+    lines = {"down": [hps, bt, sft], "one": [bt]}
     return {
         "suite": "tiny",
         "commit": "abc1234",
@@ -368,31 +382,12 @@ def results(sft="SFT", bt="DPO-BT", hps="HPS|x"):
         "settings": {"beta": 0.1, "prompts": 300},
         "rows": rows,
         "comparisons": [
-            {
-                "a": hps,
-                "b": bt,
-                "metric": "true_reward",
-                **interval(0.64, 0.5, 0.8),
-                **worlds,
-                "p": 0.0032,
-                "p_holm": 0.0064,
-            },
-            {"a": hps, "b": bt, "metric": "rm_dpo", **interval(-0.001, -0.2, 0.2), **worlds, "p": 0.9, "p_holm": 0.9},
-            {"a": hps, "b": sft, "metric": "harm", **interval(-29.1, -32, -26), **worlds, "p": 0.03, "p_holm": 0.06},
-            {"a": f"{bt} again", "b": bt, "metric": "harm", **interval(-1, -1.5, -0.5), **worlds, "p": 0.04},
-            {"a": f"{bt} again", "b": bt, "metric": "rm_dpo", **interval(0.1, -0.2, 0.4), **worlds, "p": 0.4},
+            {"a": a, "b": b, "metric": metric, "p": p} | interval(*numbers) | worlds | rest
+            for a, b, metric, numbers, p, rest in compared
         ],
         "series": {
-            "strength": {
-                "x": {"metric": "kl_exact"},
-                "panels": ["rm2", "junk", "true_reward"],
-                "lines": {"down": [hps, bt, sft], "one": [bt]},
-            },
-            "n": {
-                "x": {"label": "candidates", "values": {bt: 5, hps: 20.5}},
-                "panels": ["win"],
-                "lines": {"up": [bt, hps]},
-            },
+            "strength": {"x": {"metric": "kl_exact"}, "panels": ["rm2", "junk", "true_reward"], "lines": lines},
+            "n": {"x": x, "panels": ["win"], "lines": {"up": [bt, hps]}},
         },
         "claims": [dict(zip(keys, claim)) | interval(*numbers) | {"values": [0.5, 0.7]} for *claim, numbers in claims]
         + [unmeasured | {"table": "Claims", "reason": "needs human raters"}],

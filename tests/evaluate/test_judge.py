@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import chat_server, completion
+from helpers import chat_server, completion, flags, jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -41,13 +41,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
 
 
-def write(folder: Path, texts=TEXTS, prompts=PROMPTS) -> str:
-    """Samples as eval.py writes them; the --methods flag's value."""
+def write(folder: Path, texts=TEXTS, prompts=PROMPTS) -> tuple[str, ...]:
+    """Samples as eval.py writes them; the --methods flag's values."""
     folder.mkdir(exist_ok=True)
     for name, by_prompt in texts.items():
         rows = [Row(id, prompts[id], tuple(y), None, None, None, "policy") for id, y in by_prompt.items()]
         listwise.write(folder / f"{name}.jsonl", rows)
-    return ",".join(f"{name}={folder / name}.jsonl" for name in texts)
+    return tuple(f"{name}={folder / name}.jsonl" for name in texts)
 
 
 def sent(asked: str) -> tuple[object, str]:
@@ -61,19 +61,16 @@ def good(number, asked):
     return completion(f"Here: {json.dumps(dict(zip(CRITERIA, scores, strict=True)))}")
 
 
-def flags(methods: str, out: Path, baseline: str = "beta", **options) -> list[str]:
-    rest = [f"--{key}={value}" for key, value in dict(baseline=baseline, out=out, **options).items()]
-    return ["--methods", *methods.split(","), *rest]
-
-
-def run(methods: str, out: Path, server=None, **options) -> dict:
-    options |= dict(endpoint=server.url, judge_model="judge", key_variable="JUDGE_KEY") if server else {}
-    judge.main(flags(methods, out, **options))
+def run(methods: tuple[str, ...], out: Path, server=None, **options) -> dict:
+    remote = dict(endpoint=server.url, judge_model="judge", key_variable="JUDGE_KEY") if server else {}
+    judge.main(flags(methods=methods, baseline="beta", out=out, **remote | options))
     return json.loads((out / "judge.json").read_text())
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def counts(**changes) -> dict:
+    """Those of TEXTS, every item answered at once."""
+    none = dict.fromkeys(("prompts_left_out", "reminded", "unparseable", "unfinished_drafts", "refused"), 0)
+    return none | dict(responses=12, items=11, answers=11) | changes
 
 
 def questions(server) -> list[str]:
@@ -100,21 +97,11 @@ def test_verdicts_by_hand(tmp_path, capsys):
     assert one["correctness"]["win"]["mean"] == 75 and one["helpfulness"]["lose"]["mean"] == 25
     assert found["means"]["alpha"]["clarity"]["mean"] == pytest.approx((3 + 3 + 2 + 4.5) / 4)
     assert found["means"]["beta"]["words"]["mean"] == pytest.approx((5 + 7 + 5 + 5) / 4)
-    # alpha's and gamma's first responses are equal: one item, asked once.
-    assert found["counts"] == dict(
-        prompts_left_out=0,
-        responses=12,
-        items=11,
-        answers=11,
-        reminded=0,
-        unparseable=0,
-        unfinished_drafts=0,
-        refused=0,
-    )
+    assert found["counts"] == counts()  # alpha's and gamma's first responses are equal: one item, asked once
     assert len(server.requests) == 11 and found["served"] == {"judge-2": 11} and found["judge"] == {"model": "judge"}
     page = (tmp_path / "out/judge.md").read_text()
     assert page in capsys.readouterr().out and "| alpha | beta | 4 | " in page and " | 50.0 [" in page
-    scores = {(line["method"], line["id"]): line["scores"] for line in lines(tmp_path / "out/scores.jsonl")}
+    scores = {(line["method"], line["id"]): line["scores"] for line in jsonl(tmp_path / "out/scores.jsonl")}
     assert len(scores) == 12 and scores["alpha", "p1"] == dict(zip(CRITERIA, (5, 4, 4, 3), strict=True))
 
 
@@ -232,17 +219,7 @@ def test_a_garbled_answer_is_asked_for_once_more(tmp_path):
     with chat_server(behave) as server:
         found = run(methods, tmp_path / "out", server)
         again = run(methods, tmp_path / "out", server)
-    counts = dict(
-        prompts_left_out=0,
-        responses=12,
-        items=11,
-        answers=14,
-        reminded=1,
-        unparseable=2,
-        unfinished_drafts=5,
-        refused=0,
-    )
-    assert found["counts"] == again["counts"] == counts
+    assert found["counts"] == again["counts"] == counts(answers=14, reminded=1, unparseable=2, unfinished_drafts=5)
     assert len(server.requests) == 14  # and none at the second run
     [pair, *_] = found["comparisons"]
     assert found["means"]["beta"]["unscored"] == 1 and pair["average"]["win"]["prompts"] == 3
@@ -259,12 +236,12 @@ def test_a_dead_server_ends_the_run_and_the_next_goes_on(tmp_path):
         with pytest.raises(ValueError, match="3 of 3 attempts.*HTTP 500: dead"):
             run(methods, out, server, attempts=3, in_flight=1)
     assert 5 + 3 <= len(server.requests) < 5 + 3 + 3  # one more may have begun meanwhile
-    assert len(lines(out / "answers.jsonl")) == 5 and not (out / "judge.json").exists()
+    assert len(jsonl(out / "answers.jsonl")) == 5 and not (out / "judge.json").exists()
     with (out / "answers.jsonl").open("a") as file:
         file.write('{"item": "' + "0" * 20)
     with chat_server(good) as later:
         found = run(methods, out, later)
-    assert found["counts"]["answers"] == 11 and len(later.requests) == 6 == len(lines(out / "answers.jsonl")) - 5
+    assert found["counts"]["answers"] == 11 and len(later.requests) == 6 == len(jsonl(out / "answers.jsonl")) - 5
     assert not set(questions(later)) & set(questions(server)[:5])
 
 
@@ -316,12 +293,12 @@ def test_an_answer_is_in_the_file_before_the_next_one(tmp_path):
 
     def ask(questions):
         for n, (key, text) in enumerate(questions.items()):
-            assert len(lines(out / "answers.jsonl")) == n
+            assert len(jsonl(out / "answers.jsonl")) == n
             yield key, endpoint.Reply(json.loads(good(0, text)[2])["choices"][0]["message"]["content"])
 
-    c = judge.Options(write(tmp_path).split(","), "beta", str(out))
+    c = judge.Options(write(tmp_path), "beta", str(out))
     judge.run(c, *judge.read_samples(c), judge.Judge({"model": "x"}, ask))
-    assert len(lines(out / "answers.jsonl")) == 11
+    assert len(jsonl(out / "answers.jsonl")) == 11
 
 
 # -- what was answered before --
@@ -340,12 +317,12 @@ def test_only_what_is_new_is_asked(tmp_path, monkeypatch):
         changed = write(tmp_path, TEXTS | {"alpha": TEXTS["alpha"] | {"p4": ["New. 1 1 1 1"]}})
         run(changed, out, server)
         assert asked() == 12
-        judge.main(flags(changed, out, endpoint=server.url, judge_model="another"))
+        run(changed, out, server, judge_model="another")
         assert asked() == 12 + 11
         monkeypatch.setattr(judge, "QUESTION", judge.QUESTION + " Be strict.")
         run(changed, out, server)
         assert asked() == 23 + 11
-    assert len(lines(out / "answers.jsonl")) == 34
+    assert len(jsonl(out / "answers.jsonl")) == 34
 
 
 def test_one_judge_a_folder(tmp_path):
@@ -360,7 +337,7 @@ def test_one_judge_a_folder(tmp_path):
 
 def test_mistakes_are_told(tmp_path):
     methods, out = write(tmp_path), tmp_path / "out"
-    remote, one = dict(endpoint="http://127.0.0.1:1", judge_model="m"), methods.split(",")[1]
+    remote, one = dict(endpoint="http://127.0.0.1:1", judge_model="m"), methods[1:2]
     short = write(tmp_path / "short", {"gamma": {"p1": ["x"]}}, PROMPTS)
     other = write(tmp_path / "other", {"gamma": TEXTS["gamma"]}, PROMPTS | {"p4": "Another one"})
     more = write(tmp_path / "more", {"gamma": TEXTS["gamma"] | {"p2": ["x", "y"]}})
@@ -375,15 +352,14 @@ def test_mistakes_are_told(tmp_path):
         (remote | dict(responses=-1), "must not be negative"),
         (remote | dict(methods=one), "two or more different names"),
         (remote | dict(baseline="delta"), "--baseline delta is none of the --methods"),
-        (remote | dict(methods=f"{one},{short}"), "prompt 'p2' is in the samples of only one"),
-        (remote | dict(methods=f"{one},{other}"), r"gamma.jsonl:4: 'p4' is another prompt than at .*beta.jsonl:4"),
-        (remote | dict(methods=f"{one},{more}"), r"gamma.jsonl:2: another number of responses than .*beta.jsonl:2"),
+        (remote | dict(methods=one + short), "prompt 'p2' is in the samples of only one"),
+        (remote | dict(methods=one + other), r"gamma.jsonl:4: 'p4' is another prompt than at .*beta.jsonl:4"),
+        (remote | dict(methods=one + more), r"gamma.jsonl:2: another number of responses than .*beta.jsonl:2"),
         (dict(model=tmp_path / "nowhere"), "nowhere"),
         (dict(model="m", dtype="fp8"), "fp8"),
     ]:
-        options = dict(methods=methods, out=out) | changes
         with pytest.raises(ValueError, match=message):
-            judge.main(flags(**options))
+            judge.main(flags(**dict(methods=methods, baseline="beta", out=out) | changes))
     assert not (out / "answers.jsonl").exists()
 
 
@@ -431,17 +407,17 @@ def test_a_local_judge_and_a_question_too_long_for_it(tmp_path):
     lm = LlamaForCausalLM.from_pretrained(folder)
     assert found["judge"]["weights"] == fingerprint(lm) and found["judge"]["model"] == str(folder)
     run(methods, out, model=folder, max_tokens=64)
-    assert len(lines(out / "answers.jsonl")) == 10
+    assert len(jsonl(out / "answers.jsonl")) == 10
     with torch.no_grad():
         lm.lm_head.weight.mul_(2)
     lm.save_pretrained(folder)  # another judge
     run(methods, out, model=folder, max_tokens=64)
-    assert len(lines(out / "answers.jsonl")) == 20
+    assert len(jsonl(out / "answers.jsonl")) == 20
     template = folder / "chat_template.jinja"
     template.write_text("{% if aloud is defined %} {% endif %}" + template.read_text())
     found = run(methods, out, model=folder, max_tokens=64, template_options="aloud=true")  # reads other questions
     read = [fingerprint_of(load_tokenizer(str(folder), options)) for options in ("", "aloud=true")]
-    assert len(lines(out / "answers.jsonl")) == 30 and found["judge"]["tokenizer"] == read[1] != read[0]
+    assert len(jsonl(out / "answers.jsonl")) == 30 and found["judge"]["tokenizer"] == read[1] != read[0]
 
 
 def test_a_question_that_a_local_judge_cannot_read_is_refused(tmp_path):

@@ -5,11 +5,11 @@ import itertools
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from chromium import END, ENTER, LEFT, RIGHT, SHIFT, TAB
+from helpers import flags
 from scipy import stats
 
 from hps.data import listwise
@@ -37,20 +37,17 @@ def write_samples(folder, responses=NASTY, prompts=2):
             turns = [("user", f"Question <{i}>"), ("assistant", "</script>"), ("user", "And?")]
             chat = tuple({"role": role, "content": text} for role, text in turns)
             prompt, pair = chat if i else "Human: <b>Hi</b>\n\nAssistant:", (next(texts), next(texts))
-            model, data = f"runs/{method}/policy", "data/test.jsonl"
-            rows.append(Row(f"id-{i}", prompt, pair, (0.5, 1.0), None, None, model, data))
+            rows.append(Row(f"id-{i}", prompt, pair, (0.5, 1.0), None, None, f"runs/{method}/policy"))
         listwise.write(folder / f"{method}.jsonl", rows)
         named.append(f"{method}={folder / method}.jsonl")
-    return ",".join(named)
+    return tuple(named)
 
 
 def export(folder, **options):
-    options = {"out": f"{folder}/study", "items": 2} | options
-    if "methods" not in options:
-        options["methods"] = write_samples(folder)
-    methods = options.pop("methods").split(",")
-    survey.main(["export", "--methods", *methods, *(f"--{name}={value}" for name, value in options.items())])
-    out = Path(options["out"])
+    methods = options.pop("methods", None) or write_samples(folder)
+    options = dict(out=folder / "study", items=2) | options
+    survey.main(["export", *flags(methods=methods, **options)])
+    out = options["out"]
     return (out / "survey.html").read_text(encoding="utf-8"), json.loads((out / "key.json").read_text())
 
 
@@ -75,7 +72,7 @@ def test_only_the_key_leads_back_to_a_response(tmp_path):
         assert shown == [[who.title(), text] for who, text in said]
     pairs = {(v["prompt"], v["method"]) for v in key["items"].values()}
     assert pairs == {(f"id-{i}", m) for i in range(2) for m in METHODS}
-    for name in (*METHODS, "zeta", "id-0", "policy/", "test.jsonl", str(tmp_path)):
+    for name in (*METHODS, "zeta", "id-0", "policy/", str(tmp_path)):
         assert name not in page
 
 
@@ -83,7 +80,7 @@ def test_what_is_drawn_follows_the_seed_and_no_method(tmp_path):
     samples = write_samples(tmp_path, [f"answer {n}" for n in range(80 * 6)], prompts=80)
     drawn = {}
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        drawn[out] = export(tmp_path, methods=samples, out=str(tmp_path / out), items=70, seed=seed)
+        drawn[out] = export(tmp_path, methods=samples, out=tmp_path / out, items=70, seed=seed)
     assert drawn["a"] == drawn["b"] and drawn["a"][1]["study"] != drawn["c"][1]["study"]
     items = drawn["a"][1]["items"].values()
     assert len({item["prompt"] for item in items}) == 70
@@ -94,21 +91,14 @@ def test_what_is_drawn_follows_the_seed_and_no_method(tmp_path):
     assert len(set(orders.values())) == 6 and max(collections.Counter(orders.values()).values()) < 30  # of 70
 
 
-def test_mistakes_at_the_export(tmp_path):
-    for options, problem in [
-        ({"items": 3}, r"--items 3: 2 prompts have responses of all methods"),
-        ({"items": 0}, r"--items 0"),
-        ({"methods": "a=x.jsonl"}, r"two or more different names"),
-    ]:
-        with pytest.raises(ValueError, match=problem):
-            export(tmp_path, **options)
-    assert not (tmp_path / "study").exists()
-
-
 def test_prompts_that_not_all_have_are_left_out(tmp_path):
     samples = write_samples(tmp_path)
     rows = listwise.read(tmp_path / "zeta-hps.jsonl")
     listwise.write(tmp_path / "zeta-hps.jsonl", [rows[1], Row("id-9", "other", ("x",))])
+    for items in (0, 2):
+        with pytest.raises(ValueError, match=f"--items {items}: 1 prompts have responses of all methods"):
+            export(tmp_path, methods=samples, items=items)
+    assert not (tmp_path / "study").exists()
     _, key = export(tmp_path, methods=samples, items=1)
     assert {item["prompt"] for item in key["items"].values()} == {"id-1"}
 
@@ -168,7 +158,7 @@ def study(folder, files, key=KEY):
     (folder / "key.json").write_text(json.dumps(key))
     for name, content in files.items():
         (folder / "ratings" / name).write_text(json.dumps(content))
-    survey.main(["aggregate", f"--key={folder}/key.json", f"--ratings={folder}/ratings", f"--out={folder}/out"])
+    survey.main(["aggregate", *flags(key=folder / "key.json", ratings=folder / "ratings", out=folder / "out")])
     return json.loads((folder / "out/survey.json").read_text())
 
 
@@ -371,9 +361,6 @@ def test_labels_and_language(opened):
     named = "[...document.querySelectorAll('input')].map(e => e.labels[0]?.textContent ?? e.ariaLabel)"
     titles = [name.title() for name in CRITERIA]
     assert browser.js(named) == ["Your rater code", *(t for title in titles for t in (title, f"{title}, slider"))]
-    described = "[...document.querySelectorAll('[aria-describedby]')].map(e => e.getAttribute('aria-describedby'))"
-    assert all(browser.js(f"{described}.flatMap(ids => ids.split(' ')).map(id => Boolean(byId(id)))"))
-    assert browser.js("byId('bar').getAttribute('aria-labelledby')") == "left"
 
 
 def test_gaps_are_shown_and_only_a_partial_file_written(opened, tmp_path):

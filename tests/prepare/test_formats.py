@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import ROOT, jsonl
 from huggingface_hub import HfApi
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -22,14 +23,14 @@ from hps.prepare import formats
 from hps.prepare.formats import DROPS, FORMATS, Dropped
 from hps.prepare.importers import export_rows, import_file
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+FIXTURES = ROOT / "tests/fixtures"
 ASK = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Tea?"
 GOOD = {"chosen": ASK + "\n\nAssistant: Yes.", "rejected": ASK + "\n\nAssistant: No."}
 SIMPO = {"prompt": "Hi", "all_generated_responses": ["a", "b"], "all_rm_scores": ["0.5", 0.25], "prompt_id": "x"}
 
 
 def load(name):
-    return [json.loads(line) for line in (FIXTURES / name).read_text(encoding="utf-8").splitlines()]
+    return jsonl(FIXTURES / name)
 
 
 def put(path, *records):
@@ -252,20 +253,6 @@ def test_a_prompt_repeated_in_its_answers_is_counted(tmp_path):
 # -- against TRL's own code --
 
 
-def test_trl_fixtures_are_read_as_trl_reads_them():
-    """But for the text whose words TRL takes apart."""
-    oracle = pytest.importorskip("trl.data_utils", reason="TRL is a development extra")
-    for name in ("trl.jsonl", "trl-standard.jsonl"):
-        rows = [(record, dropped("trl", record)) for record in load(name)]
-        rows = [(record, row) for record, row in rows if isinstance(row, Row) and row.prompt != "The sea"]
-        assert len(rows) == 3 - (name == "trl-standard.jsonl")
-        for record, row in rows:
-            theirs = oracle.maybe_extract_prompt(record)
-            texts = [s if isinstance(s, str) else s[0]["content"] for s in (theirs["chosen"], theirs["rejected"])]
-            assert row.prompt == (theirs["prompt"] if isinstance(theirs["prompt"], str) else tuple(theirs["prompt"]))
-            assert list(row.responses) == texts
-
-
 @given(st.text("ab ", max_size=6), st.text("ab ", min_size=1, max_size=4), st.text("ab ", min_size=1, max_size=4))
 def test_an_implicit_prompt_ends_with_a_word(start, chosen, rejected):
     """At most where TRL's own function ends it (which wraps around to the last character where the first differ), and
@@ -309,12 +296,7 @@ def test_an_implicit_prompt_ends_with_a_word(start, chosen, rejected):
         ("trl", {"chosen": [{"role": "assistant", "content": "a"}] * 2}, "rows_unsupported", "not one message"),
         ("trl", {"chosen": [{"role": "user", "content": "a"}]}, "rows_unsupported", "['user'], not one message"),
         ("trl", {"prompt": [{"role": "assistant", "content": "a"}]}, "rows_malformed", "must end with a turn of"),
-        (
-            "trl",
-            {"chosen": [{"role": "assistant", "content": [{}]}]},
-            "rows_unsupported",
-            "not one message",
-        ),
+        ("trl", {"chosen": [{"role": "assistant", "content": [{}]}]}, "rows_unsupported", "not one message"),
         ("authors", {"rewards": [1, 2, 3, 4, 5]}, "rows_malformed", "but 5 rewards"),
     ],
 )
@@ -369,15 +351,12 @@ def test_options_and_files_that_are_refused(tmp_path, monkeypatch):
 
 
 def test_counts_and_reasons_say_what_was_lost(tmp_path):
-    other = {"chosen": talk("Sure."), "rejected": talk("No.")}
+    """Of many reasons the first five."""
     bad = [{**GOOD, "chosen": talk("")}] * 6
-    path = put(tmp_path / "x.jsonl", GOOD, {**GOOD, "chosen": ASK}, GOOD, *bad, other)
+    path = put(tmp_path / "x.jsonl", GOOD, {**GOOD, "chosen": ASK}, GOOD, *bad)
     rows, counts, reasons, _ = import_file("hh-rlhf", path)
-    assert [row.responses[0] for row in rows] == ["Yes.", "Sure."]
-    assert counts.keys() == {"rows_read", "rows_kept", "rows_skipped", *DROPS}
-    assert {key: n for key, n in counts.items() if n} == {
-        "rows_read": 10, "rows_kept": 2, "rows_malformed": 1, "rows_empty_response": 6, "rows_duplicate": 1,
-    }  # fmt: skip
+    assert [row.responses[0] for row in rows] == ["Yes."] and counts["rows_read"] == 9
+    assert lost(counts) == {"rows_malformed": 1, "rows_empty_response": 6, "rows_duplicate": 1}
     assert reasons == [
         f"{path}:2: chosen does not end with a turn of Assistant",
         f"{path}:3: the same as {path}:1",
@@ -507,39 +486,21 @@ def test_each_format_to_trl_and_back(source, order, pair, left, tmp_path):
     assert [replace(row, where="") for row in read(tmp_path / "rows.jsonl")] == [replace(r, where="") for r in rows]
 
 
-@pytest.mark.parametrize(
-    ("change", "counter", "reason"),
-    [
-        ({"rejected": None}, "rows_no_pair", "row 'a' has no chosen and rejected"),
-        ({"responses": ("x", " ")}, "rows_empty_response", "an answer is empty"),
-        ({"responses": ("x", "x ")}, "rows_equal_responses", "both answers are the same"),
-    ],
-)
-def test_export_leaves_out_what_is_no_pair(change, counter, reason):
+def test_export_leaves_out_what_is_no_pair():
     row = Row("a", "u", ("x", "y"), chosen=0, rejected=1, where="f:1")
-    records, counts, reasons, _ = export_rows([row, replace(row, **change, where="f:2")])
+    changes = dict(rejected=None), dict(responses=("x", " ")), dict(responses=("x", "x "))
+    records, counts, reasons, _ = export_rows([row, *(replace(row, **change, where="f:2") for change in changes)])
     assert records == [{"prompt": "u", "chosen": "x", "rejected": "y"}]
-    assert {key: n for key, n in counts.items() if n} == {"rows_read": 2, "rows_written": 1, counter: 1}
-    assert len(reasons) == 1 and reasons[0].startswith("f:2: ") and reason in reasons[0]
-
-
-def test_exports_that_are_refused():
+    left_out = dict.fromkeys(("rows_no_pair", "rows_empty_response", "rows_equal_responses"), 1)
+    assert {key: n for key, n in counts.items() if n} == {"rows_read": 4, "rows_written": 1} | left_out
+    told = ("row 'a' has no chosen and rejected", "an answer is empty", "both answers are the same")
+    for reason, say in zip(reasons, told, strict=True):
+        assert reason.startswith("f:2: ") and say in reason
     rows = [r for n in ("trl", "trl-standard") for r in import_file("trl", FIXTURES / f"{n}.jsonl").rows]
     with pytest.raises(ValueError, match=r"trl-standard.jsonl:1 is a string and that of .*trl.jsonl:1 a list"):
         export_rows(rows)
     with pytest.raises(ValueError, match="no row can be exported .*rows_no_pair = 6\n"):
         export_rows(rows, pair="rewards")
-
-
-pieces = st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " ", "\n", "Tea", "\ud800", "Human: "])
-dialogues = st.lists(pieces, max_size=9).map("".join)
-
-
-@given(dialogues, dialogues)
-def test_any_pair_of_texts_is_a_row_or_dropped(chosen, rejected):
-    row = dropped("hh-rlhf", {"chosen": chosen, "rejected": rejected})
-    if isinstance(row, Row):
-        assert formats.read("hh-rlhf", as_hh_rlhf(row), "f:1") == row
 
 
 def test_the_real_hh_rlhf_both_ways(hh_rlhf_path):
