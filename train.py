@@ -23,9 +23,9 @@ import torch
 from tqdm import tqdm
 
 from hps import batches, checkpoint, config, dist, model, reference
-from hps.data import store, tokens
+from hps.data import tokens
 from hps.io import files, hub, loggers
-from hps.options import Config, as_preference, check, form, needs_reference, parts, settings
+from hps.options import Config, as_preference, check, form, needs_reference, settings
 from hps.record import RECORD, check_folder, claim
 from hps.statistics import Statistics, check_first_loss
 
@@ -65,28 +65,23 @@ def train(c: Config, ranks: dist.Ranks) -> None:
 
     # Data -> the plan of the whole run. No draw is left to the loop, so a run that goes on cannot draw differently.
     tokenizer = tokens.load_common(c.model, c.reference, c.template_options)
-    examples = store.open_store(
-        c.token_cache,
-        c.data,
-        tokenizer,
-        max_length=c.max_length,
-        truncate=c.truncate,
-        closing=c.loss == "reward",
-        candidates=c.candidates,
-        need_rewards=c.loss != "sft" and (parts(c)[1] != "human" or form(c) == "list"),
-        length_penalty=c.length_penalty,
-        ranks=ranks,
-    )
+    examples = batches.open_examples(c, tokenizer, ranks)
     plan = batches.make_plan(c, examples)
     if c.warmup_steps > plan.steps:
         raise ValueError(f"warmup_steps = {c.warmup_steps}, but the run has {plan.steps} steps: it never reaches lr")
     counts = examples.counts | plan.dropped | plan.excluded
     say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
+    held_out = None
+    if c.eval_data:
+        from hps.extra.held_out import HeldOut
+
+        held_out = HeldOut(c, tokenizer, ranks)
 
     # The model, its optimizer, and the reference's log-probs of just what the plan touches: those of the policy itself
     # before its first update, unless another reference is named. Trained weights must never stand in for it, so a
     # checkpoint is loaded after this.
-    longest = c.max_length if form(c) == "kto" else examples.longest  # KTO puts prompts to each other's responses
+    longest = max(x.longest for x in (examples, held_out) if x)
+    longest = c.max_length if form(c) == "kto" else longest  # KTO puts prompts to each other's responses
     policy, weights, untrained = load_policy(c, ranks, tokenizer, longest=longest)
     parameters = list(checkpoint.trained(policy).values())
     # Its moments are fp32 as the trained weights are: at lr 5e-7 an update in bf16 would round to nothing.
@@ -95,6 +90,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     scorer = policy
     if needs_reference(c) and c.reference:
         scorer, inputs["reference"] = load_reference(c, ranks, tokenizer, longest=longest)
+    if held_out and c.keep == "best":
+        inputs["eval_data"] = held_out.examples.data_hash
     claim(out, c, inputs, started is not None, ranks)
     run = batches.Run(c, plan, examples, ranks, pad_id=tokenizer.pad_token_id, packs=not policy.padded)
     z0 = None  # KTO's alone
@@ -107,7 +104,10 @@ def train(c: Config, ranks: dist.Ranks) -> None:
 
             z0 = kto.Mismatched(run, c.max_length)
             computed += z0.look_up_reference(cache, scorer)
+        computed += held_out.begin(policy, [(cache, scorer)]) if held_out else 0
         say(ranks, f"reference log-probs: {computed} computed, the rest was in {cache}")
+    elif held_out:
+        held_out.begin(policy, [])
     del scorer  # another reference's memory is free from here on,
     gc.collect()  # and not when Python sees fit: its modules point at each other in circles
 
@@ -137,7 +137,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
 
     # The loop: the gradient of each step is the same, whichever way its prompts are split over ranks and micro-batches.
     loss = batches.objective(c)
-    clock, tokens_seen, saved = time.perf_counter(), 0, time.monotonic()
+    clock, tokens_seen, saved, shown = time.perf_counter(), 0, time.monotonic(), ""
     for step in range(done, plan.steps):
         lr = lr_at(c, step, plan.steps)
         for group in optimizer.param_groups:
@@ -181,12 +181,17 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             record |= {"kl": kl} if z0 else {}
         record |= {"grad_norm": grad_norm, "lr": lr}
         record |= {"perf/tokens_per_s": rate, "perf/peak_gib": peak_gib(ranks.device)}
+        if held_out and held_out.due(step + 1, plan.steps):
+            began = time.perf_counter()
+            record |= held_out.look(policy, optimizer, step + 1)
+            shown = f", held-out {record['eval/loss']:.4f}"
+            clock += time.perf_counter() - began  # which is no time of training
         if log is not None:
             log(record)
-        bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(f"loss {metrics['loss']:.4f}{shown}, {rate:,.0f} tokens/s", refresh=False)
         bar.update()
         if c.sample_every and (step + 1) % c.sample_every == 0:
-            clock += samples.sample(c, policy, tokenizer, examples, step + 1)  # which is no time of training
+            clock += samples.sample(c, policy, tokenizer, examples, step + 1)
         last = step + 1 == plan.steps  # which needs no checkpoint: its policy is exported
         stop = asked or step + 1 == c.stop_after
         if stop or (not last and (late or (c.save_every and (step + 1) % c.save_every == 0))):
@@ -201,6 +206,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             return
     bar.close()
     seconds = time.perf_counter() - clock
+    if held_out and c.keep == "best":
+        say(ranks, held_out.go_back(policy, optimizer))
     summary = {"steps": plan.steps, "first_step": done, "seconds": seconds, "tokens": tokens_seen, "counts": counts}
     readme = ""
     if ranks.first:

@@ -7,6 +7,7 @@ log-probs. Here the three are put together, the same way however many ranks ther
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,6 +151,14 @@ class Run:
 
     def _column(self, values: np.ndarray) -> Tensor:
         return to_device(torch.from_numpy(values), self.ranks.device)
+
+
+def open_examples(c: Config, tokenizer: Any, ranks: dist.Ranks) -> store.Store:
+    """The token store of `c.data`. Collective."""
+    how = {key: getattr(c, key) for key in ("max_length", "truncate", "candidates", "length_penalty")}
+    how |= {"closing": c.loss == "reward", "ranks": ranks}
+    need_rewards = c.loss != "sft" and (parts(c)[1] != "human" or form(c) == "list")
+    return store.open_store(c.token_cache, c.data, tokenizer, need_rewards=need_rewards, **how)
 
 
 def make_plan(c: Config, examples: store.Store) -> planning.Plan:

@@ -89,6 +89,9 @@ class Config:
     save_every: int = 0  # steps between checkpoints, beside those by time; 0 for none by steps
     sample_every: int = 0  # steps between greedy answers to the same prompts, in samples.jsonl; 0 draws none
     sample_prompts: int = 4  # the first so many prompts of the data are answered then
+    eval_data: str = ""  # held-out data like --data: its loss and margins go to metrics.jsonl as eval/...
+    eval_every: int = 0  # steps between two looks at them; 0 looks once per epoch, and the last step always does
+    keep: str = "last"  # the policy that is exported: last, or best (of the lowest held-out loss)
     log_to: str = ""  # beside metrics.jsonl: tensorboard, wandb, or both, comma-separated
     timeout: float = 10.0  # minutes that ranks wait for each other before the run ends
     stop_after: int = 0  # stop (with a checkpoint) after this many steps in all; 0 runs to the end
@@ -103,7 +106,7 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("be positive", lambda x: x > 0, "slic_delta label_temperature reward_scale sample_prompts timeout"),
     ("not be negative", lambda x: x >= 0, "target_margin slic_lambda rdpo_alpha desirable_weight undesirable_weight"),
     ("not be negative", lambda x: x >= 0, "candidates length_penalty lora_rank warmup_steps weight_decay stop_after"),
-    ("not be negative", lambda x: x >= 0, "max_grad_norm save_minutes save_every sample_every shard_ranks"),
+    ("not be negative", lambda x: x >= 0, "max_grad_norm save_minutes save_every sample_every eval_every shard_ranks"),
     ("lie in [0, 0.5)", lambda x: 0 <= x < 0.5, "label_smoothing"),
     ("lie in (0, 1)", lambda x: 0 < x < 1, "exo_eps"),
 ]
@@ -167,6 +170,7 @@ def used_options(c: Config) -> set[str]:
         used -= {"hps_samples"} if c.hps_form == "full" else set()
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
     used -= {"sample_prompts"} if c.sample_every == 0 else set()
+    used -= {"eval_every", "keep"} if not c.eval_data else set()
     return used if c.lora_rank else used - {"lora_alpha", "lora_targets", "shard_frozen"}
 
 
@@ -205,7 +209,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     config.check_choices(c, loss=["preference", "sft", "reward"], dtype=model.DTYPES, truncate=tokens.TRUNCATE)
     config.check_choices(c, gamma_schedule=SCHEDULES, reward_norm=REWARD_NORMS, pl_form=["stagewise", "official"])
     config.check_choices(c, hps_form=planning.FORMS, n_factor=planning.N_FACTORS, shuffle=planning.SHUFFLES)
-    config.check_choices(c, shard_frozen=["auto", "true", "false"])
+    config.check_choices(c, shard_frozen=["auto", "true", "false"], keep=["last", "best"])
     for words, allowed, keys in RANGES:
         for key in keys.split():
             if not allowed(getattr(c, key)):
@@ -231,13 +235,16 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
 
 
 # Settings that do not decide the result: a run may go on with other values of them.
-FREE = {"out", "token_cache", "reference_cache", "tokens_per_micro_batch", "save_every", "save_minutes", "stop_after"}
-FREE |= {"sample_every", "sample_prompts", "log_to", "timeout", "shard_frozen", "shard_ranks", "reshard_after_forward"}
+FREE = {
+    *"out token_cache reference_cache tokens_per_micro_batch shard_frozen shard_ranks reshard_after_forward".split()
+}
+FREE |= {*"save_every save_minutes stop_after sample_every sample_prompts eval_every log_to timeout".split()}
 
 
 def settings(c: Config) -> dict[str, object]:
     """The options that decide the result."""
-    return {key: value for key, value in dataclasses.asdict(c).items() if key not in FREE}
+    free = FREE | ({"eval_data"} if c.keep == "last" else set())
+    return {key: value for key, value in dataclasses.asdict(c).items() if key not in free}
 
 
 def changed_settings(c: Config) -> list[str]:
