@@ -1,13 +1,12 @@
 """Samples while training: transformers' own greedy answers, and a run that is the same as without them."""
 
-import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import SFT, arguments, losses, run
+from helpers import SFT, arguments, jsonl, losses, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -24,10 +23,6 @@ def short_answers(monkeypatch):
     monkeypatch.setattr(samples_module, "SAMPLE_TOKENS", TOKENS)
 
 
-def samples(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-
-
 def greedy(path: Path, prompt: list[int]) -> str:
     """transformers' own most likely answer."""
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
@@ -41,7 +36,7 @@ def test_they_are_the_greedy_answers_of_the_policy_at_each_step(tiny_world, tmp_
     data = tiny_world / "sft.jsonl"
     options = SFT | dict(data=data, epochs=2, lr=1e-2, shuffle="no", sample_every=2, sample_prompts=3)
     run(tiny_world, tmp_path, **options)
-    found = samples(tmp_path)
+    found = jsonl(tmp_path / "samples.jsonl")
     first = listwise.read(data)[:3]
     assert [(s["step"], s["id"]) for s in found] == [(t, row.id) for t in (0, 2, 4, 6, 8) for row in first]
     tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
@@ -81,24 +76,6 @@ def test_a_run_is_the_same_with_and_without_them(tiny_world, tmp_path, monkeypat
     [name] = [path.name for path in (tmp_path / "plain/policy").glob("*.safetensors")]
     weights = [(tmp_path / which / "policy" / name).read_bytes() for which in ("plain", "with")]
     assert weights[0] == weights[1]
-
-
-def test_a_run_that_goes_on_has_each_of_them_once(tiny_world, tmp_path, monkeypatch):
-    """Killed past its last checkpoint and started again: the file of an undisturbed run."""
-    run(tiny_world, tmp_path / "whole", sample_every=1)
-    real = train.lr_at
-
-    def kill(c, step, steps):
-        if step == 5:
-            raise KeyboardInterrupt
-        return real(c, step, steps)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "lr_at", kill)
-        run(tiny_world, tmp_path / "half", sample_every=1, save_every=3)
-    assert max(s["step"] for s in samples(tmp_path / "half")) == 5
-    run(tiny_world, tmp_path / "half", sample_every=1, save_every=3)
-    assert samples(tmp_path / "half") == samples(tmp_path / "whole")
 
 
 def test_under_torchrun_they_are_refused(tiny_world, tmp_path):

@@ -4,13 +4,12 @@ Neither tensorboard nor wandb is a dependency. In their place stand modules that
 what their documentation says of purge_step and of repeated steps, what a user would then see; no real one is asked.
 """
 
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from helpers import run
+from helpers import jsonl, run
 
 import train
 from hps.io import loggers
@@ -76,10 +75,6 @@ def server(monkeypatch) -> Server:
     return server
 
 
-def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_steps_done_again_stand_once_in_all(tiny_world, tmp_path, events, server, monkeypatch):
     """Killed at step 4 with a checkpoint of 3. The values that depend on the clock differ in the second life."""
     real = train.lr_at
@@ -92,13 +87,16 @@ def test_steps_done_again_stand_once_in_all(tiny_world, tmp_path, events, server
     monkeypatch.setattr(train, "lr_at", kill)
     monkeypatch.setattr(train, "peak_gib", lambda device: 1.0)
     monkeypatch.setattr(train.time, "perf_counter", iter(range(10**6)).__next__)
+    options = dict(log_to="tensorboard,wandb", save_every=3, sample_every=1, sample_prompts=1)
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_world, tmp_path, log_to="tensorboard,wandb", save_every=3)
+        run(tiny_world, tmp_path, **options)
     assert max(step for _, step in events.seen[str(tmp_path / "tensorboard")]) == 3
+    assert jsonl(tmp_path / "samples.jsonl")[-1]["step"] == 4
     monkeypatch.setattr(train, "lr_at", real)
-    run(tiny_world, tmp_path, log_to="tensorboard,wandb", save_every=3)
-    lines = records(tmp_path)
+    run(tiny_world, tmp_path, **options)
+    lines = jsonl(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(6))
+    assert [sample["step"] for sample in jsonl(tmp_path / "samples.jsonl")] == list(range(7))
     wanted = {(name, line["step"]): [x] for line in lines for name, x in line.items() if name != "step"}
     assert events.seen == {str(tmp_path / "tensorboard"): wanted}
     [(_, steps)] = server.runs.items()
@@ -113,7 +111,7 @@ def test_a_run_that_begins_again_is_a_new_one(tmp_path, events, server):
     for value in (1.0, 2.0):
         log = loggers.open_log(tmp_path, "tensorboard,wandb", done=0, settings={})
         log({"step": 0, "loss": value})
-    assert records(tmp_path) == [{"step": 0, "loss": 2.0}]
+    assert jsonl(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 2.0}]
     assert events.seen == {str(tmp_path / "tensorboard"): {("loss", 0): [2.0]}}
     assert list(server.runs.values()) == [{0: {"loss": 1.0}}, {0: {"loss": 2.0}}]
 
