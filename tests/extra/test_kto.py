@@ -94,31 +94,3 @@ def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base):
     values = run_ranks(tiny_world, tmp_path, 3, tokens_per_micro_batch=20, **KTO)
     np.testing.assert_allclose(values, base[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses(tmp_path, "kl"), base[1], rtol=0, atol=1e-3)
-
-
-def test_a_resumed_run_is_bit_identical(tiny_world, tmp_path, base):
-    run(tiny_world, tmp_path, tokens_per_micro_batch=100_000, stop_after=4, **KTO)
-    assert run(tiny_world, tmp_path, tokens_per_micro_batch=100_000, **KTO) == base[0]
-
-
-@pytest.mark.parametrize("method", ["kto-random", "kto-pl"])
-def test_first_loss_is_half_of_the_weights(tiny_world, tmp_path, method):
-    """h = z0 = 0: (w_D + w_U (n - 1)) / 2, three responses for each prompt of pl, else two."""
-    options = dict(desirable_weight=1.5, undesirable_weight=0.5, stop_after=1)
-    options |= dict(pl_responses=3, data=rewrite(tiny_world, tmp_path, distinct)) if method == "kto-pl" else {}
-    values = run(tiny_world, tmp_path / "out", method=method, **options)
-    assert values[0] == pytest.approx((1.5 + 0.5 * (2 if method == "kto-pl" else 1)) / 2, abs=1e-5)
-
-
-def test_a_last_step_of_one_prompt_looks_back(tiny_world, tmp_path, taught):
-    """Its z0 is h of its prompt with the best response of the visit before it (the learning rate moves nothing)."""
-    data = rewrite(tiny_world, tmp_path, distinct)
-    tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
-    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
-    options = dict(data=data, model=taught, reference=tiny_world / "model", method="kto-bt", shuffle="no")
-    run(tiny_world, tmp_path / "out", lr=1e-12, epochs=1, prompts_per_step=len(examples) - 1, **options)
-    prompt, response = examples[-1].prompt_ids, examples[-2].response_ids[np.argmax(examples[-2].rewards)]
-    lms = (load_causal_lm(str(path), dtype=torch.float32) for path in (taught, tiny_world / "model"))
-    policy, ref = (plain_logp(lm, prompt, response).item() for lm in lms)
-    z0 = losses(tmp_path / "out", "kl")
-    assert len(z0) == 2 and z0[1] == pytest.approx(policy - ref, abs=1e-3) and z0[1] > 0.5

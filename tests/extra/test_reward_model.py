@@ -201,13 +201,3 @@ def test_a_restart_on_two_ranks_gives_the_same_trajectory(pairs, tmp_path):
     train.main(arguments(pairs, tmp_path / "two", **one, stop_after=2))
     two = run_ranks(pairs, tmp_path / "two", 2, **one)
     np.testing.assert_allclose(two, losses(tmp_path / "one"), rtol=0, atol=1e-5)
-
-
-def test_what_it_would_ignore_or_lacks_is_an_error(pairs, tiny_world, tmp_path):
-    for world, options, message in (
-        (pairs, dict(beta=0.1, method="dpo-bt", gamma_end=3), "loss reward does not use.*beta, gamma_end, method"),
-        (pairs, dict(label_smoothing=0.6), r"label_smoothing must lie in \[0, 0.5\)"),
-        (tiny_world, {}, "no prompt has a human pair"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train.main(arguments(world, tmp_path, **reward_run(**options)))

@@ -104,13 +104,6 @@ def test_samples_do_not_depend_on_grouping_order_or_sharding(llama):
     assert flat(other.values()) != flat([whole["a"]])  # equal prompts with unequal ids have their own draws
 
 
-def test_results_come_in_input_order(llama, monkeypatch):
-    scripted(monkeypatch, [0, EOS])
-    samples, _ = run(llama, PROMPTS, as_drawn=True)
-    assert list(samples) == [name for name, _ in PROMPTS]
-    assert flat(samples.values()) == [[([0, EOS], True)] * 4] * len(PROMPTS)
-
-
 def test_kept_samples_are_the_first_n_of_the_stream(llama):
     samples, counts = run(llama, PROMPTS[:3], n=6)
     for name, ids in PROMPTS[:3]:
