@@ -115,10 +115,15 @@ def child(work: Callable, args: tuple, log: str, environment: dict[str, str]) ->
     sys.path.insert(0, str(ROOT))
     os.environ |= environment
     os.chdir(ROOT)
+    redirect(log)
+    work(*args)
+
+
+def redirect(log: str) -> None:
+    """What this process says goes into a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    work(*args)
 
 
 def run_script(script: str, argv: list[str]) -> None:

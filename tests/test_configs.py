@@ -6,8 +6,6 @@ from helpers import ROOT
 from hps import config
 from hps.options import Config, check
 
-FILES = sorted((ROOT / "configs").glob("*.toml"))
-
 
 def load(path, *more: str) -> Config:
     argv = ["--config", str(path), "--model", "m", "--data", "d", "--out", "o", *more]
@@ -16,10 +14,10 @@ def load(path, *more: str) -> Config:
     return c
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore:lr 5e-07")
-def test_every_configuration_is_valid(path):
-    load(path)
+def test_every_configuration_is_valid():
+    for path in (ROOT / "configs").glob("*.toml"):
+        load(path)
 
 
 def test_the_paper_preset_warns_of_its_learning_rate():

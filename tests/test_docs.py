@@ -50,15 +50,6 @@ def calls(code: str) -> list[tuple[str, list[str], list[str]]]:
     return found
 
 
-def test_reading_commands_out_of_markdown():
-    text = (
-        "Run `make test`, `python -m hps.lab.theory --out x`.\n```bash\n"
-        "torchrun -n 2 train.py --lr 1 \\\n  --beta=2  # no\n./data_prep.py doctor --data x\n```\n"
-    )
-    expected = [("train", [], ["--lr", "--beta"]), ("data_prep", ["doctor"], ["--data"])]
-    assert calls(code_of(text)) == [*expected, ("hps.lab.theory", [], ["--out"])]
-
-
 def test_links_between_pages_lead_somewhere():
     for path in [*PAGES.values(), *(ROOT / "docs/results").glob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):

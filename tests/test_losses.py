@@ -24,17 +24,11 @@ PAPER = ("dpo", "exo", "ipo", "sppo", "nca")
 OPTIONS = {
     "dpo": {"label_smoothing": 0.2},
     "exo": {"exo_eps": 0.05},
-    "ipo": {},
-    "sppo": {},
-    "nca": {},
     "simpo": {"target_margin": 0.7},
     "slic": {"slic_delta": 2.0, "slic_lambda": 0.3},
     "rdpo": {"rdpo_alpha": 0.03},
-    "exo_rw": {"label_temperature": ALPHA},
-    "infonca": {"label_temperature": ALPHA},
-    "nca_soft": {"label_temperature": ALPHA},
-    "sppo_winrate": {},
-    "lipo": {},
+    **{key: {"label_temperature": ALPHA} for key in ("exo_rw", "infonca", "nca_soft")},
+    **{key: {} for key in ("ipo", "sppo", "nca", "sppo_winrate", "lipo")},
     "kto": {"desirable_weight": 1.5, "undesirable_weight": 0.5},
 }
 EVERY = LOSSES | extra.LOSSES | extra.LISTWISE | {"kto": extra.KTO}
@@ -325,11 +319,8 @@ def test_lengths_are_asked_for_where_a_loss_needs_them():
         with pytest.raises(ValueError, match="looks at lengths: pass num_tokens"):
             stage_loss(ALL[name], h, log_q(s), **GIVEN[name])
     for name in ("ipo", "simpo"):  # without length_norm the same as at one token each
-        given = {**GIVEN[name], "num_tokens": torch.ones_like(L)}
-        close(
-            stage_loss(ALL[name], h, log_q(s), **given),
-            stage_loss(ALL[name], h, log_q(s), **GIVEN[name], length_norm=False),
-        )
+        one_token = stage_loss(ALL[name], h, log_q(s), **GIVEN[name], num_tokens=torch.ones_like(L))
+        close(one_token, stage_loss(ALL[name], h, log_q(s), **GIVEN[name], length_norm=False))
 
 
 # ----------------------------------------------------------------------------------------------------------- TRL's code
@@ -337,15 +328,9 @@ def test_lengths_are_asked_for_where_a_loss_needs_them():
 
 def trainer(**more) -> SimpleNamespace:
     """What TRL's `_compute_loss` reads of its trainer. TRL is pinned: its internals move with every release."""
-    common = dict(
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
-        aux_loss_enabled=False,
-        precompute_ref_logps=True,
-        _total_train_tokens=0,
-        _tp_size=1,
-        _metrics={"train": defaultdict(list)},
-    )
+    alone = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
+    common = dict(model=SimpleNamespace(training=True), accelerator=alone, aux_loss_enabled=False, _tp_size=1)
+    common |= dict(precompute_ref_logps=True, _total_train_tokens=0, _metrics={"train": defaultdict(list)})
     return SimpleNamespace(**common, **more)
 
 
@@ -361,28 +346,14 @@ def trl_pair_loss(loss_type: str, h: Tensor, L: Tensor, label_smoothing: float) 
         T = int(lengths.max())  # completion tokens, right-padded, after one prompt token
         completion = torch.arange(T + 1)[None] <= lengths[:, None]
         completion[:, 0] = False
-        outputs = SimpleNamespace(
-            log_probs=torch.where(completion[:, 1:], (pair / lengths)[:, None], 0.0),
-            entropy=torch.zeros(2, T),
-            is_top1=torch.zeros(2, T, dtype=torch.bool),
-            mean_logits=torch.zeros(2, T),
-        )
-        stub = trainer(
-            beta=BETA,
-            loss_types=[loss_type],
-            loss_weights=[1.0],
-            label_smoothing=label_smoothing,
-            f_divergence_type="reverse_kl",
-            ld_alpha=None,
-            use_weighting=False,
-        )
-        inputs = {
-            "input_ids": torch.ones(2, T + 1, dtype=torch.long),
-            "attention_mask": torch.ones(2, T + 1, dtype=torch.long),
-            "completion_mask": completion.long(),
-            "ref_chosen_logps": torch.zeros(1, dtype=h.dtype),
-            "ref_rejected_logps": torch.zeros(1, dtype=h.dtype),
-        }
+        blank = dict(entropy=torch.zeros(2, T), is_top1=torch.zeros(2, T).bool(), mean_logits=torch.zeros(2, T))
+        log_probs = torch.where(completion[:, 1:], (pair / lengths)[:, None], 0.0)
+        outputs = SimpleNamespace(log_probs=log_probs, **blank)
+        how = dict(beta=BETA, loss_types=[loss_type], loss_weights=[1.0], label_smoothing=label_smoothing)
+        stub = trainer(**how, f_divergence_type="reverse_kl", ld_alpha=None, use_weighting=False)
+        inputs = dict.fromkeys(("input_ids", "attention_mask"), torch.ones(2, T + 1, dtype=torch.long))
+        inputs |= dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), torch.zeros(1, dtype=h.dtype))
+        inputs["completion_mask"] = completion.long()
         model = lambda outputs=outputs, **kwargs: outputs  # noqa: E731
         pairs.append(DPOTrainer._compute_loss(stub, model, inputs, return_outputs=False))
     return torch.stack(pairs)

@@ -131,10 +131,7 @@ def test_rows_of_any_length_give_what_each_gives_alone(monkeypatch, sampler, opt
     by = {"no": lambda v: v[::-1], "together": lambda v: number[v], "epochs": lambda v: (v[1], number[v])}
     visits.sort(key=by[o["shuffle"]])
     assert list(zip(p.row, p.epoch)) == visits
-    assert [list(p.step(s)) for s in (0, p.steps - 1)] == [
-        list(range(7)),
-        list(range(len(visits)))[(p.steps - 1) * 7 :],
-    ]
+    assert (p.step(0), p.step(p.steps - 1)) == (range(7), range((p.steps - 1) * 7, len(visits)))
     widest = 0
     for v, (row, epoch) in enumerate(visits):
         how = keys[row], epoch, v // 7 / p.steps, sampler, o

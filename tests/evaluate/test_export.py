@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
-from helpers import arguments
-from safetensors import safe_open
+from helpers import arguments, flags
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -28,8 +28,7 @@ def trained(tiny_world, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
     train.main(arguments(tiny_world, out, lora_rank=4, lora_alpha=8, lr=3e-2, epochs=1))
     options = dict(model=out / "policy", reference=tiny_world / "model", data=tiny_world / "test.jsonl", samples=0)
-    options |= dict(out=out / "eval", max_length=128, reference_cache=tiny_world / "cache")
-    evaluation.main([f"--{key}={value}" for key, value in options.items()])
+    evaluation.main(flags(**options, out=out / "eval", max_length=128, reference_cache=tiny_world / "cache"))
     return out
 
 
@@ -41,7 +40,7 @@ def exported(trained, tmp_path_factory) -> Path:
 
 
 def make(run: Path, out: Path, **options) -> None:
-    export.main([f"--{key}={value}" for key, value in dict(model=run / "policy", out=out, **options).items()])
+    export.main(flags(model=run / "policy", out=out, **options))
 
 
 def read(path: Path) -> dict:
@@ -81,13 +80,8 @@ def test_merged_weights_give_the_adapters_log_probs(trained, exported, tiny_worl
 
 def test_bf16_weights_are_the_merged_ones_rounded(trained, exported, tmp_path):
     make(trained, tmp_path / "low", dtype="bf16")
-    with (
-        safe_open(exported / "model.safetensors", "pt") as whole,
-        safe_open(tmp_path / "low/model.safetensors", "pt") as low,
-    ):
-        assert set(whole.keys()) == set(low.keys())
-        for name in whole.keys():
-            assert torch.equal(low.get_tensor(name), whole.get_tensor(name).bfloat16())
+    whole, low = (safetensors.torch.load_file(path / "model.safetensors") for path in (exported, tmp_path / "low"))
+    assert whole.keys() == low.keys() and all(torch.equal(low[name], w.bfloat16()) for name, w in whole.items())
     assert read(tmp_path / "low/config.json")["dtype"] == "bfloat16"
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import pytest
-from helpers import fork, run_script
+from helpers import fork, jsonl, redirect, run_script
 
 import train
 from hps import batches, checkpoint, dist, reference
@@ -162,9 +162,7 @@ def work(script: str, argv: list[str], setup: str, fault: Fault | None, journal:
 
 def work_of_a_rank(log: str, *args: Any) -> None:
     Path(f"{log}.rank-{os.environ['RANK']}").write_text(str(os.getpid()))
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    redirect(log)
     work(*args)
 
 
@@ -304,7 +302,7 @@ EVALUATION = {"config": {"model": "policy", "data": "t.jsonl", "reference": "a/b
 
 def records(out: Path) -> list[dict]:
     """The lines of a run's log without what depends on the clock and on memory."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = jsonl(out / "metrics.jsonl")
     return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
 
 
@@ -342,5 +340,5 @@ def check_follows(out: Path, calm: Path, tolerance: float = 1e-5) -> float:
 
 def visits(journal: Path) -> list[dict[str, Any]]:
     """All visits of the processes that kept a journal there, in the order of the steps."""
-    lines = [json.loads(line) for path in journal.iterdir() for line in path.read_text().splitlines()]
+    lines = [visit for path in journal.iterdir() for visit in jsonl(path)]
     return sorted(lines, key=lambda visit: (visit["step"], visit["id"]))

@@ -16,7 +16,6 @@ import signal
 import struct
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from harness import CONFIG, EVALUATION, RUN, SUMMARY
-from helpers import ROOT
+from helpers import ROOT, jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
@@ -231,7 +230,7 @@ def with_header(parts: list[str]) -> bytes:
 
 
 def fixture(name: str) -> list[Any]:
-    return [json.loads(line) for line in (ROOT / f"tests/fixtures/{name}.jsonl").read_text().splitlines()]
+    return jsonl(ROOT / f"tests/fixtures/{name}.jsonl")
 
 
 ROW = {"id": "a", "prompt": "why", "responses": ["tea is hot", ""], "rewards": [1, -0.5], "chosen": 0, "rejected": 1}
@@ -468,20 +467,3 @@ def test_numbers_that_are_none_in_each_place(place):
     for at in range(len(SHARD) - 40, len(SHARD), 4):
         for number in (math.nan, math.inf, -math.inf, 3e38):
             outcome(TARGETS["shard"], SHARD[:at] + struct.pack("<f", number) + SHARD[at + 4 :], place)
-
-
-def test_a_reader_that_breaks_the_rule_is_found(monkeypatch, place):
-    """Each of what is not allowed: no end, a number that is not finite, a refusal without a place, another error."""
-
-    def raises(error: Exception) -> None:
-        raise error
-
-    monkeypatch.setitem(globals(), "SECONDS", 1)
-    for read, found in (
-        (lambda path: time.sleep(60), "more than 1 s"),
-        (lambda path: finite([1.0, {"a": math.inf}]), "inf"),
-        (lambda path: raises(ValueError("broken")), "refused without a place: broken"),
-        (lambda path: raises(KeyError("id")), "id"),
-    ):
-        with pytest.raises((AssertionError, KeyError), match=found):
-            outcome(Target("x", [], lines, read), b"", place)
