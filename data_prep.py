@@ -86,8 +86,7 @@ class Annotate:
     output: str  # the same with rewards
     pairs: bool = False  # give rows without a human pair one: two random responses, the one of higher reward chosen
     dtype: str = "fp32"  # of a reward model's weights, fp32 or bf16; rewards are fp32 either way
-    objectives: str = "one"  # of a reward model's head: one, or mean of several
-    remote_revision: str = ""  # run the code that a reward model brings, as of this commit; empty: never
+    objectives: str = "one"  # of a reward model's head: one, or of several mean, score (ArmoRM's gate) or one's name
     template_options: str = ""  # NAME=VALUE,... of a reward model's chat template: enable_thinking=false
     tokens_per_micro_batch: int = 4096  # packed tokens of a reward model's forward
     timeout: float = 10.0  # minutes that ranks wait for each other; for each other's shares of the prompts longer
@@ -181,11 +180,11 @@ def annotate_rows(c: Annotate) -> None:
     """Give every response a reward; a killed run goes on, and torchrun shares the prompts out."""
     check_apart(c)
     rows = listwise.read(c.input)
-    of_world = scorers.load(c.scorer) if c.scorer.split(":")[0] in ("world-true", "world-est") else None
-    of_reward_models = ("dtype", "objectives", "remote_revision", "template_options", "tokens_per_micro_batch")
+    of_world = scorers.load(c.scorer) if scorers.is_world(c.scorer) else None
+    of_reward_models = ("dtype", "objectives", "template_options", "tokens_per_micro_batch")
     if of_world and (unused := [key for key in of_reward_models if getattr(c, key) != getattr(Annotate, key)]):
         raise ValueError(f"scorer {c.scorer} does not use {', '.join(unused)}: remove that")
-    config.check_choices(c, dtype=model.DTYPES, objectives=("one", "mean"))
+    config.check_choices(c, dtype=model.DTYPES)
     if known := scorers.world_of(c.scorer):
         rewards.check_prompts(rows, known.task)
 
@@ -202,7 +201,7 @@ def annotate_rows(c: Annotate) -> None:
         scored = [row for row, before in zip(scored, rows, strict=True) if row.responses or not before.responses]
         lost = {id: places for id, given in found.items() if (places := [k for k, r in enumerate(given) if r is None])}
         counts = {"rows": len(scored), "responses": sum(len(row.responses) for row in scored)}
-        counts |= {"responses_left_out": sum(map(len, lost.values())), **more}
+        counts |= {"responses_left_out": sum(map(len, lost.values())), **more} | rewards.agreement(scored)
         if not scored:
             raise ValueError(f"{c.input}: no response has a reward ({counts})")
         if c.pairs:
@@ -213,6 +212,9 @@ def annotate_rows(c: Annotate) -> None:
         listwise.write(c.output, scored)
         reasons = [f"{id}: without a reward, left out: responses {places}" for id, places in lost.items()]
         tell(c, "annotate", counts, reasons[: importers.MAX_REASONS], responses_left_out=lost)
+        if pairs := counts.get("human_pairs"):  # held-out accuracy, where the scorer has not seen these
+            right = (counts["human_pairs_agree"] + counts["human_pairs_tied"] / 2) / pairs
+            print(f"{c.output}: the rewards agree with people on {right:.1%} of {pairs:,} pairs", file=sys.stderr)
 
     journal.in_shares(c, rows, work, write)
 

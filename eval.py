@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ class Config:
     max_new_tokens: int = 256  # a sample ends there at the latest
     seed: int = 0  # of the samples
     scorer: str = "none"  # of the samples: none, world-true[:SEED], or a reward model's folder, file or hub name
+    scorer_dtype: str = "fp32"  # of a reward model's weights, fp32 or bf16; rewards are fp32 either way
+    objectives: str = "one"  # of a reward model's head: one, or of several mean, score (ArmoRM's gate) or one's name
     baseline: str = ""  # out folder of another evaluation (the SFT model's), for the win rate
     # -- compute --
     dtype: str = "fp32"  # fp32 or bf16
@@ -54,9 +57,12 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     c, set_keys = config.parse(Config, argv, prog="eval.py", description=str(__doc__).split("\n")[0])
-    of_samples = {"temperature", "max_new_tokens", "seed", "scorer", "baseline"}
+    of_reward_model = {"scorer_dtype", "objectives"}
+    of_samples = {"temperature", "max_new_tokens", "seed", "scorer", "baseline", *of_reward_model}
     config.check_used(set_keys, set(vars(c)) - (set() if c.samples else of_samples), what="--samples 0")
-    config.check_choices(c, dtype=model.DTYPES)
+    if c.scorer == "none" or scorers.is_world(c.scorer):
+        config.check_used(set_keys, set(vars(c)) - of_reward_model, what=f"--scorer {c.scorer}")
+    config.check_choices(c, dtype=model.DTYPES, scorer_dtype=model.DTYPES)
     out = Path(c.out)
     if c.baseline and not (Path(c.baseline) / "samples.jsonl").exists():
         raise ValueError(f"--baseline {c.baseline}: no samples.jsonl there; evaluate that model first")
@@ -77,7 +83,9 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     """Every rank evaluates its share of the prompts and writes it; the first one puts the shares together."""
     out = Path(c.out)
     drawn: Counter[str] = Counter()
-    score = None if c.scorer == "none" else scorers.load(c.scorer, device=ranks.device, counts=drawn)
+    how = dict(dtype=c.scorer_dtype, objectives=c.objectives, tokens_per_micro_batch=c.tokens_per_micro_batch)
+    how = dict(device=ranks.device, counts=drawn) | ({} if scorers.is_world(c.scorer) else how)
+    score = None if c.scorer == "none" else scorers.load(c.scorer, **how)
     world = scorers.world_of(c.scorer)
     rows = listwise.read(c.data)[: c.limit or None]
     if world:
@@ -91,17 +99,15 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         raise ValueError(f"{c.data}: no row has rewards that differ, or a human pair (chosen, rejected), that fits")
 
     dtype = model.compute_dtype(c.dtype)
-    policy_lm, ref_lm = (
-        model.load_causal_lm(path, dtype=dtype, tokenizer=tokenizer) for path in (c.model, c.reference)
-    )
-    policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in (policy_lm, ref_lm))
+    lms = (model.load_causal_lm(path, dtype=dtype, tokenizer=tokenizer) for path in (c.model, c.reference))
+    policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in lms)
     longest = max(map(tokens.longest, examples))
-    for one in (policy, ref):
-        limits.check(one, longest=longest)
+    limits.check(policy, longest=longest)
+    limits.check(ref, longest=longest)
 
     # The same cache as in training: the log-probs of a test set are computed once for all methods and seeds.
     packing = dict(budget=c.tokens_per_micro_batch, pad_id=tokenizer.pad_token_id)
-    weights = dist.from_first(lambda: model.fingerprint(ref_lm), ranks)
+    weights = dist.from_first(partial(model.fingerprint, ref.lm), ranks)
     identity = dict(weights=weights, tokenizer=tokens.fingerprint(tokenizer), dtype=c.dtype)
     cache = reference.open_cache(c.reference_cache, **identity)
     blocks = [Block(e.prompt_ids, e.response_ids) for e in examples]
@@ -119,6 +125,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         texts = [by_id[examples[i].id].responses[k] for k in examples[i].kept]
         found = candidate_metrics(examples[i], policy_logps - ref_logps[i], texts, human_pairs=human)
         values[examples[i].id] = found | {"kl_exact": kl}
+    del ref  # the scorer goes to the device with the first sample, where three models may find no room
     if c.samples:
         prompts = [(examples[i].id, examples[i].prompt_ids.tolist()) for i in mine]
         how = dict(n=c.samples, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
@@ -126,7 +133,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         # Unfinished ones included: rambling is a failure, not a missing value.
         shown = dict(counts=drawn, progress=ranks.first)
         strings = {row.id for row in rows if isinstance(row.prompt, str)}
-        for id, texts in generate.answer(policy_lm, tokenizer, prompts, strings=strings, **shown, **how):
+        for id, texts in generate.answer(policy.lm, tokenizer, prompts, strings=strings, **shown, **how):
             earned = None if score is None or not texts else tuple(score(by_id[id].prompt, texts))
             if earned and None in earned:  # as if there were no scorer, or the mean would be over others
                 drawn["prompts_unscored"] += 1

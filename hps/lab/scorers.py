@@ -1,11 +1,13 @@
 """Scorers by name: what `--scorer` of data_prep.py and eval.py means."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
-from hps import limits, loading, model
+from hps import limits, model
 from hps.data import tokens
 from hps.data.rows import Row
 from hps.evaluate.scoring import score
@@ -16,16 +18,19 @@ from hps.prepare import rewards
 Annotator = Callable[[Sequence[Row]], Iterator[tuple[str, rewards.Rewards]]]
 
 
-def load(name: str, *, device: torch.device | None = None, counts: Counter[str] | None = None) -> rewards.Scorer:
+def load(
+    name: str, *, device: torch.device | None = None, counts: Counter[str] | None = None, **how: Any
+) -> rewards.Scorer:
     """The function (prompt, responses) -> rewards called `name`.
 
     `world-true[:SEED]` is the self-made world's own reward, `world-est[:SEED[:NOISE]]` the noisy, length-biased one
     that training sees (NOISE its standard deviation); anything else is a reward model by its folder or hub name, which
-    runs on `device`, the CPU by default. Its rewards may be None (`rewards.annotate_packed`), as `counts` says.
+    runs on `device`, the CPU by default; how: its options, as of `load_reward_model`. Its rewards may be None
+    (`rewards.annotate_packed`), as `counts` says.
     """
     kind, *words = name.split(":")
-    if kind not in ("world-true", "world-est"):
-        annotate = load_reward_model(name, device=device, counts=counts)
+    if not is_world(name):
+        annotate = load_reward_model(name, device=device, counts=counts, **how)
 
         def score(prompt: rewards.Prompt, responses: list[str]) -> rewards.Rewards:
             row = Row("", prompt if isinstance(prompt, str) else tuple(prompt), tuple(responses), where="a sample")
@@ -50,7 +55,6 @@ def load_reward_model(
     *,
     dtype: str = "fp32",
     objectives: str = "one",
-    remote_revision: str = "",
     template_options: str = "",
     tokens_per_micro_batch: int = 4096,
     device: torch.device | None = None,
@@ -58,24 +62,29 @@ def load_reward_model(
 ) -> Annotator:
     """The function rows -> (id, rewards) of a reward model; see `reward_model.load_reward_model` for what is refused.
 
-    remote_revision: run the code that the model brings, as of this commit. template_options: of its chat template.
-    counts: what was cut and what could not be scored.
+    It goes to its device with the first rows, when eval.py has let go of another model. template_options: of its chat
+    template. counts: what was cut and what could not be scored.
     """
     tokenizer = tokens.load_tokenizer(path, template_options)
     device, counts = device or torch.device("cpu"), Counter() if counts is None else counts
-    if remote_revision:
-        lm = reward_model.load_remote(path, dtype=model.compute_dtype(dtype), revision=remote_revision)
-        loading.check_vocabulary(lm, tokenizer)
-        scoring = reward_model.RemoteRewardModel(lm, objectives=objectives).to(device)
-    else:
-        how = dict(dtype=model.compute_dtype(dtype), tokenizer=tokenizer, objectives=objectives)
-        lm = reward_model.load_reward_model(path, **how)
-        scoring = reward_model.RewardModel(lm).to(device)
-        limits.check(scoring)
+    how = dict(dtype=model.compute_dtype(dtype), tokenizer=tokenizer, objectives=objectives)
+    lm = reward_model.load_reward_model(path, **how)
+    begins = None
+    if objectives == "score":
+        from hps.extra import armorm
+
+        begins = tokenizer(armorm.ANSWER_BEGINS, add_special_tokens=False).input_ids
+
+    @functools.cache
+    def scoring() -> reward_model.RewardModel:
+        found = reward_model.RewardModel(lm, objectives=objectives, answer_begins=begins).to(device)
+        limits.check(found)
+        return found
+
     packing = dict(device=device, budget=tokens_per_micro_batch, pad_id=tokenizer.pad_token_id or 0)
     return lambda rows: rewards.annotate_packed(
         rows,
-        lambda blocks: score(scoring, blocks, **packing),
+        lambda blocks: score(scoring(), blocks, **packing),
         tokenizer,
         positions=int(min(limits.positions(lm.config), 2**31)),
         pad_id=reward_model.pad_token_id(lm),
@@ -85,5 +94,10 @@ def load_reward_model(
 
 def world_of(name: str) -> World | None:
     """The world behind a scorer's name, which can also tell harm and junk; None for other scorers."""
-    kind, *words = name.split(":")
-    return World(int(words[0] or 0) if words else 0) if kind in ("world-true", "world-est") else None
+    words = name.split(":")[1:]
+    return World(int(words[0] or 0) if words else 0) if is_world(name) else None
+
+
+def is_world(name: str) -> bool:
+    """Whether a scorer's name is a world's."""
+    return name.split(":")[0] in ("world-true", "world-est")

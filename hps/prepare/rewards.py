@@ -117,6 +117,16 @@ def scored(row: Row, rewards: Rewards) -> Row:
     return only(whole, [k for k, reward in enumerate(rewards) if reward is not None])
 
 
+def agreement(rows: Iterable[Row]) -> dict[str, int]:
+    """Of the rows with rewards and a human pair: how many there are, and in how many the rewards agree or tie."""
+    counts = Counter[str]()
+    for row in rows:
+        if row.rewards and row.chosen is not None and row.rejected is not None:
+            apart = row.rewards[row.chosen] - row.rewards[row.rejected]
+            counts.update(human_pairs=1, human_pairs_agree=apart > 0, human_pairs_tied=apart == 0)
+    return dict(counts)
+
+
 def _finite(rewards: Iterable[float]) -> Rewards:
     return [float(reward) if np.isfinite(reward) else None for reward in rewards]
 

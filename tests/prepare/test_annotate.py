@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import classifier
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import data_prep
@@ -40,8 +39,8 @@ def data(tiny_world, tmp_path_factory):
     return path
 
 
-def by_transformers(folder, rows, tokenizer) -> list[list[float]]:
-    """Each conversation alone, rendered and read by transformers."""
+def by_transformers(folder, rows, tokenizer, label=slice(None)) -> list[list[float]]:
+    """Each conversation alone, rendered and read by transformers; the mean over its labels, or one of them."""
     lm = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     found = []
     for row in rows:
@@ -53,7 +52,7 @@ def by_transformers(folder, rows, tokenizer) -> list[list[float]]:
                 answered = [*row.prompt, {"role": "assistant", "content": y}]
                 ids = tokenizer.apply_chat_template(answered, return_dict=False)
             with torch.no_grad():
-                found[-1].append(float(lm(input_ids=torch.tensor([ids])).logits[0].mean()))
+                found[-1].append(float(lm(input_ids=torch.tensor([ids])).logits[0, label].mean()))
     return found
 
 
@@ -86,6 +85,19 @@ def test_the_mean_of_objectives(tokenizer, data, tmp_path):
         annotate(several, data, tmp_path / "out.jsonl")
     rows = annotate(several, data, tmp_path / "out2.jsonl", objectives="mean")
     assert_rewards(rows, by_transformers(several, rows, tokenizer))
+    [first, *_] = by_transformers(several, rows, tokenizer, label=3)
+    [row, *_] = annotate(several, data, tmp_path / "out3.jsonl", objectives="LABEL_3")
+    np.testing.assert_allclose(row.rewards, first, atol=1e-4)
+
+
+def test_how_often_rewards_agree_with_people_is_said(reward_model, data, tmp_path, capsys):
+    """Of the rows with a pair, which the scorer may never have seen: its held-out accuracy."""
+    rows = [replace(row, chosen=k % 2, rejected=1 - k % 2) for k, row in enumerate(listwise.read(data)[:3])]
+    listwise.write(tmp_path / "pairs.jsonl", rows)
+    found = annotate(reward_model, tmp_path / "pairs.jsonl", tmp_path / "out.jsonl")
+    right = sum(row.rewards[row.chosen] > row.rewards[row.rejected] for row in found)
+    said = capsys.readouterr().err
+    assert f"agree with people on {right / 3:.1%} of 3 pairs" in said and f"human_pairs_agree {right}" in said
 
 
 def test_a_classifier_whose_pad_is_eos_reads_the_token_before(tokenizer, data, tmp_path):
@@ -209,64 +221,6 @@ def test_what_does_not_fit_is_cut_and_counted(tokenizer, data, tmp_path, capsys)
     listwise.write(tmp_path / "long.jsonl", [Row("a", prompt, (" ".join(words[:16]),))])
     with pytest.raises(ValueError, match=r"long.jsonl:1: no response .*: all responses are longer than the 16 tokens"):
         annotate(short, tmp_path / "long.jsonl", tmp_path / "out2.jsonl")
-
-
-REMOTE = """
-from dataclasses import dataclass
-
-import torch
-from torch import nn
-from transformers import LlamaModel, LlamaPreTrainedModel
-from transformers.utils import ModelOutput
-
-@dataclass
-class Output(ModelOutput):
-    rewards: torch.FloatTensor = None
-
-class Gated(LlamaPreTrainedModel):
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = LlamaModel(config)
-        self.regression = nn.Linear(config.hidden_size, 4)
-        self.post_init()
-
-    def forward(self, input_ids, **kwargs):
-        return Output(rewards=self.regression(self.model(input_ids).last_hidden_state[:, -1]))
-"""
-
-
-def test_a_model_with_its_own_code(tokenizer, data, tmp_path, monkeypatch):
-    """Refused unless asked for with a revision; then the mean of its objectives, as the module itself gives them."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = tmp_path / "rm"
-    classifier(tokenizer, folder)
-    (folder / "gated.py").write_text(REMOTE)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["Gated"], "auto_map": {"AutoModelForSequenceClassification": "gated.Gated"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is no reward model but Gated"):
-        annotate(folder, data, tmp_path / "out.jsonl")
-    with pytest.raises(ValueError, match="its files lack regression.bias, regression.weight; they hold score.weight"):
-        annotate(folder, data, tmp_path / "out.jsonl", remote_revision="abc")
-    weights = load_file(folder / "model.safetensors")
-    drawn = torch.Generator().manual_seed(0)
-    weights |= {"regression.weight": torch.randn(4, 32, generator=drawn), "regression.bias": torch.ones(4)}
-    del weights["score.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="this model has 4 labels"):
-        annotate(folder, data, tmp_path / "out.jsonl", remote_revision="abc")
-    how = dict(remote_revision="abc", objectives="mean")
-    few = tmp_path / "few.jsonl"
-    listwise.write(few, listwise.read(data)[:2])
-    rows = annotate(folder, few, tmp_path / "out2.jsonl", **how)
-    lm = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
-    for row in rows:
-        for y, reward in zip(row.responses, row.rewards, strict=True):
-            ids = tokenizer.apply_chat_template(
-                [*row.prompt, {"role": "assistant", "content": y}], return_dict=False, return_tensors="pt"
-            )
-            with torch.no_grad():
-                assert reward == pytest.approx(float(lm(ids).rewards.mean()), abs=1e-5)
 
 
 def test_options_that_a_scorer_ignores_are_refused(data, tmp_path):
