@@ -61,7 +61,7 @@ def policy(words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     lm = LlamaForCausalLM(config(words))
     with torch.no_grad():
         lm.get_input_embeddings().weight[:, 0] = 3.0
-        lm.lm_head.weight[words.eos_token_id, 0] += 1.0
+        lm.lm_head.weight[words.convert_tokens_to_ids("<|eot_id|>"), 0] += 1.0
     return lm
 
 

@@ -202,6 +202,7 @@ def test_one_evaluation_per_folder(tiny_world, tmp_path):
         (dict(dtype="int8"), "dtype = 'int8' does not exist"),
         (dict(scorer="world-true:x"), "the world's seed must be a number"),
         (dict(scorer="nowhere.safetensors"), "nowhere.safetensors"),
+        (dict(objectives="score", scorer_dtype="bf16"), "--scorer world-true does not use objectives, scorer_dtype"),
     ],
 )
 def test_a_wrong_option_of_eval_is_named(tiny_world, tmp_path, options, message):
