@@ -16,7 +16,7 @@ from typing import Any
 from hps import config
 from hps.evaluate import report
 from hps.io import files
-from hps.lab import claims
+from hps.lab import claims, suites
 from hps.lab.results import ROOT, Cells, commit, machine, publish, summarise
 from hps.lab.suites import LR, SUITES, Row, Suite
 from hps.lab.sweep import Stage, flags, run_in_workers, stage_seconds
@@ -26,8 +26,7 @@ from hps.lab.sweep import Stage, flags, run_in_workers, stage_seconds
 class Options:
     suite: str = "headline"  # one of hps/lab/suites.py (headline, methods, transfer, ...), theory, or all of them
     seeds: int = 8  # worlds, each with facts, prompts, SFT model and candidates of its own; some take fewer in `all`
-    repeats: int = 1  # preference runs of each row in each world; more worlds tell more
-    first_seed: int = 0  # the worlds are this one and those that follow; `confirm` takes later ones
+    first_seed: int = 0  # the worlds are this one and those that follow; `tune` takes later ones
     out: str = "runs/reproduce"  # results.json, RESULTS.md, report.html, figures/ and every stage's files
     small: bool = False  # a tenth of the size: checks the path, not the claim
     jobs: int = 0  # processes at once; 0 means one per core
@@ -37,8 +36,8 @@ class Options:
 # 1 % between 100 prompts (3 % of RM10, a third of RM_DPO). So the minutes go to worlds, one run in each, and prompts,
 # candidates to test on (`test_n`) and samples are few.
 SIZES = {
-    False: dict(demonstrations=40_000, train=320, valid=120, test=120, n=100, test_n=50, samples=5),
-    True: dict(demonstrations=14_400, train=96, valid=16, test=64, n=24, test_n=24, samples=4),
+    False: dict(demonstrations=28_000, train=256, test=100, n=100, test_n=30, samples=5),
+    True: dict(demonstrations=14_400, train=96, test=64, n=24, test_n=24, samples=4),
 }
 
 
@@ -49,7 +48,7 @@ def cell(row: Row, train: str) -> str:
 
 
 def plan(c: Options, suite: Suite, out: Path) -> tuple[list[Stage], Cells]:
-    """All stages of a suite, and of each row of its table the evaluations' folders, [world][repeat]."""
+    """All stages of a suite, and of each row of its table the evaluations' folders, [world][run]: one run in each."""
     stages: dict[Path, Stage] = {}
     cells: Cells = {}
     for seed in range(c.first_seed, c.first_seed + c.seeds):
@@ -70,53 +69,50 @@ def plan_world(c: Options, suite: Suite, seed: int, out: Path, stages: dict[Path
         return product
 
     twice = 2 if suite.domain == "both" else 1  # so that each domain has as many prompts as when it is alone
-    sizes = {key: twice * size[key] for key in ("train", "valid", "test")} | {"demonstrations": size["demonstrations"]}
-    argv = ["data_prep.py", "world", *flags({"out": world, "seed": seed, "domain": suite.domain} | sizes)]
-    about = stage(world / "world.json", argv, 6)
+    sizes = {key: twice * size[key] for key in ("train", "test")} | {"demonstrations": size["demonstrations"]}
+    argv = ["data_prep.py", "world", *flags({"out": world, "seed": seed, "domain": suite.domain, "valid": 0} | sizes)]
+    about = stage(world / "world.json", argv, 2)
     argv = ["train.py", "--config=configs/world-sft.toml", f"--model={world / 'model'}"]
     argv += [f"--data={world / 'sft.jsonl'}", f"--out={policy.parent}", f"--seed={seed}", texts]
-    stage(policy, argv, 55, about)
+    stage(policy, argv, 42, about)
 
     # Candidates of every split that a row names, with the rewards that its use calls for: the noisy training reward
     # to train on; to test on, the true one, and a labelled pair like a data set's.
-    def scored(split: str, name: str, scorer: str, *more: str) -> Path:
-        drawn, product = base / f"{split}-candidates.jsonl", base / f"{name}.jsonl"
+    def scored(split: str, scorer: str, *more: str) -> Path:
+        drawn, product = base / f"{split}-candidates.jsonl", base / f"{split}.jsonl"
         argv = ["data_prep.py", "generate", f"--model={policy}", f"--input={world / split}.jsonl", f"--output={drawn}"]
         n = size["n"] if split.startswith("train") else size["test_n"]
-        argv += [f"--n={n}", "--max_new_tokens=48"]
-        stage(drawn, argv, 0.0005 * n * size[split.split("-")[0]], policy)
+        argv += [f"--n={n}", "--max_new_tokens=48", f"--seed={seed}"]
+        stage(drawn, argv, 0.0008 * n * size[split.split("-")[0]], policy)
         argv = ["data_prep.py", "annotate", f"--scorer={scorer}", f"--input={drawn}", f"--output={product}", *more]
-        return stage(product, argv, 3, drawn)
+        return stage(product, argv, 1, drawn)
 
     def evaluation(model: Path, test: str, folder: Path, *needs: Path, baseline: Path | None = None) -> Path:
-        data = scored(test, test, f"world-true:{seed}", "--pairs")
+        data = scored(test, f"world-true:{seed}", "--pairs")
         argv = ["eval.py", f"--model={model}", f"--reference={policy}", f"--data={data}", f"--out={folder}"]
         argv += [f"--name={folder.parent.parent.name}", f"--scorer=world-true:{seed}", cache]
-        argv += [f"--samples={size['samples']}", "--max_new_tokens=48", "--max_length=128"]
+        argv += [f"--samples={size['samples']}", "--max_new_tokens=48", "--max_length=128", f"--seed={seed}"]
         argv += [f"--baseline={baseline.parent}"] if baseline else []
-        return stage(folder / "eval.json", argv, 1 + 0.02 * size[test.split("-")[0]], data, *needs)
+        return stage(folder / "eval.json", argv, 1 + 0.015 * size[test.split("-")[0]], data, *needs)
 
     baselines: dict[str, Path] = {}
     for name, row in suite.rows.items():
-        train, test = suite.prompts.get(name, ("train", suite.split))
+        train, test = suite.prompts.get(name, ("train", "test"))
         if test not in baselines:
             baselines[test] = evaluation(policy, test, base / "cells" / "SFT" / test)
             cells.setdefault("SFT" if not suite.prompts else f"SFT on {test}", []).append([baselines[test].parent])
-        noise = suite.noise.get(name)
-        trained_on = train if noise is None else f"{train}-noise-{noise:g}"
-        data = scored(train, trained_on, f"world-est:{seed}" + ("" if noise is None else f":{noise:g}"))
+        data = scored(train, f"world-est:{seed}")
         options = {**row, "lr": row.get("lr", LR)}
+        folder = base / "cells" / cell(options, train) / "run-0"
+        argv = ["train.py", "--config=configs/world.toml"]
+        argv += flags(options | {"seed": row.get("seed", 0) + seed, "model": policy})
+        argv += [f"--data={data}", f"--out={folder}", texts, cache]
+        everything = row.get("hps_form") == "full" or row.get("pl_responses") == 0
         responses = row.get("pl_responses", 2) + row.get("hps_samples", 1) - 1
-        folders = []
-        for repeat in range(c.repeats):
-            folder = base / "cells" / cell(options, trained_on) / f"run-{repeat}"
-            argv = ["train.py", "--config=configs/world.toml"]
-            argv += flags(options | {"seed": row.get("seed", 0) + repeat} | {"model": policy})
-            argv += [f"--data={data}", f"--out={folder}", texts, cache]
-            trained = stage(folder / "policy", argv, 2 + 1.4 * responses, data)
-            needs = (trained, baselines[test])
-            folders.append(evaluation(trained, test, folder / test, *needs, baseline=baselines[test]).parent)
-        cells.setdefault(name, []).append(folders)
+        responses = row.get("candidates", size["n"]) if everything else responses
+        trained = stage(folder / "policy", argv, 1.4 * responses, data)
+        found = evaluation(trained, test, folder / test, trained, baselines[test], baseline=baselines[test])
+        cells.setdefault(name, []).append([found.parent])
 
 
 def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
@@ -131,9 +127,20 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     suite = SUITES[name]()
     seeds = min(c.seeds, suite.worlds) if c.suite == "all" else c.seeds
     c = dataclasses.replace(c, suite=name, seeds=seeds, first_seed=c.first_seed + suite.later)
-    stages, cells = plan(c, suite, out)
-    run_in_workers(stages, c.jobs, out, f"{name}, {seeds} seeds")
-    rows, comparisons = summarise(cells, suite.pairs)
+    while True:
+        stages, cells = plan(c, suite, out)
+        run_in_workers(stages, c.jobs, out, f"{name}, {seeds} seeds")
+        rows, comparisons = summarise(cells, suite.pairs, suite.frontiers)
+        if name != "tune":
+            break
+        reward = {row["method"]: row["metrics"]["true_reward"]["mean"] for row in rows}
+        wider = suites.widened(suite, reward)
+        if wider.rows.keys() == suite.rows.keys():
+            best = suites.best_settings(suite, reward).items()
+            lines = [f'"{method}" = {{ beta = {row["beta"]:g}, lr = {row["lr"]:g} }}\n' for method, row in best]
+            files.write_text(folder / "settings.toml", "".join(lines))
+            break
+        suite = wider
     settings = vars(c) | SIZES[c.small] | {"stage_seconds": stage_seconds(stages, out)}
     results: dict[str, Any] = {"suite": name, "commit": commit(), "machine": machine(), "seconds": time.time() - began}
     results |= {"worlds": seeds, "rows": rows, "comparisons": comparisons, "settings": settings, "series": suite.series}
@@ -145,8 +152,8 @@ def main() -> None:
     names = [*SUITES, "theory"]
     if c.suite not in (*names, "all"):
         raise ValueError(f"unknown suite {c.suite!r}; choose one of {', '.join(names)}, all")
-    if min(c.seeds, c.repeats) < 1 or min(c.first_seed, c.jobs) < 0:
-        raise ValueError("seeds and repeats must be at least 1, first_seed and jobs not negative")
+    if c.seeds < 1 or min(c.first_seed, c.jobs) < 0:
+        raise ValueError("seeds must be at least 1, first_seed and jobs not negative")
     out = Path(c.out)
     os.chdir(ROOT)
     # For the workers: two threads on two busy cores run slower than one, and models this small gain nothing on a GPU.

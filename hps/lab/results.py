@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,33 @@ def measured(worlds: list[dict[str, float]]) -> tuple[Item, list[float]]:
     return metrics.item(metrics.world_interval(numbers)) | {"values": values}, numbers
 
 
-def summarise(cells: Cells, pairs: list[tuple[str, str]]) -> tuple[list[Item], list[Item]]:
+def on_frontier(worlds: list[Values], kl: float) -> Values:
+    """What lies at this KL to the reference, in one world, between those two neighbours of a line of rows that are the
+    first on either side of it; linear in KL, prompt by prompt. Empty where the line does not reach it."""
+    levels = [float(np.mean(list(world["kl_exact"].values()))) for world in worlds]
+    for (low, a), (high, b) in pairwise(zip(levels, worlds)):
+        if low <= kl <= high and low < high:
+            t = (kl - low) / (high - low)
+            shared = {metric: a[metric].keys() & b[metric].keys() for metric in a.keys() & b.keys()}
+            return {m: {id: (1 - t) * a[m][id] + t * b[m][id] for id in ids} for m, ids in shared.items() if ids}
+    return {}
+
+
+def summarise(
+    cells: Cells, pairs: list[tuple[str, str]], frontiers: dict[str, tuple[float, list[str]]] | None = None
+) -> tuple[list[Item], list[Item]]:
     """Rows of the table, and differences of the named pairs, paired by prompt and averaged by world, with p of the t
-    test before and after Holm's adjustment, which those of a row with itself (AGAIN) do not have."""
+    test before and after Holm's adjustment, which those of a row with itself (AGAIN) do not have.
+
+    Args:
+        frontiers: name of a row that is none of `cells` -> (KL, rows), see `on_frontier`.
+    """
     found = {name: [per_prompt(folders) for folders in worlds] for name, worlds in cells.items()}
+    for name, (kl, line) in (frontiers or {}).items():
+        found[name] = [on_frontier(list(world), kl) for world in zip(*(found[row] for row in line), strict=True)]
     rows = []
     for name, worlds in found.items():
-        runs = sum(map(len, cells[name]))
+        runs = sum(map(len, cells.get(name, [])))
         known = [metric for metric in metrics.METRICS if any(metric in world for world in worlds)]
         each = {metric: measured([world.get(metric, {}) for world in worlds])[0] for metric in known}
         rows.append({"method": name, "runs": runs, "metrics": each})
@@ -93,15 +114,20 @@ def summarise(cells: Cells, pairs: list[tuple[str, str]]) -> tuple[list[Item], l
     for a, b in pairs:
         for metric in COMPARED:
             if metric == "lead":
-                worlds = [head_to_head(x, y) for x, y in zip(cells[a], cells[b], strict=True)]
+                worlds = [head_to_head(x, y) for x, y in zip(cells.get(a, []), cells.get(b, []))]
             else:
                 both = [(x.get(metric, {}), y.get(metric, {})) for x, y in zip(found[a], found[b], strict=True)]
                 worlds = [{id: x[id] - y[id] for id in x if id in y} for x, y in both]
             if any(worlds):
                 difference, numbers = measured(worlds)
                 comparisons.append({"a": a, "b": b, "metric": metric, **difference, "p": metrics.world_p(numbers)})
-    metrics.adjust([x for x in comparisons if x["a"] != x["b"] + metrics.AGAIN])
+    adjust(comparisons)
     return rows, comparisons
+
+
+def adjust(comparisons: list[Item]) -> None:
+    """Give every comparison but those of a row with itself its p after Holm's adjustment."""
+    metrics.adjust([x for x in comparisons if x["a"] != x["b"] + metrics.AGAIN])
 
 
 def agreement(path: Path) -> dict[str, float]:

@@ -2,13 +2,15 @@
 
 A suite is made by a function without arguments; `SUITES` holds them by name. Options of a row stand beside those of
 configs/world.toml. Rows named HPS are the paper's method, with rewards as they are. Each suite has a row AGAIN: one of
-its rows with another seed, so that what is "resolved" between the two shows how often chance alone is. What was chosen
-here by looking at results was chosen on validation prompts (suite `tune`).
+its rows with another seed, so that what is "resolved" between the two shows how often chance alone is. Rows that end
+in "tuned" have each method's own beta and lr, which `tune` found on worlds that no other suite uses.
 """
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from hps.evaluate.metrics import AGAIN
@@ -29,6 +31,8 @@ HPS = ("HPS", "HPS scaled (ours)")
 BASELINES = ("BT", "PL-8", "uniform")
 N = {"n_factor": "n_minus_one"}
 PANELS = ["rm_dpo", "rm10", "true_reward", "harm"]
+TUNED = " tuned"
+SETTINGS: dict[str, dict[str, float]] = tomllib.loads(Path(__file__).with_name("settings.toml").read_text("utf-8"))
 
 
 def row(loss: str, view: str, **more: Any) -> Row:
@@ -41,9 +45,9 @@ def row(loss: str, view: str, **more: Any) -> Row:
 class Suite:
     """`rows`: what is trained. `pairs`: rows that are compared, a - b. `domain`: of the worlds.
 
-    `prompts`: row -> (training, test) prompts where these are not ("train", the suite's `split`); in a world of `both`
-    domains "train-help" and the like are the prompts of one.
-    `noise`: row -> standard deviation of the training reward's noise where it is not the world's own.
+    `prompts`: row -> (training, test) prompts where these are not ("train", "test"); in a world of `both` domains
+    "train-help" and the like are the prompts of one.
+    `frontiers`: row that nobody trains -> KL to the reference, and rows in order of their KL between which it lies.
     `series`: figures of lines through rows, as `report` draws them.
     `later`: how far its worlds lie behind those of other suites. `worlds`: at most so many where all
     suites run.
@@ -52,9 +56,8 @@ class Suite:
     rows: dict[str, Row]
     pairs: list[tuple[str, str]]
     domain: str = "safe"
-    split: str = "test"
     prompts: dict[str, tuple[str, str]] = field(default_factory=dict)
-    noise: dict[str, float] = field(default_factory=dict)
+    frontiers: dict[str, tuple[float, list[str]]] = field(default_factory=dict)
     series: dict[str, Any] = field(default_factory=dict)
     later: int = 0
     worlds: int = 12
@@ -73,9 +76,18 @@ def with_again(suite: Suite, name: str) -> Suite:
     return replace(suite, rows=rows, pairs=[*suite.pairs, (again, name)], prompts=prompts)
 
 
+def tuned(losses: tuple[str, ...]) -> tuple[dict[str, Row], list[tuple[str, str]]]:
+    """Rows of these losses under every view, each at the settings that were found for it, and their pairs."""
+    names = {f"{loss.upper()}-{view}": row(loss, view) for loss, view in product(losses, VIEWS)}
+    rows = {name + TUNED: options | SETTINGS[name] for name, options in names.items()}
+    return rows, [pair for loss in losses for pair in compared(f"{loss.upper()}-{{}}{TUNED}")]
+
+
 def headline() -> Suite:
-    """The question of the paper, with the control that it lacks: a uniformly drawn dispreferred response."""
-    suite = Suite({f"DPO-{view}": row("dpo", view) for view in VIEWS}, compared("DPO-{}"))
+    """The question of the paper, with the control that it lacks (a uniformly drawn dispreferred response): at one
+    setting for all, as there, and each at its own."""
+    rows, pairs = tuned(("dpo",))
+    suite = Suite({f"DPO-{view}": row("dpo", view) for view in VIEWS} | rows, compared("DPO-{}") + pairs)
     return with_again(replace(suite, worlds=500), "DPO-HPS")
 
 
@@ -89,9 +101,9 @@ def methods() -> Suite:
 def transfer() -> Suite:
     """The paper's Table 5: trained on one domain, tested on the other; the SFT model knows both."""
     rows, pairs, prompts = {}, [], {}
-    for source, target in (("help", "safe"), ("safe", "help")):
-        name = f"DPO-{{}} {source} to {target}"
-        names = {name.format(view): row("dpo", view) for view in VIEWS}
+    for (source, target), loss in product((("help", "safe"), ("safe", "help")), LOSSES):
+        name = f"{loss.upper()}-{{}} {source} to {target}"
+        names = {name.format(view): row(loss, view) for view in VIEWS}
         rows |= names
         prompts |= dict.fromkeys(names, (f"train-{source}", f"test-{target}"))
         pairs += compared(name)
@@ -118,16 +130,28 @@ def swept(key: str, values: tuple[float, ...], *, option: str = "", own: float =
 
 
 def responses() -> Suite:
-    """The paper's Tables 6 and 7: how many candidates a prompt has in training."""
+    """The paper's Table 6: how many candidates a prompt has in training."""
     suite = swept("n", (5, 20, 50, 100), option="candidates", own=100, label="candidates of a prompt")
     suite.rows["DPO-PL-8 n 5"]["pl_responses"] = 5
     pairs = suite.pairs + [(f"DPO-{view} n 100", f"DPO-{view} n 5") for view in VIEWS]
     return replace(suite, pairs=pairs, series={"responses": suite.series["n"]})
 
 
+def transfer_responses() -> Suite:
+    """The paper's Table 7: the number of candidates where the training is on helpfulness and the test on safety."""
+    suite = responses()
+    return replace(suite, domain="both", prompts=dict.fromkeys(suite.rows, ("train-help", "test-safe")))
+
+
 def beta() -> Suite:
-    """The paper's Table 8: reward margin against KL over beta."""
-    return swept("beta", (0.1, 0.25, 0.5, 0.75, 1.0), option="beta", own=0.1)
+    """The paper's Table 8: reward margin against KL over beta; and margins at equal KL, which compare across beta."""
+    values = (0.1, 0.25, 0.5, 0.75, 1.0)
+    suite = swept("beta", values, option="beta", own=0.1)
+    levels = (2.0, 4.0)  # nats that the courses of all views reach
+    lines = {view: [f"DPO-{view} beta {value:g}" for value in reversed(values)] for view in VIEWS}
+    found = {f"DPO-{view} at KL {kl:g}": (kl, line) for kl, (view, line) in product(levels, lines.items())}
+    pairs = [pair for kl in levels for pair in compared(f"DPO-{{}} at KL {kl:g}")]
+    return replace(suite, frontiers=found, pairs=suite.pairs + pairs)
 
 
 def schedule() -> Suite:
@@ -152,12 +176,33 @@ def schedule() -> Suite:
     return with_again(Suite(views | rows, pairs), "8 draws")
 
 
-def noise() -> Suite:
-    """How much noise in the training reward the samplers bear (the world's own is 0.4, and a liking for length)."""
-    label = "standard deviation of the training reward's noise"
-    suite = swept("noise", (0.0, 0.4, 1.0, 2.0), label=label)
-    levels = suite.series["noise"]["x"]["values"]
-    return replace(suite, noise={name: level for name, level in levels.items() if level != 0.4})
+def forms() -> Suite:
+    """What the paper writes and does not run: all dispreferred responses at once, on 20 candidates."""
+    few: Row = {"candidates": 20}
+    rows = {f"DPO-{view} n 20": row("dpo", view, **few) for view in VIEWS}
+    full: Row = row("dpo", "HPS", hps_form="full", **few)
+    others: dict[str, Row] = {
+        "Eq. 10": full,
+        "Eq. 8": full | N,
+        "PL, all ranks": {"method": "dpo-pl", "pl_responses": 0, **few},
+        "two positives": full | {"positives": 2},
+        "two positives, apart": full | {"positives": 2, "exclude_positives": "true"},
+    }
+    pairs = compared("DPO-{} n 20") + [(name, f"DPO-{view} n 20") for name in others for view in ("HPS", "PL-8")]
+    pairs += [("two positives", "Eq. 10"), ("two positives, apart", "Eq. 10")]
+    return with_again(Suite(rows | others, pairs), "DPO-HPS n 20")
+
+
+def appendix() -> Suite:
+    """The losses that the paper's Appendix A names, under three views, beside DPO's."""
+    rows = {f"DPO-{view}": row("dpo", view) for view in VIEWS}
+    pairs = compared("DPO-{}")
+    for loss, options in {"slic": {}, "simpo": {"beta": 2.0}, "rdpo": {}, "kto": {}}.items():
+        name = loss.upper() + "-"
+        rows |= {name + view: row(loss, view, **options) for view in ("BT", "uniform", "HPS")}
+        pairs += [(f"{name}HPS", f"{name}BT"), (f"{name}HPS", f"{name}uniform"), (f"{name}BT", "DPO-BT")]
+    rows["LIPO-PL-8"] = row("lipo", "PL-8")
+    return with_again(Suite(rows, [*pairs, ("LIPO-PL-8", "DPO-PL-8")]), "SLIC-HPS")
 
 
 def cost() -> Suite:
@@ -169,47 +214,50 @@ def cost() -> Suite:
     return with_again(Suite(rows, pairs), "DPO-uniform")
 
 
-# What `tune` sweeps: betas and learning rates around the best of each loss in wider searches on the same prompts.
-GRIDS = {
-    "dpo": ((0.5, 1.0), (4e-4, 8e-4, 1.6e-3)),
-    "exo": ((0.2, 0.5), (4e-4, 8e-4)),
-    "ipo": ((0.5, 2.0), (4e-4, 8e-4)),
-    "sppo": ((0.02, 0.1), (8e-4, 1.6e-3)),
-    "nca": ((0.1, 0.2), (8e-4, 1.6e-3)),
-}
-
-
 def tune() -> Suite:
-    """Every method at every beta and lr of a grid, on validation prompts: where the settings of `confirm` are from."""
-    tuned = {f"{loss.upper()}-{view}": row(loss, view) for loss in LOSSES for view in VIEWS}
-    tuned |= {f"NCA-{view} N": row("nca", view, **N) for view in ("uniform", *HPS)}
+    """Every method at its settings and at half and twice each of them, on worlds of its own; `widened` goes on."""
+    methods = {f"{loss.upper()}-{view}": row(loss, view) for loss, view in product(LOSSES, VIEWS)}
     rows: dict[str, Row] = {}
-    figures: dict[str, Any] = {}  # one per loss: all lines in one are past reading
-    panels = ["rm10", "true_reward", "harm", "junk"]
-    for name, options in tuned.items():
-        loss = str(options["method"]).split("-")[0]
-        figure = figures.setdefault(f"frontier-{loss}", {"x": {"metric": "kl_exact"}, "panels": panels, "lines": {}})
-        for b, lr in product(*GRIDS[loss]):
-            title = f"{name} beta {b:g} lr {lr:g}"
-            rows[title] = {**options, "beta": b, "lr": lr}
-            figure["lines"].setdefault(name, []).append(title)
-    return with_again(Suite(rows, [], split="valid", series=figures, worlds=4), "DPO-HPS beta 0.5 lr 0.0004")
+    for name, options in methods.items():
+        rows |= around(name, options | SETTINGS[name])
+    first = next(title for title in rows if title.startswith("DPO-HPS beta"))
+    return with_again(Suite(rows, [], later=5000, worlds=4), first)
+
+
+def around(name: str, options: Row) -> dict[str, Row]:
+    """Rows of a method at these settings and at half and twice its beta and its lr."""
+    near = [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0)]
+    settings = [{"beta": b * options["beta"], "lr": lr * options["lr"]} for b, lr in near]
+    return {f"{name} beta {s['beta']:g} lr {s['lr']:g}": options | s for s in settings}
+
+
+def best_settings(suite: Suite, reward: dict[str, float]) -> dict[str, Row]:
+    """Method -> the options of its row in `tune` with the highest true reward."""
+    best: dict[str, str] = {}
+    for title in suite.rows:
+        name = title.partition(" beta ")[0]
+        if not title.endswith(AGAIN) and reward[title] > reward.get(best.get(name, ""), -float("inf")):
+            best[name] = title
+    return {name: suite.rows[title] for name, title in best.items()}
+
+
+def widened(suite: Suite, reward: dict[str, float]) -> Suite:
+    """`tune` with the neighbours of each method's best row, which are there already where the best lies inside."""
+    rows = dict(suite.rows)
+    for name, options in best_settings(suite, reward).items():
+        rows |= around(name, options)
+    return replace(suite, rows=rows)
 
 
 def confirm() -> Suite:
-    """Methods at the beta and lr chosen for each on validation prompts (docs/RESULTS.md), on worlds not used before."""
-    # That of DPO-HPS was chosen for its scaled form: the paper's own has not been tuned.
-    chosen = {"BT": (1.0, 8e-4), "PL-8": (0.5, 8e-4), "uniform": (1.0, 1.6e-3), **dict.fromkeys(HPS, (0.5, 4e-4))}
-    rows = {f"DPO-{view}": row("dpo", view, beta=beta, lr=lr) for view, (beta, lr) in chosen.items()}
-    baselines = [f"DPO-{view}" for view in BASELINES]
-    candidates = {f"NCA-{view} N": row("nca", view, lr=1.6e-3, **N) for view in ("uniform", *HPS)}
-    candidates |= {f"SPPO-{view}": row("sppo", view, beta=0.02, lr=1.6e-3) for view in ("BT", "uniform", *HPS)}
-    pairs = compared("DPO-{}") + list(product(candidates, baselines))
-    pairs += [(f"{loss}-{view}{n}", f"{loss}-uniform{n}") for loss, n in (("NCA", " N"), ("SPPO", "")) for view in HPS]
-    return with_again(Suite(rows | candidates, [*pairs, ("SPPO-uniform", "SPPO-BT")], later=500), "SPPO-HPS")
+    """The paper's Table 2 with each method at its own settings (docs/RESULTS.md)."""
+    rows, pairs = tuned(LOSSES)
+    pairs += [(f"{loss.upper()}-{view}{TUNED}", f"DPO-{view}{TUNED}") for loss, view in product(LOSSES[1:], VIEWS)]
+    return with_again(Suite(rows, pairs, worlds=500), f"SPPO-HPS{TUNED}")
 
 
 SUITES: dict[str, Callable[[], Suite]] = {
     suite.__name__: suite
-    for suite in (headline, methods, transfer, responses, beta, schedule, noise, cost, tune, confirm)
+    for suite in (tune, headline, methods, confirm, transfer, responses, transfer_responses, beta)
+    + (schedule, forms, appendix, cost)
 }

@@ -74,6 +74,24 @@ def test_rows_and_paired_differences(cells):
     assert [c["mean"] for c in comparisons if "p_holm" not in c] == [0, 0, 0] and len(comparisons) == 4 + 3
 
 
+def test_a_row_between_two_by_kl_is_linear_by_prompt(tmp_path):
+    """KL 1 and 3 in the first world, 4 and 8 in the second, which 2.5 does not reach: three quarters of the way."""
+    cells = {"near": [], "far": [], "other": []}
+    for world, (low, high) in enumerate([(1.0, 3.0), (4.0, 8.0)]):
+        for name, kl, rm10 in (("near", low, 2.0), ("far", high, 4.0), ("other", low, 1.0)):
+            values = {"kl_exact": {"p": kl - 1, "q": kl + 1}, "rm10": {"p": rm10, "q": 2 * rm10}}
+            cells[name].append([run(tmp_path / f"{name}-{world}", values)])
+    frontiers = {"line": (2.5, ["near", "far"])}
+    rows, comparisons = results.summarise(cells, [("line", "other"), ("line", "line")], frontiers)
+    line = rows[-1]["metrics"]
+    assert line["rm10"]["values"] == [(3.5 + 7) / 2, None] and line["kl_exact"]["values"] == [2.5, None]
+    of = {(c["b"], c["metric"]): c["values"] for c in comparisons}
+    assert of["other", "rm10"] == [(2.5 + 5) / 2, None] and of["line", "rm10"] == [0, None]
+    assert rows[-1]["runs"] == 0 and ("other", "lead") not in of
+    back = results.on_frontier([results.per_prompt(cells[name][0]) for name in ("far", "near")], 2.5)
+    assert back == {}  # a line goes outwards
+
+
 def test_head_to_head_by_hand(tmp_path):
     """Run beside run, the shorter side repeated, on the prompts that both have: wins less losses in per cent."""
     a = [
