@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hps.evaluate import figures, md, page
+from hps.evaluate import figures, md
+from hps.evaluate import page as pages
 from hps.evaluate.metrics import METRICS, ends, present
 from hps.io import files
 
@@ -164,6 +165,31 @@ def sections(tables: list[Table]) -> list[str]:
     return [part for each in tables for part in (f"## {each.title}", markdown(each), md.wrapped(each.note))]
 
 
+def page(results: dict[str, Any], drawn: list[tuple[figures.Plan, str]]) -> str:
+    """The report in GitHub Markdown, with these figures, of which each has the address of its file."""
+    title, minutes = f"Results: {results['suite']}", f"{results['seconds'] / 60:.1f} minutes"
+    about = f"Commit {md.code(results['commit'])}, {md.plain(results['machine'])}, {minutes}."
+    settings = [(key, json.dumps(value)) for key, value in results.get("settings", {}).items()]
+    items = [md.wrapped(f"* {md.plain(key)}: {md.code(value)}") for key, value in settings]
+    parts = [f"# {md.plain(title)}", md.wrapped(about), "\n".join(items), md.wrapped(legend(results))]
+    parts += sections(_tables(results))
+    for plan, address in drawn:
+        parts.append(md.wrapped(f"![{md.plain(plan.alt, also=r'[][]')}]({address})"))
+        parts.append(md.wrapped(md.plain(plan.caption)))
+    compared = {item["metric"] for item in results.get("comparisons", [])}
+    shown = [name for name in METRICS if name in compared or name in present(results["rows"])]
+    meanings = (f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}" for name in shown)
+    parts += ["## What the columns mean", "\n".join(map(md.wrapped, meanings))]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _tables(results: dict[str, Any]) -> list[Table]:
+    groups = dict.fromkeys(METRICS[name].group for name in present(results["rows"]))
+    tables = [methods_table(results, group) for group in groups]
+    tables += [_comparisons(results)] if results.get("comparisons") else []
+    return tables + claims_tables(results.get("claims", []))
+
+
 def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     """Write results.json, RESULTS.md, report.html and figures/*.png under `out` (made if missing); returns their paths.
 
@@ -172,36 +198,19 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     """
     (out / "figures").mkdir(parents=True, exist_ok=True)
     files.write_json(out / "results.json", results)
-    groups = dict.fromkeys(METRICS[name].group for name in present(results["rows"]))
-    tables = [methods_table(results, group) for group in groups]
-    tables += [_comparisons(results)] if results.get("comparisons") else []
-    tables += claims_tables(results.get("claims", []))
     plans = figures.plans(results)
     drawn = [figures.save(plan, out / "figures") for plan in plans]
-
-    title, minutes = f"Results: {results['suite']}", f"{results['seconds'] / 60:.1f} minutes"
-    settings = [(key, json.dumps(value)) for key, value in results.get("settings", {}).items()]
-    about = f"Commit {md.code(results['commit'])}, {md.plain(results['machine'])}, {minutes}."
-    items = [md.wrapped(f"* {md.plain(key)}: {md.code(value)}") for key, value in settings]
-    parts = [f"# {md.plain(title)}", md.wrapped(about), "\n".join(items), md.wrapped(legend(results))]
-    parts += sections(tables)
-    for plan, path in zip(plans, drawn, strict=True):
-        parts.append(md.wrapped(f"![{md.plain(plan.alt, also=r'[][]')}](figures/{path.name})"))
-        parts.append(md.wrapped(md.plain(plan.caption)))
-    compared = {item["metric"] for item in results.get("comparisons", [])}
-    shown = [name for name in METRICS if name in compared or name in present(results["rows"])]
-    meanings = (f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}" for name in shown)
-    parts += ["## What the columns mean", "\n".join(map(md.wrapped, meanings))]
-    files.write_text(out / "RESULTS.md", "\n\n".join(filter(None, parts)) + "\n")
+    addresses = [f"figures/{path.name}" for path in drawn]
+    files.write_text(out / "RESULTS.md", page(results, list(zip(plans, addresses, strict=True))))
 
     images = [b64encode(path.read_bytes()).decode() for path in drawn]
-    html = page.render(
+    html = pages.render(
         "report.html",
-        title=title,
-        subtitle=f"Commit {results['commit']}, {results['machine']}, {minutes}.",
-        settings=settings,
+        title=f"Results: {results['suite']}",
+        subtitle=f"Commit {results['commit']}, {results['machine']}, {results['seconds'] / 60:.1f} minutes.",
+        settings=[(key, json.dumps(value)) for key, value in results.get("settings", {}).items()],
         legend=legend(results).replace("`", ""),
-        tables=tables,
+        tables=_tables(results),
         figures=list(zip(plans, images, strict=True)),
     )
     files.write_text(out / "report.html", html)

@@ -1,0 +1,223 @@
+"""The record, docs/results/SUITE.json: what each world says of each row and metric; and the pages made of it.
+
+    python -m hps.lab.record --keep runs/record  # each suite's results.json there becomes part of the record
+    python -m hps.lab.record --keep runs/other --name second  # or of one of other worlds, which the first is held to
+    python -m hps.lab.record  # docs/RESULTS.md, docs/results/*.md, their figures and README's table
+
+Means, intervals, p values, verdicts and claims are not in the record: they follow from its numbers by the judge as it
+is now. docs/results/RESULTS.md.jinja is the text around them; what it says of a pair is written as the verdicts are.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from hps import config
+from hps.evaluate import figures, md, metrics, report
+from hps.evaluate.metrics import METRICS
+from hps.io import files
+from hps.lab import claims, compare
+from hps.lab.results import COMPARED, ROOT, adjust
+
+KEPT = ROOT / "docs" / "results"
+LABELS = {
+    "SFT": "no preferences (SFT alone)",
+    "DPO-BT": "BT: best against worst",
+    "DPO-PL-8": "PL-8: a ranking of eight",
+    "DPO-uniform": "uniform: best against any",
+    "DPO-HPS": "HPS as the paper writes it",
+    "DPO-HPS scaled (ours)": "HPS, rewards standardised and halved (ours)",
+}
+COLUMNS = {"true_reward": 2, "harm": 1, "rm_dpo": 2, "rm10": 2, "train_tokens": 0}  # of the first table, and digits
+Results = dict[str, Any]
+
+
+@dataclass
+class Options:
+    keep: str = ""  # a sweep's folder, whose results become part of the record; empty: write the pages
+    name: str = ""  # of the record of other worlds that this is, second say; empty for the first one
+
+
+def compact(results: Results) -> Results:
+    """What of a suite's results the rest follows from: of every row and metric each world's value, in six digits, and
+    the head-to-head leads, which no row has."""
+    rows = {
+        row["method"]: {"runs": row["runs"]} | {name: _short(item["values"]) for name, item in row["metrics"].items()}
+        for row in results["rows"]
+    }
+    pairs = list(dict.fromkeys((x["a"], x["b"]) for x in results["comparisons"]))
+    leads = {(x["a"], x["b"]): _short(x["values"]) for x in results["comparisons"] if x["metric"] == "lead"}
+    about = {key: results[key] for key in ("suite", "commit", "machine", "seconds", "worlds", "settings", "series")}
+    return about | {"rows": rows, "pairs": [[a, b, leads.get((a, b))] for a, b in pairs]}
+
+
+def _short(values: list[float | None]) -> list[float | None]:
+    return [None if value is None else float(f"{value:.6g}") for value in values]
+
+
+def restore(record: Results) -> Results:
+    """The results that `compact` was given, by the judge as it is now."""
+    each = {
+        name: {metric: item(values) for metric, values in row.items() if metric != "runs"}
+        for name, row in record["rows"].items()
+    }
+    rows = [{"method": name, "runs": row["runs"], "metrics": each[name]} for name, row in record["rows"].items()]
+    comparisons = []
+    for a, b, lead in record["pairs"]:
+        of_a, of_b = record["rows"][a], record["rows"][b]
+        for metric in COMPARED:
+            values = lead if metric == "lead" else minus(of_a.get(metric), of_b.get(metric))
+            if values and any(value is not None for value in values):
+                p = metrics.world_p([value for value in values if value is not None])
+                comparisons.append({"a": a, "b": b, "metric": metric, **item(values), "p": p})
+    adjust(comparisons)
+    results = {key: value for key, value in record.items() if key != "pairs"} | {"rows": rows}
+    results["comparisons"] = comparisons
+    return results | {"claims": claims.judge(results)}
+
+
+def item(values: list[float | None]) -> dict[str, Any]:
+    """The worlds' values with their mean and its interval."""
+    return metrics.item(metrics.world_interval([value for value in values if value is not None])) | {"values": values}
+
+
+def minus(a: list[float | None] | None, b: list[float | None] | None) -> list[float | None]:
+    """a - b world by world, None where either has none."""
+    return [None if x is None or y is None else x - y for x, y in zip(a or [], b or [])]
+
+
+def write_compact(path: Path, record: Results) -> None:
+    """As JSON with a line for each row and pair, so that a change of one is seen as such."""
+    parts = []
+    for key, value in record.items():
+        if key == "rows":
+            inner = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in value.items())
+            parts.append(f'"rows": {{\n{inner}\n}}')
+        elif key == "pairs":
+            parts.append('"pairs": [\n' + ",\n".join(f"  {json.dumps(pair)}" for pair in value) + "\n]")
+        else:
+            parts.append(f"{json.dumps(key)}: {json.dumps(value)}")
+    files.write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def keep(out: Path, name: str) -> list[Path]:
+    """Put the results of each suite under a sweep's folder into the record; the paths written."""
+    found = [files.read_json(path) for path in [*out.glob("results.json"), *out.glob("*/results.json")]]
+    if not found:
+        raise ValueError(f"{out}: no results.json there, nor in the folders in it")
+    paths = [KEPT / f"{results['suite']}{'-' * bool(name)}{name}.json" for results in found]
+    for path, results in zip(paths, found, strict=True):
+        if results["worlds"] < 2 or results["settings"].get("small"):
+            raise ValueError(f"suite {results['suite']} of {out} has one world or is a small one: no record")
+        write_compact(path, compact(results))
+    return paths
+
+
+# ---- pages ----------------------------------------------------------------------------------------
+
+
+def first_table(results: Results, tuned: str = "") -> str:
+    """The rows of the question, with what they wrote and their margins; `tuned`: the end of their names."""
+    of = {row["method"]: row["metrics"] for row in results["rows"]}
+    rows = []
+    for name, label in LABELS.items():
+        found = of.get(name if name == "SFT" else name + tuned)
+        if found:
+            cells = [_cell(found.get(metric), metric, digits) for metric, digits in COLUMNS.items()]
+            rows.append([label, *cells])
+    header = ["after SFT and DPO with", "true reward", "harm %", "RM_DPO", "RM10", "thousand tokens"]
+    return md.table(header, rows)
+
+
+def _cell(found: dict[str, Any] | None, metric: str, digits: int) -> str:
+    if found is None:
+        return "-"
+    exact = metric == "train_tokens" or found["low"] == found["high"]
+    return f"{found['mean']:.{digits}f}" if exact else md.interval(found, digits)
+
+
+def verdict(found: dict[str, Any]) -> int:
+    """1 where a - b is resolved above 0 after Holm's adjustment, -1 below, 0 unresolved."""
+    return 0 if found["p_holm"] >= 0.05 else int(np.sign(found["mean"]))
+
+
+def sentences(results: Results, second: Results | None = None) -> str:
+    """An item for each pair of rows: which of its differences are resolved, in `second` too, and which are not."""
+    also = {(x["a"], x["b"], x["metric"]): x for x in (second or {}).get("comparisons", [])}
+    items = []
+    for a, b in dict.fromkeys((x["a"], x["b"]) for x in results["comparisons"] if "p_holm" in x):
+        words: dict[int, list[str]] = {1: [], -1: [], 0: []}
+        for found in results["comparisons"]:
+            if (found["a"], found["b"]) == (a, b) and found["metric"] in figures.DIFFERENCES:
+                metric, side = METRICS[found["metric"]], verdict(found)
+                other = also.get((a, b, found["metric"]))
+                both = " (*both*)" if side and other and verdict(other) == side else ""
+                text = f"{metric.title} {md.interval(found, metric.digits, '+') if side else ''}"
+                words[side].append(text.strip() + both)
+        said = [f"{word} {', '.join(words[side])}" for side, word in SIDES.items() if words[side]]
+        items.append(md.wrapped(f"* **{md.plain(a)}** against **{md.plain(b)}**: {'; '.join(said)}."))
+    return "\n".join(items)
+
+
+SIDES = {1: "larger", -1: "smaller", 0: "unresolved"}
+
+
+def counts(results: Results) -> str:
+    """How many of a suite's comparisons are resolved, and of those of a row with itself."""
+    judged = [x for x in results["comparisons"] if "p_holm" in x]
+    again = [x for x in results["comparisons"] if "p_holm" not in x]
+    resolved, chance = sum(verdict(x) != 0 for x in judged), sum(x["p"] < 0.05 for x in again)
+    return f"{resolved} of {len(judged)}, {chance} of {len(again)}"
+
+
+def pages() -> dict[Path, str]:
+    """Every text that follows from the record, by its path, README's as a whole."""
+    found = {path.stem: restore(files.read_json(path)) for path in sorted(KEPT.glob("*.json"))}
+    first = {name: results for name, results in found.items() if name == results["suite"]}
+    second = {results["suite"]: results for name, results in found.items() if name != results["suite"]}
+    judged = claims.decide([claim for results in first.values() for claim in results["claims"]])
+    pairs = {name: compare.compare(first[name], second[name], draws=400) for name in first if name in second}
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["wrapped"] = md.wrapped
+    context = dict(first=first, second=second, pairs=pairs, tables=report.claims_tables(judged))
+    context |= dict(first_table=first_table, sentences=sentences, counts=counts, agreement=compare.table)
+    template = environment.from_string((KEPT / "RESULTS.md.jinja").read_text(encoding="utf-8"))
+    texts = {ROOT / "docs" / "RESULTS.md": template.render(context)}
+    for name, results in found.items():
+        drawn = plans(results) if name in first else []
+        texts[KEPT / f"{name}.md"] = report.page(results, [(x, f"../figures/{name}-{x.name}.png") for x in drawn])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = first_table(first["headline"])
+    before, _, rest = readme.partition(table.split("\n")[0])
+    texts[ROOT / "README.md"] = before + table + "\n\n" + rest.partition("\n\n")[2]
+    return texts
+
+
+def plans(results: Results) -> list[figures.Plan]:
+    """The figures that pages show: of the headline its differences and reward over KL, of others lines of rows."""
+    shown = {"differences", "reward_kl"} if results["suite"] == "headline" else set()
+    return [plan for plan in figures.plans(results) if plan.name in shown or plan.name.startswith("series_")]
+
+
+def main() -> None:
+    c, _ = config.parse(Options, prog="python -m hps.lab.record", description=str(__doc__).split("\n")[0])
+    if c.keep:
+        print("\n".join(map(str, keep(Path(c.keep), c.name))))
+        return
+    for path, text in pages().items():
+        files.write_text(path, text)
+        print(path)
+    for path in KEPT.glob("*.json"):
+        results = restore(files.read_json(path))
+        for plan in plans(results) if path.stem == results["suite"] else []:
+            figures.save(plan._replace(name=f"{path.stem}-{plan.name}"), ROOT / "docs" / "figures")
+
+
+if __name__ == "__main__":
+    config.run_main(main)

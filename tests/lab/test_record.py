@@ -1,0 +1,78 @@
+"""The record: its numbers give back the results, and every page that is made of it is as it would be made now."""
+
+import json
+import re
+
+import pytest
+from scipy import stats
+
+from hps.lab import record
+
+
+def results(worlds=3):
+    """Two rows and one of them again, with a metric that one world lacks, and samples of the same number beside it."""
+    values = {
+        "DPO-HPS": {"rm10": [1.0, 2.5, 4.0], "harm": [5.0, None, 7.0], "train_tokens": [60.0, 61.0, 62.0]},
+        "DPO-BT": {"rm10": [0.5, 1.0, 1.123456789], "harm": [6.0, 6.0, 8.5]},
+        "DPO-HPS again": {"rm10": [1.5, 2.0, 4.0]},
+    }
+    rows = [
+        {"method": name, "runs": 3, "metrics": {metric: {"mean": 0, "values": x} for metric, x in row.items()}}
+        for name, row in values.items()
+    ]
+    leads = {"a": "DPO-HPS", "b": "DPO-BT", "metric": "lead", "values": [10.0, 20.0, 40.0]}
+    other = {"a": "DPO-HPS again", "b": "DPO-HPS", "metric": "rm10", "values": [0.5, -0.5, 0.0]}
+    found = {"suite": "headline", "commit": "c", "machine": "m", "seconds": 60.0, "worlds": worlds, "series": {}}
+    return found | {"settings": {"small": False}, "rows": rows, "comparisons": [leads, other]}
+
+
+def test_a_record_gives_back_the_results(tmp_path):
+    """Through its file: differences, intervals and p by scipy; leads as they were; Holm without the row with itself."""
+    record.write_compact(tmp_path / "headline.json", record.compact(results()))
+    found = record.restore(json.loads((tmp_path / "headline.json").read_text()))
+    of = {(x["a"], x["b"], x["metric"]): x for x in found["comparisons"]}
+    assert of["DPO-HPS", "DPO-BT", "rm10"]["values"] == pytest.approx([0.5, 1.5, 4 - 1.12346], abs=1e-12)
+    assert of["DPO-HPS", "DPO-BT", "harm"]["values"] == [-1.0, None, -1.5]
+    test = stats.ttest_1samp([0.5, 1.5, 2.87654], 0)
+    interval = test.confidence_interval()
+    rm10 = of["DPO-HPS", "DPO-BT", "rm10"]
+    assert [rm10["low"], rm10["high"], rm10["p"]] == pytest.approx([interval.low, interval.high, test.pvalue])
+    assert rm10["p_holm"] == rm10["p"] and "p_holm" not in of["DPO-HPS again", "DPO-HPS", "rm10"]
+    assert of["DPO-HPS", "DPO-BT", "lead"]["values"] == [10, 20, 40] and ("DPO-HPS again", "DPO-HPS", "lead") not in of
+    hps = next(row for row in found["rows"] if row["method"] == "DPO-HPS")
+    assert hps["metrics"]["rm10"]["mean"] == pytest.approx(2.5) and hps["runs"] == 3
+    assert any(claim["claim"] == "DPO-HPS has a larger RM10 than DPO-BT" for claim in found["claims"])
+    assert record.compact(found) == record.compact(results())
+
+
+def test_sentences_say_what_the_verdicts_are():
+    """Each pair's differences as they are resolved, marked where a second record resolves them alike."""
+    found = record.restore(record.compact(results()))
+    for item in found["comparisons"]:
+        item["p_holm"] = 0.01 if item["metric"] == "lead" else 0.2
+    assert record.sentences(found) == (
+        "* **DPO-HPS** against **DPO-BT**: larger win - lose +23.3 [-14.6, +61.3]; unresolved RM10, harm %.\n"
+        "* **DPO-HPS again** against **DPO-HPS**: unresolved RM10."
+    )
+    assert record.sentences(found, found).count("(*both*)") == 1
+    assert record.counts(found) == "1 of 4, 0 of 0"
+
+
+def test_the_pages_are_those_of_the_record():
+    """What `python -m hps.lab.record` would write is what is there, so no number of a page is written by hand."""
+    pages = record.pages()
+    for path, text in pages.items():
+        assert path.read_text() == text, f"{path.name} is not of this record: python -m hps.lab.record"
+    page = pages[record.ROOT / "docs/RESULTS.md"]
+    assert len(page.splitlines()) < 200
+    for figure in re.findall(r"\]\(figures/(.*?)\)", page):
+        assert (record.ROOT / "docs/figures" / figure).exists()
+
+
+def test_one_world_and_a_small_run_are_no_record(tmp_path):
+    for wrong in (results(worlds=1), results() | {"settings": {"small": True}}):
+        (tmp_path / "results.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="has one world or is a small one"):
+            record.keep(tmp_path, "")
+    with pytest.raises(ValueError, match="no results.json there"):
+        record.keep(tmp_path / "nowhere", "")
