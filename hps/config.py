@@ -139,12 +139,8 @@ def convert(value: Any, kind: type, where: str, *, from_text: bool = False) -> A
 # What TRL and transformers call it.
 ELSEWHERE = {"learning_rate": "lr", "output_dir": "out", "num_train_epochs": "epochs", "model_name_or_path": "model"}
 ELSEWHERE |= {"dataset_name": "data", "per_device_train_batch_size": "prompts_per_step", "bf16": "dtype"}
-ELSEWHERE |= {
-    "lora_r": "lora_rank",
-    "lora_target_modules": "lora_targets",
-    "report_to": "log_to",
-    "ref_model": "reference",
-}
+ELSEWHERE |= {"lora_r": "lora_rank", "lora_target_modules": "lora_targets", "report_to": "log_to"}
+ELSEWHERE |= {"ref_model": "reference"}
 
 
 def nearest(name: str, names: Collection[str]) -> str:

@@ -11,29 +11,19 @@ from pathlib import Path
 from typing import Any
 
 PAPER = "https://arxiv.org/abs/2502.14400"
-USES = {  # how peft or transformers loads each kind of folder
-    "adapter": """
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained(folder)
-""",
-    "model": """
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(folder)
-""",
-    "reward adapter": """
-from peft import AutoPeftModelForSequenceClassification
-
-model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-model.config.pad_token_id = None  # the reward is read off the last token
-""",
-    "reward model": """
-from transformers import AutoModelForSequenceClassification
-
-model = AutoModelForSequenceClassification.from_pretrained(folder)
-""",
+# How each kind of folder is loaded: package, class, and what else that is told.
+USES = {
+    "adapter": ("peft", "AutoPeftModelForCausalLM", ""),
+    "model": ("transformers", "AutoModelForCausalLM", ""),
+    "reward adapter": ("peft", "AutoPeftModelForSequenceClassification", ", num_labels=1"),
+    "reward model": ("transformers", "AutoModelForSequenceClassification", ""),
 }
+LOAD = """
+from {package} import {name}
+
+model = {name}.from_pretrained(folder{more})
+"""
+NO_PAD = "model.config.pad_token_id = None  # the reward is read off the last token\n"
 BEGIN = """\
 from transformers import AutoTokenizer
 
@@ -86,7 +76,9 @@ def card(run: dict[str, Any], summary: dict[str, Any], *, kind: str, results: st
     method = settings["method"] if settings["loss"] == "preference" else settings["loss"]
     start = name_of(settings["model"])
 
-    front: dict[str, Any] = {"library_name": "peft" if "adapter" in kind else "transformers"}
+    package, name, more = USES[kind]
+    use = BEGIN + LOAD.format(package=package, name=name, more=more) + (NO_PAD if more else "")
+    front: dict[str, Any] = {"library_name": package}
     front["pipeline_tag"] = "text-classification" if "reward" in kind else "text-generation"
     front |= {} if _is_local(settings["model"]) else {"base_model": start.split("@")[0]}
     front["tags"] = ["hps", "preference-optimization", method]
@@ -108,7 +100,7 @@ def card(run: dict[str, Any], summary: dict[str, Any], *, kind: str, results: st
         "\n".join(["---", *yaml, "---"]),
         f"# {escape(method)} from {escape(start)}",
         f"Trained with hps, which implements [Hard Preference Sampling]({PAPER}) and its baselines.",
-        f"## Use\n\n```python\n{BEGIN}{USES[kind]}{REWARD if 'reward' in kind else ANSWER}```",
+        f"## Use\n\n```python\n{use}{REWARD if 'reward' in kind else ANSWER}```",
         "## Training",
         table(("what", "value"), trained),
         "Settings that differ from the defaults:",

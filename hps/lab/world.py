@@ -285,12 +285,10 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(specials + world.words)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
+        **named,
         additional_special_tokens=["<user>", "<assistant>"],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,  # "word ." must not come back as "word."
@@ -300,17 +298,10 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
     """An untrained Llama of about 175k parameters, fp32; it leaves the global random state as it was."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        tie_word_embeddings=True,
-        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    )
+    sizes = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=4, max_position_embeddings=MAX_TOKENS, vocab_size=len(tokenizer))
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(**sizes, **ends, tie_word_embeddings=True)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
         return LlamaForCausalLM(config)
