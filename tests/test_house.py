@@ -4,8 +4,6 @@ import ast
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train", "eval", "data_prep")
 OUTER = ("hps.prepare", "hps.evaluate", "hps.lab")  # rooms that training never enters
@@ -106,18 +104,3 @@ def test_losses_and_options_stand_alone():
     modules = {alias.name for node in named if isinstance(node, ast.Import) for alias in node.names}
     modules |= {str(node.module) for node in named if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in modules} <= sys.stdlib_module_names
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"a": "from hps import b", "b": "def f():\n    import hps.a"}, ["hps.a", "hps.b"]),
-        ({"a": "from hps.b import x", "b": "x = 1"}, []),
-    ],
-)
-def test_the_circle_check_itself(tmp_path, files, expected):
-    (tmp_path / "hps").mkdir()
-    for name, text in files.items():
-        (tmp_path / "hps" / f"{name}.py").write_text(text)
-    known = {f"hps.{name}": tmp_path / "hps" / f"{name}.py" for name in files}
-    assert circle(known) == expected

@@ -14,15 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "eval", "data_prep")
-
-
-def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-PACKAGE = {name_of(path): path for path in sorted((ROOT / "hps").rglob("*.py"))}
-MODULES = PACKAGE | {name: ROOT / f"{name}.py" for name in SCRIPTS if (ROOT / f"{name}.py").exists()}
+FILES = [*sorted((ROOT / "hps").rglob("*.py")), *(ROOT / f"{name}.py" for name in ("train", "eval", "data_prep"))]
+MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in FILES}
 
 
 def tracked() -> list[Path]:
@@ -108,17 +101,7 @@ def test_no_file_can_run_its_code():
     }
 
 
-def test_the_forbidden_check_itself():
-    bad = [
-        "np.load(x, allow_pickle=flag)", "f(x, weights_only=False)", "AutoConfig.from_pretrained(x)",
-        "AutoModel.from_pretrained(x, trust_remote_code=False)", "AutoConfig.from_pretrained(x, trust_remote_code=1)",
-        "AutoModel.from_pretrained(x, trust_remote_code=False, use_safetensors=None)",
-    ]  # fmt: skip
-    good = [
-        "np.load(x, allow_pickle=False)", "f(x, weights_only=True)", "PeftModel.from_pretrained(base, x)",
-        "AutoModel.from_pretrained(x, trust_remote_code=False, use_safetensors=True)",
-    ]  # fmt: skip
-    assert [len(loose(ast.parse(line))) for line in bad + good] == [1] * len(bad) + [0] * len(good)
+def test_ruff_forbids_what_else_could():
     lint = [
         "from os import *", "import pickle", "import joblib", "from torch import load", "import shelve", "exec('')",
         "eval('1')", "os.system('x')", "yaml.load(x)", "subprocess.run('x', shell=True)", "torch.load(x)",

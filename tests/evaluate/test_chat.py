@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers import flags
 
 from hps.data import tokens
 from hps.evaluate import chat
@@ -23,7 +24,7 @@ def talk(monkeypatch, capsys):
     def run(lines: list[str], columns: int = WIDE, **options) -> str:
         monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-        chat.main([f"--{key}={value}" for key, value in options.items()])
+        chat.main(flags(**options))
         return capsys.readouterr().out
 
     return run

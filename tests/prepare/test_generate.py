@@ -1,10 +1,8 @@
-"""Which samples are kept, in what order, by which engine; `data_prep.py generate` killed, taken up, and shared out."""
+"""Which samples are kept, in what order, by which engine; `data_prep.py generate` on one rank and on two."""
 
 import math
 import sys
-import time
 from collections import Counter, deque
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 from unittest import mock
@@ -12,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import byte_tokenizer, fork, run_script, torchrun
+from helpers import byte_tokenizer, torchrun
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import data_prep
@@ -340,22 +338,6 @@ def task(tiny_world, tmp_path_factory):
     assert [r.responses[:2] for r in written] == [r.responses for r in pairs] and written[0].chosen == 0
     assert sum(len(r.responses) - 2 for r in written) > 16
     return SimpleNamespace(flags=flags, expected=(folder / "out.jsonl").read_bytes(), ids=[r.id for r in rows])
-
-
-def test_killed_and_started_again_it_writes_the_same(task, tmp_path):
-    """SIGKILL as soon as two prompts are in the journal; one row at a time, so that the others are not."""
-    output = tmp_path / "out.jsonl"
-    argv = ["generate", *task.flags, f"--output={output}"]
-    process = fork(run_script, ("data_prep", [*argv, "--max_rows=1"]), tmp_path / "log", {})
-    path, deadline = Path(f"{output}.journal-0-0"), time.monotonic() + 600
-    while not path.exists() or path.read_bytes().count(b"\n") < 3:
-        assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert not output.exists() and 2 <= len(path.read_bytes().splitlines()) - 1 < len(task.ids)
-    data_prep.main([*argv, "--max_rows=7"])
-    assert output.read_bytes() == task.expected and journal.journals(output) == []
 
 
 def test_two_ranks_write_what_one_does(task, tmp_path):
