@@ -43,12 +43,12 @@ class World:
 
 @dataclass
 class Import:
-    source: str  # hh-rlhf, pku-saferlhf, ultrafeedback, nectar, trl, simpo or authors
+    source: str  # hh-rlhf, pku-saferlhf, ultrafeedback, nectar, alpaca-eval, trl, simpo or authors
     input: tuple[str, ...]  # files: .jsonl, .json (.gz, .xz), .parquet, .csv, hf://...; data sets: OWNER/NAME@REVISION
     output: str  # list-wise JSON Lines to write, and OUTPUT.manifest.json beside it
     order: str = ""  # pku-saferlhf: helpful or safe; ultrafeedback: overall or fine-grained
     columns: tuple[str, ...] = ()  # NAME=COLUMN: where the file has it; user= and system= make a prompt of turns
-    subset: str = ""  # of a data set by its hub name
+    subset: str = ""  # of a data set by its hub name; alpaca-eval: the judge
     split: str = ""  # of a data set by its hub name, if it has several
     limit: int = 0  # rows to keep at most; 0 means all
     skip: int = 0  # usable rows to leave out first, so that splits are disjoint

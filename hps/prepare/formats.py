@@ -93,7 +93,7 @@ def renamed(record: Record, columns: dict[str, str], where: str) -> Record:
 
 def notes(source: str, record: Record, row: Row) -> dict[str, int]:
     """What is worth counting in a record that was read, but for zeros."""
-    found = {"responses_with_prompt": sum(prompt_repeated(row))}
+    found = {"responses_with_prompt": sum(prompt_repeated(row)), "answers_unjudged": record.get("unjudged", 0)}
     if source == "trl" and not record.get("prompt") and isinstance(row.prompt, str):
         found["prompts_implicit_short"] = int(len(row.prompt) < IMPLICIT_CHARACTERS)
     if source == "ultrafeedback" and "overall_score" in record["completions"][0]:
@@ -161,7 +161,7 @@ def pku_saferlhf(record: Record, label: str) -> Record:
     does not depend on it, so that the rows of both orders can be matched. Dropped: a label that is neither.
     """
     _check(record, {label: object})
-    if (chosen := _number(record[label])) not in (0, 1):
+    if (chosen := number(record[label])) not in (0, 1):
         raise Dropped("rows_no_preference", f"{label} is {reprlib.repr(record[label])}, neither 0 nor 1")
     return _pair(_question(record["prompt"]), record["response_0"], record["response_1"], chosen=int(chosen))
 
@@ -193,6 +193,15 @@ def nectar(record: Record, _: str) -> Record:
     if answer["content"].strip():
         raise Dropped("rows_malformed", "prompt holds the beginning of the answer")
     return _ranked(prompt, *_answers(record["answers"], "answers", "answer", "rank"), "rank", sign=-1)
+
+
+def alpaca_eval(record: Record, _: str) -> Record:
+    """AlpacaEval, grouped by `importers.alpaca_lists`: an instruction, answers of several models, and as the reward of
+    each the judge's preference for it over the baseline's answer, 0 to 1.
+
+    Dropped: fewer than two judged answers.
+    """
+    return _ranked(_question(record["instruction"]), record["answers"], record["preferences"], "preference")
 
 
 def trl(record: Record, _: str) -> Record:
@@ -318,7 +327,7 @@ def _common_start(chosen: Sequence[object], rejected: Sequence[object]) -> int:
     return start - 1 if start and chosen[start - 1] == " " else start
 
 
-def _number(value: object) -> float | None:
+def number(value: object) -> float | None:
     """A finite number, also one that is written as a text or a decimal; None for everything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
@@ -331,11 +340,11 @@ def _number(value: object) -> float | None:
 
 def _false_ten(completion: Any) -> bool | None:
     """Whether UltraFeedback's overall score of 10 stands for 1; None where its aspects do not tell."""
-    if not isinstance(completion, dict) or _number(completion.get("overall_score")) != 10:
+    if not isinstance(completion, dict) or number(completion.get("overall_score")) != 10:
         return False
-    mean = _number(completion.get("fine-grained_score"))
+    mean = number(completion.get("fine-grained_score"))
     if mean is None and isinstance(aspects := completion.get("annotations"), dict):  # of the versions with false tens
-        ratings = [_number(aspect.get("Rating")) for aspect in aspects.values() if isinstance(aspect, dict)]
+        ratings = [number(aspect.get("Rating")) for aspect in aspects.values() if isinstance(aspect, dict)]
         ratings = [rating for rating in ratings if rating is not None]  # some are "N/A"
         mean = sum(ratings) / len(ratings) if ratings else None
     return None if mean is None or 2 < mean <= 4 else mean <= 2
@@ -363,7 +372,7 @@ def _ranked(prompt: Any, texts: list[Any], scores: list[Any], score: str, *, sig
     """Responses with sign * scores as rewards; an empty one stays: training drops and counts it."""
     if len(texts) < 2:
         raise Dropped("rows_too_few_responses", f"{len(texts)} responses; a preference needs two")
-    rewards = [_number(value) for value in scores]
+    rewards = [number(value) for value in scores]
     if None in rewards:
         i = rewards.index(None)
         raise Dropped("rows_no_preference", f"the {score} of response {i} is {reprlib.repr(scores[i])}, not a number")
@@ -379,5 +388,6 @@ FORMATS = {
     "pku-saferlhf": Format(pku_saferlhf, {"prompt": str, "response_0": str, "response_1": str}, orders=PKU_LABELS),
     "ultrafeedback": Format(ultrafeedback, {"instruction": str, "completions": list}, orders=ULTRAFEEDBACK_SCORES),
     "nectar": Format(nectar, {"prompt": str, "answers": list}),
+    "alpaca-eval": Format(alpaca_eval, {"instruction": str, "answers": list, "preferences": list}, ("unjudged",)),
     "trl": Format(trl, {"chosen": TEXT_OR_MESSAGES, "rejected": TEXT_OR_MESSAGES}, ("prompt",)),
 }

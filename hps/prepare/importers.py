@@ -3,6 +3,7 @@
 The formats themselves are in hps/prepare/formats.py.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from hps.io import files, hub
 from hps.prepare import formats
 from hps.prepare.formats import DROPS, FORMATS, Dropped, Record
 
+ALPACA_JUDGE = "weighted_alpaca_eval_gpt4_turbo"  # of AlpacaEval 2; --subset names another
 MAX_REASONS = 5
 MANY_SHORT = 10  # implicit prompts that may be chance, and a tenth of the rows: that is no chance
 EXPORT_DROPS = ("rows_no_pair", "rows_empty_response", "rows_equal_responses")
@@ -67,7 +69,7 @@ def import_file(
     reasons: list[str] = []
     left_out: set[str] = set()
     first: dict[str, str] = {}  # where each id was met
-    for where, record in (found for input in inputs for found in _records(input, subset, split)):
+    for where, record in (found for input in inputs for found in _records(source, input, subset, split)):
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a record must be a JSON object")
         counts["rows_read"] += 1
@@ -205,7 +207,9 @@ def is_data_set(input: str | Path) -> bool:
     return Path(input).is_dir() or bool(HUB_NAME.fullmatch(str(input)) and not Path(input).exists())
 
 
-def _records(input: str | Path, subset: str, split: str) -> Iterator[tuple[str, object]]:
+def _records(source: str, input: str | Path, subset: str, split: str) -> Iterator[tuple[str, object]]:
+    if source == "alpaca-eval" and Path(input).is_dir():
+        return alpaca_lists(Path(input), subset or ALPACA_JUDGE)
     if is_data_set(input) or Path(input).suffix in TABLES:
         return _by_datasets(str(input), subset, split)
     with opened(input) as file:
@@ -214,6 +218,38 @@ def _records(input: str | Path, subset: str, split: str) -> Iterator[tuple[str, 
     if isinstance(values, list):
         return ((f"{input}[{i}]", value) for i, value in enumerate(values))
     return read_lines(input)
+
+
+def alpaca_lists(folder: Path, judge: str) -> Iterator[tuple[str, object]]:
+    """Of AlpacaEval's folder `results` one record for each instruction, of all models' MODEL/JUDGE/annotations.json,
+    where answer 2 is the model's and a preference goes from 1 (the baseline's answer) to 2; `models` names who said it.
+
+    In an order by a hash of the instruction: the questions stand source by source in the files, and a split that is cut
+    off with skip and limit is to hold some of each.
+    """
+    paths = sorted(folder.glob(f"*/{judge}/annotations.json"))
+    if not paths:
+        judges = sorted({path.parent.name for path in folder.glob("*/*/annotations.json")})
+        known = f"name a judge with --subset: {', '.join(judges)}" if judges else "is it AlpacaEval's folder results?"
+        raise ValueError(f"{folder}: there is no MODEL/{judge}/annotations.json; {known}")
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        for where, record in _records("", path, "", ""):
+            if not isinstance(record, dict) or not {"instruction", "output_2", "preference"} <= record.keys():
+                raise ValueError(f"{where}: an annotation must be an object with instruction, output_2 and preference")
+            start = dict(instruction=record["instruction"], answers=[], preferences=[], models=[], unjudged=0)
+            one = found.setdefault(str(record["instruction"]), start)
+            if record["preference"] is None:  # the judge gave no answer
+                one["unjudged"] += 1
+                continue
+            preference = formats.number(record["preference"])
+            if preference is None or not 1 <= preference <= 2:
+                raise ValueError(f"{where}: preference must be a number from 1 to 2, not {record['preference']!r}")
+            one["answers"].append(record["output_2"])
+            one["preferences"].append(preference - 1)
+            one["models"].append(path.parent.parent.name)
+    mixed = sorted(found, key=lambda text: hashlib.blake2b(text.encode(errors="surrogatepass")).digest())
+    return ((f"{folder}: {text[:40]!r}", found[text]) for text in mixed)
 
 
 def _by_datasets(input: str, subset: str, split: str) -> Iterator[tuple[str, object]]:
