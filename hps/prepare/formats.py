@@ -93,7 +93,9 @@ def renamed(record: Record, columns: dict[str, str], where: str) -> Record:
 
 def notes(source: str, record: Record, row: Row) -> dict[str, int]:
     """What is worth counting in a record that was read, but for zeros."""
-    found = {"responses_with_prompt": sum(prompt_repeated(row)), "answers_unjudged": record.get("unjudged", 0)}
+    found = {"responses_with_prompt": sum(prompt_repeated(row))}
+    if source == "alpaca-eval":
+        found["answers_unjudged"] = len(record["unjudged"])
     if source == "trl" and not record.get("prompt") and isinstance(row.prompt, str):
         found["prompts_implicit_short"] = int(len(row.prompt) < IMPLICIT_CHARACTERS)
     if source == "ultrafeedback" and "overall_score" in record["completions"][0]:
@@ -388,6 +390,6 @@ FORMATS = {
     "pku-saferlhf": Format(pku_saferlhf, {"prompt": str, "response_0": str, "response_1": str}, orders=PKU_LABELS),
     "ultrafeedback": Format(ultrafeedback, {"instruction": str, "completions": list}, orders=ULTRAFEEDBACK_SCORES),
     "nectar": Format(nectar, {"prompt": str, "answers": list}),
-    "alpaca-eval": Format(alpaca_eval, {"instruction": str, "answers": list, "preferences": list}, ("unjudged",)),
+    "alpaca-eval": Format(alpaca_eval, dict(instruction=str, answers=list, preferences=list, unjudged=list)),
     "trl": Format(trl, {"chosen": TEXT_OR_MESSAGES, "rejected": TEXT_OR_MESSAGES}, ("prompt",)),
 }

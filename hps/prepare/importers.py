@@ -237,10 +237,10 @@ def alpaca_lists(folder: Path, judge: str) -> Iterator[tuple[str, object]]:
         for where, record in _records("", path, "", ""):
             if not isinstance(record, dict) or not {"instruction", "output_2", "preference"} <= record.keys():
                 raise ValueError(f"{where}: an annotation must be an object with instruction, output_2 and preference")
-            start = dict(instruction=record["instruction"], answers=[], preferences=[], models=[], unjudged=0)
+            start = dict(instruction=record["instruction"], answers=[], preferences=[], models=[], unjudged=[])
             one = found.setdefault(str(record["instruction"]), start)
             if record["preference"] is None:  # the judge gave no answer
-                one["unjudged"] += 1
+                one["unjudged"].append(path.parent.parent.name)
                 continue
             preference = formats.number(record["preference"])
             if preference is None or not 1 <= preference <= 2:
