@@ -14,6 +14,7 @@ import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,15 @@ def bt(r: Tensor, r_est: Tensor) -> Tensor:
 # ---- Theorem 1: estimation ------------------------------------------------------------------------
 
 
+def zeta(n: int) -> float:
+    """zeta(N) of Eq. 20, the least curvature of the logistic loss at rewards of at most alpha_0."""
+    alpha_0 = B * math.sqrt(D)
+    return 1 / (2 + math.exp(2 * alpha_0 + math.log(n - 1)) + math.exp(-2 * alpha_0))
+
+
 def bound_hps(m: int, n: int) -> float:
     """Psi_1 of Theorem 1 without C_1: its leading term, O(n / sqrt(m)); the other one falls as 1/m."""
-    alpha_0 = B * math.sqrt(D)
-    zeta = 1 / (2 + math.exp(2 * alpha_0 + math.log(n - 1)) + math.exp(-2 * alpha_0))  # Eq. 20
-    return math.sqrt((D + math.log(1 / DELTA)) / m) / zeta
+    return math.sqrt((D + math.log(1 / DELTA)) / m) / zeta(n)
 
 
 def bound_pl(m: int, n: int) -> float:
@@ -202,6 +207,35 @@ def theorem1_consistency(*, m: int, n: int, replicates: int, seed: int) -> State
     return {"verdict": "holds" if all(good) else f"does not hold{only}", "rows": rows}
 
 
+def margin_slopes(phi: Tensor, theta: Tensor, gamma: float) -> Tensor:
+    """X of Appendix B.1: gradients in theta of g = r_1 - log N E_q[e^{r_j}], (m, D), from phi (m, n, D), q from r*."""
+    weights = torch.softmax((phi @ theta)[:, 1:] + log_q(phi[:, 1:, 0], gamma), dim=1)
+    return phi[:, 0] - (weights[..., None] * phi[:, 1:]).sum(1)
+
+
+def theorem1_curvature(*, m: int, ns: Sequence[int], gammas: Sequence[float], thetas: int, seed: int) -> Statement:
+    """Eq. 20 at random theta of the ball, with g as the loss has it; and at theta* the proof's next step, for which
+    X'X / m has to be at least Sigma_D: `c` is the largest number for which it is at least c Sigma_D."""
+    rows, generator = [], torch.Generator().manual_seed(seed)
+    for n, gamma in product(ns, gammas):
+        phi = ranked_prompts(1, m, n, generator=generator)[0][0]
+        mean_loss = partial(lambda theta, phi, loss: loss(phi @ theta, phi[..., 0]).mean(), phi=phi, loss=hps(gamma))
+        drawn = torch.randn(thetas, D, generator=generator, dtype=torch.float64)
+        drawn *= B * torch.rand(thetas, 1, generator=generator, dtype=torch.float64) / drawn.norm(dim=1, keepdim=True)
+        excess = []
+        for theta in drawn:
+            X = margin_slopes(phi, theta, gamma)
+            excess.append(float(torch.linalg.eigvalsh(torch.func.hessian(mean_loss)(theta) - zeta(n) * X.T @ X / m)[0]))
+        X = margin_slopes(phi, torch.eye(D, dtype=phi.dtype)[0], gamma)
+        off = phi - phi.mean(1, keepdim=True)
+        root = torch.linalg.cholesky(2 * torch.einsum("mnd,mne->de", off, off) / (m * (n - 1))).inverse()  # of Sigma_D
+        c = float(torch.linalg.eigvalsh(root @ (X.T @ X / m) @ root.T)[0])
+        rows.append({"n": n, "gamma": float(gamma), "smallest eigenvalue": min(excess), "c": c})
+    words = {True: "holds", False: "does not hold"}
+    first, then = all(row["smallest eigenvalue"] > 0 for row in rows), all(row["c"] >= 1 for row in rows)
+    return {"verdict": f"Eq. 20 {words[first]}, X'X / m >= Sigma_D {words[then]}", "rows": rows}
+
+
 # ---- Theorem 2: gamma to infinity -----------------------------------------------------------------
 
 
@@ -322,6 +356,7 @@ def statements(*, small: bool, seed: int) -> dict[str, Statement]:
         theorem1_in_m: dict(ms=ms, n=5, **sets),
         theorem1_in_n: dict(m=400, ns=ns, **sets),
         theorem1_consistency: dict(m=800 if small else 4000, n=10, replicates=16),
+        theorem1_curvature: dict(m=400, ns=(3, 10, 30), gammas=(0, 1, 5), thetas=3 if small else 20),
         theorem2_own_reward: dict(gammas=(0, 1, 2, 5, 10, 30, 100, 1e3, 1e9), **drawn),
         theorem2_other_reward: dict(correlations=(0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0), **drawn),
         theorem3_identity: drawn,

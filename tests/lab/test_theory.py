@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from scipy import optimize
+from scipy import linalg, optimize
 
 from hps.lab import theory
 
@@ -242,6 +242,43 @@ def test_margin_diverges_or_collapses():
     assert growth == pytest.approx(99 * 0.1 * float(v @ v), rel=1e-9)
 
 
+def test_curvature_by_finite_differences():
+    """X of Appendix B.1 and the smallest eigenvalue of Eq. 20 from the loss by hand; c from scipy's eigenvalues."""
+    found = theory.theorem1_curvature(m=60, ns=(4,), gammas=(2,), thetas=1, seed=3)["rows"][0]
+    generator = torch.Generator().manual_seed(3)
+    phi = theory.ranked_prompts(1, 60, 4, generator=generator)[0][0]
+    theta = torch.randn(1, theory.D, generator=generator, dtype=torch.float64)
+    theta *= theory.B * torch.rand(1, 1, generator=generator, dtype=torch.float64) / theta.norm()
+    x, t, est = phi.numpy(), theta[0].numpy(), phi[..., 0].numpy()
+
+    def slopes(at):  # g by hand: its loss is log(1 + e^-g)
+        def g(p, i):
+            return -np.log(np.expm1(by_hand("HPS", (x[i] @ p)[None], est[i][None])))
+
+        return np.array([optimize.approx_fprime(at, g, 1e-7, i) for i in range(60)])
+
+    X, step, unit = slopes(t), 1e-3, np.eye(theory.D)
+    np.testing.assert_allclose(theory.margin_slopes(phi, theta[0], 2).numpy(), X, atol=1e-5)
+
+    def value(p):
+        return by_hand("HPS", x @ p, est)
+
+    hessian = [
+        [
+            (value(t + a + b) - value(t + a - b) - value(t - a + b) + value(t - a - b)) / (4 * step**2)
+            for b in step * unit
+        ]
+        for a in step * unit
+    ]
+    expected = np.linalg.eigvalsh(np.array(hessian) - theory.zeta(4) * X.T @ X / 60)[0]
+    assert found["smallest eigenvalue"] == pytest.approx(expected, abs=1e-5) and expected > 0
+    truth = slopes(unit[0])
+    pairs = [np.outer(z, z) for p in x for j in range(4) for k in range(j + 1, 4) for z in [p[j] - p[k]]]
+    sigma = 2 * sum(pairs) / (60 * 4 * 3)
+    assert found["c"] == pytest.approx(linalg.eigvalsh(truth.T @ truth / 60, sigma)[0], rel=1e-5)
+    assert found["c"] < 1
+
+
 # ---- the report -----------------------------------------------------------------------------------
 
 
@@ -252,6 +289,7 @@ def test_everything_is_written_and_read_back(tmp_path, monkeypatch):
         (theory.theorem1_in_m, dict(ms=(200, 300), n=4, replicates=3)),
         (theory.theorem1_in_n, dict(m=100, ns=(3, 4), replicates=3)),
         (theory.theorem1_consistency, dict(m=100, n=4, replicates=2)),
+        (theory.theorem1_curvature, dict(m=50, ns=(3,), gammas=(1,), thetas=1)),
         (theory.theorem2_own_reward, dict(gammas=(0, 1e9), **few)),
         (theory.theorem2_other_reward, dict(correlations=(0.0, 1.0), **few)),
         (theory.theorem3_identity, few),
