@@ -38,7 +38,8 @@ import step  # noqa: E402
 from hps import attention, attention_cpu, config, logps  # noqa: E402
 from hps.data.rows import Row  # noqa: E402
 from hps.evaluate import md  # noqa: E402
-from hps.lab import estimate, results, world  # noqa: E402
+from hps.evaluate.compare import commit, machine  # noqa: E402
+from hps.lab import estimate, world  # noqa: E402
 from hps.packing import Block, pack  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -206,7 +207,7 @@ SECTIONS = {"The output head": output_heads, "Attention": packed_attention, "Tra
 
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/gpu.py", description=str(__doc__).split("\n")[0])
-    page, found = [f"# On {results.machine()}", f"torch {torch.__version__}, commit {results.commit()}."], {}
+    page, found = [f"# On {machine()}", f"torch {torch.__version__}, commit {commit()}."], {}
     for title, section in SECTIONS.items():
         print(f"{title} ...", file=sys.stderr, flush=True)
         try:
@@ -220,7 +221,7 @@ def main() -> None:
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu.md").write_text("\n\n".join(page) + "\n")
-    about = {"machine": results.machine(), "commit": results.commit()}
+    about = {"machine": machine(), "commit": commit()}
     (out / "gpu.json").write_text(json.dumps(about | found, indent=1) + "\n")
     print((out / "gpu.md").read_text())
     if wrong := [title for title, rows in found.items() if not all(row["right"] for row in rows)]:

@@ -88,7 +88,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str
 
 def finish(found: dict[str, Any]) -> None:
     """The machine, and the JSON line."""
-    from hps.lab.results import commit, machine
+    from hps.evaluate.compare import commit, machine
 
     print(f"\n{machine()}, torch {torch.__version__}, commit {commit()}")
     print(json.dumps(found), flush=True)

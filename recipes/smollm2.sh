@@ -104,5 +104,6 @@ row DPO-PL-4 --method=dpo-pl --pl_responses=4
 row DPO-uniform --method=dpo-uniform
 row DPO-HPS --method=dpo-hps --reward_norm=zscore --reward_scale=0.5 # on raw ones gamma = -5 to 5 is nearly an argmax
 
-# 6. Tables, figures, intervals.
-"$PYTHON" -m hps.lab.results --runs="$OUT" --first=DPO-HPS --annotated="$OUT/heldout-a.jsonl,$OUT/heldout-b.jsonl"
+# 6. Tables, figures, intervals over prompts, samples to read.
+"$PYTHON" -m hps.evaluate.compare SFT="$OUT/SFT" DPO-BT="$OUT/DPO-BT" DPO-PL-4="$OUT/DPO-PL-4" \
+  DPO-uniform="$OUT/DPO-uniform" DPO-HPS="$OUT/DPO-HPS" --baseline=DPO-HPS --out="$OUT"

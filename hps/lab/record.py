@@ -18,10 +18,10 @@ import numpy as np
 
 from hps import config
 from hps.evaluate import figures, md, metrics, report
+from hps.evaluate.compare import COMPARED, ROOT, adjust
 from hps.evaluate.metrics import METRICS
 from hps.io import files
 from hps.lab import claims, compare
-from hps.lab.results import COMPARED, ROOT, adjust
 
 KEPT = ROOT / "docs" / "results"
 LABELS = {

@@ -15,9 +15,9 @@ from typing import Any
 
 from hps import config
 from hps.evaluate import report
+from hps.evaluate.compare import ROOT, Cells, commit, machine, publish, summarise
 from hps.io import files
 from hps.lab import claims, suites
-from hps.lab.results import ROOT, Cells, commit, machine, publish, summarise
 from hps.lab.suites import LR, SUITES, Row, Suite
 from hps.lab.sweep import Stage, flags, run_in_workers, stage_seconds
 

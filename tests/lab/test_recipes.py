@@ -46,12 +46,12 @@ def test_every_command_is_accepted(commands):
         elif script == "data_prep.py":
             config.parse(data_prep.COMMANDS[argv[0]][0], argv[1:], prog="", description="")
         else:
-            assert argv[0] in ("hps.evaluate.export", "hps.lab.results")
+            assert argv[0] in ("hps.evaluate.export", "hps.evaluate.compare")
 
 
 def test_a_command_reads_what_an_earlier_one_wrote(commands, tmp_path):
     made = {str(tmp_path / "rows.jsonl")}
-    assert commands[-1][:2] == ["-m", "hps.lab.results"]
+    assert commands[-1][:2] == ["-m", "hps.evaluate.compare"]
     for command in commands[:-1]:
         found = options(command)
         for key in ("data", "input", "scorer", "reference", "baseline", "model"):
