@@ -21,7 +21,7 @@ from hps.evaluate import figures, md, metrics, report
 from hps.evaluate.compare import COMPARED, ROOT, adjust
 from hps.evaluate.metrics import METRICS
 from hps.io import files
-from hps.lab import claims, compare
+from hps.lab import claims, replication
 
 KEPT = ROOT / "docs" / "results"
 LABELS = {
@@ -180,13 +180,13 @@ def pages() -> dict[Path, str]:
     first = {name: results for name, results in found.items() if name == results["suite"]}
     second = {results["suite"]: results for name, results in found.items() if name != results["suite"]}
     judged = claims.decide([claim for results in first.values() for claim in results["claims"]])
-    pairs = {name: compare.compare(first[name], second[name], draws=400) for name in first if name in second}
+    pairs = {name: replication.compare(first[name], second[name], draws=400) for name in first if name in second}
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["wrapped"] = md.wrapped
     context = dict(first=first, second=second, pairs=pairs, tables=report.claims_tables(judged))
-    context |= dict(first_table=first_table, sentences=sentences, counts=counts, agreement=compare.table)
+    context |= dict(first_table=first_table, sentences=sentences, counts=counts, agreement=replication.table)
     template = environment.from_string((KEPT / "RESULTS.md.jinja").read_text(encoding="utf-8"))
     texts = {ROOT / "docs" / "RESULTS.md": template.render(context)}
     for name, results in found.items():

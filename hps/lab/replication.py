@@ -1,4 +1,4 @@
-"""How far one record tells what another one will find: `python -m hps.lab.compare --first A --second B`.
+"""How far one record tells what another one will find: `python -m hps.lab.replication --first A --second B`.
 
 A and B are results.json of one suite on different worlds. Three things are counted over the paired differences: how
 many of B's means lie in A's prediction interval, how many verdicts are reversed, and how many of those that Holm's
@@ -149,7 +149,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    c, _ = config.parse(Options, prog="python -m hps.lab.compare", description=str(__doc__).split("\n")[0])
+    c, _ = config.parse(Options, prog="python -m hps.lab.replication", description=str(__doc__).split("\n")[0])
     first, second = (files.read_json(Path(name)) if name else None for name in (c.first, c.second))
     if second and first["suite"] != second["suite"]:
         raise ValueError(f"{c.first} is of suite {first['suite']}, {c.second} of {second['suite']}")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from hps.lab import compare
+from hps.lab import replication
 
 KEYS = [("a", "b", "rm10"), ("c", "b", "rm10"), ("a again", "a", "rm10"), ("a", "b", "harm")]
 
@@ -28,15 +28,15 @@ def test_two_records_are_counted_by_hand():
     (t 4.1770) on; a second mean of four worlds is inside up to 3.1824 sqrt(1/4 + 1/4) = 2.2503 of them."""
     first = np.transpose([column(1.6, 1), column(2.05, 1), column(1.6, 1), column(-1.7, 1)])
     second = np.transpose([column(3.84, 9), column(4.31, 1), column(0.1, 1), column(1.7, 1)])
-    found = compare.count(KEYS, first, second)
+    found = replication.count(KEYS, first, second)
     # Inside: the first and the third; 4.31 - 2.05 = 2.26 is not. Holm leaves nothing of the first one's two in rm10 and
     # c - b of the second one's; harm, of which there is one, keeps both, with opposite signs.
     assert found == {"inside": 50, "reversed": pytest.approx(100 / 3), "resolved": 3, "alike": 0, "again": 50}
-    raw, after = compare.verdicts(KEYS, first)
+    raw, after = replication.verdicts(KEYS, first)
     assert list(raw) == [1, 1, 1, -1] and list(after) == [0, 0, 0, -1]
-    assert compare.count(KEYS, second, second)["alike"] == 100
-    assert list(compare.inside(first, second)) == [True, False, True, False]
-    assert list(compare.inside(second, first)) == [True, False, True, False]
+    assert replication.count(KEYS, second, second)["alike"] == 100
+    assert list(replication.inside(first, second)) == [True, False, True, False]
+    assert list(replication.inside(second, first)) == [True, False, True, False]
 
 
 def test_what_is_expected_has_level_and_covariance():
@@ -45,14 +45,14 @@ def test_what_is_expected_has_level_and_covariance():
     once = g.standard_normal((24, 3)) + [0.0, 3.0, 0.0]
     keys = [(str(i), "b", "rm10") for i in range(12)]
     values = np.repeat(once, 4, axis=1)
-    assert compare.independent_looks(values) == pytest.approx(3, abs=0.4)
-    assert compare.independent_looks(g.standard_normal((400, 12))) > 11
-    pairs = list(compare.drawn(once, once.mean(0), 8, 2000, g))
+    assert replication.independent_looks(values) == pytest.approx(3, abs=0.4)
+    assert replication.independent_looks(g.standard_normal((400, 12))) > 11
+    pairs = list(replication.drawn(once, once.mean(0), 8, 2000, g))
     assert np.cov(np.concatenate([x for x, _ in pairs]).T) == pytest.approx(np.cov(once.T), abs=0.05)
-    counts = [compare.count(keys[:3], x, y) for x, y in pairs]
+    counts = [replication.count(keys[:3], x, y) for x, y in pairs]
     assert np.mean([x["inside"] for x in counts]) == pytest.approx(95, abs=1)
     assert np.mean([x["reversed"] for x in counts]) < 0.2
-    found = compare.compare(record(g.standard_normal((30, 4))), record(g.standard_normal((20, 4))), draws=500)
+    found = replication.compare(record(g.standard_normal((30, 4))), record(g.standard_normal((20, 4))), draws=500)
     assert found["by chance"] == pytest.approx(5, abs=2) and 1 < found["as far apart"] <= 100
     inside = [x["inside"][0] for x in found["expected"].values()]
     assert inside == pytest.approx([95] * 5, abs=3)
@@ -67,20 +67,20 @@ def test_records_are_compared_from_files(tmp_path, monkeypatch, capsys):
         path.write_text(json.dumps(record(values)))
     argv = ["compare", f"--first={paths[0]}", f"--out={tmp_path / 'found.json'}", "--draws=20"]
     monkeypatch.setattr("sys.argv", [*argv, f"--second={paths[1]}"])
-    compare.main()
+    replication.main()
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["pairs"]["second after first"] == pytest.approx(compare.count(KEYS, one, two))
+    assert found["pairs"]["second after first"] == pytest.approx(replication.count(KEYS, one, two))
     assert "| drawn, 24 worlds each |" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", argv)
-    compare.main()
+    replication.main()
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["pairs"]["second after first"] == pytest.approx(compare.count(KEYS, one[:4], one[4:]))
+    assert found["pairs"]["second after first"] == pytest.approx(replication.count(KEYS, one[:4], one[4:]))
     lacking = record(two)
     lacking["comparisons"][3]["values"][0] = None
-    assert compare.compare(record(one), lacking, draws=2)["differences"] == 3
+    assert replication.compare(record(one), lacking, draws=2)["differences"] == 3
     with pytest.raises(ValueError, match="suite s: need four worlds"):
-        compare.compare(record(one), record(two[:2]), draws=2)
+        replication.compare(record(one), record(two[:2]), draws=2)
     paths[1].write_text(json.dumps(record(two, suite="other")))
     monkeypatch.setattr("sys.argv", [*argv, f"--second={paths[1]}"])
     with pytest.raises(ValueError, match="is of suite s, .* of other"):
-        compare.main()
+        replication.main()
