@@ -65,7 +65,7 @@ def export(c: Export) -> None:
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / "survey.html", page.render("survey.html", study=study))
-    files.write_json(out / "key.json", {"study": study["study"], "methods": list(samples), "items": named})
+    files.write_record(out / "key.json", {"study": study["study"], "methods": list(samples), "items": named})
     of = f"{c.items} of {len(shared)} shared prompts, {len(items)} responses"
     print(f"{out}: survey.html for the raters, key.json to keep: {of}", file=sys.stderr)
 
@@ -83,30 +83,6 @@ def need(good: bool, problem: str) -> None:
         raise ValueError(problem)
 
 
-def load(path: Path, **kinds: type) -> dict[str, Any]:
-    """A JSON object with just these keys, of these types; ValueError, naming the file, for anything else."""
-    with opened(path) as file:
-        found: Any = decode_json(file.read(), str(path))
-    what = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-    need(isinstance(found, dict), f"{path}: need an object with {what}")
-    check_keys(found, tuple(kinds), required=tuple(kinds), where=str(path))
-    need(all(type(found[name]) is kind for name, kind in kinds.items()), f"{path}: need {what}")
-    return found
-
-
-def load_key(path: Path) -> dict[str, Any]:
-    """The key that `export` wrote; ValueError, naming the file, for anything else."""
-    key = load(path, study=str, methods=list, items=dict)
-    methods = key["methods"]
-    names = all(type(name) is str for name in methods) and len(set(methods)) == len(methods)
-    need(names, f"{path}: methods: need names, each once")
-    need(bool(key["items"]), f"{path}: items: need some")
-    for item, at in key["items"].items():
-        good = isinstance(at, dict) and type(at.get("prompt")) is str and at.get("method") in methods
-        need(good, f"{path}: item {item!r}: need its prompt and one of the methods")
-    return key
-
-
 def read_ratings(folder: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
     """The files of a folder in the order of their names, one per rater.
 
@@ -118,9 +94,14 @@ def read_ratings(folder: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
     if others := sorted({path.name for path in folder.iterdir()} - {path.name for path in paths}):
         print(f"{folder}: not read, since not .json: {', '.join(others)}", file=sys.stderr)
     by_rater: dict[str, Path] = {}
-    found = []
+    found, kinds = [], dict(study=str, rater=str, complete=bool, ratings=dict)
+    what = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
     for path in paths:
-        given = load(path, study=str, rater=str, complete=bool, ratings=dict)
+        with opened(path) as file:
+            given: Any = decode_json(file.read(), str(path))
+        need(isinstance(given, dict), f"{path}: need an object with {what}")
+        check_keys(given, tuple(kinds), required=tuple(kinds), where=str(path))
+        need(all(type(given[name]) is kind for name, kind in kinds.items()), f"{path}: need {what}")
         study, ratings = reprlib.repr(given["study"]), given["ratings"]
         need(given["study"] == key["study"], f"{path}: ratings of study {study}, and the key is of {key['study']!r}")
         need(bool(ratings), f"{path}: holds no rating; remove the file")
@@ -208,7 +189,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def aggregate(c: Aggregate) -> None:
     """Write survey.json and survey.md, and print the latter."""
-    key = load_key(Path(c.key))
+    key = files.read_record(Path(c.key), "give the key.json of the export", study=str, methods=list, items=dict)
     results = results_of(key, read_ratings(Path(c.ratings), key))
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from scipy import stats
 from hps.data import listwise
 from hps.data.rows import Row
 from hps.evaluate import survey
+from hps.io import files
 
 CRITERIA = ["correctness", "helpfulness", "safety", "clarity"]  # of the paper's Appendix D.2.2, in its order
 NASTY = [
@@ -48,7 +49,7 @@ def export(folder, **options):
     options = dict(out=folder / "study", items=2) | options
     survey.main(["export", *flags(methods=methods, **options)])
     out = options["out"]
-    return (out / "survey.html").read_text(encoding="utf-8"), json.loads((out / "key.json").read_text())
+    return (out / "survey.html").read_text(encoding="utf-8"), files.read_record(out / "key.json", "")
 
 
 def embedded(page):
@@ -153,10 +154,10 @@ def rater(name, *, complete=True, **ratings):
     return {"study": "s1", "rater": name, "complete": complete, "ratings": ratings}
 
 
-def study(folder, files, key=KEY):
+def study(folder, raters, key=KEY):
     (folder / "ratings").mkdir(exist_ok=True)
-    (folder / "key.json").write_text(json.dumps(key))
-    for name, content in files.items():
+    files.write_record(folder / "key.json", key)
+    for name, content in raters.items():
         (folder / "ratings" / name).write_text(json.dumps(content))
     survey.main(["aggregate", *flags(key=folder / "key.json", ratings=folder / "ratings", out=folder / "out")])
     return json.loads((folder / "out/survey.json").read_text())
@@ -211,8 +212,8 @@ def test_the_table_by_hand(tmp_path, capsys):
 def test_intervals_span_raters_and_prompts(value, method, difference):
     """Mean and standard error of two raters' or two prompts' values, of which Student's t is 12.706."""
     at = {item: ("ab".index(place["prompt"]), KEY["methods"].index(place["method"])) for item, place in ITEMS.items()}
-    files = [rater(str(r), **{item: rating(*4 * [value(r, p, m)]) for item, (p, m) in at.items()}) for r in range(2)]
-    found = survey.results_of(KEY, files)
+    raters = [rater(str(r), **{item: rating(*4 * [value(r, p, m)]) for item, (p, m) in at.items()}) for r in range(2)]
+    found = survey.results_of(KEY, raters)
     intervals = found["means"]["HPS|x"]["average"], found["comparisons"][0]["safety"]["difference"]
     for interval, (mean, error) in zip(intervals, (method, difference), strict=True):
         ends = mean - 12.7062 * error, mean + 12.7062 * error
@@ -243,9 +244,8 @@ def test_a_method_that_nobody_rated_has_no_number(tmp_path):
     ],
 )
 def test_mistakes_in_a_file_name_it(tmp_path, change, problem):
-    files = {"1.json": rater("ann", **FULL), "2.json": rater("bo", **FULL) | change}
     with pytest.raises(ValueError, match=rf"ratings/2.json: {problem}"):
-        study(tmp_path, files)
+        study(tmp_path, {"1.json": rater("ann", **FULL), "2.json": rater("bo", **FULL) | change})
     assert not (tmp_path / "out").exists()
 
 
@@ -257,7 +257,7 @@ def test_broken_files_and_files_of_another_kind(tmp_path, capsys):
     (tmp_path / "ratings/2.json").write_text('{"study": "s1", "rater": NaN}')
     with pytest.raises(ValueError, match=r"2.json: broken JSON: NaN"):
         study(tmp_path, {})
-    with pytest.raises(ValueError, match=r"key.json: the key 'methods' is missing"):
+    with pytest.raises(ValueError, match=r"key.json: does not hold methods .*; give the key.json of the export"):
         study(tmp_path, {}, key={"study": "s1", "items": {}})
 
 

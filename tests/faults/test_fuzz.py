@@ -178,12 +178,6 @@ def ratings(path: Path) -> None:
     finite(survey.results_of(KEY, found))
 
 
-def key_file(path: Path) -> None:
-    key = survey.load_key(path)
-    given = {"complete": False, "ratings": {item: {"safety": 1} for item in key["items"]}}
-    survey.markdown(survey.results_of(key, [given]))
-
-
 def shard(path: Path) -> None:
     """As if it had been written like this: under the name that belongs to it."""
     for old in path.parent.glob("shard-*"):
@@ -287,7 +281,6 @@ TARGETS: dict[str, Target] = {
     "completion": Target("x", [[COMPLETION]], whole, completion),
     "answers.jsonl": Target("answers.jsonl", [ANSWERS], lines, answers),
     "ratings": Target("1.json", [[RATER], [RATED]], whole, ratings),
-    "key.json": Target("key.json", [[KEY]], whole, key_file),
     "shard": Target("x", [[json.loads(SHARD[8 : 8 + HEADER_BYTES])]], with_header, shard),
 }  # fmt: skip
 NEVER_REFUSE = {"judge's answer", "completion"}  # what a judge says is no mistake of the user's: None stands for none
