@@ -220,12 +220,3 @@ def test_no_number_of_the_paper_is_left_out():
         found = [int(name.split()[-1]) for name in names if re.fullmatch(rf"{re.escape(kind)} \d+", name)]
         assert sorted(found) == list(range(1, last + 1)), kind
     assert [name.removeprefix("App. ") for name in names if name.startswith("App. ")] == APPENDICES
-
-
-def test_the_check_of_references_itself():
-    """Of each form one that exists and one that does not."""
-    good = ["hps/samplers.py: log_q", 'hps/losses.py: LOSSES["ipo"]', "hps/lab/world.py: World.is_harmful", "beta = 1"]
-    bad = ["hps/samplers.py: log_p", "hps/samplin.py: log_q", 'hps/losses.py: LOSSES["lisc"]', "train.py --gama",
-           "tests/test_docs.py::test_nothing", "tests/test_no_file.py::test_nothing", "gama = 1", "docs/NONE.md",
-           "tail"]  # fmt: skip
-    assert [exists(reference) for reference in good + bad] == [True] * len(good) + [False] * len(bad)

@@ -4,7 +4,6 @@ import email.utils
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -94,10 +93,8 @@ def test_errors_of_the_server_are_tried_up_to_a_bound(status):
     with chat_server(lambda number, text: (status, {}, "broken")) as server:
         with pytest.raises(ValueError, match=f"9 of 9 attempts.*HTTP {status}: broken"):
             client(server.url, stopped=clock, attempts=9).ask("q")
-    assert len(server.requests) == 9 and len(clock.waits) == 8
-    for wait, base in zip(clock.waits, (1, 2, 4, 8, 16, 32, 60, 60), strict=True):
-        assert 0.5 * base <= wait <= 1.5 * base
-    assert len({wait / base for wait, base in zip(clock.waits, (1, 2, 4, 8, 16, 32, 60, 60), strict=True)}) == 8
+    shares = [wait / base for wait, base in zip(clock.waits, (1, 2, 4, 8, 16, 32, 60, 60), strict=True)]
+    assert len(server.requests) == 9 and len(set(shares)) == 8 and 0.5 <= min(shares) < max(shares) <= 1.5
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 401, 403, 404])
@@ -171,18 +168,6 @@ def test_requests_of_all_threads_keep_to_the_rate(clock, monkeypatch):
         for _ in range(4):
             chat.ask("q")
     assert starts == pytest.approx([100, 102, 104, 106, 108])
-
-
-def test_several_are_in_flight_at_once():
-    both = threading.Barrier(2, timeout=60)
-
-    def behave(number, text):
-        both.wait()
-        return completion("good")
-
-    with chat_server(behave) as server, ThreadPoolExecutor(2) as pool:
-        chat = client(server.url, stopped=threading.Event())
-        assert [reply.text for reply in pool.map(chat.ask, ["a", "b"])] == ["good", "good"]
 
 
 @pytest.mark.parametrize("key", [KEY + "\n", "two words", "sch\u00f6n-0123456789"])

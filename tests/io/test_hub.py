@@ -94,21 +94,20 @@ def found(tiny_world, tmp_path_factory):
     hub._commit_of.cache_clear()
 
 
-def test_a_model_is_that_of_its_revision(found):
-    seen, _, _ = found
+def test_what_is_read_is_that_of_its_revision(found):
+    """An adapter trained on the first commit is put on that one, though the branch has moved on; so is a data set."""
+    seen, _, folder = found
     first, second = seen["folders"]
-    assert first != second
-    assert seen["lm"] == [second, first, second, second]
+    assert seen["lm"] == [second, first, second, second] != [first] * 4
     assert seen["eos"][0] == seen["eos"][2] == seen["eos"][3] != seen["eos"][1]
     assert seen["rm"][0] != seen["rm"][1]
-
-
-def test_an_adapter_pins_its_base(found):
-    """Trained on the first commit, it is put on that one, though the branch has moved on."""
-    seen, _, folder = found
     about = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (about["base_model_name_or_path"], about["revision"]) == ("owner/lm", FIRST)
-    assert seen["adapter"] == seen["folders"][:1]  # B is zero, so that the merged weights are the base's
+    assert seen["adapter"] == [first]  # B is zero, so that the merged weights are the base's
+    for name, commit, kept in (("", SECOND, 2), ("@main", SECOND, 2), (f"@{FIRST}", FIRST, 1)):
+        manifest = json.loads((folder / f"rows{name}.jsonl.manifest.json").read_text())
+        assert manifest["input"]["path"] == f"hf://datasets/owner/pairs@{commit}/some/pairs.jsonl"
+        assert manifest["counts"]["rows_read"] == kept
 
 
 def test_a_branch_is_told_with_its_commit(found):
@@ -117,14 +116,6 @@ def test_a_branch_is_told_with_its_commit(found):
     assert [line.split()[0] for line in told] == ["owner/lm@main"]  # once, though named twice
     assert all(f"owner/lm@{SECOND}" in line for line in told)
     assert hub.resolve("owner/lm") == hub.resolve("owner/lm@main") == ("owner/lm", SECOND)
-
-
-def test_a_data_set_is_read_and_its_commit_recorded(found):
-    _, _, folder = found
-    for name, commit, kept in (("", SECOND, 2), ("@main", SECOND, 2), (f"@{FIRST}", FIRST, 1)):
-        manifest = json.loads((folder / f"rows{name}.jsonl.manifest.json").read_text())
-        assert manifest["input"]["path"] == f"hf://datasets/owner/pairs@{commit}/some/pairs.jsonl"
-        assert manifest["counts"]["rows_read"] == kept
 
 
 def test_what_is_not_there_is_named(found):
