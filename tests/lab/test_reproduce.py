@@ -1,6 +1,9 @@
 """The sweep's plan: rows that train.py accepts, stages that fit together, suites that share what they can."""
 
+import itertools
 import math
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import pytest
 from hps import config
 from hps.evaluate.metrics import AGAIN
 from hps.lab import reproduce, sweep
-from hps.lab.suites import LOSSES, SETTINGS, SUITES, VIEWS, best_settings, widened
+from hps.lab.suites import LOSSES, SETTINGS, SUITES, VIEWS, row
 from hps.options import Config, check
 
 
@@ -16,14 +19,14 @@ from hps.options import Config, check
 def test_train_accepts_every_row_of_a_suite(suite):
     """Options that a method would ignore are errors, so each row's options must belong to its method."""
     spec = SUITES[suite]()
-    for row in spec.rows.values():
-        argv = ["--config", "configs/world.toml", "--model", "m", "--data", "d", "--out", "o", *sweep.flags(row)]
+    for options in spec.rows.values():
+        argv = ["--config", "configs/world.toml", "--model", "m", "--data", "d", "--out", "o", *sweep.flags(options)]
         check(*config.parse(Config, argv, prog="train.py", description=""))
     assert {name for pair in spec.pairs for name in pair} <= spec.rows.keys() | spec.frontiers.keys()
     assert {name for _, line in spec.frontiers.values() for name in line} <= spec.rows.keys()
     assert len(set(spec.pairs)) == len(spec.pairs)
     assert spec.prompts.keys() in (set(), spec.rows.keys())
-    drawn = [row for figure in spec.series.values() for line in figure["lines"].values() for row in line]
+    drawn = [name for figure in spec.series.values() for line in figure["lines"].values() for name in line]
     assert set(drawn) <= spec.rows.keys()
 
 
@@ -31,9 +34,9 @@ def test_train_accepts_every_row_of_a_suite(suite):
 def test_each_suite_judges_the_papers_method_and_itself(suite):
     """Rows named HPS have no reward option; both forms meet BT, PL and uniform; one row meets itself, other seeds."""
     spec = SUITES[suite]()
-    for name, row in spec.rows.items():
+    for name, options in spec.rows.items():
         if "HPS" in name:
-            assert ("reward_norm" in row) == ("scaled (ours)" in name), name
+            assert ("reward_norm" in options) == ("scaled (ours)" in name), name
     for name in [name for name in spec.rows if name.startswith("DPO-HPS") and not name.endswith(("again", "8 draws"))]:
         view = "HPS scaled (ours)" if "scaled" in name else "HPS"
         for other in ("BT", "PL-8", "uniform") if suite != "tune" else ():
@@ -43,32 +46,39 @@ def test_each_suite_judges_the_papers_method_and_itself(suite):
     assert (again, once) in spec.pairs and spec.rows[again] == {**spec.rows[once], "seed": 1000}
 
 
-def test_tune_climbs_until_the_best_lies_inside():
-    """On a hill whose top is far from the settings of the file the climb ends at the top, with lower rows around it;
-    what it finds is what `confirm` would train, on worlds that nobody else uses."""
-    suite = SUITES["tune"]()
-    methods = list(best_settings(suite, dict.fromkeys(suite.rows, 0.0)))
-    assert methods == [f"{loss.upper()}-{view}" for loss in LOSSES for view in VIEWS] == list(SETTINGS)
-    top = {"beta": 0.1 * 2**4, "lr": 2e-4 * 2**-2}
+def test_tune_climbs_until_the_best_lies_inside(tmp_path, monkeypatch):
+    """On a hill whose top is far from the settings of the file it ends at the top, with lower rows around it, and
+    writes what `confirm` reads; on worlds that nobody else uses."""
+    top, published = {"beta": 0.1 * 2**4, "lr": 2e-4 * 2**-2}, []
 
-    def reward(rows):
-        return {name: -sum(abs(math.log2(row[key] / top[key])) for key in top) for name, row in rows.items()}
+    def summarise(cells, pairs, frontiers):
+        found = {name: re.findall("beta (.*) lr ([^ ]*)", name) for name in cells}
+        height = {
+            name: -sum(abs(math.log2(float(x) / y)) for x, y in zip(words[0], top.values()))
+            for name, words in found.items()
+            if words
+        }
+        rows = [{"method": x, "metrics": {"true_reward": {"mean": height.get(x, 9.0)}}} for x in cells]  # SFT has none
+        return rows, []
 
-    for _ in range(20):
-        wider = widened(suite, reward(suite.rows))
-        if wider.rows.keys() == suite.rows.keys():
-            break
-        suite = wider
-    for name, row in best_settings(suite, reward(suite.rows)).items():
-        settings = {key: value for key, value in row.items() if key not in ("beta", "lr")}
-        confirmed = SUITES["confirm"]().rows[f"{name} tuned"]
-        assert row == settings | top and confirmed == settings | SETTINGS[name]
-        for factor in (0.5, 2.0):
-            for key in top:
-                near = row | {key: factor * top[key]}
-                assert f"{name} beta {near['beta']:g} lr {near['lr']:g}" in suite.rows
-    assert len(suite.rows) < 25 * 40 and suite.later > 1000 + max(SUITES[name]().worlds for name in SUITES)
-    assert not any(SUITES[name]().later for name in SUITES if name != "tune")
+    monkeypatch.setattr(reproduce, "summarise", summarise)
+    monkeypatch.setattr(reproduce, "run_in_workers", lambda *_: None)
+    monkeypatch.setattr(reproduce, "stage_seconds", lambda *_: 0)
+    monkeypatch.setattr(reproduce, "publish", lambda results, folder: published.append(results))
+    reproduce.run_suite(reproduce.Options(suite="tune", seeds=1), "tune", tmp_path, tmp_path)
+    written = tomllib.loads((tmp_path / "settings.toml").read_text())
+    assert list(written) == [f"{loss.upper()}-{view}" for loss in LOSSES for view in VIEWS] == list(SETTINGS)
+    assert all(settings == pytest.approx(top) for settings in written.values())
+    tried = {row["method"] for row in published[0]["rows"]}
+    for name, factor, key in itertools.product(written, (0.5, 2.0), top):
+        near = top | {key: factor * top[key]}
+        assert f"{name} beta {near['beta']:g} lr {near['lr']:g}" in tried
+    assert len(tried) < 25 * 40
+    for name, settings in SETTINGS.items():
+        loss, view = name.lower().split("-")[0], name.partition("-")[2]
+        assert SUITES["confirm"]().rows[f"{name} tuned"] == row(loss, view) | settings
+    later = {name: SUITES[name]().later for name in SUITES}
+    assert later.pop("tune") > 1000 + max(SUITES[name]().worlds for name in SUITES) and not any(later.values())
 
 
 def test_a_plan_has_every_cell_once_shared_by_suites(tmp_path):
