@@ -36,7 +36,7 @@ class Options:
 # 1 % between 100 prompts (3 % of RM10, a third of RM_DPO). So the minutes go to worlds, one run in each, and prompts,
 # candidates to test on (`test_n`) and samples are few.
 SIZES = {
-    False: dict(demonstrations=28_000, train=256, test=100, n=100, test_n=30, samples=5),
+    False: dict(demonstrations=28_000, train=240, test=100, n=100, test_n=30, samples=5),
     True: dict(demonstrations=14_400, train=96, test=64, n=24, test_n=24, samples=4),
 }
 
