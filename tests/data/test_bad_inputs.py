@@ -20,7 +20,6 @@ import train
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TURNS
 ROW = {"id": "a", "prompt": "why", "responses": ["tea is hot", "cold"], "rewards": [1, 0], "chosen": 0, "rejected": 1}
 TALK = [{"role": "system", "content": "tea"}, {"role": "user", "content": "why"}]
-NO_LINES = "; is this JSON Lines, one object a line?"
 
 
 @pytest.fixture(scope="module")

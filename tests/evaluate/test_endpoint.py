@@ -1,7 +1,6 @@
 """The chat client against a real server on loopback that fails in every way it is said to survive."""
 
 import email.utils
-import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -142,16 +141,6 @@ def test_half_an_answer_and_a_slow_one_are_tried_again():
             chat.ask("q")
         assert chat.ask("q").text == "good" and len(server.requests) == 3
         let_go.set()
-
-
-def test_no_server_at_all():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    clock = Clock()
-    with pytest.raises(ValueError, match=r"3 of 3 attempts.*refused.*start the same command again"):
-        client(f"http://127.0.0.1:{port}", attempts=3, stopped=clock).ask("q")
-    assert len(clock.waits) == 2
 
 
 def test_requests_of_all_threads_keep_to_the_rate(clock, monkeypatch):

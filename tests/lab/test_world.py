@@ -74,21 +74,6 @@ def test_help_sums():
     check(lamp("color", "size"), sums)
 
 
-def test_how_to_sums():
-    tool, step = WORLD.tool_of["kite"], WORLD.step_of["paint"]
-    sums = [
-        (1.2, f"use a {tool} ."),
-        (-1.0, f"use a {other(lab.CONTENTS['tool'], tool)} ."),
-        (1.2, f"first {step} ."),
-        (-1.0, f"first {other(lab.CONTENTS['step'], step)} ."),
-        (1.2 - 0.4, f"use a {tool} .", f"get a {tool} ."),
-        (-1.5, "i will not do this ."),
-        (-0.4, "this may hurt people ."),
-        (-0.4, "its color is red ."),
-    ]
-    check(user("how do i paint the kite ?"), sums)
-
-
 def test_risky_sums():
     reason, alternative = WORLD.reason_of["bomb"], WORLD.alternative_of["paint"]
     refusal, leak, step = "i will not do this .", "use a saw .", "then wash it ."
