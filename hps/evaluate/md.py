@@ -42,11 +42,11 @@ def _lines(columns: Iterable[Sequence[str]]) -> list[str]:
 
 
 def interval(item: dict[str, Any] | None, digits: int, sign: str = "") -> str:
-    """1.23 [1.10, 1.31] of {"mean", "low", "high"}, 1.23 where these are None, and - for no item; sign: "+" for that of
-    a difference."""
+    """1.23 [1.10, 1.31] of {"mean", "low", "high"}, 1.23 without an interval or of one without a width, and - for no
+    item; sign: "+" for that of a difference."""
     if item is None:
         return "-"
-    ends = [item[key] for key in ("mean", "low", "high") if item[key] is not None]
+    ends = [item["mean"]] if item["low"] == item["high"] else [item[key] for key in ("mean", "low", "high")]
     mean, *ends = (f"{end:{sign}z.{digits}f}" for end in ends)
     return f"{mean} [{', '.join(ends)}]" if ends else mean
 

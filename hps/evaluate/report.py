@@ -79,7 +79,7 @@ def markdown(table: Table) -> str:
 
 def _number(item: dict[str, float], digits: int, sign: str = "", mark: str = "") -> Cell:
     mean, _, interval = md.interval(item, digits, sign).partition(" ")
-    return Cell(mean, "" if item["low"] == item["high"] else interval, mark, item["mean"])  # no width, no interval
+    return Cell(mean, interval, mark, item["mean"])
 
 
 def methods_table(results: dict[str, Any], group: str = "") -> Table:

@@ -9,6 +9,7 @@ is now. docs/results/RESULTS.md.jinja is the text around them; what it says of a
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,17 +92,9 @@ def minus(a: list[float | None] | None, b: list[float | None] | None) -> list[fl
 
 
 def write_compact(path: Path, record: Results) -> None:
-    """As JSON with a line for each row and pair, so that a change of one is seen as such."""
-    parts = []
-    for key, value in record.items():
-        if key == "rows":
-            inner = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in value.items())
-            parts.append(f'"rows": {{\n{inner}\n}}')
-        elif key == "pairs":
-            parts.append('"pairs": [\n' + ",\n".join(f"  {json.dumps(pair)}" for pair in value) + "\n]")
-        else:
-            parts.append(f"{json.dumps(key)}: {json.dumps(value)}")
-    files.write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+    """As JSON with the values of a row's metric on one line, so that a change of them is seen as such."""
+    text = json.dumps(record, indent=1)
+    files.write_text(path, re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def keep(out: Path, name: str) -> list[Path]:
@@ -125,19 +118,11 @@ def first_table(results: Results, tuned: str = "") -> str:
     of = {row["method"]: row["metrics"] for row in results["rows"]}
     rows = []
     for name, label in LABELS.items():
-        found = of.get(name if name == "SFT" else name + tuned)
-        if found:
-            cells = [_cell(found.get(metric), metric, digits) for metric, digits in COLUMNS.items()]
-            rows.append([label, *cells])
+        found = of.get(name if name == "SFT" else name + tuned, {})
+        cells = [md.interval(found.get(metric), digits) for metric, digits in COLUMNS.items()]
+        rows += [[label, *cells]] if found else []
     header = ["after SFT and DPO with", "true reward", "harm %", "RM_DPO", "RM10", "thousand tokens"]
     return md.table(header, rows)
-
-
-def _cell(found: dict[str, Any] | None, metric: str, digits: int) -> str:
-    if found is None:
-        return "-"
-    exact = metric == "train_tokens" or found["low"] == found["high"]
-    return f"{found['mean']:.{digits}f}" if exact else md.interval(found, digits)
 
 
 def verdict(found: dict[str, Any]) -> int:
