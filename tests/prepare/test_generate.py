@@ -131,11 +131,6 @@ def test_as_drawn_keeps_unfinished_and_equal_samples(llama, monkeypatch):
     assert +counts == {"samples": 6}
 
 
-def test_greedy_generation_draws_once_per_prompt(llama):
-    samples, counts = run(llama, PROMPTS[:4], n=1, temperature=0)
-    assert counts["samples"] == 4 == sum(map(len, samples.values())) + counts["unfinished"]
-
-
 def test_a_prompt_without_room_gets_no_samples(llama):
     """53 tokens and 12 new ones do not fit into 64 positions: the others' samples are what they are without it."""
     long = ("long", [3] * 53)
