@@ -20,6 +20,7 @@ from hps.io import files
 from hps.lab import claims, suites
 from hps.lab.suites import LR, SUITES, Row, Suite
 from hps.lab.sweep import Stage, flags, run_in_workers, stage_seconds
+from hps.options import all_losses
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Options:
 # 1 % between 100 prompts (3 % of RM10, a third of RM_DPO). So the minutes go to worlds, one run in each, and prompts,
 # candidates to test on (`test_n`) and samples are few.
 SIZES = {
-    False: dict(demonstrations=28_000, train=240, test=100, n=100, test_n=30, samples=5),
+    False: dict(demonstrations=26_000, train=240, test=100, n=100, test_n=30, samples=5),
     True: dict(demonstrations=14_400, train=96, test=64, n=24, test_n=24, samples=4),
 }
 
@@ -74,7 +75,7 @@ def plan_world(c: Options, suite: Suite, seed: int, out: Path, stages: dict[Path
     about = stage(world / "world.json", argv, 2)
     argv = ["train.py", "--config=configs/world-sft.toml", f"--model={world / 'model'}"]
     argv += [f"--data={world / 'sft.jsonl'}", f"--out={policy.parent}", f"--seed={seed}", texts]
-    stage(policy, argv, 42, about)
+    stage(policy, argv, 39, about)
 
     # Candidates of every split that a row names, with the rewards that its use calls for: the noisy training reward
     # to train on; to test on, the true one, and a labelled pair like a data set's.
@@ -106,7 +107,8 @@ def plan_world(c: Options, suite: Suite, seed: int, out: Path, stages: dict[Path
         folder = base / "cells" / cell(options, train) / "run-0"
         argv = ["train.py", "--config=configs/world.toml"]
         argv += flags(options | {"seed": row.get("seed", 0) + seed, "model": policy})
-        argv += [f"--data={data}", f"--out={folder}", texts, cache]
+        argv += [f"--data={data}", f"--out={folder}", texts]
+        argv += [cache] if all_losses()[row["method"].split("-")[0]].needs_reference else []
         everything = row.get("hps_form") == "full" or row.get("pl_responses") == 0
         responses = row.get("pl_responses", 2) + row.get("hps_samples", 1) - 1
         responses = row.get("candidates", size["n"]) if everything else responses
