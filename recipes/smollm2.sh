@@ -13,6 +13,7 @@ HH=${HH:?names a file of HH-RLHF rows, say HH=harmless-base.jsonl.gz}
 [ -f "$HH" ] || { echo "HH=$HH: no such file; it names rows of HH-RLHF (harmless-base.jsonl.gz, say)" >&2; exit 1; }
 HH=$(realpath "$HH")
 cd "$(dirname "$0")/.."
+. recipes/stages.sh
 PYTHON=${PYTHON:-python}
 MODEL=${MODEL:-runs/models/smollm2-135m-instruct} # start of everything: a folder or a hub name
 OUT=${OUT:-runs/smollm2${SMALL:+-small}}
@@ -25,27 +26,13 @@ fi
 : "${REWARD:=480}" "${HELDOUT:=128}" "${TRAIN:=128}" "${TEST:=64}" "${N:=8}" "${SAMPLES:=5}"
 : "${EPOCHS:=2}" "${SEEDS:=3}" "${NEW_TOKENS:=96}"
 
-# Products are kept, so one folder serves one choice of these.
-mkdir -p "$OUT"
-settings="$HH $MODEL $REWARD $HELDOUT $TRAIN $TEST $N $SAMPLES $EPOCHS $NEW_TOKENS"
-if [ -f "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
-  echo "$OUT holds a run with other data or sizes ($(cat "$OUT/settings")): choose another OUT, or remove it" >&2
-  exit 1
-fi
-echo "$settings" > "$OUT/settings"
-
-step() { # PRODUCT COMMAND: runs it unless its product is there, which every command writes last and whole
-  local product=$1
-  shift
-  [ -e "$product" ] || "$PYTHON" "$@"
-}
+one_choice "$HH $MODEL $REWARD $HELDOUT $TRAIN $TEST $N $SAMPLES $EPOCHS $NEW_TOKENS"
 
 # 1. Disjoint splits, cut off one after the other. A fifth of the prompts is longer than generation takes below, so a
 # third more rows are imported where prompts are answered.
 skip=0
 split() { # NAME ROWS
-  step "$OUT/$1.jsonl" data_prep.py import --source=hh-rlhf --input="$HH" --output="$OUT/$1.jsonl" --skip=$skip \
-    --limit="$2"
+  rows_of "$1" "$HH" "" "$skip" "$2" --source=hh-rlhf
   skip=$((skip + $2))
 }
 split reward-a "$REWARD"
@@ -90,19 +77,17 @@ evaluate() { # MODEL FOLDER MORE...
     --scorer="$OUT/reward-b/policy" --samples="$SAMPLES" --max_new_tokens="$NEW_TOKENS" "${lengths[@]}" \
     --reference_cache="$OUT/reference_cache" "${@:3}"
 }
-row() { # NAME OPTIONS OF THE METHOD...
-  for ((seed = 0; seed < SEEDS; seed++)); do
-    local run=$OUT/$1/run-$seed
-    step "$run/policy" train.py "${@:2}" --model="$OUT/sft/merged" --data="$OUT/train-scored.jsonl" --out="$run" \
-      --lr=3e-4 --epochs="$EPOCHS" --seed="$seed" --reference_cache="$OUT/reference_cache" "${train[@]}"
-    evaluate "$run/policy" "$run/test" --baseline="$OUT/SFT/run-0/test"
-  done
+row() { # SEED NAME OPTIONS OF THE METHOD...
+  local run=$OUT/$2/run-$1
+  step "$run/policy" train.py "${@:3}" --model="$OUT/sft/merged" --data="$OUT/train-scored.jsonl" --out="$run" \
+    --lr=3e-4 --epochs="$EPOCHS" --seed="$1" --reference_cache="$OUT/reference_cache" "${train[@]}"
+  evaluate "$run/policy" "$run/test" --baseline="$OUT/SFT/run-0/test"
 }
 evaluate "$OUT/sft/merged" "$OUT/SFT/run-0/test"
-row DPO-BT --method=dpo-bt
-row DPO-PL-4 --method=dpo-pl --pl_responses=4
-row DPO-uniform --method=dpo-uniform
-row DPO-HPS --method=dpo-hps --reward_norm=zscore --reward_scale=0.5 # on raw ones gamma = -5 to 5 is nearly an argmax
+seeds row DPO-BT --method=dpo-bt
+seeds row DPO-PL-4 --method=dpo-pl --pl_responses=4
+seeds row DPO-uniform --method=dpo-uniform
+seeds row DPO-HPS --method=dpo-hps --reward_norm=zscore --reward_scale=0.5 # on raw ones gamma = -5 to 5 is nearly an argmax
 
 # 6. Tables, figures, intervals over prompts, samples to read.
 "$PYTHON" -m hps.evaluate.compare SFT="$OUT/SFT" DPO-BT="$OUT/DPO-BT" DPO-PL-4="$OUT/DPO-PL-4" \

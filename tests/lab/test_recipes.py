@@ -1,43 +1,53 @@
 """Recipes: commands that the scripts accept, that read what an earlier one makes, and keep apart what must be."""
 
+import importlib
+import json
 import os
 import shlex
 import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT
 
 import data_prep
 import eval as evaluation
 from hps import config
+from hps.data import listwise
+from hps.data.rows import Row
 from hps.options import Config, check
+from recipes import best, split_lists, tiny_models
 
 SMALL = {"SMALL": "1", "SEEDS": "2"}
 
 
-def run(out, hh, **more):
-    """Run the recipe with a PYTHON that prints its words."""
+def run(out, hh="", recipe="smollm2.sh", **more):
+    """Run a recipe with a PYTHON that prints its words."""
     environment = {"PATH": os.environ["PATH"], "PYTHON": "echo", "OUT": str(out), "HH": str(hh), **more}
-    return subprocess.run(
-        [ROOT / "recipes/smollm2.sh"], env=environment, capture_output=True, text=True, cwd=out.parent
-    )
+    return subprocess.run([ROOT / "recipes" / recipe], env=environment, capture_output=True, text=True, cwd=out.parent)
+
+
+def printed(done):
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(params=[SMALL, {}], ids=["small", "full"])
 def commands(request, tmp_path):
     (tmp_path / "rows.jsonl").touch()
-    done = run(tmp_path / "out", "rows.jsonl", **request.param)
-    assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines()]
+    return printed(run(tmp_path / "out", "rows.jsonl", **request.param))
 
 
 def options(command):
     return dict(word[2:].split("=", 1) for word in command if word.startswith("--"))
 
 
-def test_every_command_is_accepted(commands):
-    """Options exist, have the right type, and are used by the method that they are given to."""
+def accept(commands):
+    """Options exist, have the right type, and are used by the method that they are given to; the other commands."""
+    others = []
     for script, *argv in commands:
         if script == "train.py":
             check(*config.parse(Config, argv, prog="", description=""))
@@ -46,7 +56,12 @@ def test_every_command_is_accepted(commands):
         elif script == "data_prep.py":
             config.parse(data_prep.COMMANDS[argv[0]][0], argv[1:], prog="", description="")
         else:
-            assert argv[0] in ("hps.evaluate.export", "hps.evaluate.compare")
+            others.append([script, *argv])
+    return others
+
+
+def test_every_command_is_accepted(commands):
+    assert {words[1] for words in accept(commands)} == {"hps.evaluate.export", "hps.evaluate.compare"}
 
 
 def test_a_command_reads_what_an_earlier_one_wrote(commands, tmp_path):
@@ -87,3 +102,90 @@ def test_a_folder_serves_one_choice_of_sizes(tmp_path):
     assert full.returncode == 1 and "other data or sizes" in full.stderr and not full.stdout
     absent = run(tmp_path / "out", "absent.jsonl")
     assert absent.returncode == 1 and "absent.jsonl: no such file" in absent.stderr
+
+
+def test_the_paper_on_several_gpus_and_its_smaller_form(tmp_path):
+    """As it stands, nothing run: accepted, spread over the GPUs, each policy tested on what its table says."""
+    for recipe, rows in (("paper.sh", 15), ("one_gpu.sh", 3)):
+        commands = printed(run(tmp_path / recipe, recipe=recipe, HH="Anthropic/hh-rlhf"))
+        spread = [words for words in commands if "torch.distributed.run" in words]
+        plain = [words[words.index("--") + 1 :] if words in spread else words for words in commands]
+        asked = {words[1] for words in accept(plain)}
+        assert asked == {"hps.lab.estimate", "hps.evaluate.compare"}
+        assert bool(spread) == (recipe == "paper.sh") and all("--nproc_per_node=4" in words for words in spread)
+        evaluated = [options(words) for words in plain if words[0] == "eval.py"]
+        tables = [found["out"].split("/")[-4] for found in evaluated]
+        assert tables.count("hh") == tables.count("pku") == rows + 1 and tables.count("hh-to-pku") == rows
+        for found, table in zip(evaluated, tables, strict=True):
+            target = table.split("-to-")[-1].replace("beta", "hh").replace("n", "hh")
+            assert Path(found["data"]).name == f"{target}-test-scored.jsonl", found
+        trained = [options(words) for words in plain if words[0] == "train.py"]
+        assert (
+            len({found["out"] for found in trained})
+            == len(trained)
+            == len(tables) - tables.count("hh-to-pku") * 2 - (tables.count("n-to-pku") + 2)
+        )
+
+
+def test_every_line_of_the_paper_runs(tmp_path, monkeypatch):
+    """With random models in each role, all in this process; every table is there with every column of the paper's."""
+    first, *commands = printed(run(tmp_path / "out", recipe="paper.sh", TINY="1"))
+    assert first[0] == "recipes/tiny_models.py"
+    tiny_models.main(Path(first[1]))
+    for words in commands:
+        name, *argv = words[1:] if words[0] == "-m" else words
+        monkeypatch.setattr(sys, "argv", [name, *argv])
+        importlib.import_module(name.removesuffix(".py")).main()
+    out = tmp_path / "out-tiny"
+    table = ["rm_dpo", "rm_rdpo_chars", "rm_rdpo_tokens", "bleu_char", "best_of_k_reward", "win", "kl_exact", "rm10"]
+    for name, rows in {"hh": 16, "pku": 16, "hh-to-pku": 16, "pku-to-hh": 16, "n": 4, "n-to-pku": 4, "beta": 2}.items():
+        found = json.loads((out / name / "results.json").read_text())["rows"]
+        assert len(found) == rows, name
+        for row in found:
+            lacking = [key for key in table if key not in row["metrics"]]
+            assert lacking == (["win"] if row["method"] == "SFT" else []), (name, row["method"])
+    samples = listwise.read(out / "hh/DPO-HPS/run-0/test/samples.jsonl")
+    assert len({reward for row in samples for reward in row.rewards}) > 4
+
+
+def test_the_lists_recipe(tmp_path):
+    """Settings are chosen on validation prompts by runs of another seed; what is reported chose nothing."""
+    (tmp_path / "lists.jsonl").touch()
+    commands = printed(run(tmp_path / "out", recipe="lists.sh", LISTS="lists.jsonl", SEEDS="2"))
+    asked = [words for words in commands if words[0] not in ("recipes/split_lists.py", "recipes/best.py")]
+    assert accept(asked)[0][1] == "hps.evaluate.compare"
+    trained = [options(words) for words in commands if words[0] == "train.py"]
+    tuned, final = ([t for t in trained if ("/tune/" in t["out"]) is where] for where in (True, False))
+    assert len(tuned) == 6 * 4 and {t["seed"] for t in tuned} == {"1000"}
+    assert len(final) == 6 * 2 and {t["seed"] for t in final} == {"0", "1"}
+    for found in (options(words) for words in commands if words[0] == "eval.py"):
+        assert Path(found["data"]).stem == ("valid" if "/tune/" in found["out"] else "test")
+
+
+def test_lists_are_split_by_prompts(tmp_path):
+    draw = np.random.default_rng(0)
+    rows = [Row(f"r{i}", f"p{i}", tuple("abcde"), tuple(draw.random(5))) for i in range(20)]
+    flat = Row("flat", "p", ("a", "b"), (0.5, 0.5))
+    listwise.write(tmp_path / "lists.jsonl", [*rows, flat])
+    split_lists.main(str(tmp_path / "lists.jsonl"), str(tmp_path), "10", "4", "6", "4")
+    found = {name: listwise.read(tmp_path / f"{name}.jsonl") for name in ("train", "valid", "test")}
+    ids = [row.id for some in found.values() for row in some]
+    assert sorted(ids) == sorted(row.id for row in rows) and ids != [row.id for row in rows]
+    assert [len(some) for some in found.values()] == [10, 4, 6] and all(row.chosen is None for row in found["train"])
+    held_out = found["valid"] + found["test"]
+    for row in held_out:
+        assert row.rewards == rows[int(row.id[1:])].rewards[:4]
+        assert row.rewards[row.chosen] == max(row.rewards) > row.rewards[row.rejected]
+    assert len({np.argsort(row.rewards)[::-1].tolist().index(row.rejected) for row in held_out}) > 1  # not the worst
+    with pytest.raises(ValueError, match="20 prompts whose answers can be ranked, and 21 are asked for"):
+        split_lists.main(str(tmp_path / "lists.jsonl"), str(tmp_path), "10", "5", "6")
+
+
+def test_the_best_setting_is_one_within_the_budget(tmp_path):
+    for name, kl, margin in (("a", 3, 1.0), ("b", 9, 4.0), ("c", 30, 9.0)):
+        (tmp_path / name / "valid").mkdir(parents=True)
+        means = {"kl_exact": {"mean": kl}, "rm10": {"mean": margin}}
+        (tmp_path / name / "valid/eval.json").write_text(json.dumps({"metrics": means}))
+    folders = [str(tmp_path / name) for name in "abc"]
+    chosen = {kl: Path(best.best("rm10", kl, folders)).name for kl in (1, 5, 10, 100)}
+    assert chosen == {1: "a", 5: "a", 10: "b", 100: "c"}
