@@ -150,7 +150,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     c, _ = config.parse(Options, prog="python -m hps.lab.replication", description=str(__doc__).split("\n")[0])
-    first, second = (files.read_json(Path(name)) if name else None for name in (c.first, c.second))
+    first, second = files.read_json(Path(c.first)), files.read_json(Path(c.second)) if c.second else None
     if second and first["suite"] != second["suite"]:
         raise ValueError(f"{c.first} is of suite {first['suite']}, {c.second} of {second['suite']}")
     found = compare(first, second, draws=c.draws, seed=c.seed)

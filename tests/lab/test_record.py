@@ -26,10 +26,13 @@ def results(worlds=3):
     return found | {"settings": {"small": False}, "rows": rows, "comparisons": [leads, other]}
 
 
-def test_a_record_gives_back_the_results(tmp_path):
+def test_a_record_gives_back_the_results(tmp_path, monkeypatch):
     """Through its file: differences, intervals and p by scipy; leads as they were; Holm without the row with itself."""
-    record.write_compact(tmp_path / "headline.json", record.compact(results()))
-    found = record.restore(json.loads((tmp_path / "headline.json").read_text()))
+    monkeypatch.setattr(record, "KEPT", tmp_path)
+    (tmp_path / "sweep/headline").mkdir(parents=True)
+    (tmp_path / "sweep/headline/results.json").write_text(json.dumps(results()))
+    assert record.keep(tmp_path / "sweep", "second") == [tmp_path / "headline-second.json"]
+    found = record.restore(json.loads((tmp_path / "headline-second.json").read_text()))
     of = {(x["a"], x["b"], x["metric"]): x for x in found["comparisons"]}
     assert of["DPO-HPS", "DPO-BT", "rm10"]["values"] == pytest.approx([0.5, 1.5, 4 - 1.12346], abs=1e-12)
     assert of["DPO-HPS", "DPO-BT", "harm"]["values"] == [-1.0, None, -1.5]
