@@ -130,11 +130,13 @@ def verdict(found: dict[str, Any]) -> int:
     return 0 if found["p_holm"] >= 0.05 else int(np.sign(found["mean"]))
 
 
-def sentences(results: Results, second: Results | None = None) -> str:
-    """An item for each pair of rows: which of its differences are resolved, in `second` too, and which are not."""
+def sentences(results: Results, second: Results | None = None, rows: str = "") -> str:
+    """An item for each pair of rows, of those whose first matches the pattern `rows`: which of its differences are
+    resolved, in `second` too, and which are not."""
     also = {(x["a"], x["b"], x["metric"]): x for x in (second or {}).get("comparisons", [])}
     items = []
-    for a, b in dict.fromkeys((x["a"], x["b"]) for x in results["comparisons"] if "p_holm" in x):
+    pairs = dict.fromkeys((x["a"], x["b"]) for x in results["comparisons"] if "p_holm" in x)
+    for a, b in [(a, b) for a, b in pairs if not rows or re.fullmatch(rows, a)]:
         words: dict[int, list[str]] = {1: [], -1: [], 0: []}
         for found in results["comparisons"]:
             if (found["a"], found["b"]) == (a, b) and found["metric"] in figures.DIFFERENCES:

@@ -58,6 +58,7 @@ def test_sentences_say_what_the_verdicts_are():
         "* **DPO-HPS again** against **DPO-HPS**: unresolved RM10."
     )
     assert record.sentences(found, found).count("(*both*)") == 1
+    assert record.sentences(found, rows=".* again").startswith("* **DPO-HPS again** against")
     assert record.counts(found) == "1 of 4, 0 of 0"
 
 
