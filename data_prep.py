@@ -16,16 +16,17 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from hps import config, dist, model
-from hps.data import listwise, tokens
-from hps.data.rows import Row
+from hps.data import listwise, store, tokens
+from hps.data.rows import Row, stream
 from hps.lab import scorers, world
 from hps.prepare import doctor, formats, generate, importers, journal, rewards
 
@@ -116,20 +117,20 @@ def import_rows(c: Import) -> None:
     inputs = [importers.located(name) for name in c.input]
     options = ("order", "columns", "subset", "split", "skip")
     how: dict[str, Any] = {key: getattr(c, key) for key in options} | {"limit": c.limit or None}
-    rows, counts, reasons, left_out = importers.import_file(c.source, *(path for path, _ in inputs), **how)
-    listwise.write(c.output, rows)
-    if left_out:
+    found = importers.import_file(c.source, *(path for path, _ in inputs), **how)
+    listwise.write(c.output, found.rows)
+    if left_out := sorted(found.columns_left_out):
         print(f"{c.output}: columns left out: {', '.join(left_out)}", file=sys.stderr)
-    tell(c, "import", counts, reasons, inputs=inputs, columns_left_out=left_out)
+    tell(c, "import", found.counts, found.reasons, inputs=inputs, columns_left_out=left_out)
 
 
 def export_rows(c: Export) -> None:
     """Write the pairs of list-wise rows in TRL's format, which other trainers read, and count what is left out."""
     check_apart(c)
     config.check_choices(c, pair=("human", "rewards"))
-    records, counts, reasons, _ = importers.export_rows(listwise.read(c.input), pair=c.pair)
-    listwise.write_lines(c.output, records)
-    tell(c, "export", counts, reasons)
+    found = importers.export_rows(stream(c.input), pair=c.pair)
+    listwise.write_lines(c.output, found.rows)
+    tell(c, "export", found.counts, found.reasons)
 
 
 def generate_candidates(c: Generate) -> None:
@@ -138,38 +139,38 @@ def generate_candidates(c: Generate) -> None:
     config.check_choices(c, dtype=model.DTYPES, engine=("hf", "vllm"))
     if c.limit < 0:
         raise ValueError(f"limit must not be negative, got {c.limit}")
-    rows = listwise.read(c.input)
+    rows = listwise.Rows(c.input)
     tokenizer = tokens.load_tokenizer(c.model, c.template_options)
     encoder = tokens.Encoder(tokenizer)
-    ids = rewards.check_prompts(rows, encoder.prompt)
-    prompts = {row.id: prompt for row, prompt in zip(rows, ids, strict=True) if len(prompt) <= c.max_prompt_length}
-    counts = Counter(prompts=len(rows), prompts_overlong=len(rows) - len(prompts))
-    rows = [row for row in rows if row.id in prompts]
+    lengths = np.fromiter(map(len, rewards.read_prompts(rows, encoder.prompt)), np.int64)
+    fitting = np.flatnonzero(lengths <= c.max_prompt_length)
+    counts = Counter(prompts=len(rows), prompts_overlong=len(rows) - len(fitting))
     if c.limit:
-        counts["prompts_beyond_limit"] = len(rows[c.limit :])
-        rows = rows[: c.limit]
-    if not rows:
+        counts["prompts_beyond_limit"] = len(fitting[c.limit :])
+        fitting = fitting[: c.limit]
+    if not len(fitting):
         raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
+    rows = rows[fitting]
     if dropped := sum(encoder.template.drops_thoughts(row.prompt) for row in rows):
         counts["rows_thoughts_dropped"] = dropped
 
-    def work(mine: list[Row], counts: Counter[str], ranks: dist.Ranks) -> Iterator[tuple[str, list[str]]]:
-        asked, by_id = [(row.id, prompts[row.id]) for row in mine], {row.id: row for row in mine}
+    def work(mine: Sequence[Row], counts: Counter[str], ranks: dist.Ranks) -> journal.Found:
+        asked = store.Lazy(len(mine), lambda a, b: [(row.id, encoder.prompt(row.prompt)) for row in mine[a:b]])
         if c.engine == "vllm":
             if ranks.sharded:
                 raise ValueError("--engine vllm spreads over GPUs by itself: start it without torchrun")
-            longest = max(len(ids) for _, ids in asked)
+            longest = int(lengths[fitting].max())
             lm = generate.load_vllm(c.model, dtype=c.dtype, max_length=longest + c.max_new_tokens)
         else:
             dtype = model.compute_dtype(c.dtype)
             lm = model.load_causal_lm(c.model, dtype=dtype, tokenizer=tokenizer).to(ranks.device)
         how = {key: getattr(c, key) for key in ("n", "max_new_tokens", "temperature", "seed", "max_rows")}
         how |= dict(counts=counts, eos_token_id=tokenizer.eos_token_id, progress=ranks.first)
-        for id, samples in generate.generate(lm, asked, **how):
-            yield id, generate.texts_of(encoder, by_id[id].prompt, samples, counts)
+        for row, (id, samples) in zip(mine, generate.generate(lm, asked, **how), strict=True):
+            yield id, generate.texts_of(encoder, row.prompt, samples, counts)
 
-    def write(found: dict[str, list[str]], more: Counter[str]) -> None:
-        drawn = [dataclasses.replace(r, responses=(*r.responses, *found[r.id]), rewards=None) for r in rows]
+    def write(found: Iterator[tuple[Row, list[str]]], more: Counter[str]) -> None:
+        drawn = (dataclasses.replace(row, responses=(*row.responses, *texts), rewards=None) for row, texts in found)
         listwise.write(c.output, drawn)
         tell(c, "generate", {**counts, **more}, [])
 
@@ -179,16 +180,17 @@ def generate_candidates(c: Generate) -> None:
 def annotate_rows(c: Annotate) -> None:
     """Give every response a reward; a killed run goes on, and torchrun shares the prompts out."""
     check_apart(c)
-    rows = listwise.read(c.input)
+    rows = listwise.Rows(c.input)
     of_world = scorers.load(c.scorer) if scorers.is_world(c.scorer) else None
     of_reward_models = ("dtype", "objectives", "template_options", "tokens_per_micro_batch")
     if of_world and (unused := [key for key in of_reward_models if getattr(c, key) != getattr(Annotate, key)]):
         raise ValueError(f"scorer {c.scorer} does not use {', '.join(unused)}: remove that")
     config.check_choices(c, dtype=model.DTYPES)
     if known := scorers.world_of(c.scorer):
-        rewards.check_prompts(rows, known.task)
+        for _ in rewards.read_prompts(rows, known.task):
+            pass
 
-    def work(mine: list[Row], counts: Counter[str], ranks: dist.Ranks) -> Iterator[tuple[str, rewards.Rewards]]:
+    def work(mine: Sequence[Row], counts: Counter[str], ranks: dist.Ranks) -> journal.Found:
         if of_world:
             found = rewards.annotate(mine, of_world)
         else:
@@ -196,24 +198,35 @@ def annotate_rows(c: Annotate) -> None:
             found = scorers.load_reward_model(c.scorer, device=ranks.device, counts=counts, **how)(mine)
         yield from tqdm(found, total=len(mine), desc="annotate", unit="prompt", disable=not ranks.first)
 
-    def write(found: dict[str, rewards.Rewards], more: Counter[str]) -> None:
-        scored = [rewards.scored(row, found[row.id]) for row in rows]
-        scored = [row for row, before in zip(scored, rows, strict=True) if row.responses or not before.responses]
-        lost = {id: places for id, given in found.items() if (places := [k for k, r in enumerate(given) if r is None])}
-        counts = {"rows": len(scored), "responses": sum(len(row.responses) for row in scored)}
-        counts |= {"responses_left_out": sum(map(len, lost.values())), **more} | rewards.agreement(scored)
-        if not scored:
-            raise ValueError(f"{c.input}: no response has a reward ({counts})")
-        if c.pairs:
-            alone = sum(row.chosen is None for row in scored)
-            scored = [row if row.chosen is not None else rewards.random_pair(row) for row in scored]
-            counts["pairs_equal_rewards"] = sum(row.chosen is None for row in scored)
-            counts["pairs_made"] = alone - counts["pairs_equal_rewards"]
-        listwise.write(c.output, scored)
+    def write(found: Iterator[tuple[Row, rewards.Rewards]], more: Counter[str]) -> None:
+        counts = Counter(dict.fromkeys(("rows", "responses", "responses_left_out"), 0))
+        pairs = Counter(dict.fromkeys(("pairs_equal_rewards", "pairs_made"), 0))
+        agreed: Counter[str] = Counter()
+        lost: dict[str, list[int]] = {}
+
+        def scored() -> Iterator[Row]:
+            for before, given in found:
+                row = rewards.scored(before, given)
+                if places := [k for k, reward in enumerate(given) if reward is None]:
+                    lost[row.id] = places
+                    counts["responses_left_out"] += len(places)
+                if before.responses and not row.responses:
+                    continue
+                counts.update(rows=1, responses=len(row.responses))
+                agreed.update(rewards.agreement(row))
+                if c.pairs and row.chosen is None:
+                    row = rewards.random_pair(row)
+                    pairs["pairs_equal_rewards" if row.chosen is None else "pairs_made"] += 1
+                yield row
+            if not counts["rows"]:
+                raise ValueError(f"{c.input}: no response has a reward ({counts | more})")
+
+        listwise.write(c.output, scored())
         reasons = [f"{id}: without a reward, left out: responses {places}" for id, places in lost.items()]
-        tell(c, "annotate", counts, reasons[: importers.MAX_REASONS], responses_left_out=lost)
-        if pairs := counts.get("human_pairs"):  # held-out accuracy, where the scorer has not seen these
-            right = (counts["human_pairs_agree"] + counts["human_pairs_tied"] / 2) / pairs
+        told = {**counts, **more, **agreed, **(pairs if c.pairs else {})}
+        tell(c, "annotate", told, reasons[: importers.MAX_REASONS], responses_left_out=lost)
+        if pairs := agreed["human_pairs"]:  # held-out accuracy, where the scorer has not seen these
+            right = (agreed["human_pairs_agree"] + agreed["human_pairs_tied"] / 2) / pairs
             print(f"{c.output}: the rewards agree with people on {right:.1%} of {pairs:,} pairs", file=sys.stderr)
 
     journal.in_shares(c, rows, work, write)
@@ -221,11 +234,11 @@ def annotate_rows(c: Annotate) -> None:
 
 def diagnose(c: Doctor) -> None:
     """Measure what training would see of a file, and say what to change; status 1 where it cannot be trained on."""
-    rows = listwise.read(c.input)
     tokenizer = tokens.load_tokenizer(c.model, c.template_options)
-    examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, truncate=c.truncate)
+    counts: dict[str, int] = {}
+    kept = doctor.kept_rows(tokenizer, stream(c.input), counts, max_length=c.max_length, truncate=c.truncate)
     counts["samples_encoded_otherwise"] = generate.encoded_otherwise(c.input)
-    found = doctor.diagnose(rows, examples, counts, tokenizer=tokenizer, test=listwise.read(c.test) if c.test else ())
+    found = doctor.diagnose(kept, counts, tokenizer=tokenizer, test=stream(c.test) if c.test else ())
     print(json.dumps(found, indent=1) if c.json else doctor.format_report(found))
     if found["errors"]:
         sys.exit(1)

@@ -6,8 +6,11 @@
 Margins need candidates with rewards or a human pair; reward, harm and win rate need --samples and a --scorer.
 """
 
+import json
+import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -15,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from hps import checkpoint, config, dist, limits, logps, model, reference
-from hps.data import listwise, tokens
-from hps.data.rows import Row
+from hps.data import listwise, store, tokens
+from hps.data.rows import Row, stream
 from hps.evaluate import metrics, report, scoring
 from hps.io import files
 from hps.lab import scorers
@@ -76,7 +80,11 @@ def main(argv: list[str] | None = None) -> None:
         dist.session(timeout=timedelta(minutes=c.timeout)) as ranks,
         checkpoint.held(c, ranks, what="eval.py", caches=["reference_cache"]),
     ):
-        evaluate(c, ranks)
+        try:
+            evaluate(c, ranks)
+        finally:
+            if ranks.first:
+                shutil.rmtree(out / "tokens", ignore_errors=True)  # a network disk may keep what is still open
 
 
 def evaluate(c: Config, ranks: dist.Ranks) -> None:
@@ -87,117 +95,131 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     how = dict(device=ranks.device, counts=drawn) | ({} if scorers.is_world(c.scorer) else how)
     score = None if c.scorer == "none" else scorers.load(c.scorer, **how)
     world = scorers.world_of(c.scorer)
-    rows = listwise.read(c.data)[: c.limit or None]
+    rows = listwise.Rows(c.data)[: c.limit or None]
     if world:
-        rewards.check_prompts(rows, world.task)
-    by_id = {row.id: row for row in rows}
+        for _ in rewards.read_prompts(rows, world.task):
+            pass
     tokenizer = tokens.load_common(c.model, c.reference, c.template_options)
-    fitting, counts = tokens.tokenize_rows(tokenizer, rows, max_length=c.max_length, progress=ranks.first)
-    examples = [e for e in fitting if human_pair(e) or rewards_differ(e)]
-    counts["rows_nothing_to_compare"] = len(fitting) - len(examples)
-    if not examples:
+    how = dict(max_length=c.max_length, limit=c.limit, ranks=ranks)
+    examples = store.open_store(out / "tokens", c.data, tokenizer, **how)
+    human = (examples.human >= 0).all(1)  # a person's pair of which both responses fit
+    ranked = np.fromiter((r.min() < r.max() for r in examples.rewards), bool)  # NaN is not below NaN
+    compared, sizes = np.flatnonzero(human | ranked), examples.sizes
+    counts = examples.counts | {"rows_nothing_to_compare": len(examples) - len(compared)}
+    if not len(compared):
         raise ValueError(f"{c.data}: no row has rewards that differ, or a human pair (chosen, rejected), that fits")
 
     dtype = model.compute_dtype(c.dtype)
     lms = (model.load_causal_lm(path, dtype=dtype, tokenizer=tokenizer) for path in (c.model, c.reference))
     policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in lms)
-    longest = max(map(tokens.longest, examples))
-    limits.check(policy, longest=longest)
-    limits.check(ref, longest=longest)
+    limits.check(policy, longest=examples.longest)
+    limits.check(ref, longest=examples.longest)
 
     # The same cache as in training: the log-probs of a test set are computed once for all methods and seeds.
     packing = dict(budget=c.tokens_per_micro_batch, pad_id=tokenizer.pad_token_id)
     weights = dist.from_first(partial(model.fingerprint, ref.lm), ranks)
     identity = dict(weights=weights, tokenizer=tokens.fingerprint(tokenizer), dtype=c.dtype)
     cache = reference.open_cache(c.reference_cache, **identity)
-    blocks = [Block(e.prompt_ids, e.response_ids) for e in examples]
-    ref_logps, _ = reference.fill(cache, ref, blocks, ranks=ranks, **packing)
-    ref_logps = np.split(ref_logps, np.cumsum([len(block.responses) for block in blocks])[:-1])  # (K,) per prompt
 
-    mine = range(ranks.rank, len(examples), ranks.world_size)
+    def blocks(of: np.ndarray, chosen: Callable[[int], Sequence[int]]) -> store.Lazy:
+        return store.Lazy(len(of), lambda a, b: [examples.block(i, chosen(i)) for i in of[a:b]])
+
+    def all_of(i: int) -> Sequence[int]:
+        return range(sizes[i])
+
+    def pair(i: int) -> list[int]:
+        """What single-pair metrics look at: the human pair, else the best candidate and the runner-up."""
+        return examples.human[i].tolist() if human[i] else metrics.order(examples.rewards[i])[:2].tolist()
+
+    ref_logps, _ = reference.fill(cache, ref, blocks(compared, all_of), ranks=ranks, **packing)
+    ends = np.cumsum(sizes[compared])[ranks.rank :: ranks.world_size]
+
+    # What is kept of a prompt is a number per metric, NaN where it has none.
+    mine = compared[ranks.rank :: ranks.world_size]
+    columns: dict[str, np.ndarray] = {}
+
+    def keep(n: int, found: dict[str, float]) -> None:
+        for name, value in found.items():
+            if not np.isfinite(value):
+                raise ValueError(f"{examples.where(mine[n])}: {name} is {value}: check the models' weights and dtype")
+            columns.setdefault(name, np.full(len(mine), np.nan))[n] = value
+
+    mine_of_rows = rows[examples.lines[mine] - 1]
     shown = "policy log-probs" * ranks.first
-    scored = scoring.score(policy, [blocks[i] for i in mine], device=ranks.device, progress=shown, **packing)
-    winners = [Block(blocks[i].prompt, (blocks[i].responses[pair(examples[i])[0]],)) for i in mine]
+    scored = scoring.score(policy, blocks(mine, all_of), device=ranks.device, progress=shown, **packing)
+    winners = blocks(mine, lambda i: pair(i)[:1])
     kls = exact_kl(policy, ref, winners, ranks.device, c.tokens_per_micro_batch)
-    human = any(map(human_pair, examples))
-    values: dict[str, dict[str, float]] = {}
-    for i, policy_logps, kl in zip(mine, scored, kls, strict=True):
-        texts = [by_id[examples[i].id].responses[k] for k in examples[i].kept]
-        found = candidate_metrics(examples[i], policy_logps - ref_logps[i], texts, human_pairs=human)
-        values[examples[i].id] = found | {"kl_exact": kl}
+    for n, (i, row, policy_logps, kl) in enumerate(zip(mine, mine_of_rows, scored, kls, strict=True)):
+        h, ks = policy_logps - ref_logps[ends[n] - len(policy_logps) : ends[n]], pair(i)
+        texts = [row.responses[examples.kept[i][k]] for k in ks]
+        lengths = {"chars": list(map(len, texts)), "tokens": list(map(len, examples.block(i, ks).responses))}
+        keep(n, pair_metrics(h[ks], lengths, human=bool(human[i]), human_pairs=bool(human.any())) | {"kl_exact": kl})
+        if ranked[i]:
+            keep(n, metrics.margins(h, examples.rewards[i]))
     del ref  # the scorer goes to the device with the first sample, where three models may find no room
     if c.samples:
-        prompts = [(examples[i].id, examples[i].prompt_ids.tolist()) for i in mine]
-        how = dict(n=c.samples, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
-        sampled = []
-        # Unfinished ones included: rambling is a failure, not a missing value.
         shown = dict(counts=drawn, progress=ranks.first)
-        strings = {row.id for row in rows if isinstance(row.prompt, str)}
-        for id, texts in generate.answer(policy.lm, tokenizer, prompts, strings=strings, **shown, **how):
-            earned = None if score is None or not texts else tuple(score(by_id[id].prompt, texts))
-            if earned and None in earned:  # as if there were no scorer, or the mean would be over others
-                drawn["prompts_unscored"] += 1
-                earned = None
-            sampled.append(Row(id, by_id[id].prompt, tuple(texts), earned, None, None, c.model, c.data))
-            values[id] |= sample_metrics(sampled[-1], by_id[id], world) if texts else {}
-        counts |= {f"samples_{key}": n for key, n in drawn.items()}
-        if sampled:
-            listwise.write(out / f"part-{ranks.rank}.jsonl", sampled)
-    files.write_json(out / f"part-{ranks.rank}.json", {"values": values, "counts": counts})
-    dist.gather("done", ranks, days=True)  # one share of samples may take hours longer than another
+        how = dict(n=c.samples, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
+        prompts = store.Lazy(
+            len(mine), lambda a, b: [(examples.id(i), examples.block(i, ()).prompt.tolist()) for i in mine[a:b]]
+        )
+        strings = listwise.Places()
+        for row in mine_of_rows:
+            if isinstance(row.prompt, str):
+                strings.add(row.id, 0)
+
+        def sampled() -> Iterator[Row]:
+            # Unfinished ones included: rambling is a failure, not a missing value.
+            answers = generate.answer(policy.lm, tokenizer, prompts, strings=strings, **shown, **how)
+            for n, (row, (id, texts)) in enumerate(zip(mine_of_rows, answers, strict=True)):
+                earned = None if score is None or not texts else tuple(score(row.prompt, texts))
+                if earned and None in earned:  # as if there were no scorer, or the mean would be over others
+                    drawn["prompts_unscored"] += 1
+                    earned = None
+                samples = Row(id, row.prompt, tuple(texts), earned, None, None, c.model, c.data)
+                keep(n, sample_metrics(samples, row, world) if texts else {})
+                yield samples
+
+        if len(mine):
+            listwise.write(out / f"part-{ranks.rank}.jsonl", sampled())
+    with files.replacing(out / f"part-{ranks.rank}.safetensors") as path:
+        save_file(columns, path)
+    every = dist.gather(drawn, ranks, days=True)  # one share of samples may take hours longer than another
     if ranks.first:
-        merge(c, out, [e.id for e in examples], ranks.world_size)
+        for found in every if c.samples else ():
+            counts |= {f"samples_{key}": counts.get(f"samples_{key}", 0) + n for key, n in found.items()}
+        ids = store.Lazy(len(compared), lambda a, b: [examples.id(i) for i in compared[a:b]])
+        merge(c, out, ids, counts, ranks.world_size)
 
 
-def human_pair(example: tokens.Example) -> tuple[int, int] | None:
-    """The pair that a person chose from, where both of its responses fit."""
-    both = example.chosen is not None and example.rejected is not None
-    return (example.chosen, example.rejected) if both else None
-
-
-def rewards_differ(example: tokens.Example) -> bool:
-    """Whether the candidates can be ranked (metrics.order)."""
-    return example.rewards is not None and example.rewards.min() < example.rewards.max()
-
-
-def pair(example: tokens.Example) -> tuple[int, int]:
-    """The pair that single-pair metrics look at: the human one, else the best candidate and the runner-up."""
-    best, runner_up = human_pair(example) or metrics.order(example.rewards)[:2].tolist()
-    return best, runner_up
-
-
-def candidate_metrics(
-    example: tokens.Example, h: np.ndarray, texts: list[str], *, human_pairs: bool
-) -> dict[str, float]:
-    """Margins of one prompt from log-ratios h (k,) in nats, without beta; the length-corrected one of its pair.
+def pair_metrics(h: np.ndarray, lengths: dict[str, list[int]], *, human: bool, human_pairs: bool) -> dict[str, float]:
+    """Margins of one prompt's pair from log-ratios h (2,) in nats, without beta, and the length-corrected one.
 
     Of data with `human_pairs`, a prompt that lost its own (an empty response, say) has no single-pair margin: the
     runner-up in its place would be another measure under the same name.
     """
-    found = metrics.margins(h, example.rewards) if rewards_differ(example) else {}
-    w, o = pair(example)
-    rm = float(h[w] - h[o])
-    if human_pair(example):
-        found["rm_dpo"] = rm
-    if human_pair(example) or not human_pairs:
-        for unit, items in (("chars", texts), ("tokens", example.response_ids)):
-            found[f"rm_rdpo_{unit}"] = rm - 0.01 * (len(items[w]) - len(items[o]))  # Tables 2 and 5; alpha is theirs
-    return found | {"kl_seq": float(h[w])}
+    rm = float(h[0] - h[1])
+    found = {"rm_dpo": rm} if human else {}
+    if human or not human_pairs:
+        for unit, (chosen, rejected) in lengths.items():
+            found[f"rm_rdpo_{unit}"] = rm - 0.01 * (chosen - rejected)  # Tables 2 and 5; alpha is theirs
+    return found | {"kl_seq": float(h[0])}
 
 
 def exact_kl(
-    policy: model.PolicyModel, ref: model.PolicyModel, winners: list[Block], device: torch.device, budget: int
-) -> list[float]:
+    policy: model.PolicyModel, ref: model.PolicyModel, winners: Sequence[Block], device: torch.device, budget: int
+) -> Iterator[float]:
     """For each winner the sum over its positions of the exact next-token KL(policy || reference), nats."""
-    found = np.empty(len(winners))
-    for members in micro_batches([len(w) for w in winners], budget=budget, world_size=1)[0]:
-        shared = not (policy.padded or ref.padded)
-        packed = pack([winners[i] for i in members], pad_id=0, share_prompt=shared).to(device)
-        with torch.no_grad():
-            pairs = [(one.hidden(packed), None if one.padded else one.head) for one in (policy, ref)]
-            kl = scoring.token_kl(*pairs[0], *pairs[1])
-        found[members] = logps.sequence_logps(kl, packed.num_tokens)[:, 0].cpu()
-    return found.tolist()
+    layout = dict(pad_id=0, share_prompt=not (policy.padded or ref.padded))
+    for some in scoring.windows(winners, budget=budget):
+        found = np.empty(len(some))
+        for members in micro_batches([len(w) for w in some], budget=budget, world_size=1)[0]:
+            packed = pack([some[i] for i in members], **layout).to(device)
+            with torch.no_grad():
+                pairs = [(one.hidden(packed), None if one.padded else one.head) for one in (policy, ref)]
+                kl = scoring.token_kl(*pairs[0], *pairs[1])
+            found[members] = logps.sequence_logps(kl, packed.num_tokens)[:, 0].cpu()
+        yield from found.tolist()
 
 
 def sample_metrics(samples: Row, row: Row, world: World | None) -> dict[str, float]:
@@ -220,41 +242,52 @@ def sample_metrics(samples: Row, row: Row, world: World | None) -> dict[str, flo
     return found
 
 
-def merge(c: Config, out: Path, ids: list[str], world_size: int) -> None:
+def merge(c: Config, out: Path, ids: Sequence[str], counts: dict[str, int], world_size: int) -> None:
     """Put the ranks' shares together: per_prompt.json, samples.jsonl, eval.json and the table row on stdout."""
-    parts = [files.read_json(out / f"part-{rank}.json") for rank in range(world_size)]
-    values = {id: found for part in parts for id, found in part["values"].items()}
-    counts = parts[0]["counts"]
-    for part in parts[1:]:  # what was tokenised is the same on all ranks, what was sampled is shared out
-        counts |= {key: counts[key] + n for key, n in part["counts"].items() if key.startswith("samples_")}
+    columns = {name: np.full(len(ids), np.nan) for name in metrics.METRICS}
+    for rank in range(world_size):
+        for name, values in load_file(out / f"part-{rank}.safetensors").items():
+            columns[name][rank::world_size] = values
+    samples = out / "samples.jsonl"
     if c.samples:
-        sharers = range(min(world_size, len(ids)))  # the ranks that had a prompt
-        drawn = {row.id: row for rank in sharers for row in listwise.read(out / f"part-{rank}.jsonl")}
-        listwise.write(out / "samples.jsonl", [drawn[id] for id in ids])
+        shares = [stream(out / f"part-{rank}.jsonl") for rank in range(world_size)]
+        listwise.write(samples, (next(shares[n % world_size]) for n in range(len(ids))))
     if c.baseline:
-        against = {row.id: row for row in listwise.read(Path(c.baseline) / "samples.jsonl")}
-        if not any(row.rewards for row in against.values()):
+        against, places = listwise.Rows(Path(c.baseline) / "samples.jsonl"), listwise.Places()
+        scored = [places.add(row.id, n) is None and bool(row.rewards) for n, row in enumerate(against)]
+        if not any(scored):
             raise ValueError(f"{c.baseline}: its samples have no rewards; evaluate it with the same --scorer")
-        for id, row in drawn.items():
-            if id not in against or len(against[id].responses or row.responses) != len(row.responses):
-                raise ValueError(f"{c.baseline}: other samples of {id!r}; evaluate it the same way")
-            if row.rewards and against[id].rewards:
-                values[id] |= metrics.win_tie_lose(row.rewards, against[id].rewards)
-    table = {name: {id: values[id][name] for id in ids if name in values[id]} for name in metrics.METRICS}
-    table = {name: column for name, column in table.items() if column}
+        for n, row in enumerate(stream(samples)):
+            place = places.get(row.id)
+            other = row if place is None else against[place]
+            if place is None or len(other.responses or row.responses) != len(row.responses):
+                raise ValueError(f"{c.baseline}: other samples of {row.id!r}; evaluate it the same way")
+            if row.rewards and other.rewards:
+                for name, value in metrics.win_tie_lose(row.rewards, other.rewards).items():
+                    columns[name][n] = value
+    columns = {name: column for name, column in columns.items() if not np.isnan(column).all()}
     # Over the prompts: what more prompts would say of this model, and nothing of other runs or data.
-    means = {name: metrics.item(metrics.world_interval(list(column.values()))) for name, column in table.items()}
-    files.write_json(out / "per_prompt.json", table)
+    means = {name: metrics.item(metrics.world_interval(x[~np.isnan(x)])) for name, x in columns.items()}
+    with files.replacing(out / "per_prompt.json") as path, path.open("w", encoding="utf-8") as file:
+        for name, column in columns.items():  # metric -> id -> value, as files.write_json lays it out
+            file.write(("{" if name == next(iter(columns)) else ",") + f"\n {json.dumps(name)}: {{")
+            comma = ""
+            for id, value in zip(ids, column.tolist(), strict=True):
+                if value == value:
+                    file.write(f"{comma}\n  {json.dumps(id)}: {json.dumps(value)}")
+                    comma = ","
+            file.write("\n }")
+        file.write("\n}\n")
     result = {
         "method": c.name or Path(c.model).parent.name,
         "intervals": "over prompts",
-        "metrics": {name: found | {"prompts": len(table[name])} for name, found in means.items()},
+        "metrics": {name: found | {"prompts": int(np.isfinite(columns[name]).sum())} for name, found in means.items()},
         "counts": counts,
         "config": vars(c),
     }
     files.write_json(out / "eval.json", result)
     for rank in range(world_size):
-        (out / f"part-{rank}.json").unlink()
+        (out / f"part-{rank}.safetensors").unlink()
         (out / f"part-{rank}.jsonl").unlink(missing_ok=True)
     print(report.table({"worlds": 1, "rows": [{"method": result["method"], "runs": 1, "metrics": means}]}))
     lost = ", ".join(f"{key} {n}" for key, n in counts.items() if n)

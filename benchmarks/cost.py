@@ -53,7 +53,7 @@ RATIOS = {
 
 def candidates(c: Options, n: int) -> list[Row]:
     """`c.prompts` prompts with n responses of about one length each, rewards in no order of length."""
-    rows = importers.import_file("hh-rlhf", c.data)[0]
+    rows = list(importers.import_file("hh-rlhf", c.data).rows)
     tokenizer = tokens.load_tokenizer(c.model)
     texts = sorted({text for row in rows for text in row.responses})
     lengths = {text: len(tokens.encode_response(tokenizer, text)) for text in texts}

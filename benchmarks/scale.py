@@ -1,16 +1,20 @@
 """How a run grows: RAM and time of data and plan with the prompts, and of a step with length, responses and ranks.
 
     python benchmarks/scale.py                                    3 GB of disk while it runs
+    python benchmarks/scale.py --parts commands                   data_prep.py and eval.py alone
     python benchmarks/scale.py --prompts 20000 --rows 1000,4000 --model world --lengths 64 --responses 2 --ranks 1
 
 Plan: a process opens a token store of --prompts x --candidates random rewards on disk and plans its visits (DPO-HPS).
 Look-ups: then it asks for the reference log-prob of every visit, all in the cache, as train.py does before step 0.
 Data: one process makes the store of a list-wise file; another one opens it, hashing the file, and reads 1,000 prompts.
+Commands: data_prep.py import, doctor, generate, annotate and eval.py, one after the other, on pairs of 16 tokens, by an
+untrained model and reward model of one layer, whose own cost is small; what they hold should not grow.
 Steps: train.py, LoRA, on texts of equal lengths; of --lengths, --responses and --ranks one varies at a time, the others
 are the first of their lists. Peaks are those of whole processes, libraries included (Linux).
 The share of the sampler is that of plan and look-ups, a visit, in the fastest of the steps.
 """
 
+import importlib
 import itertools
 import json
 import os
@@ -28,7 +32,12 @@ import harness
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from hps import config, dist, reference
 from hps.batches import make_plan, touched_blocks
@@ -39,12 +48,13 @@ from hps.options import Config
 
 @dataclass
 class Options:
+    parts: str = "plan,data,commands,steps"  # which of these, comma-separated
     # -- plan and look-ups --
     prompts: int = 1_000_000  # of the data that is planned
     candidates: int = 100  # rewards a prompt
     epochs: int = 2  # visits of each prompt
-    # -- data --
-    rows: str = "10000,100000"  # prompts of the list-wise files that are made, comma-separated
+    # -- data and commands --
+    rows: str = "10000,100000"  # prompts of the files that are made, comma-separated
     # -- steps --
     model: str = "runs/models/smollm2-135m-instruct"  # model folder (make model), or world: a new world's
     lengths: str = "128,256,512"  # tokens of prompt and response together, half of them the prompt's
@@ -132,6 +142,44 @@ def opened(folder: Path, data: Path, model: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "gib": peak()}
 
 
+def ran(script: str, argv: list[str]) -> dict[str, float]:
+    """Seconds and peak memory of one of our scripts."""
+    sys.path.insert(0, str(harness.ROOT))
+    began = time.perf_counter()
+    importlib.import_module(script).main(argv)
+    return {"seconds": time.perf_counter() - began, "gib": peak()}
+
+
+def commands(rows: int, folder: Path, model: str) -> dict[str, dict[str, float]]:
+    """What each command takes, of which one reads what another wrote."""
+    tokenizer = tokens.load_tokenizer(model)
+    write_texts(folder / "texts.jsonl", tokenizer, rows=rows, responses=2, length=16)
+    with (folder / "texts.jsonl").open(encoding="utf-8") as file:
+        pairs = (
+            {"prompt": r["prompt"], "chosen": (y := r["responses"])[0], "rejected": y[1]} for r in map(json.loads, file)
+        )
+        listwise.write_lines(folder / "pairs.jsonl", pairs)
+    config = AutoConfig.from_pretrained(model, num_hidden_layers=1, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    for name, kind in (("lm", AutoModelForCausalLM), ("rm", AutoModelForSequenceClassification)):
+        kind.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+    def flags(**options: Any) -> list[str]:
+        paths = {key: folder / value for key, value in options.items() if isinstance(value, str) and "/" in value}
+        return [f"--{key}={value}" for key, value in (options | paths).items()]
+
+    how, few = dict(input="./rows.jsonl"), dict(model="./lm", max_new_tokens=4)
+    each = {
+        "import": flags(source="trl", input="./pairs.jsonl", output="./rows.jsonl"),
+        "doctor": flags(**how, model="./lm"),
+        "generate": flags(**how, **few, n=2, output="./drawn.jsonl"),
+        "annotate": flags(**how, scorer="./rm", output="./scored.jsonl"),
+    }
+    found = {name: harness.alone(ran, "data_prep", [name, *argv]) for name, argv in each.items()}
+    argv = flags(data="./scored.jsonl", reference="./lm", out="./eval", reference_cache="./cache", samples=1, **few)
+    return found | {"eval": harness.alone(ran, "eval", argv)}
+
+
 def stepped(c: Options, folder: Path, model: str, length: int, responses: int, ranks: int) -> dict[str, Any]:
     """Seconds of a step and peak memory of the first rank, as train.py writes them."""
     name = f"{length}-{responses}"
@@ -162,42 +210,60 @@ def stepped(c: Options, folder: Path, model: str, length: int, responses: int, r
 
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/scale.py", description=str(__doc__).split("\n")[0])
+    parts = c.parts.split(",")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        write_store(c, folder / "store")
-        found = harness.alone(planned, c, folder / "store")
-        parts = [[part, found[f"{part}_seconds"], found[f"{part}_gib"]] for part in ("plan", "lookup")]
-        table = [[*part, 1e6 * part[1] / found["visits"]] for part in parts]
-        title = f"{c.prompts:,} prompts x {c.candidates} rewards, {found['visits']:,} visits"
-        harness.print_table(["", "s", "GiB", "us a visit"], table, title)
+        folder, found = Path(temporary), dict[str, Any]()
+        if "plan" in parts:
+            write_store(c, folder / "store")
+            found |= harness.alone(planned, c, folder / "store")
+            taken = [[part, found[f"{part}_seconds"], found[f"{part}_gib"]] for part in ("plan", "lookup")]
+            table = [[*part, 1e6 * part[1] / found["visits"]] for part in taken]
+            title = f"{c.prompts:,} prompts x {c.candidates} rewards, {found['visits']:,} visits"
+            harness.print_table(["", "s", "GiB", "us a visit"], table, title)
 
-        model = c.model
+        model, sizes = c.model, numbers(c.rows)
+        world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=1, demonstrations=2)
         if model == "world" or not Path(model).exists():
-            world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=1, demonstrations=2)
             model = str(folder / "world" / "model")
-        sizes = []
-        for rows in numbers(c.rows):
-            data = folder / f"{rows}.jsonl"
-            write_texts(data, tokens.load_tokenizer(model), rows=rows, responses=4, length=64)
-            makes, opens = (harness.alone(opened, folder / "tokens", data, model) for _ in range(2))
-            size = {"prompts": rows, "file_mb": data.stat().st_size / 1e6, "make_seconds": makes["seconds"]}
-            size |= {"make_gib": makes["gib"], "open_seconds": opens["seconds"], "open_gib": opens["gib"]}
-            sizes.append(size)
-        header = ["prompts", "file MB", "make s", "GiB", "open s", "GiB"]
-        harness.print_table(header, [[f"{rows:,}", *others] for rows, *others in (s.values() for s in sizes)])
+        if "data" in parts:
+            found["rows"] = []
+            for rows in sizes:
+                data = folder / f"{rows}.jsonl"
+                write_texts(data, tokens.load_tokenizer(model), rows=rows, responses=4, length=64)
+                makes, opens = (harness.alone(opened, folder / "tokens", data, model) for _ in range(2))
+                size = {"prompts": rows, "file_mb": data.stat().st_size / 1e6, "make_seconds": makes["seconds"]}
+                size |= {"make_gib": makes["gib"], "open_seconds": opens["seconds"], "open_gib": opens["gib"]}
+                found["rows"].append(size)
+            header = ["prompts", "file MB", "make s", "GiB", "open s", "GiB"]
+            harness.print_table(
+                header, [[f"{rows:,}", *others] for rows, *others in (s.values() for s in found["rows"])]
+            )
 
-        lists = [numbers(c.lengths), numbers(c.responses), numbers(c.ranks)]
-        first = [values[0] for values in lists]
-        varied = [(*first[:i], value, *first[i + 1 :]) for i, values in enumerate(lists) for value in values]
-        steps = [stepped(c, folder, model, *case) for case in dict.fromkeys(varied)]
-        threads = os.environ.get("OMP_NUM_THREADS", "all")
-        title = f"{model if model == c.model else 'world'}, {threads} threads, {c.prompts_per_step} prompts a step"
-        table = [[f"{s['length']}", s["K"], s["ranks"], s["step_seconds"], s["gib"]] for s in steps]
-        harness.print_table(["tokens", "K", "ranks", "s a step", "GiB"], table, title)
-        visit = min(s["step_seconds"] for s in steps) / c.prompts_per_step
-        share = (found["plan_seconds"] + found["lookup_seconds"]) / found["visits"] / visit
-        print(f"\nplan and look-ups: {share:.3%} of the fastest step")
-    harness.finish(found | {"sampler_share_of_step": share, "rows": sizes, "steps": steps})
+        if "commands" in parts:
+            by_rows = {}
+            for rows in sizes:
+                (folder / str(rows)).mkdir()
+                by_rows[rows] = commands(rows, folder / str(rows), str(folder / "world" / "model"))
+            found["commands"] = by_rows
+            header = ["", *(f"{rows:,} {unit}" for rows in sizes for unit in ("s", "GiB"))]
+            table = [[name, *(x for rows in sizes for x in by_rows[rows][name].values())] for name in by_rows[sizes[0]]]
+            harness.print_table(header, table)
+
+        if "steps" in parts:
+            lists = [numbers(c.lengths), numbers(c.responses), numbers(c.ranks)]
+            first = [values[0] for values in lists]
+            varied = [(*first[:i], value, *first[i + 1 :]) for i, values in enumerate(lists) for value in values]
+            found["steps"] = steps = [stepped(c, folder, model, *case) for case in dict.fromkeys(varied)]
+            threads = os.environ.get("OMP_NUM_THREADS", "all")
+            title = f"{model if model == c.model else 'world'}, {threads} threads, {c.prompts_per_step} prompts a step"
+            table = [[f"{s['length']}", s["K"], s["ranks"], s["step_seconds"], s["gib"]] for s in steps]
+            harness.print_table(["tokens", "K", "ranks", "s a step", "GiB"], table, title)
+            if "plan" in parts:
+                visit = min(s["step_seconds"] for s in steps) / c.prompts_per_step
+                share = (found["plan_seconds"] + found["lookup_seconds"]) / found["visits"] / visit
+                found["sampler_share_of_step"] = share
+                print(f"\nplan and look-ups: {share:.3%} of the fastest step")
+    harness.finish(found)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def measure(contestant: Callable[..., dict], c: Options, rows: list, batch: int 
 
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/step.py", description=str(__doc__).split("\n")[0])
-    rows = importers.import_file("hh-rlhf", c.data, limit=c.pairs)[0]
+    rows = list(importers.import_file("hh-rlhf", c.data, limit=c.pairs).rows)
     trials = {batch: measure(trl, c, rows[:8], batch)["rate"] for batch in (1, 2, 4)}
     best = max(trials, key=trials.__getitem__)
     print("TRL, pairs/s on 8 pairs: " + ", ".join(f"batch {b} {rate:.3f}" for b, rate in trials.items()))

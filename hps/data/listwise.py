@@ -1,17 +1,93 @@
-"""Files of the list-wise format (`rows.py` says what it is) read whole and written.
+"""Files of the list-wise format (`rows.py` says what it is) read as a sequence, or whole, and written row by row.
 
 Apart from it, since training only streams: nothing here is loaded by train.py.
 """
 
+import copy
 import gzip
 import json
 import lzma
-from collections.abc import Iterable
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
-from hps.data.rows import KEYS, Row, id_is_repeated, parse_row, stream
+import numpy as np
+
+from hps.data.rows import KEYS, Row, decode_json, id_is_repeated, opened, parse_row, stream
+from hps.data.tokens import row_key
 from hps.io import files
+
+RECENT = 2**16  # ids of `Places` that are not yet in its arrays
+
+
+class Places:
+    """A whole number for each id: 16 bytes per id, half of it a hash (of ten million, two are alike by 3 in 10^6)."""
+
+    def __init__(self) -> None:
+        self._keys, self._places = np.zeros(0, np.uint64), np.zeros(0, np.int64)  # in order of the keys
+        self._recent: dict[int, int] = {}
+
+    def add(self, id: str, place: int) -> int | None:
+        """Note the place of an id; the one that it has already, which then stays."""
+        if (before := self.get(id)) is None:
+            self._recent[row_key(id)] = place
+            if len(self._recent) == RECENT:
+                keys = np.concatenate([self._keys, np.fromiter(self._recent, np.uint64)])
+                places = np.concatenate([self._places, np.fromiter(self._recent.values(), np.int64)])
+                order = np.argsort(keys)
+                self._keys, self._places, self._recent = keys[order], places[order], {}
+        return before
+
+    def get(self, id: str) -> int | None:
+        key = row_key(id)
+        i = int(np.searchsorted(self._keys, np.uint64(key)))
+        return int(self._places[i]) if i < len(self._keys) and self._keys[i] == key else self._recent.get(key)
+
+    def __contains__(self, id: object) -> bool:
+        return self.get(cast(str, id)) is not None
+
+
+class Rows(Sequence[Row]):
+    """Rows of a list-wise file, read when they are asked for: what is held is where each begins, 16 bytes per row.
+
+    An index gives a row, a slice or an array of indices a sequence of some. The file stays open, so one that takes its
+    place changes nothing; a compressed one is unpacked into a temporary file (under $TMPDIR).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the file once and check all of it; errors as `stream`."""
+        for _ in stream(path):
+            pass
+        self._path = path
+        with opened(path) as file:
+            if isinstance(file, gzip.GzipFile | lzma.LZMAFile):
+                self._file = cast(BinaryIO, tempfile.TemporaryFile())
+                shutil.copyfileobj(file, self._file)
+                self._file.seek(0)
+            else:
+                self._file = open(path, "rb")
+            self._begins = np.append(0, np.cumsum(np.fromiter(map(len, self._file), np.int64)))
+        self._written = os.fstat(self._file.fileno()).st_mtime_ns
+        self._lines = np.arange(len(self._begins) - 1)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, int | np.integer):
+            some = copy.copy(self)
+            some._lines = self._lines[index]
+            return some
+        line = int(self._lines[index])
+        begin, end = self._begins[line : line + 2].tolist()
+        where, found = f"{self._path}:{line + 1}", self._file.fileno()
+        if os.fstat(found).st_mtime_ns != self._written:
+            raise ValueError(f"{self._path}: changed while it was read; start again")
+        return parse_row(decode_json(os.pread(found, end - begin, begin), where), where)
 
 
 def read(path: str | Path) -> list[Row]:
@@ -20,19 +96,23 @@ def read(path: str | Path) -> list[Row]:
 
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write rows so that `read` gives them back (apart from `where`); atomic, compressed for .gz and .xz.
+    """Write rows, as they come, so that `stream` gives them back (apart from `where`); atomic, compressed for .gz, .xz.
 
-    Equal rows give equal bytes. Raises ValueError, and writes nothing, for rows that `read` would refuse.
+    Equal rows give equal bytes. Raises ValueError, and writes nothing, for rows that `stream` would refuse.
     """
-    parsed: dict[str, Row] = {}
-    for row in rows:
-        if row.id in parsed:
-            raise id_is_repeated(row.id, row.where, parsed[row.id].where)
-        # Through parse_row: it refuses what `read` would, and gives equal rows equal number types and key orders.
-        parsed[row.id] = parse_row(_record(row), row.where or f"row {row.id!r}")
-    if not parsed:
-        raise ValueError(f"{path}: refusing to write a file without rows")
-    write_lines(path, map(_record, parsed.values()))
+
+    def records() -> Iterable[object]:
+        seen, number = Places(), 0
+        for number, row in enumerate(rows, 1):
+            where = row.where or f"row {row.id!r}"
+            if (first := seen.add(row.id, number)) is not None:
+                raise id_is_repeated(row.id, where, f"row {first} of {path}")
+            # Through parse_row: it refuses what `stream` would, and gives equal rows equal number types and key orders.
+            yield _record(parse_row(_record(row), where))
+        if not number:
+            raise ValueError(f"{path}: refusing to write a file without rows")
+
+    write_lines(path, records())
 
 
 def _record(row: Row) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 A store is a folder of flat arrays, found by what decides them: the content of the data file, the tokenizer, the budget
 of tokens and the number of candidates. Runs with the same inputs share it, so that a sweep tokenises a text once. It
-appears whole or not at all. What needs the texts themselves (eval.py, doctor) reads the file with `listwise.read`.
+appears whole or not at all. Who needs the texts as well finds a row's by `lines` and a response's by `kept`.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial as bound
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from hps.io import files
 from hps.packing import Block
 
 # Decides a store's name: raise it when the files below, or what becomes of a row, change.
-FORMAT = 5
+FORMAT = 6
 ADVICE = "delete the folder of this token store, it will be made again"
 FILES = {
     "tokens": np.dtype("<i4"),  # of each of the R examples the prompt, then its responses, N in all
@@ -34,10 +35,12 @@ FILES = {
     "cuts": np.dtype("<i8"),  # (R + 1, 2): which is an example's first response, and where its id begins in `ids`
     "rewards": np.dtype("<f8"),  # (N,), NaN where the row has none
     "identity": np.dtype("<i4"),  # (N,), equal numbers in a row mark equal tokens
+    "kept": np.dtype("<i4"),  # (N,), index of a response in its row
     "keys": np.dtype("<u8"),  # (R,), hash of the id
     "lines": np.dtype("<i8"),  # (R,), of the data file, from 1
     "human": np.dtype("<i4"),  # (R, 2): chosen, rejected; -1 where there is none
 }
+READ = ("tokens", "offsets", "ids", "rewards", "identity", "kept")  # prompt by prompt; the others are mapped
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,10 @@ class Store:
     """R examples: small arrays of all of them, and what is larger read when it is asked for.
 
     counts: what was read and left out, by the names of `tokens.COUNTS`. longest: tokens of the longest prompt with one
-    of its responses. data_hash: sha256 of the data file. keys (R,) uint64. human (R, 2) int32: chosen and rejected
-    among the kept responses, -1 where there is none. rewards: (k,) float64 each, NaN where a row has none. identity:
-    (k,) int32 each, equal numbers for equal tokens.
+    of its responses. data_hash: sha256 of the data file. keys (R,) uint64. lines (R,) int64, in the data file, from 1.
+    sizes (R,) int64: kept responses. human (R, 2) int32: chosen and rejected among these, -1 where there is none.
+    rewards: (k,) float64 each, NaN where a row has none. identity: (k,) int32 each, equal numbers for equal tokens.
+    kept: (k,) int32 each, index in the row.
     """
 
     def __init__(self, folder: Path, data: Path, *, length_penalty: float = 0.0) -> None:
@@ -76,13 +80,21 @@ class Store:
         self._folder, self._data, self._penalty = folder, data, length_penalty
         # What has a number or two per prompt is mapped; the rest is read, since every page of a map that was once
         # touched counts as this process's memory.
-        self._files = {name: (folder / name).open("rb") for name in ("tokens", "offsets", "rewards", "identity")}
+        self._files = {name: (folder / name).open("rb") for name in READ}
         self._first, self._id_at = self._map("cuts").reshape(-1, 2).T
-        self.keys, self.human = self._map("keys"), self._map("human").reshape(-1, 2)
-        self.rewards, self.identity = Lazy(len(self.keys), self._rewards), Lazy(len(self.keys), self._identity)
+        self.keys, self.lines, self.human = self._map("keys"), self._map("lines"), self._map("human").reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.diff(self._first)
+
+    # Made when they are asked for: held, they would hold the store, and its files, until Python looks for circles.
+    rewards = property(lambda self: Lazy(len(self), self._rewards))
+    identity = property(lambda self: Lazy(len(self), bound(self._per_response, "identity")))
+    kept = property(lambda self: Lazy(len(self), bound(self._per_response, "kept")))
 
     def block(self, i: int, ks: Sequence[int] | np.ndarray) -> Block:
         """The prompt of example i with its responses ks."""
@@ -102,14 +114,14 @@ class Store:
 
     def id(self, i: int) -> str:
         """The id of example i."""
-        return self._map("ids")[self._id_at[i] : self._id_at[i + 1]].tobytes().decode()
+        return self._read("ids", *self._id_at[i : i + 2].tolist()).tobytes().decode()
 
     def where(self, i: int) -> str:
         """File and line of example i, for messages."""
-        return f"{self._data}:{self._map('lines')[i]}"
+        return f"{self._data}:{self.lines[i]}"
 
-    def _identity(self, a: int, b: int) -> list[np.ndarray]:
-        return self._split(self._read("identity", self._first[a], self._first[b]), a, b)
+    def _per_response(self, name: str, a: int, b: int) -> list[np.ndarray]:
+        return self._split(self._read(name, self._first[a], self._first[b]), a, b)
 
     def _rewards(self, a: int, b: int) -> list[np.ndarray]:
         first = self._first[a : b + 1]
@@ -142,6 +154,7 @@ def open_store(
     truncate: str = "drop",
     closing: bool = False,
     candidates: int = 0,
+    limit: int = 0,
     need_rewards: bool = False,
     length_penalty: float = 0.0,
     ranks: dist.Ranks | None = None,
@@ -150,9 +163,9 @@ def open_store(
     reads the data and hashes the store.
 
     root: folder of all stores. max_length, truncate, closing: as for `tokens.tokenize`. candidates: the first so many
-    responses of each row, 0 for all. need_rewards: refuse data of which a row has no rewards. length_penalty: taken off
-    the rewards for every token of a response, OURS: the data's side of R-DPO, which takes alpha L off the reward that
-    the policy is to follow.
+    responses of each row, 0 for all. limit: the first so many rows, 0 for all. need_rewards: refuse data of which a row
+    has no rewards. length_penalty: taken off the rewards for every token of a response, OURS: the data's side of R-DPO,
+    which takes alpha L off the reward that the policy is to follow.
     Raises ValueError for what `rows.stream` and `tokens.tokenize` refuse, and for a store that is not whole.
     """
     data, root = Path(data), Path(root)
@@ -160,12 +173,12 @@ def open_store(
 
     def make() -> str:
         identity = {"format": FORMAT, "data": files.sha256(data), "tokenizer": tokens.fingerprint(tokenizer)}
-        identity |= how | {"candidates": candidates, "closing": closing}
+        identity |= how | {"candidates": candidates, "closing": closing, "limit": limit}
         folder = root / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
         about: dict[str, Any] = {"identity": identity, "counts": {}}
 
         def checked() -> Iterator[rows.Row]:
-            for row in rows.stream(data):
+            for row in islice(rows.stream(data), limit or None):
                 if need_rewards and row.rewards is None:
                     raise _without_rewards(row.id, row.where)
                 yield rows.only(row, range(len(row.responses))[: candidates or None])
@@ -219,6 +232,7 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
                 rewards = [np.full(len(e.identity), np.nan) if e.rewards is None else e.rewards for e in some]
                 put("rewards", np.concatenate(rewards))
                 put("identity", np.concatenate([e.identity for e in some]))
+                put("kept", np.concatenate([e.kept for e in some]))
                 put("keys", [tokens.row_key(e.id) for e in some])
                 put("lines", [int(e.where.rpartition(":")[2]) for e in some])
                 put("human", [[-1 if k is None else k for k in (e.chosen, e.rejected)] for e in some])

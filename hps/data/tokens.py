@@ -279,7 +279,7 @@ def tokenize(
 
 def row_key(id: str) -> int:
     """64-bit hash of a row's id, which seeded draws are keyed by."""
-    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(id.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _example(

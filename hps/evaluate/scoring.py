@@ -1,6 +1,6 @@
 """What a finished model gives to responses, on one rank: log-probs or rewards, and the exact KL between two models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,30 +10,48 @@ from tqdm import tqdm
 from hps.logps import chunk_for
 from hps.packing import Block, micro_batches, pack, pieces
 
+MICRO_BATCHES_AT_ONCE = 64  # into which the blocks that are read together are sorted by their lengths
+
+
+def windows(blocks: Sequence[Block], *, budget: int) -> Iterator[list[Block]]:
+    """The blocks in order, so many at a time as fill some micro-batches of `budget` packed tokens; one at least."""
+    some, tokens = [], 0
+    for block in blocks:
+        some.append(block)
+        tokens += len(block)
+        if tokens >= budget * MICRO_BATCHES_AT_ONCE:
+            yield some
+            some, tokens = [], 0
+    if some:
+        yield some
+
 
 def score(
     model: nn.Module, blocks: Sequence[Block], *, device: torch.device, budget: int, pad_id: int, progress: str = ""
-) -> list[np.ndarray]:
-    """What a model gives to all responses: one (K,) float32 array per block, in order.
+) -> Iterator[np.ndarray]:
+    """What a model gives to all responses: one (K,) float32 array per block, in order, as they are taken.
 
     Args:
         model: packed prompts -> (B, K), a PolicyModel (log-probs, nats) or a reward model (rewards).
+        blocks: gone through once; a few micro-batches of them are in memory.
         budget: packed tokens per micro-batch.
         progress: name of the progress bar; empty for none.
     """
-    cut = [(b, piece) for b, block in enumerate(blocks) for piece in pieces(block, tokens=budget)]
-    scored: list[list[float]] = [[] for _ in cut]
     layout = dict(pad_id=pad_id, share_prompt=not getattr(model, "padded", False))
-    batches = micro_batches([len(piece) for _, piece in cut], budget=budget, world_size=1)[0]
-    for members in tqdm(batches, desc=progress, unit="batch", disable=not progress):
-        with torch.no_grad():
-            rows = model(pack([cut[i][1] for i in members], **layout).to(device)).tolist()
-        for i, row in zip(members, rows, strict=True):
-            scored[i] = row[: len(cut[i][1].responses)]
-    whole: list[list[float]] = [[] for _ in blocks]
-    for (b, _), row in zip(cut, scored, strict=True):
-        whole[b] += row
-    return [np.array(row, dtype=np.float32) for row in whole]
+    with tqdm(total=len(blocks), desc=progress, unit="prompt", disable=not progress) as bar:
+        for some in windows(blocks, budget=budget):
+            cut = [(b, piece) for b, block in enumerate(some) for piece in pieces(block, tokens=budget)]
+            scored: list[list[float]] = [[] for _ in cut]
+            for members in micro_batches([len(piece) for _, piece in cut], budget=budget, world_size=1)[0]:
+                with torch.no_grad():
+                    rows = model(pack([cut[i][1] for i in members], **layout).to(device)).tolist()
+                for i, row in zip(members, rows, strict=True):
+                    scored[i] = row[: len(cut[i][1].responses)]
+                bar.update(sum(i == 0 or cut[i - 1][0] != cut[i][0] for i in members))  # by the first piece of each
+            whole: list[list[float]] = [[] for _ in some]
+            for (b, _), row in zip(cut, scored, strict=True):
+                whole[b] += row
+            yield from (np.array(row, dtype=np.float32) for row in whole)
 
 
 def token_kl(hidden: Tensor, weight: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor | None) -> Tensor:

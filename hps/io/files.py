@@ -31,6 +31,8 @@ def explain_disk_errors(path: str | Path, keeps: str = "what stood there before 
     """Turn what a disk refuses inside into a ValueError with `path`, what to do, and what is not lost (`keeps`)."""
     try:
         yield
+    except ValueError:  # whoever raised it has said what it is of: what is written may be read meanwhile
+        raise
     except Exception as error:  # safetensors and torch wrap the system's errors: its number is left in their text
         found = re.search(r"(?:os error|Errno) (\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None

@@ -87,6 +87,7 @@ def decode(
     max_new_tokens: int,
     temperature: float,
     max_rows: int,
+    longest_prompt: int = 0,
 ) -> Iterator[Request]:
     """Yields each request when all its samples are there, in the order in which they end.
 
@@ -96,6 +97,7 @@ def decode(
         requests: is emptied; may be added to between two results, also with a request that was yielded.
         max_new_tokens: longest response in tokens, end token included.
         max_rows: rows of the batch at most.
+        longest_prompt: tokens of the longest prompt, if others are added than wait now.
 
     A model that cannot be decoded by packed attention is by transformers' `generate`, one prompt after the other and
     slower, with a line in the log; its samples take the same random numbers.
@@ -106,7 +108,7 @@ def decode(
     if not requests:
         return
     settings = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
-    longest = max(len(request.prompt_ids) for request in requests) + max_new_tokens
+    longest = max(longest_prompt, *(len(request.prompt_ids) for request in requests)) + max_new_tokens
     with attention.instead(model, model.config._attn_implementation):
         way = _way(model, longest, requests[0].prompt_ids[:16], settings)
         yield from way(model, requests, max_rows=max_rows, **settings)

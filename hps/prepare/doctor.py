@@ -1,8 +1,10 @@
 """What a careful person checks before training on a list-wise file, as a dict and as one readable page."""
 
+import itertools
 import tomllib
-from collections import Counter
-from collections.abc import Sequence
+from array import array
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from hps import plan, samplers
 from hps.data import tokens
 from hps.data.rows import Prompt, Row
-from hps.data.tokens import Example
+from hps.data.tokens import Example, row_key
 from hps.prepare.formats import prompt_repeated
 
 JOINTS = 1000  # rows whose texts are tokenised once more, as one
@@ -23,47 +25,102 @@ CORRELATION, LONGER = 0.25, 0.15  # of reward and length; of the share of longer
 # What may win too often: the share of prompts from which doctor speaks if it is 1.5 times that of chance.
 WINS = {"text": 0.05, "beginning": 0.2, "source": 0.5}
 OVER_CHANCE, WINS_AT_LEAST = 1.5, 3
+RANGES = {
+    "responses": "responses per prompt",
+    "prompt_tokens": "tokens of a prompt",
+    "response_tokens": "tokens of a response, end token included",
+    "dispreferred": "dispreferred responses per prompt",
+    "reward_range": "best reward minus worst",
+}
+
+
+Kept = tuple[Row, Example]
+
+
+def kept_rows(
+    tokenizer: PreTrainedTokenizerFast, rows: Iterable[Row], counts: dict[str, int], **how: Any
+) -> Iterator[Kept]:
+    """The rows that training would see, each with its example; arguments and errors as `tokens.tokenize`."""
+    read: deque[Row] = deque()  # which `tokenize` has taken ahead
+
+    def noted() -> Iterator[Row]:
+        for row in rows:
+            read.append(row)
+            yield row
+
+    for example in tokens.tokenize(tokenizer, noted(), counts, **how):
+        while (row := read.popleft()).id != example.id:
+            pass
+        yield row, example
 
 
 def diagnose(
-    rows: Sequence[Row],
-    examples: Sequence[Example],
+    kept: Iterable[Kept],
     counts: dict[str, int],
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
-    test: Sequence[Row] = (),
+    test: Iterable[Row] = (),
     gammas: Sequence[float] = (-5, -3, -1, 1, 3),
 ) -> dict[str, Any]:
     """Measure the data that training would see; every value of the result fits into JSON.
 
-    rows: as read. examples, counts: as `tokenize_rows` gives them. tokenizer: the one they come from, to look at where
-    texts meet as well. test: rows whose prompts should not be among these. gammas: hardnesses at which q (Eq. 9) is
-    weighed: by exp of its entropy, the number of negatives it spreads over, and by its largest mass, both averaged over
-    the rows. "errors" in the result lists what makes training impossible, "advice" the rest.
+    kept, counts: as `kept_rows` gives and fills them; gone through once, of a response about 70 bytes are held.
+    tokenizer: the one they come from, to look at where texts meet as well. test: rows whose prompts should not be among
+    these. gammas: hardnesses at which q (Eq. 9) is weighed: by exp of its entropy, the number of negatives it spreads
+    over, and by its largest mass, both averaged over the rows. "errors" in the result lists what makes training
+    impossible, "advice" the rest.
     """
-    by_id = {row.id: row for row in rows}
-    kept = [(by_id[e.id], e) for e in examples]
-    scored = [e for e in examples if e.rewards is not None]
-    pairs = [e for e in examples if _is_pair(e)]
-    known = {_words(row.prompt).casefold() for row in rows} if test else set()
-    counts = counts | {
-        "test_prompts": len(test),
-        "test_prompts_in_training": sum(_words(row.prompt).casefold() in known for row in test),
-        "human_pairs": len(pairs),
-        "human_pairs_identical": sum(bool(e.identity[e.chosen] == e.identity[e.rejected]) for e in pairs),
-        "copies_of_other_responses": sum(len(e.identity) - len(np.unique(e.identity)) for e in examples),
+    wanted = Counter(row_key(_words(row.prompt).casefold()) for row in test)
+    met: set[int] = set()
+    found: Counter[str] = Counter()
+    values: defaultdict[str, array] = defaultdict(lambda: array("d"))
+    texts, prompts = array("Q"), array("Q")  # hashes, of each response
+    rivals = {kind: Rivals() for kind in WINS}
+    weights = {(norm, float(gamma)): np.zeros(3) for norm in samplers.REWARD_NORMS for gamma in gammas}
+    first: list[Kept] = []
+    kept = iter(kept)
+    while some := list(itertools.islice(kept, 256)):
+        first += some[: max(JOINTS - len(first), 0)]
+        for row, e in some:
+            responses = [_words(row.responses[k]) for k in e.kept]
+            texts.extend(map(row_key, responses))
+            prompts.extend([row_key(_words(row.prompt).casefold())] * len(responses))
+            met.update(wanted.keys() & prompts[-1:])
+            values["responses"].append(len(e.kept))
+            values["prompt_tokens"].append(len(e.prompt_ids))
+            values["response_tokens"].extend(map(len, e.response_ids))
+            found["human_pairs"] += _is_pair(e)
+            found["human_pairs_identical"] += _is_pair(e) and bool(e.identity[e.chosen] == e.identity[e.rejected])
+            found["copies_of_other_responses"] += len(e.identity) - len(np.unique(e.identity))
+            _texts(row, e, responses, values, found, rivals)
+        if scored := [e for _, e in some if e.rewards is not None]:
+            _rewards(scored, values, found, weights)
+    about = ("human_pairs", "human_pairs_identical", "copies_of_other_responses")
+    counts = counts | {"test_prompts": wanted.total(), "test_prompts_in_training": sum(wanted[key] for key in met)}
+    counts |= {key: found[key] for key in about} | {
+        "responses_of_several_prompts": _of_several_prompts(np.array(texts), np.array(prompts))
     }
-    report: dict[str, Any] = {"rows": len(rows), "examples": len(examples), "counts": counts, "template": ""}
-    report["ranges"] = {
-        "responses per prompt": _range([len(e.kept) for e in examples]),
-        "tokens of a prompt": _range([len(e.prompt_ids) for e in examples]),
-        "tokens of a response, end token included": _range([len(ids) for e in examples for ids in e.response_ids]),
-    }
-    report |= _texts(kept, counts)
-    report["gammas"] = _rewards(scored, gammas, counts, report["ranges"]) if scored else []
+    counts |= {key: n for key, n in found.items() if key not in about}
     if tokenizer:
-        report["template"] = _joints(tokenizer, kept[:JOINTS], counts)
-    report["errors"] = _errors(len(examples), counts)
+        template = _joints(tokenizer, first, counts)
+    report: dict[str, Any] = {
+        "rows": counts["rows_read"],
+        "examples": len(values["responses"]),
+        "counts": counts,
+        "template": template if tokenizer else "",
+        "ranges": {label: _range(values[name]) for name, label in RANGES.items() if name in values},
+        "prompts_compared": len(values["longer"]),
+        "reward_length_correlation": float(np.mean(values["correlation"])) if values["correlation"] else None,
+        "best_longer": float(np.mean(values["longer"])) if values["longer"] else None,
+        "winners": {kind: one.winner() for kind, one in rivals.items() if one.prompts},
+        "gammas": [],
+    }
+    if rows := counts.get("rows_with_rewards", 0) - counts.get("rows_no_dispreferred", 0):
+        for (norm, gamma), sums in weights.items():
+            negatives, effective, mass = (sums / rows).tolist()
+            about = {"gamma": gamma, "reward_norm": norm, "negatives": negatives}
+            report["gammas"].append(about | {"effective_negatives": effective, "top_mass": mass})
+    report["errors"] = _errors(report["examples"], counts)
     report["advice"] = _advice(report)
     return report
 
@@ -90,46 +147,78 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _texts(kept: list[tuple[Row, Example]], counts: dict[str, int]) -> dict[str, Any]:
+def _texts(
+    row: Row,
+    e: Example,
+    responses: list[str],
+    values: dict[str, array],
+    counts: Counter[str],
+    rivals: dict[str, "Rivals"],
+) -> None:
     """What rewards may follow instead of quality: length, and a text, a beginning or a source that wins everywhere.
 
     Of a row are compared its responses with rewards, or its human pair; the best is the first of the highest ones.
     """
-    correlations, longer = [], []
-    rivals: dict[str, list[list[str]]] = {kind: [] for kind in WINS}
-    texts: list[tuple[str, str]] = []  # of all responses: the text, the prompt
-    for row, e in kept:
-        prompt, responses = _words(row.prompt), [_words(row.responses[k]) for k in e.kept]
-        texts += [(text, prompt) for text in responses]
-        compared: Any = list(range(len(responses))) if e.rewards is not None else [e.chosen, e.rejected] * _is_pair(e)
-        if len(compared) < 2:
-            continue
-        lengths = np.array([len(ids) for ids in e.response_ids])
-        if e.rewards is not None:
-            best = int(e.rewards.argmax())
-            compared = [best, *(k for k in compared if k != best)]
-            a, b = _ranks(e.rewards), _ranks(lengths)
-            correlations += [np.corrcoef(a, b)[0, 1]] if np.ptp(a) and np.ptp(b) else []
-        best, *others = compared
-        longer.append(((lengths[best] > lengths[others]) + 0.5 * (lengths[best] == lengths[others])).mean())
-        labels = {"text": responses, "beginning": [" ".join(y.split()[:BEGINNING_WORDS]) for y in responses]}
-        for found in row.others.values():  # one name for each response, as UltraFeedback has `models`
-            if isinstance(found, list) and len(found) == len(row.responses) and all(type(x) is str for x in found):
-                labels["source"] = [found[k] for k in e.kept]
-        for kind, named in labels.items():
-            rivals[kind].append([named[k] for k in compared])
-    prompts = Counter(text for text, _ in set(texts))
-    counts["responses_of_several_prompts"] = sum(prompts[text] > 1 for text, _ in texts)
-    counts["responses_with_prompt"] = sum(
-        found[k] for row, e in kept for found in [prompt_repeated(row)] for k in e.kept
-    )
-    counts["responses_cut_off"] = sum(cut_off(row.responses[k]) for row, e in kept for k in e.kept)
-    return {
-        "prompts_compared": len(longer),
-        "reward_length_correlation": float(np.mean(correlations)) if correlations else None,
-        "best_longer": float(np.mean(longer)) if longer else None,
-        "winners": {kind: _winner(found) for kind, found in rivals.items() if found},
-    }
+    repeated = prompt_repeated(row)
+    counts["responses_with_prompt"] += sum(repeated[k] for k in e.kept)
+    counts["responses_cut_off"] += sum(cut_off(row.responses[k]) for k in e.kept)
+    compared: Any = list(range(len(responses))) if e.rewards is not None else [e.chosen, e.rejected] * _is_pair(e)
+    if len(compared) < 2:
+        return
+    lengths = np.array([len(ids) for ids in e.response_ids])
+    if e.rewards is not None:
+        best = int(e.rewards.argmax())
+        compared = [best, *(k for k in compared if k != best)]
+        a, b = _ranks(e.rewards), _ranks(lengths)
+        if np.ptp(a) and np.ptp(b):
+            values["correlation"].append(np.corrcoef(a, b)[0, 1])
+    best, *others = compared
+    values["longer"].append(((lengths[best] > lengths[others]) + 0.5 * (lengths[best] == lengths[others])).mean())
+    labels = {"text": responses, "beginning": [" ".join(y.split()[:BEGINNING_WORDS]) for y in responses]}
+    for found in row.others.values():  # one name for each response, as UltraFeedback has `models`
+        if isinstance(found, list) and len(found) == len(row.responses) and all(type(x) is str for x in found):
+            labels["source"] = [found[k] for k in e.kept]
+    for kind, named in labels.items():
+        rivals[kind].add([named[k] for k in compared])
+
+
+def _of_several_prompts(texts: np.ndarray, prompts: np.ndarray) -> int:
+    """Responses whose text stands under another prompt too; both by their hashes, (T,)."""
+    if not len(texts):
+        return 0
+    order = np.argsort(texts)
+    texts, prompts = texts[order], prompts[order]
+    begins = np.flatnonzero(np.append(True, texts[1:] != texts[:-1]))
+    several = np.minimum.reduceat(prompts, begins) != np.maximum.reduceat(prompts, begins)
+    return int(np.diff(np.append(begins, len(texts)))[several].sum())
+
+
+class Rivals:
+    """What is best more often than by chance; of each name a hash is held, and of those that won twice the name."""
+
+    def __init__(self) -> None:
+        self.prompts, self.names = 0, dict[int, str]()
+        self.keys, self.chance, self.wins = array("Q"), array("f"), Counter[int]()
+
+    def add(self, names: list[str]) -> None:
+        """What a prompt's responses are, the best one's first."""
+        keys = list(map(row_key, names))
+        self.keys.extend(keys)
+        self.chance.extend([1 / len(names)] * len(names))
+        self.wins[keys[0]] += 1
+        self.prompts += 1
+        if self.prompts == 1 or self.wins[keys[0]] == 2:  # a single win is no more than chance
+            self.names[keys[0]] = names[0]
+
+    def winner(self) -> dict[str, Any]:
+        known = np.sort(np.fromiter(self.names, np.uint64))
+        at = np.searchsorted(known, self.keys).clip(max=len(known) - 1)
+        there = known[at] == self.keys
+        chance = np.bincount(at[there], np.array(self.chance, np.float64)[there], len(known))
+        best = int(np.argmax([self.wins[key] for key in known.tolist()] - chance))
+        key = int(known[best])
+        about = {"name": self.names[key], "wins": self.wins[key], "by_chance": float(chance[best])}
+        return about | {"prompts": self.prompts}
 
 
 def cut_off(text: str) -> bool:
@@ -137,16 +226,6 @@ def cut_off(text: str) -> bool:
     last = text.rstrip().rpartition("\n")[2]
     goes_on = last[-1:].isalnum() or last.endswith((",", ";", "("))
     return text.count("```") % 2 == 1 or (goes_on and len(last.split()) >= CUT_OFF_WORDS)
-
-
-def _winner(rivals: list[list[str]]) -> dict[str, Any]:
-    """What is best more often than by chance; rivals: of each prompt what its responses are, the best one's first."""
-    wins, chance = Counter(names[0] for names in rivals), dict[str, float]()
-    for names in rivals:
-        for name in names:
-            chance[name] = chance.get(name, 0) + 1 / len(names)
-    name = max(wins, key=lambda name: wins[name] - chance[name])
-    return {"name": name, "wins": wins[name], "by_chance": chance[name], "prompts": len(rivals)}
 
 
 def _words(said: Prompt) -> str:
@@ -161,33 +240,36 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _rewards(
-    scored: list[Example], gammas: Sequence[float], counts: dict[str, int], ranges: dict[str, Any]
-) -> list[dict[str, Any]]:
+    scored: list[Example],
+    values: dict[str, array],
+    counts: Counter[str],
+    weights: dict[tuple[str, float], np.ndarray],
+) -> None:
+    """weights: sums over rows of the negatives, the effective ones, and the mass on the top one."""
     rewards = [cast(np.ndarray, e.rewards) for e in scored]
     r = plan.padded(rewards, -np.inf, np.float64)
     _, below, left_out = plan.dispreferred(r, plan.padded([e.identity for e in scored], -1, np.int64))
     some = below.any(1)
     pairs = [r[e.chosen] - r[e.rejected] for r, e in zip(rewards, scored, strict=True) if _is_pair(e)]
-    ranges["dispreferred responses per prompt"] = _range(below.sum(1).tolist())
-    ranges["best reward minus worst"] = _range([float(np.ptp(r)) for r in rewards])
-    counts |= {
-        "copies_of_best": int(left_out["copies_of_best"].sum()),
-        "rows_with_rewards": len(scored),
-        "rows_with_top_tie": int((left_out["ties_with_best"] > 0).sum()),
-        "rows_no_dispreferred": int((~some).sum()),
-        "human_pairs_with_rewards": len(pairs),
-        "human_pairs_reversed": sum(bool(d < 0) for d in pairs),
-    }
-    weights = []
+    values["dispreferred"].extend(below.sum(1).tolist())
+    values["reward_range"].extend(float(np.ptp(r)) for r in rewards)
+    counts.update(
+        copies_of_best=int(left_out["copies_of_best"].sum()),
+        rows_with_rewards=len(scored),
+        rows_with_top_tie=int((left_out["ties_with_best"] > 0).sum()),
+        rows_no_dispreferred=int((~some).sum()),
+        human_pairs_with_rewards=len(pairs),
+        human_pairs_reversed=sum(bool(d < 0) for d in pairs),
+    )
+    if not some.any():
+        return
     for norm in samplers.REWARD_NORMS:
         scaled = samplers.normalise_rewards(r[some], norm=norm)
-        for gamma in gammas if some.any() else ():
+        for gamma in [gamma for name, gamma in weights if name == norm]:
             log_q = samplers.log_q(scaled, gamma, below[some]).numpy()
             q = np.exp(log_q)
-            effective = np.exp(-(q * np.where(q > 0, log_q, 0.0)).sum(1)).mean()
-            about = {"gamma": float(gamma), "reward_norm": norm, "negatives": float(below[some].sum(1).mean())}
-            weights.append(about | {"effective_negatives": float(effective), "top_mass": float(q.max(1).mean())})
-    return weights
+            effective = np.exp(-(q * np.where(q > 0, log_q, 0.0)).sum(1)).sum()
+            weights[norm, gamma] += (below[some].sum(), effective, q.max(1).sum())
 
 
 def _joints(tokenizer: PreTrainedTokenizerFast, kept: list[tuple[Row, Example]], counts: dict[str, int]) -> str:

@@ -94,7 +94,7 @@ def generate(
 
     Args:
         model: a causal language model of `transformers` in eval mode, or what `load_vllm` returns.
-        prompts: (id, token ids); ids must be distinct, for they select the random stream.
+        prompts: (id, token ids), gone through twice; ids must be distinct, for they select the random stream.
         counts: is added to, prompt by prompt: "samples" drawn = kept + "unfinished" + "duplicates" + "surplus"
             (drawn beyond the n-th), "prompts_short", prompts that ended with fewer than n, and "prompts_no_room", those
             without any sample since the model has no positions for prompt and max_new_tokens.
@@ -117,26 +117,40 @@ def generate(
     oversample, limit = (1.0, 1.0) if as_drawn or temperature == 0 else (OVERSAMPLE, DRAW_LIMIT)
     ours = isinstance(model, torch.nn.Module)
     assert not (ours and model.training), "the model is in training mode (dropout): call model.eval() before sampling"
-    longest = limits.positions(model.config) - max_new_tokens if ours else math.inf  # vLLM checks its own
-    beyond = {id for id, ids in prompts if len(ids) > longest}
-    for prompt_id, ids in prompts:
-        if len(ids) == 0 or len(beyond) == len(prompts):
-            raise ValueError(
-                f"prompt {prompt_id!r} has {len(ids)} tokens; the model's {longest + max_new_tokens} positions and "
-                f"max_new_tokens={max_new_tokens} allow 1 to {longest}: lower max_new_tokens, or shorten or drop it "
-                f"(data_prep.py generate drops it with --max_prompt_length {longest})"
-            )
-    streams = {id: _Stream(id, Request(ids, prompt_seed(seed, id))) for id, ids in prompts}
-    assert len(streams) == len(prompts), "two prompts share an id and would get the same samples"
-    running = {id(stream.request): stream for name, stream in streams.items() if name not in beyond}
-    for name in beyond:
-        streams[name].counts["prompts_no_room"] = 1
-    for stream in running.values():
-        stream.request.due = stream.still_due(n, oversample, limit)
-    waiting = deque(stream.request for stream in running.values())
+    room = limits.positions(model.config) - max_new_tokens if ours else math.inf  # vLLM checks its own
+    if not prompts:
+        return
+    lengths = np.fromiter((len(ids) for _, ids in prompts), np.int64)
+    if (empty := lengths == 0).any() or not (fits := lengths <= room).any():
+        prompt_id, ids = prompts[int(empty.argmax())]
+        raise ValueError(
+            f"prompt {prompt_id!r} has {len(ids)} tokens; the model's {room + max_new_tokens} positions and "
+            f"max_new_tokens={max_new_tokens} allow 1 to {room}: lower max_new_tokens, or shorten or drop it "
+            f"(data_prep.py generate drops it with --max_prompt_length {room})"
+        )
+    streams: dict[str, _Stream] = {}  # those whose turn to be yielded has not come
+    running: dict[int, _Stream] = {}
+    waiting: deque[Request] = deque()
+    upcoming = iter(prompts)
+
+    def read_ahead() -> None:
+        """Prompts wait in no larger number than the engine may begin before it ends one."""
+        while len(waiting) < 2 * max_rows and (found := next(upcoming, None)):
+            prompt_id, ids = found
+            assert prompt_id not in streams, "two prompts share an id and would get the same samples"
+            stream = streams[prompt_id] = _Stream(prompt_id, Request(ids, prompt_seed(seed, prompt_id)))
+            if len(ids) > room:
+                stream.counts["prompts_no_room"] = 1
+                continue
+            running[id(stream.request)] = stream
+            stream.request.due = stream.still_due(n, oversample, limit)
+            waiting.append(stream.request)
+
+    read_ahead()
     settings: dict[str, Any] = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
+    settings |= dict(longest_prompt=int(lengths[fits].max())) if ours else {}
     results = (decode if ours else ask_vllm)(model, waiting, max_rows=max_rows, **settings)
-    with tqdm(total=len(streams), unit="prompt", desc="generate", disable=not progress) as bar:
+    with tqdm(total=len(prompts), unit="prompt", desc="generate", disable=not progress) as bar:
         for request in results:
             stream = running[id(request)]
             stream.absorb(n, as_drawn=as_drawn)
@@ -146,6 +160,7 @@ def generate(
                 continue
             bar.update()
             del running[id(request)]
+            read_ahead()
             while streams and id((first := next(iter(streams.values()))).request) not in running:
                 del streams[first.prompt_id]  # its samples need not stay in memory until the last prompt is done
                 counts.update(first.counts, prompts_short=int(len(first.kept) < n))

@@ -6,11 +6,12 @@ The formats themselves are in hps/prepare/formats.py.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hps.data.listwise import Places
 from hps.data.rows import Row, decode_json, opened, read_lines
 from hps.io import files, hub
 from hps.prepare import formats
@@ -26,13 +27,16 @@ HUB_NAME = re.compile(r"(?!.*\.(jsonl?|gz|xz|parquet|csv)$)[\w.-]+/[\w.-]+(@[\w.
 
 
 class Converted(NamedTuple):
-    """rows of one format as those of another; counts: rows_read = rows_kept (rows_written) + rows_skipped + all drops,
-    and `formats.notes`; the first 5 reasons, each with file:line; the columns of a foreign file that no row holds."""
+    """rows of one format as those of another, made while they are taken; the rest is whole when the last one was.
 
-    rows: list[Any]
-    counts: dict[str, int]
+    counts: rows_read = rows_kept (rows_written) + rows_skipped + all drops, and `formats.notes`; the first 5 reasons,
+    each with file:line; the columns of a foreign file that no row holds.
+    """
+
+    rows: Iterator[Any]
+    counts: Counter[str]
     reasons: list[str]
-    columns_left_out: list[str]
+    columns_left_out: set[str]
 
 
 def import_file(
@@ -63,41 +67,55 @@ def import_file(
         raise ValueError(f"skip = {skip} must be at least 0 and limit = {limit} at least 1")
     if (subset or split) and not any(map(is_data_set, inputs)):
         raise ValueError("subset and split are those of a data set by its folder or hub name; leave them out for files")
-    names = _names(columns, formats.columns_of(source, order))
-    counts: Counter[str] = Counter(dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0))
-    rows: list[Row] = []
+    columns_read = formats.columns_of(source, order)
+    names = _names(columns, columns_read)
+    counts = Counter(dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0))
     reasons: list[str] = []
     left_out: set[str] = set()
-    first: dict[str, str] = {}  # where each id was met
-    for where, record in (found for input in inputs for found in _records(source, input, subset, split)):
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: a record must be a JSON object")
-        counts["rows_read"] += 1
-        try:
-            record = formats.renamed(record, names, where) if names else record
-            row = formats.read(source, record, where, order=order)
-            if row.id in first:
-                raise Dropped("rows_duplicate", f"the same as {first[row.id]}")
-        except Dropped as dropped:
-            _count(dropped, where, counts, reasons)
-            continue
-        first[row.id] = where
-        if len(first) <= skip:
-            counts["rows_skipped"] += 1
-            continue
-        left_out |= record.keys() - formats.columns_of(source, order) - row.others.keys()
-        counts.update(formats.notes(source, record, row))
-        rows.append(replace(row, others=row.others | {"origin": where}) if len(inputs) > 1 else row)
-        if len(rows) == limit:
-            break
-    counts["rows_kept"], read = len(rows), ", ".join(map(str, inputs))
-    if not rows:
-        raise ValueError(_nothing_left(f"{read}: no row is left of this {source} file", counts, reasons))
-    if (short := counts["prompts_implicit_short"]) >= MANY_SHORT and short > len(rows) / 10:
-        alike = f"chosen and rejected begin with fewer than {formats.IMPLICIT_CHARACTERS} characters in common"
-        advice = "they are answers alone. Name the prompt's column, --columns user=COLUMN or prompt=COLUMN"
-        raise ValueError(f"{read}: there is no prompt, and in {short} of {len(rows)} rows {alike}: {advice}")
-    return Converted(rows, dict(counts), reasons, sorted(left_out))
+
+    def usable() -> Iterator[tuple[str, Record, Row]]:
+        """Where each record stands, the record, and its row."""
+        wheres, seen = [], Places()
+        for input in inputs:
+            where_is, records = _records(source, input, subset, split)
+            wheres.append(where_is)
+            for number, record in enumerate(records):
+                where = where_is(number)
+                if not isinstance(record, dict):
+                    raise ValueError(f"{where}: a record must be a JSON object")
+                counts["rows_read"] += 1
+                try:
+                    record = formats.renamed(record, names, where) if names else record
+                    row = formats.read(source, record, where, order=order)
+                    first = seen.add(row.id, number * len(inputs) + len(wheres) - 1)
+                    if first is not None:
+                        before, file = divmod(first, len(inputs))
+                        raise Dropped("rows_duplicate", f"the same as {wheres[file](before)}")
+                except Dropped as dropped:
+                    _count(dropped, where, counts, reasons)
+                else:
+                    yield where, record, row
+
+    def kept() -> Iterator[Row]:
+        for where, record, row in usable():
+            if counts["rows_skipped"] < skip:
+                counts["rows_skipped"] += 1
+                continue
+            counts["rows_kept"] += 1
+            left_out.update(record.keys() - columns_read - row.others.keys())
+            counts.update(formats.notes(source, record, row))
+            yield replace(row, others=row.others | {"origin": where}) if len(inputs) > 1 else row
+            if counts["rows_kept"] == limit:
+                break
+        kept, read = counts["rows_kept"], ", ".join(map(str, inputs))
+        if not kept:
+            raise ValueError(_nothing_left(f"{read}: no row is left of this {source} file", counts, reasons))
+        if (short := counts["prompts_implicit_short"]) >= MANY_SHORT and short > kept / 10:
+            alike = f"chosen and rejected begin with fewer than {formats.IMPLICIT_CHARACTERS} characters in common"
+            advice = "they are answers alone. Name the prompt's column, --columns user=COLUMN or prompt=COLUMN"
+            raise ValueError(f"{read}: there is no prompt, and in {short} of {kept} rows {alike}: {advice}")
+
+    return Converted(kept(), counts, reasons, left_out)
 
 
 def _names(columns: Iterable[str], known: set[str]) -> dict[str, str]:
@@ -122,26 +140,29 @@ def export_rows(rows: Iterable[Row], *, pair: str = "human") -> Converted:
 
     ValueError without a record left, and for prompts of both kinds, strings and messages: TRL's sets hold one kind.
     """
-    counts: dict[str, int] = dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0)
-    records: list[Record] = []
+    counts = Counter(dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0))
     reasons: list[str] = []
-    kinds: dict[type, str] = {}
-    for row in rows:
-        counts["rows_read"] += 1
-        try:
-            records.append(formats.to_trl(row, *_pair_of(row, pair)))
-        except Dropped as dropped:
-            _count(dropped, row.where or f"row {row.id!r}", counts, reasons)
-            continue
-        counts["responses_left_out"] += len(row.responses) - 2
-        kinds.setdefault(type(row.prompt), row.where)
-    counts["rows_written"] = len(records)
-    if len(kinds) == 2:
-        both = f"that of {kinds[str]} is a string and that of {kinds[tuple]} a list of messages"
-        raise ValueError(f"a TRL data set holds prompts of one kind, but {both}; export them from two files")
-    if not records:
-        raise ValueError(_nothing_left(f"no row can be exported with pair {pair}", counts, reasons))
-    return Converted(records, counts, reasons, [])
+
+    def records() -> Iterator[Record]:
+        kinds: dict[type, str] = {}
+        for row in rows:
+            counts["rows_read"] += 1
+            try:
+                record = formats.to_trl(row, *_pair_of(row, pair))
+            except Dropped as dropped:
+                _count(dropped, row.where or f"row {row.id!r}", counts, reasons)
+                continue
+            kinds.setdefault(type(row.prompt), row.where)
+            if len(kinds) == 2:
+                both = f"that of {kinds[str]} is a string and that of {kinds[tuple]} a list of messages"
+                raise ValueError(f"a TRL data set holds prompts of one kind, but {both}; export them from two files")
+            counts["rows_written"] += 1
+            counts["responses_left_out"] += len(row.responses) - 2
+            yield record
+        if not counts["rows_written"]:
+            raise ValueError(_nothing_left(f"no row can be exported with pair {pair}", counts, reasons))
+
+    return Converted(records(), counts, reasons, set())
 
 
 def write_manifest(inputs: Sequence[tuple[str, str]], output: str | Path, facts: dict[str, Any]) -> None:
@@ -160,7 +181,7 @@ def write_manifest(inputs: Sequence[tuple[str, str]], output: str | Path, facts:
     files.write_record(Path(f"{output}.manifest.json"), record)
 
 
-def _count(dropped: Dropped, where: str, counts: dict[str, int], reasons: list[str]) -> None:
+def _count(dropped: Dropped, where: str, counts: Counter[str], reasons: list[str]) -> None:
     counts[dropped.counter] += 1
     if len(reasons) < MAX_REASONS:
         reasons.append(f"{where}: {dropped}")
@@ -178,7 +199,7 @@ def _pair_of(row: Row, pair: str) -> tuple[int, int]:
     return chosen, rejected
 
 
-def _nothing_left(what: str, counts: dict[str, int], reasons: list[str]) -> str:
+def _nothing_left(what: str, counts: Counter[str], reasons: list[str]) -> str:
     lost = ", ".join(f"{key} = {value}" for key, value in counts.items() if value)
     return "\n  ".join([f"{what}: {lost}", *reasons])
 
@@ -207,20 +228,22 @@ def is_data_set(input: str | Path) -> bool:
     return Path(input).is_dir() or bool(HUB_NAME.fullmatch(str(input)) and not Path(input).exists())
 
 
-def _records(source: str, input: str | Path, subset: str, split: str) -> Iterator[tuple[str, object]]:
+def _records(source: str, input: str | Path, subset: str, split: str) -> tuple[Callable[[int], str], Iterator[object]]:
+    """Where a record stands by its number, from 0, and the records."""
     if source == "alpaca-eval" and Path(input).is_dir():
         return alpaca_lists(Path(input), subset or ALPACA_JUDGE)
     if is_data_set(input) or Path(input).suffix in TABLES:
-        return _by_datasets(str(input), subset, split)
+        name = f"{input}/{split}" if is_data_set(input) else input
+        return lambda number: f"{name}[{number}]", _by_datasets(str(input), subset, split)
     with opened(input) as file:
         is_list = file.read(1) == b"["
         values = decode_json(b"[" + file.read(), str(input)) if is_list else None
     if isinstance(values, list):
-        return ((f"{input}[{i}]", value) for i, value in enumerate(values))
-    return read_lines(input)
+        return lambda number: f"{input}[{number}]", iter(values)
+    return lambda number: f"{input}:{number + 1}", (value for _, value in read_lines(input))
 
 
-def alpaca_lists(folder: Path, judge: str) -> Iterator[tuple[str, object]]:
+def alpaca_lists(folder: Path, judge: str) -> tuple[Callable[[int], str], Iterator[object]]:
     """Of AlpacaEval's folder `results` one record for each instruction, of all models' MODEL/JUDGE/annotations.json,
     where answer 2 is the model's and a preference goes from 1 (the baseline's answer) to 2; `models` names who said it.
 
@@ -234,7 +257,9 @@ def alpaca_lists(folder: Path, judge: str) -> Iterator[tuple[str, object]]:
         raise ValueError(f"{folder}: there is no MODEL/{judge}/annotations.json; {known}")
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
-        for where, record in _records("", path, "", ""):
+        where_is, records = _records("", path, "", "")
+        for number, record in enumerate(records):
+            where = where_is(number)
             if not isinstance(record, dict) or not {"instruction", "output_2", "preference"} <= record.keys():
                 raise ValueError(f"{where}: an annotation must be an object with instruction, output_2 and preference")
             start = dict(instruction=record["instruction"], answers=[], preferences=[], models=[], unjudged=[])
@@ -249,10 +274,10 @@ def alpaca_lists(folder: Path, judge: str) -> Iterator[tuple[str, object]]:
             one["preferences"].append(preference - 1)
             one["models"].append(path.parent.parent.name)
     mixed = sorted(found, key=lambda text: hashlib.blake2b(text.encode(errors="surrogatepass")).digest())
-    return ((f"{folder}: {text[:40]!r}", found[text]) for text in mixed)
+    return lambda number: f"{folder}: {mixed[number][:40]!r}", (found[text] for text in mixed)
 
 
-def _by_datasets(input: str, subset: str, split: str) -> Iterator[tuple[str, object]]:
+def _by_datasets(input: str, subset: str, split: str) -> Iterator[object]:
     """Record by record, nothing of it kept on the disk."""
     try:
         import datasets  # only here: JSON needs none of it
@@ -267,7 +292,6 @@ def _by_datasets(input: str, subset: str, split: str) -> Iterator[tuple[str, obj
         split = split if is_data_set(input) else "train"  # as it calls all of a file
         if (split or len(found) > 1) and split not in found:
             raise ValueError(f"choose one of its splits with --split: {', '.join(found)}")
-        for number, record in enumerate(found[split or next(iter(found))]):
-            yield f"{input}{f'/{split}' if is_data_set(input) else ''}[{number}]", record
+        yield from found[split or next(iter(found))]
     except Exception as error:  # of pyarrow, pandas, the network's library, datasets itself
         raise ValueError(f"{input}: cannot be read by datasets: {' '.join(str(error).split())}") from error

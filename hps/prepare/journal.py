@@ -6,12 +6,15 @@ flushed with each, and a last line without its end, torn when the run was killed
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from hps import checkpoint, dist, hosts
+from hps.data.listwise import Places, Rows
 from hps.data.rows import Row, decode_json
 
 # Options that change nothing of what a journal holds: a run that was killed may go on with others.
@@ -19,10 +22,13 @@ FREE = {"output", "max_rows", "pairs", "tokens_per_micro_batch", "timeout"}
 
 RECORD = {"id": str, "found": list, "counts": dict}  # the texts or numbers found for a row, and what became of it
 
-Work = Callable[[list[Row], Counter[str], dist.Ranks], Iterator[tuple[str, list]]]
+Found = Iterator[tuple[str, list]]
+Work = Callable[[Sequence[Row], Counter[str], dist.Ranks], Found]
 
 
-def in_shares(c: Any, rows: list[Row], work: Work, write: Callable[[dict[str, list], Counter[str]], None]) -> None:
+def in_shares(
+    c: Any, rows: Rows, work: Work, write: Callable[[Iterator[tuple[Row, list]], Counter[str]], None]
+) -> None:
     """Do `work` on the rows that no journal beside c.output has, every world_size-th on each rank, then `write` once.
 
     While it lasts no other process works on the same output, and the journals go when that is written.
@@ -32,7 +38,8 @@ def in_shares(c: Any, rows: list[Row], work: Work, write: Callable[[dict[str, li
             shares); with others than a journal's, but for FREE, nothing is begun.
         work: (rows, counts, ranks) -> (id, what was found: texts or numbers) of each row, as it is done; it adds to
             `counts` what becomes of the row.
-        write: what was found by id, and all counts; called on the first rank.
+        write: each row with what was found for it, and counts, which are whole after the last row; called on the first
+            rank.
 
     Raises:
         ValueError: another process is at work on this output, or another run has left it unfinished.
@@ -40,9 +47,10 @@ def in_shares(c: Any, rows: list[Row], work: Work, write: Callable[[dict[str, li
     output = Path(c.output)
     settings = {key: hosts.behind(key, value) for key, value in vars(c).items() if key not in FREE}
     with dist.session(timeout=timedelta(minutes=c.timeout)) as ranks, checkpoint.held(c, ranks, what="data_prep.py"):
-        done = read(output, settings)
+        done = Records(output, settings)
         dist.barrier()  # none may write before all have read
-        if mine := [row for row in rows if row.id not in done][ranks.rank :: ranks.world_size]:
+        todo = np.flatnonzero(np.fromiter((row.id not in done for row in rows), bool))
+        if len(mine := rows[todo[ranks.rank :: ranks.world_size]]):
             counts: Counter[str] = Counter()
             file = None  # opened with the first record: a run that ends before has left nothing behind
             for id, found in work(mine, counts, ranks):
@@ -51,11 +59,15 @@ def in_shares(c: Any, rows: list[Row], work: Work, write: Callable[[dict[str, li
                 counts.clear()
         dist.gather("done", ranks, days=True)  # a rank may be done days before another
         if ranks.first:
-            done = read(output, settings)
-            total: Counter[str] = Counter()
-            for row in rows:
-                total.update(done[row.id]["counts"])  # which, unlike a sum of counters, keeps zeros
-            write({row.id: done[row.id]["found"] for row in rows}, total)
+            done, total = Records(output, settings), Counter[str]()
+
+            def each() -> Iterator[tuple[Row, list]]:
+                for row in rows:
+                    record = done[row.id]
+                    total.update(record["counts"])  # which, unlike a sum of counters, keeps zeros
+                    yield row, record["found"]
+
+            write(each(), total)
             for path in journals(output):
                 path.unlink()
 
@@ -67,28 +79,42 @@ def journals(output: str | Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.startswith(prefix)) if folder.exists() else []
 
 
-def read(output: str | Path, settings: dict[str, object]) -> dict[str, dict]:
-    """id -> record of all that is in the journals beside an output.
+class Records:
+    """What the journals beside an output hold, by id: a record is read when it is asked for, its place is held.
 
     Raises:
         ValueError: a journal was written with other settings, or a line in it is no such record.
     """
-    records = {}
-    for path in journals(output):
-        for number, line in enumerate(_whole_lines(path), 1):
-            record: Any = decode_json(line, f"{path}:{number}")
-            if number == 1:
-                before = record if isinstance(record, dict) else {}
-                if other := [key for key in {**before, **settings} if before.get(key) != settings.get(key)]:
-                    raise ValueError(
-                        f"{path} is what another run left unfinished: it differs in {', '.join(other)}. Start that run "
-                        f"again to finish it, or delete {Path(output).name}.journal-* to begin anew"
-                    )
-            elif not isinstance(record, dict) or {key: type(record[key]) for key in record} != RECORD:
-                raise ValueError(f"{path}:{number}: no record of a finished prompt; remove that line")
-            else:
-                records[record["id"]] = record
-    return records
+
+    def __init__(self, output: str | Path, settings: dict[str, object]) -> None:
+        self._paths, self._places = journals(output), Places()
+        for file, path in enumerate(self._paths):
+            begin = 0
+            for number, line in enumerate(_whole_lines(path), 1):
+                record: Any = decode_json(line, f"{path}:{number}")
+                if number == 1:
+                    before = record if isinstance(record, dict) else {}
+                    if other := [key for key in {**before, **settings} if before.get(key) != settings.get(key)]:
+                        raise ValueError(
+                            f"{path} is what another run left unfinished: it differs in {', '.join(other)}. Start that "
+                            f"run again to finish it, or delete {Path(output).name}.journal-* to begin anew"
+                        )
+                elif not isinstance(record, dict) or {key: type(record[key]) for key in record} != RECORD:
+                    raise ValueError(f"{path}:{number}: no record of a finished prompt; remove that line")
+                else:
+                    self._places.add(record["id"], begin * len(self._paths) + file)
+                begin += len(line)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._places
+
+    def __getitem__(self, id: str) -> dict[str, Any]:
+        place = self._places.get(id)
+        assert place is not None, f"{id!r} is in no journal"
+        begin, file = divmod(place, len(self._paths))
+        with open(self._paths[file], "rb") as opened:
+            opened.seek(begin)
+            return json.loads(opened.readline())
 
 
 def begin(output: str | Path, rank: int, settings: dict[str, object]) -> BinaryIO:

@@ -35,7 +35,7 @@ def annotate(rows: Iterable[Row], score: Scorer) -> Iterator[tuple[str, Rewards]
 
 def annotate_packed(
     rows: Sequence[Row],
-    score: Callable[[list[Block]], list[np.ndarray]],
+    score: Callable[[list[Block]], Iterable[np.ndarray]],
     tokenizer: PreTrainedTokenizerFast,
     *,
     positions: int,
@@ -59,7 +59,7 @@ def annotate_packed(
     """
     encoder = tokens.Encoder(tokenizer)
     for begin in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[begin : begin + ROWS_AT_ONCE]
+        some = list(rows[begin : begin + ROWS_AT_ONCE])
         blocks: list[list[Block]] = []
         places: list[list[int]] = []  # which response each reward is of
         why = "the rewards are not finite: check the reward model's weights and dtype"
@@ -117,14 +117,12 @@ def scored(row: Row, rewards: Rewards) -> Row:
     return only(whole, [k for k, reward in enumerate(rewards) if reward is not None])
 
 
-def agreement(rows: Iterable[Row]) -> dict[str, int]:
-    """Of the rows with rewards and a human pair: how many there are, and in how many the rewards agree or tie."""
-    counts = Counter[str]()
-    for row in rows:
-        if row.rewards and row.chosen is not None and row.rejected is not None:
-            apart = row.rewards[row.chosen] - row.rewards[row.rejected]
-            counts.update(human_pairs=1, human_pairs_agree=apart > 0, human_pairs_tied=apart == 0)
-    return dict(counts)
+def agreement(row: Row) -> dict[str, int]:
+    """Of a row with rewards and a human pair, that it has them, and whether the rewards agree with the pair or tie."""
+    if not row.rewards or row.chosen is None or row.rejected is None:
+        return {}
+    apart = row.rewards[row.chosen] - row.rewards[row.rejected]
+    return {"human_pairs": 1, "human_pairs_agree": int(apart > 0), "human_pairs_tied": int(apart == 0)}
 
 
 def _finite(rewards: Iterable[float]) -> Rewards:
@@ -162,15 +160,13 @@ def _cut(block: Block, room: int, bos_id: Any, counts: Counter[str]) -> Block:
     return Block(prompt, block.responses)
 
 
-def check_prompts(rows: Iterable[Row], read: Callable[[Any], Any]) -> list[Any]:
-    """What `read` makes of each prompt; ValueError, with file and line, for the first that it refuses."""
-    found = []
+def read_prompts(rows: Iterable[Row], read: Callable[[Any], Any]) -> Iterator[Any]:
+    """What `read` makes of each prompt; ValueError, with file and line, for one that it refuses."""
     for row in rows:
         try:
-            found.append(read(row.prompt))
+            yield read(row.prompt)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
-    return found
 
 
 def random_pair(row: Row) -> Row:

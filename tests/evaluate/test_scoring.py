@@ -6,14 +6,17 @@ from helpers import blocks_of, separate_logps, tiny
 from scipy.stats import entropy
 
 from hps import logps
+from hps.evaluate import scoring
 from hps.evaluate.scoring import score, token_kl
 from hps.model import PolicyModel
 
 
-def test_score_keeps_order_over_pieces():
-    """More candidates than a piece holds, scored in pieces, come back whole and in order."""
+def test_score_keeps_order_over_pieces(monkeypatch):
+    """More candidates than a piece holds, scored in pieces, a block at a time, come back whole and in order."""
+    monkeypatch.setattr(scoring, "MICRO_BATCHES_AT_ONCE", 1)
     lm, blocks = tiny("llama"), blocks_of(70, B=2)
-    rows = score(PolicyModel(lm), blocks, device=torch.device("cpu"), budget=512, pad_id=0)
+    assert len(list(scoring.windows(blocks, budget=300))) == 2
+    rows = list(score(PolicyModel(lm), blocks, device=torch.device("cpu"), budget=300, pad_id=0))
     expected = separate_logps(lm, blocks).detach().numpy()
     np.testing.assert_allclose(np.stack(rows), expected, rtol=1e-5, atol=1e-4)
 

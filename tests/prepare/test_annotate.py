@@ -158,7 +158,7 @@ def test_what_cannot_be_scored_is_left_out_by_id(tokenizer, data, tmp_path, monk
     score = scorers.score
 
     def odd_score(model, blocks, **how):
-        found = score(model, blocks, **how)
+        found = list(score(model, blocks, **how))
         found[0][1] = float("nan")
         return found
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 import data_prep
 from hps.data.listwise import write
 from hps.data.rows import Row
-from hps.data.tokens import COUNTS, Example, tokenize_rows
+from hps.data.tokens import COUNTS, Example
 from hps.io import files
-from hps.prepare.doctor import cut_off, diagnose, format_report
+from hps.prepare.doctor import cut_off, diagnose, format_report, kept_rows
 
 
 def case(responses, rewards=None, chosen=None, rejected=None, prompt="why", **others):
@@ -41,8 +41,13 @@ NUMBERS = itertools.count()
 
 
 def report_of(*cases, **more):
-    counts = dict.fromkeys(COUNTS, 0) | more.pop("counts", {})
-    return diagnose([row for row, _ in cases], [example for _, example in cases], counts, **more)
+    counts = dict.fromkeys(COUNTS, 0) | {"rows_read": len(cases)} | more.pop("counts", {})
+    return diagnose(cases, counts, **more)
+
+
+def report_with(tokenizer, rows):
+    counts = {}
+    return diagnose(kept_rows(tokenizer, rows, counts, max_length=99), counts, tokenizer=tokenizer)
 
 
 MIXED = [
@@ -247,8 +252,7 @@ def test_where_texts_meet():
     for (prompt, (first, *_)), merged in zip(texts, (True, False), strict=True):
         ids, whole = tokenizer(prompt).input_ids, tokenizer(prompt + first).input_ids
         assert ([*ids, *tokenizer(first).input_ids[1:]] != whole) is merged
-    examples, counts = tokenize_rows(tokenizer, rows, max_length=99)
-    report = diagnose(rows, examples, counts, tokenizer=tokenizer)
+    report = report_with(tokenizer, rows)
     expected = {"prompts_with_bos": 2, "rows_looked_at": 2, "responses_looked_at": 4, "merges_with_the_prompt": 1}
     assert expected.items() <= report["counts"].items() and report["template"] == ""
     assert report["counts"]["responses_decoded_otherwise"] == 0
@@ -261,7 +265,7 @@ def test_a_text_that_its_tokens_do_not_give_back():
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     rows = [Row("a", "why", ("Yes", "no"), (1.0, 0.0), where="f:1")]
-    report = diagnose(rows, *tokenize_rows(tokenizer, rows, max_length=99), tokenizer=tokenizer)
+    report = report_with(tokenizer, rows)
     assert report["counts"]["responses_decoded_otherwise"] == 1
     assert "50.0% of the responses are not what their tokens decode to" in report["advice"][0]
 
@@ -275,7 +279,7 @@ def test_a_template_that_ends_answers_otherwise_is_told():
     )
     for end, told in (("</s> ", ""), ("<|tool|>", ends.format("<|tool|>")), ("", ends.format(""))):
         tokenizer = byte_tokenizer(chat_template=ANSWERED.replace("END", end))
-        report = diagnose(rows, *tokenize_rows(tokenizer, rows, max_length=99), tokenizer=tokenizer)
+        report = report_with(tokenizer, rows)
         assert (
             report["advice"] == [told + trained] * bool(told) + [NO_REWARDS]
             and report["counts"]["merges_with_the_prompt"] == 0
@@ -289,7 +293,7 @@ def test_a_template_that_ends_answers_otherwise_is_told():
         (before, "the chat template writes '<think>' before a finished answer, which the prompt does not end in"),
     ):
         tokenizer = byte_tokenizer(chat_template=template)
-        report = diagnose(rows, *tokenize_rows(tokenizer, rows, max_length=99), tokenizer=tokenizer)
+        report = report_with(tokenizer, rows)
         assert report["advice"] == [told + trained, NO_REWARDS]
 
 

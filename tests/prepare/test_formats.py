@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 import data_prep
 from hps.data.listwise import read, write, write_lines
 from hps.data.rows import Row
-from hps.prepare import formats
+from hps.prepare import formats, importers
 from hps.prepare.formats import DROPS, FORMATS, Dropped
-from hps.prepare.importers import export_rows, import_file
 
 FIXTURES = ROOT / "tests/fixtures"
 ASK = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Tea?"
@@ -52,6 +51,16 @@ def as_hh_rlhf(row):
         f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}: {turn['content']}" for turn in row.prompt
     )
     return {key: f"{said}\n\nAssistant: {y}" for key, y in zip(("chosen", "rejected"), row.responses, strict=True)}
+
+
+def import_file(*args, **how):
+    found = importers.import_file(*args, **how)
+    return found._replace(rows=list(found.rows))
+
+
+def export_rows(rows, **how):
+    found = importers.export_rows(rows, **how)
+    return found._replace(rows=list(found.rows))
 
 
 def lost(counts):
@@ -100,7 +109,7 @@ def test_pku_saferlhf_in_both_orders():
         assert (row.chosen, row.rejected) == (chosen, 1 - chosen)
         assert (found.rows[1].chosen, found.rows[1].rejected) == (0, 1)
         assert found.counts["rows_read"] == 3 and lost(found.counts) == {"rows_equal_responses": 1}
-        assert row.others["is_response_0_safe"] is False and found.columns_left_out == []
+        assert row.others["is_response_0_safe"] is False and not found.columns_left_out
     assert [row.id for row in helpful.rows] == [row.id for row in safe.rows]
     assert "safer_response_id" in helpful.rows[0].others and "better_response_id" in safe.rows[0].others
 

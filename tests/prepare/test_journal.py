@@ -3,10 +3,12 @@
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from hps.data import listwise
 from hps.data.rows import Row
 from hps.dist import Ranks
 from hps.prepare import journal
@@ -24,6 +26,11 @@ def write(output, rank, records, settings=SETTINGS):
             journal.note(file, record)
 
 
+def held(output):
+    records = journal.Records(output, SETTINGS)
+    return [records[id] for id in "abc" if id in records]
+
+
 def test_cut_anywhere_it_keeps_the_whole_lines(tmp_path):
     path = tmp_path / "out.journal-0-0"
     file = journal.begin(tmp_path / "out", 0, SETTINGS)
@@ -35,10 +42,10 @@ def test_cut_anywhere_it_keeps_the_whole_lines(tmp_path):
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         kept = max(sum(end <= cut for end in ends) - 1, 0)
-        assert journal.read(tmp_path / "out", SETTINGS) == {record["id"]: record for record in RECORDS[:kept]}
+        assert held(tmp_path / "out") == RECORDS[:kept]
         write(tmp_path / "out", 0, RECORDS[kept:])  # what goes on leaves what is there alone
         assert path.read_bytes() == whole[:cut]
-        assert journal.read(tmp_path / "out", SETTINGS) == {record["id"]: record for record in RECORDS}
+        assert held(tmp_path / "out") == RECORDS
         (tmp_path / "out.journal-0-1").unlink()
 
 
@@ -46,15 +53,15 @@ def test_other_settings_and_broken_lines_are_refused(tmp_path):
     path = tmp_path / "out.journal-0-0"
     write(tmp_path / "out", 0, RECORDS)
     with pytest.raises(ValueError, match=r"out.journal-0-0 .* differs in n, seed\. .* delete out.journal-\*"):
-        journal.read(tmp_path / "out", SETTINGS | {"n": 9, "seed": 1})
+        journal.Records(tmp_path / "out", SETTINGS | {"n": 9, "seed": 1})
     whole = path.read_bytes()
     for bad in ({"found": "x"}, {"counts": 1}, {"id": 3}, {"more": 1}):
         path.write_bytes(whole + json.dumps(RECORDS[0] | bad).encode() + b"\n")
         with pytest.raises(ValueError, match="out.journal-0-0:4: no record of a finished prompt; remove that line"):
-            journal.read(tmp_path / "out", SETTINGS)
+            journal.Records(tmp_path / "out", SETTINGS)
     path.write_bytes(whole + b'{"id": "c", \n')
     with pytest.raises(ValueError, match="out.journal-0-0:4: broken JSON"):
-        journal.read(tmp_path / "out", SETTINGS)
+        journal.Records(tmp_path / "out", SETTINGS)
 
 
 @dataclass
@@ -69,13 +76,10 @@ class Command:
 
 @pytest.fixture
 def command(tmp_path):
-    (tmp_path / "in").write_text("rows")
+    listwise.write(tmp_path / "in", [Row(id, "prompt", ()) for id in "abcdefg"])
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("weights")
     return Command(str(tmp_path / "model"), str(tmp_path / "in"), str(tmp_path / "new" / "out"))
-
-
-ROWS = [Row(id, "prompt", (), where="f:1") for id in "abcdefg"]
 
 
 def run(command, monkeypatch, *, rank=0, world_size=1, ends_before=""):
@@ -94,12 +98,12 @@ def run(command, monkeypatch, *, rank=0, world_size=1, ends_before=""):
             yield row.id, [row.id * 2]
 
     def write(found, counts):
-        assert all(path.exists() for path in journal.journals(command.output))  # until the output is there
+        written.update((row.id, texts) for row, texts in found)
+        assert journal.journals(command.output)  # until the output is there
         assert counts == {"samples": 14, "lost": 0} and "lost" in counts
-        written.update(found)
 
     with pytest.raises(KeyboardInterrupt) if ends_before else nullcontext():
-        journal.in_shares(command, ROWS, work, write)
+        journal.in_shares(command, listwise.Rows(Path(command.output).parents[1] / "in"), work, write)
     return "".join(done), written
 
 
