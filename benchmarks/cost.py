@@ -56,7 +56,7 @@ def candidates(c: Options, n: int) -> list[Row]:
     rows = list(importers.import_file("hh-rlhf", c.data).rows)
     tokenizer = tokens.load_tokenizer(c.model)
     texts = sorted({text for row in rows for text in row.responses})
-    lengths = {text: len(tokens.encode_response(tokenizer, text)) for text in texts}
+    lengths = {text: len(next(tokens.Encoder(tokenizer).responses([text]))) for text in texts}
     by_length = sorted(texts, key=lengths.__getitem__)
     found = []
     for row in rows[: c.prompts]:

@@ -96,7 +96,7 @@ def contestants(
 def measure(c: Options, name: str, path: str, rows: list[Row], n: int, P: int, limit: int) -> dict[str, Any]:
     """Rates and ratios of one case."""
     tokenizer, lengths = tokens.load_tokenizer(path), {}
-    prompts = [tokens.encode_prompt(tokenizer, row.prompt) for row in rows[: max(1, round(P * c.share))]]
+    prompts = [tokens.Encoder(tokenizer).prompt(row.prompt) for row in rows[: max(1, round(P * c.share))]]
 
     def rate(who: str, draw: Callable[[], list[int]]) -> dict[str, float]:
         drawn: list[int] = []

@@ -114,7 +114,8 @@ def words_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """64 words that are one token each, first or not."""
     found = (token.lstrip("\u0120\u2581") for token in sorted(tokenizer.get_vocab()))
     words = (w for w in found if w.isascii() and w.isalpha() and w.islower() and len(w) > 1)
-    return list(itertools.islice((w for w in words if len(tokens.encode_response(tokenizer, f"{w} {w}")) == 3), 64))
+    encoder = tokens.Encoder(tokenizer)
+    return list(itertools.islice((w for w in words if len(next(encoder.responses([f"{w} {w}"]))) == 3), 64))
 
 
 def write_texts(path: Path, tokenizer: PreTrainedTokenizerFast, *, rows: int, responses: int, length: int) -> None:
@@ -168,16 +169,21 @@ def commands(rows: int, folder: Path, model: str) -> dict[str, dict[str, float]]
         paths = {key: folder / value for key, value in options.items() if isinstance(value, str) and "/" in value}
         return [f"--{key}={value}" for key, value in (options | paths).items()]
 
-    how, few = dict(input="./rows.jsonl"), dict(model="./lm", max_new_tokens=4)
+    how, few = dict(input="./rows.jsonl"), dict(model="./lm", max_new_tokens=2, temperature=0)
     each = {
         "import": flags(source="trl", input="./pairs.jsonl", output="./rows.jsonl"),
         "doctor": flags(**how, model="./lm"),
-        "generate": flags(**how, **few, n=2, output="./drawn.jsonl"),
         "annotate": flags(**how, scorer="./rm", output="./scored.jsonl"),
+        "generate": flags(**how, **few, n=1, output="./drawn.jsonl"),
+        "eval": flags(
+            data="./scored.jsonl", reference="./lm", out="./eval", reference_cache="./cache", samples=1, **few
+        ),
     }
-    found = {name: harness.alone(ran, "data_prep", [name, *argv]) for name, argv in each.items()}
-    argv = flags(data="./scored.jsonl", reference="./lm", out="./eval", reference_cache="./cache", samples=1, **few)
-    return found | {"eval": harness.alone(ran, "eval", argv)}
+    found = {}
+    for name, argv in each.items():
+        found[name] = harness.alone(ran, *(("eval", argv) if name == "eval" else ("data_prep", [name, *argv])))
+        print(f"{name}, {rows:,} rows: {found[name]}", file=sys.stderr)
+    return found
 
 
 def stepped(c: Options, folder: Path, model: str, length: int, responses: int, ranks: int) -> dict[str, Any]:

@@ -123,9 +123,9 @@ def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, Any]:
     from trl import DPOConfig, DPOTrainer
 
     tokenizer = tokens.load_tokenizer(c.model)
-    examples, _ = tokens.tokenize_rows(tokenizer, rows, max_length=2048, progress=False)
+    examples = list(tokens.tokenize(tokenizer, rows, {}, max_length=2048, progress=False))
     records = [{
-        "prompt": tokenizer.decode(tokens.encode_prompt(tokenizer, row.prompt)),
+        "prompt": tokenizer.decode(tokens.Encoder(tokenizer).prompt(row.prompt)),
         "chosen": row.responses[row.chosen],
         "rejected": row.responses[row.rejected],
     } for row in rows]  # fmt: skip

@@ -34,6 +34,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from hps.data import tokens
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------------ runs of train.py
@@ -397,3 +399,19 @@ def results(sft="SFT", bt="DPO-BT", hps="HPS|x"):
         "claims": [dict(zip(keys, claim)) | interval(*numbers) | {"values": [0.5, 0.7]} for *claim, numbers in claims]
         + [unmeasured | {"table": "Claims", "reason": "needs human raters"}],
     }
+
+
+def encode_prompt(tokenizer, prompt) -> list[int]:
+    """Token ids of one prompt."""
+    return tokens.Encoder(tokenizer).prompt(prompt)
+
+
+def encode_response(tokenizer, text: str) -> list[int]:
+    """Token ids of one response."""
+    return next(tokens.Encoder(tokenizer).responses([text]))
+
+
+def tokenize_rows(tokenizer, rows, **how) -> tuple[list[tokens.Example], dict[str, int]]:
+    """All that `tokens.tokenize` gives, and its counts."""
+    counts: dict[str, int] = {}
+    return list(tokens.tokenize(tokenizer, rows, counts, **how)), counts

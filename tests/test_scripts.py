@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, flags, run, torchrun
+from helpers import ROOT, encode_prompt, encode_response, flags, run, torchrun
 
 import data_prep
 import eval as evaluation
 from hps import config, dist
 from hps.data import listwise
 from hps.data.rows import Row
-from hps.data.tokens import encode_prompt, encode_response, load_tokenizer
+from hps.data.tokens import load_tokenizer
 from hps.io import files
 from hps.lab.world import World
 from hps.model import load_causal_lm

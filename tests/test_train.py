@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import SFT, distinct, jsonl, losses, plain_logp, rewrite, run, run_ranks
+from helpers import SFT, distinct, jsonl, losses, plain_logp, rewrite, run, run_ranks, tokenize_rows
 from peft import AutoPeftModelForCausalLM
 
 import train
@@ -312,7 +312,7 @@ def test_differences_that_cancel_in_the_first_loss_are_seen():
 def penalised_rewards(world: Path, penalty: float) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each prompt r_k - penalty L_k and L_k, the scored tokens with the end token."""
     tokenizer = tokens.load_tokenizer(str(world / "model"))
-    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(world / "train.jsonl"), max_length=128)
+    examples, _ = tokenize_rows(tokenizer, listwise.read(world / "train.jsonl"), max_length=128)
     lengths = [np.array([len(ids) for ids in e.response_ids]) for e in examples]
     return [(e.rewards - penalty * L, L) for e, L in zip(examples, lengths, strict=True)]
 

@@ -199,24 +199,6 @@ def _without_blank(rule: Any) -> Any:
     return rule | prefix.get(rule["type"], {})
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
-    """Token ids of one prompt, as `Encoder.prompt` says."""
-    return Encoder(tokenizer).prompt(prompt)
-
-
-def encode_response(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of one response, as `Encoder.responses` says."""
-    return next(Encoder(tokenizer).responses([text]))
-
-
-def tokenize_rows(
-    tokenizer: PreTrainedTokenizerFast, rows: Iterable[Row], **how: Any
-) -> tuple[list[Example], dict[str, int]]:
-    """What `tokenize` gives, as a list, and its counts; other arguments and errors as there."""
-    counts: dict[str, int] = {}
-    return list(tokenize(tokenizer, rows, counts, **how)), counts
-
-
 def tokenize(
     tokenizer: PreTrainedTokenizerFast,
     rows: Iterable[Row],

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 found = {}
                 for name, (lm, tokenizer) in speakers.items():
-                    prompts = [(turn, tokens.encode_prompt(tokenizer, asked))]
+                    prompts = [(turn, tokens.Encoder(tokenizer).prompt(asked))]
                     [(_, [found[name]])] = generate.answer(lm, tokenizer, prompts, seed=c.seed, counts=Counter(), **how)
             except ValueError as error:
                 print(f"error: {error}\nThat was not added to the conversation; /reset begins a new one.")
@@ -72,7 +72,7 @@ def load(path: str, dtype: str, options: str = "") -> tuple[Any, Any]:
     """A model and its tokenizer; ValueError for one that has no chat template."""
     tokenizer = tokens.load_tokenizer(path, options)
     try:
-        tokens.encode_prompt(tokenizer, said("a"))
+        tokens.Encoder(tokenizer).prompt(said("a"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be talked to: {error}; take a model that was trained to chat") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -32,8 +32,6 @@ RANGES = {
     "dispreferred": "dispreferred responses per prompt",
     "reward_range": "best reward minus worst",
 }
-
-
 Kept = tuple[Row, Example]
 
 
@@ -72,7 +70,7 @@ def diagnose(
     """
     wanted = Counter(row_key(_words(row.prompt).casefold()) for row in test)
     met: set[int] = set()
-    found: Counter[str] = Counter()
+    found = Counter(dict.fromkeys(("human_pairs", "human_pairs_identical", "copies_of_other_responses"), 0))
     values: defaultdict[str, array] = defaultdict(lambda: array("d"))
     texts, prompts = array("Q"), array("Q")  # hashes, of each response
     rivals = {kind: Rivals() for kind in WINS}
@@ -95,19 +93,14 @@ def diagnose(
             _texts(row, e, responses, values, found, rivals)
         if scored := [e for _, e in some if e.rewards is not None]:
             _rewards(scored, values, found, weights)
-    about = ("human_pairs", "human_pairs_identical", "copies_of_other_responses")
     counts = counts | {"test_prompts": wanted.total(), "test_prompts_in_training": sum(wanted[key] for key in met)}
-    counts |= {key: found[key] for key in about} | {
-        "responses_of_several_prompts": _of_several_prompts(np.array(texts), np.array(prompts))
-    }
-    counts |= {key: n for key, n in found.items() if key not in about}
-    if tokenizer:
-        template = _joints(tokenizer, first, counts)
+    counts |= found | {"responses_of_several_prompts": _of_several_prompts(np.array(texts), np.array(prompts))}
+    template = _joints(tokenizer, first, counts) if tokenizer else ""
     report: dict[str, Any] = {
         "rows": counts["rows_read"],
         "examples": len(values["responses"]),
         "counts": counts,
-        "template": template if tokenizer else "",
+        "template": template,
         "ranges": {label: _range(values[name]) for name, label in RANGES.items() if name in values},
         "prompts_compared": len(values["longer"]),
         "reward_length_correlation": float(np.mean(values["correlation"])) if values["correlation"] else None,

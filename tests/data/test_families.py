@@ -6,6 +6,7 @@ import functools
 import json
 
 import pytest
+from helpers import tokenize_rows
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -13,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from hps.data.rows import Row
 from hps.data.templates import fix
-from hps.data.tokens import tokenize_rows
 from hps.prepare.doctor import diagnose
 
 

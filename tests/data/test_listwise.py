@@ -3,15 +3,17 @@
 import gzip
 import json
 import re
+import weakref
 from dataclasses import replace
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hps.data import listwise, rows
-from hps.data.listwise import read, write
+from hps.data.listwise import Rows, read, write
 from hps.data.rows import ROLES, Row, only, parse_row, stream
 
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
@@ -226,6 +228,52 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match=r"name it \.jsonl, \.jsonl\.gz or \.jsonl\.xz"):
         listwise.write_lines(tmp_path / "x.parquet", [{}])
     assert (tmp_path / "x.jsonl").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+
+def test_rows_are_read_when_they_are_asked_for(tmp_path):
+    """By number, slice or array, in any order; from the file that was checked, whatever has its name by now."""
+    for name in ("x.jsonl", "x.jsonl.gz", "x.jsonl.xz"):
+        path = tmp_path / name
+        write(path, [Row(f"caf\u00e9 {i}", "p" * (i + 1), ("x",) * i) for i in range(9)])
+        whole, found = read(path), Rows(path)
+        assert list(found) == whole and len(found) == 9
+        assert found[np.int64(7)] == whole[7] and found[-1] == whole[-1]
+        some = found[np.array([8, 0, 3])]
+        assert list(some) == [whole[8], whole[0], whole[3]] and list(some[1:]) == [whole[0], whole[3]]
+        with pytest.raises(IndexError):
+            found[9]
+        write(path, [Row("b", "another", ())])
+        assert list(found) == whole
+    plain = Rows(put(tmp_path / "y.jsonl", GOOD))
+    put(tmp_path / "y.jsonl", {**GOOD, "prompt": "Ho"})
+    with pytest.raises(ValueError, match=r"y.jsonl: changed while it was read; start again"):
+        plain[0]
+    with pytest.raises(ValueError, match=r"y.jsonl:2: id 'a' is already used at .*y.jsonl:1;"):
+        Rows(put(tmp_path / "y.jsonl", GOOD, GOOD))
+
+
+def test_places_are_those_of_a_dict(monkeypatch):
+    monkeypatch.setattr(listwise, "RECENT", 4)
+    places, expected = listwise.Places(), {}
+    for i, id in enumerate("abcdefghijaekz\u00fc"):
+        assert places.add(id, i) == expected.get(id)
+        expected.setdefault(id, i)
+    assert {id: places.get(id) for id in expected} == expected and "y" not in places and "a" in places
+
+
+def test_few_rows_are_alive_while_they_are_written(tmp_path):
+    made, most = [], []
+
+    def rows():
+        for i in range(50):
+            row = Row(str(i), "p", ("x",))
+            made.append(weakref.ref(row))
+            most.append(sum(one() is not None for one in made))
+            yield row
+            del row
+
+    write(tmp_path / "x.jsonl", rows())
+    assert len(most) == 50 and max(most) <= 3
 
 
 def test_some_responses_keep_or_drop_the_human_pair_whole():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import tokenize_rows
 
 from hps import batches, config, dist
 from hps import plan as planning
@@ -62,7 +63,7 @@ def test_a_store_holds_what_memory_does(tiny_world, tmp_path, tokenizer, suffix,
     listwise.write(data, odd_rows(tiny_world))
     rows = listwise.read(data)
     rows = [only(row, range(len(row.responses))[:candidates]) for row in rows] if candidates else rows
-    examples, counts = tokens.tokenize_rows(tokenizer, rows, max_length=128)
+    examples, counts = tokenize_rows(tokenizer, rows, max_length=128)
     assert counts["rows_overlong_prompt"] == counts["responses_empty"] == 1 and counts["pairs_broken"] == 1
     for _ in ("made", "found"):
         found = opened(tmp_path / "stores", data, tokenizer, candidates=candidates)
@@ -74,7 +75,7 @@ def test_a_store_holds_what_memory_does(tiny_world, tmp_path, tokenizer, suffix,
 def test_blocks_and_rewards_of_some_responses(tiny_world, tmp_path, tokenizer):
     """As visits ask for them: the preferred first, not all of them; rewards less the penalty of the tokens."""
     data = tiny_world / "train.jsonl"
-    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
+    examples, _ = tokenize_rows(tokenizer, listwise.read(data), max_length=128)
     found = opened(tmp_path, data, tokenizer, length_penalty=0.25)
     block = found.block(np.int64(7), np.array([2, 0]))
     assert block.prompt.tolist() == examples[7].prompt_ids.tolist()
@@ -94,7 +95,7 @@ def test_a_plan_from_disk_is_the_plan_from_memory(tiny_world, tmp_path, tokenize
     many = [Row(f"{i}", rows[i % 24].prompt, rows[i % 24].responses, rows[i % 24].rewards) for i in range(500)]
     listwise.write(tmp_path / "x.jsonl", many)
     found = opened(tmp_path / "stores", tmp_path / "x.jsonl", tokenizer)
-    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(tmp_path / "x.jsonl"), max_length=128)
+    examples, _ = tokenize_rows(tokenizer, listwise.read(tmp_path / "x.jsonl"), max_length=128)
     how = dict(sampler="hps", epochs=2, prompts_per_step=64, seed=1)
     ours = plan(found.rewards, found.identity, found.keys, **how)
     keys = np.array([tokens.row_key(e.id) for e in examples], dtype=np.uint64)
@@ -109,7 +110,7 @@ def test_what_a_run_reads_of_a_plan(tiny_world, tmp_path, tokenizer):
     """Blocks of visits, every touched response once with its place, and SFT's responses, against rows in memory."""
     data = tmp_path / "x.jsonl"
     listwise.write(data, [row for row in odd_rows(tiny_world) if row.rewards])
-    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
+    examples, _ = tokenize_rows(tokenizer, listwise.read(data), max_length=128)
     found = opened(tmp_path / "stores", data, tokenizer)
     argv = ["--model=m", "--data=d", "--out=o", "--method=dpo-pl", "--pl_responses=4", "--prompts_per_step=8"]
     c, _ = config.parse(Config, argv, prog="train.py", description="")
@@ -186,7 +187,7 @@ def test_a_failed_pass_leaves_nothing(tiny_world, tmp_path, tokenizer, monkeypat
 
 def test_of_two_that_make_a_store_the_first_stays(tiny_world, tmp_path, tokenizer):
     data, folder = tiny_world / "train.jsonl", tmp_path / "both" / "s"
-    examples, counts = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
+    examples, counts = tokenize_rows(tokenizer, listwise.read(data), max_length=128)
     about = {"identity": {"data": "h"}, "counts": counts}
     store.write(folder, examples, about)
     before = (folder / "store.json").stat().st_mtime_ns

@@ -1,13 +1,13 @@
 """What a chat template writes is what the turns say, today as tomorrow; and texts come back from their tokens."""
 
 import pytest
-from helpers import byte_tokenizer
+from helpers import byte_tokenizer, encode_prompt, encode_response, tokenize_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hps.data.rows import Row, parse_row
 from hps.data.templates import DATE
-from hps.data.tokens import Encoder, encode_prompt, encode_response, fingerprint, load_tokenizer, tokenize_rows
+from hps.data.tokens import Encoder, fingerprint, load_tokenizer
 
 CHAT = "{% for m in messages %}<|tool|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<|tool|>assistant\n{% endif %}"

@@ -4,24 +4,14 @@ import hashlib
 
 import numpy as np
 import pytest
-from helpers import byte_tokenizer
+from helpers import byte_tokenizer, encode_prompt, encode_response, tokenize_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hps.data.rows import Row
-from hps.data.tokens import (
-    COUNTS,
-    Encoder,
-    encode_prompt,
-    encode_response,
-    fingerprint,
-    load_tokenizer,
-    row_key,
-    tokenize,
-    tokenize_rows,
-)
+from hps.data.tokens import COUNTS, Encoder, fingerprint, load_tokenizer, row_key, tokenize
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>", "tea", "is", "hot", "cold", "why"]
 TEMPLATE = "<bos>{% for m in messages %} <{{ m.role }}> {{ m.content }}{% endfor %} <assistant>"

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import flags
+from helpers import encode_prompt, flags
 
 from hps.data import tokens
 from hps.evaluate import chat
@@ -46,7 +46,7 @@ def other(tiny_world, tmp_path_factory):
 def expected(path, history: list[tuple[str, str]], turn: int, seed: int = 0, temperature: float = 0.9) -> str:
     """generate's own sample of a conversation given as (role, text), 12 tokens at most."""
     lm, tokenizer = load_causal_lm(str(path), dtype=torch.float32), tokens.load_tokenizer(str(path))
-    ids = tokens.encode_prompt(tokenizer, tuple({"role": role, "content": text} for role, text in history))
+    ids = encode_prompt(tokenizer, tuple({"role": role, "content": text} for role, text in history))
     how = dict(n=1, counts=Counter(), eos_token_id=tokenizer.eos_token_id, max_new_tokens=12, seed=~seed)
     how |= dict(temperature=temperature, as_drawn=True, progress=False)
     [(_, [sample])] = generate.generate(lm, [(f"turn {turn}", ids)], **how)

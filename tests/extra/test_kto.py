@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import SFT, distinct, losses, plain_logp, rewrite, run, run_ranks
+from helpers import SFT, distinct, losses, plain_logp, rewrite, run, run_ranks, tokenize_rows
 
 from hps import batches, dist
 from hps.batches import make_plan
@@ -29,7 +29,7 @@ def test_z0_and_loss_of_a_step_by_plain_forwards(tiny_world, tmp_path, taught, s
     policy, ref = (load_causal_lm(str(path), dtype=torch.float32) for path in (models[::-1] if swapped else models))
     data = rewrite(tiny_world, tmp_path, distinct)
     tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
-    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data)[:8], max_length=128)
+    examples, _ = tokenize_rows(tokenizer, listwise.read(data)[:8], max_length=128)
     order = [np.argsort(e.rewards) for e in examples]
     pairs = [(e.prompt_ids, e.response_ids[o[-1]], e.response_ids[o[0]]) for e, o in zip(examples, order, strict=True)]
 
@@ -54,7 +54,7 @@ def test_z0_and_loss_of_a_step_by_plain_forwards(tiny_world, tmp_path, taught, s
 def test_mismatched_pairs_are_cut_at_max_length(tiny_world):
     """Each is the visit's prompt and the start of the next one's best response, as much of it as max_length leaves."""
     data, tokenizer = tiny_world / "train.jsonl", tokens.load_tokenizer(str(tiny_world / "model"))
-    examples, _ = tokens.tokenize_rows(tokenizer, listwise.read(data), max_length=128)
+    examples, _ = tokenize_rows(tokenizer, listwise.read(data), max_length=128)
     longest = max(map(len, (e.prompt_ids for e in examples)))
     c = Config("m", "d", "o", method="kto-bt", prompts_per_step=24, epochs=1, max_length=longest + 5)
     stored = store.open_store(tiny_world / "tokens", data, tokenizer, max_length=128)

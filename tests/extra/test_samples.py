@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SFT, arguments, jsonl, losses, run
+from helpers import SFT, arguments, encode_prompt, jsonl, losses, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -40,7 +40,7 @@ def test_they_are_the_greedy_answers_of_the_policy_at_each_step(tiny_world, tmp_
     first = listwise.read(data)[:3]
     assert [(s["step"], s["id"]) for s in found] == [(t, row.id) for t in (0, 2, 4, 6, 8) for row in first]
     tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
-    prompts = [tokens.encode_prompt(tokenizer, row.prompt) for row in first]
+    prompts = [encode_prompt(tokenizer, row.prompt) for row in first]
     assert [s["prompt"] for s in found] == [tokenizer.decode(ids) for ids in prompts] * 5
     start = [greedy(tiny_world / "model", ids) for ids in prompts]
     end = [greedy(tmp_path / "policy", ids) for ids in prompts]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import classifier
+from helpers import classifier, encode_prompt, encode_response
 from transformers import AutoModelForSequenceClassification
 
 import data_prep
@@ -47,7 +47,7 @@ def by_transformers(folder, rows, tokenizer, label=slice(None)) -> list[list[flo
         found.append([])
         for y in row.responses:
             if isinstance(row.prompt, str):
-                ids = [*tokens.encode_prompt(tokenizer, row.prompt), *tokens.encode_response(tokenizer, y)]
+                ids = [*encode_prompt(tokenizer, row.prompt), *encode_response(tokenizer, y)]
             else:
                 answered = [*row.prompt, {"role": "assistant", "content": y}]
                 ids = tokenizer.apply_chat_template(answered, return_dict=False)
@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_cut_and_counted(tokenizer, data, tmp_path, capsys)
     short = classifier(tokenizer, tmp_path / "rm", positions=16)
     words = [tokenizer.decode([i]) for i in range(20, 60)]
     prompt = " ".join(words[:20])
-    ids = tokens.encode_prompt(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt)
     listwise.write(tmp_path / "in.jsonl", [Row("a", prompt, (words[30], " ".join(words[30:34])))])
     [row] = annotate(short, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert "prompts_cut 1" in capsys.readouterr().err
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_cut_and_counted(tokenizer, data, tmp_path, capsys)
     for y, reward in zip(row.responses, row.rewards, strict=True):
         bos = [tokenizer.bos_token_id] if ids[0] == tokenizer.bos_token_id else []
         cut = bos + ids[len(ids) - 16 + 5 + len(bos) :]  # the longer answer has 4 words and EOS
-        whole = [*cut, *tokens.encode_response(tokenizer, y)]
+        whole = [*cut, *encode_response(tokenizer, y)]
         with torch.no_grad():
             assert reward == pytest.approx(float(lm(input_ids=torch.tensor([whole])).logits), abs=1e-4)
     listwise.write(tmp_path / "long.jsonl", [Row("a", prompt, (" ".join(words[:16]),))])

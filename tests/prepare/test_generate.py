@@ -102,6 +102,25 @@ def test_samples_do_not_depend_on_grouping_order_or_sharding(llama):
     assert flat(other.values()) != flat([whole["a"]])  # equal prompts with unequal ids have their own draws
 
 
+def test_few_prompts_are_read_ahead(llama, monkeypatch):
+    """Of forty, when the first is done, no more than wait or run; all have the samples that they have alone."""
+    prompts = [(f"p{i}", PROMPTS[i % 6][1]) for i in range(40)]
+    read = []
+
+    class Asked(list):
+        def __iter__(self):
+            for at, one in enumerate(super().__iter__()):
+                read.append(at)
+                yield one
+
+    settings = dict(n=2, eos_token_id=EOS, max_new_tokens=12, progress=False, as_drawn=True, max_rows=4)
+    found = generate(llama, Asked(prompts), counts=Counter(), **settings)
+    first = next(found)
+    assert read[:40] == list(range(40)) and len(read) <= 40 + 16  # all once for their lengths
+    for (_, samples), (name, ids) in zip([first, *found], prompts, strict=True):
+        assert flat([samples]) == flat([draw(llama, ids, name, n=2)])
+
+
 def test_kept_samples_are_the_first_n_of_the_stream(llama):
     samples, counts = run(llama, PROMPTS[:3], n=6)
     for name, ids in PROMPTS[:3]:
