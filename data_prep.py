@@ -225,9 +225,9 @@ def annotate_rows(c: Annotate) -> None:
         reasons = [f"{id}: without a reward, left out: responses {places}" for id, places in lost.items()]
         told = {**counts, **more, **agreed, **(pairs if c.pairs else {})}
         tell(c, "annotate", told, reasons[: importers.MAX_REASONS], responses_left_out=lost)
-        if pairs := agreed["human_pairs"]:  # held-out accuracy, where the scorer has not seen these
-            right = (agreed["human_pairs_agree"] + agreed["human_pairs_tied"] / 2) / pairs
-            print(f"{c.output}: the rewards agree with people on {right:.1%} of {pairs:,} pairs", file=sys.stderr)
+        if compared := agreed["human_pairs"]:  # held-out accuracy, where the scorer has not seen these
+            right = (agreed["human_pairs_agree"] + agreed["human_pairs_tied"] / 2) / compared
+            print(f"{c.output}: the rewards agree with people on {right:.1%} of {compared:,} pairs", file=sys.stderr)
 
     journal.in_shares(c, rows, work, write)
 

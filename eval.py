@@ -102,7 +102,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     tokenizer = tokens.load_common(c.model, c.reference, c.template_options)
     how = dict(max_length=c.max_length, limit=c.limit, ranks=ranks)
     examples = store.open_store(out / "tokens", c.data, tokenizer, **how)
-    human = (examples.human >= 0).all(1)  # a person's pair of which both responses fit
+    human: np.ndarray = (examples.human >= 0).all(1)  # a person's pair of which both responses fit
     ranked = np.fromiter((r.min() < r.max() for r in examples.rewards), bool)  # NaN is not below NaN
     compared, sizes = np.flatnonzero(human | ranked), examples.sizes
     counts = examples.counts | {"rows_nothing_to_compare": len(examples) - len(compared)}
