@@ -22,5 +22,9 @@ def best(metric: str, kl: float, folders: list[str]) -> str:
     return max(within, key=within.__getitem__) if within else min(found, key=found.__getitem__)
 
 
-if __name__ == "__main__":
+def main() -> None:
     print(best(sys.argv[1], float(sys.argv[2]), sys.argv[3:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -95,4 +95,4 @@ for name in "${names[@]}"; do seeds final "$name"; done
 rows=(reference="$OUT/reference")
 for name in "${names[@]}"; do rows+=("$name=$OUT/$name"); done
 "$PYTHON" -m hps.evaluate.compare "${rows[@]}" --baseline=DPO-HPS --out="$OUT"
-for name in "${names[@]}"; do echo "$name: $(cat "$OUT/tune/$name.chosen")"; done
+for name in "${names[@]}"; do echo "$name: $(cat "$OUT/tune/$name.chosen")" >&2; done

@@ -26,7 +26,8 @@ def with_pair(row: Row) -> Row:
     return replace(row, chosen=int(rewards.argmax()), rejected=int(below[drawn.argmin()]))
 
 
-def main(lists: str, out: str, *numbers: str) -> None:
+def main() -> None:
+    lists, out, *numbers = sys.argv[1:]
     sizes, answers = [int(n) for n in numbers[:3]], int(numbers[3]) if len(numbers) > 3 else 0
     rows = [only(row, list(range(len(row.responses)))[: answers or None]) for row in listwise.read(lists)]
     rows = [row for row in rows if row.rewards and min(row.rewards) < max(row.rewards)]
@@ -41,4 +42,4 @@ def main(lists: str, out: str, *numbers: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -60,7 +60,7 @@ def policy(words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A language model whose answers end: all states have one large value, which speaks for the end token."""
     lm = LlamaForCausalLM(config(words))
     with torch.no_grad():
-        lm.get_input_embeddings().weight[:, 0] = 3.0
+        lm.model.embed_tokens.weight[:, 0] = 3.0
         lm.lm_head.weight[words.convert_tokens_to_ids("<|eot_id|>"), 0] += 1.0
     return lm
 
@@ -71,7 +71,8 @@ def dialogue(draw: random.Random) -> tuple[str, str, str]:
     return question + "?", answers[0] + ".", answers[1] + "!"
 
 
-def main(out: Path) -> None:
+def main() -> None:
+    out = Path(sys.argv[1])
     torch.manual_seed(0)
     draw, words = random.Random(0), tokenizer()
     made: dict[str, Any] = {
@@ -98,4 +99,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

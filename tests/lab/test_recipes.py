@@ -19,7 +19,7 @@ from hps import config
 from hps.data import listwise
 from hps.data.rows import Row
 from hps.options import Config, check
-from recipes import best, split_lists, tiny_models
+from recipes import best
 
 SMALL = {"SMALL": "1", "SEEDS": "2"}
 
@@ -127,15 +127,20 @@ def test_the_paper_on_several_gpus_and_its_smaller_form(tmp_path):
         )
 
 
-def test_every_line_of_the_paper_runs(tmp_path, monkeypatch):
-    """With random models in each role, all in this process; every table is there with every column of the paper's."""
-    first, *commands = printed(run(tmp_path / "out", recipe="paper.sh", TINY="1"))
-    assert first[0] == "recipes/tiny_models.py"
-    tiny_models.main(Path(first[1]))
+def call(monkeypatch, name, *words):
+    """The main function of a script or module, in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    importlib.import_module(name.removesuffix(".py").replace("/", ".")).main()
+
+
+def call_all(monkeypatch, commands):
     for words in commands:
-        name, *argv = words[1:] if words[0] == "-m" else words
-        monkeypatch.setattr(sys, "argv", [name, *argv])
-        importlib.import_module(name.removesuffix(".py")).main()
+        call(monkeypatch, *(words[1:] if words[0] == "-m" else words))
+
+
+def test_every_line_of_the_paper_runs(tmp_path, monkeypatch):
+    """With random models in each role; every table is there with every column of the paper's."""
+    call_all(monkeypatch, printed(run(tmp_path / "out", recipe="paper.sh", TINY="1")))
     out = tmp_path / "out-tiny"
     table = ["rm_dpo", "rm_rdpo_chars", "rm_rdpo_tokens", "bleu_char", "best_of_k_reward", "win", "kl_exact", "rm10"]
     for name, rows in {"hh": 16, "pku": 16, "hh-to-pku": 16, "pku-to-hh": 16, "n": 4, "n-to-pku": 4, "beta": 2}.items():
@@ -162,12 +167,29 @@ def test_the_lists_recipe(tmp_path):
         assert Path(found["data"]).stem == ("valid" if "/tune/" in found["out"] else "test")
 
 
-def test_lists_are_split_by_prompts(tmp_path):
-    draw = np.random.default_rng(0)
-    rows = [Row(f"r{i}", f"p{i}", tuple("abcde"), tuple(draw.random(5))) for i in range(20)]
+def rated_lists(n=20):
+    draw, question = np.random.default_rng(0), {"role": "user", "content": "why tea?"}
+    return [Row(f"r{i}", ({**question, "content": f"{i}?"},), tuple("abcde"), tuple(draw.random(5))) for i in range(n)]
+
+
+def test_every_line_of_the_lists_recipe_runs(tmp_path, monkeypatch):
+    """On a random model; the table has a row of each method, with the margins of its best answer and of a pair."""
+    listwise.write(tmp_path / "lists.jsonl", rated_lists())
+    call(monkeypatch, "recipes/tiny_models.py", tmp_path)
+    how = dict(LISTS="lists.jsonl", MODEL=str(tmp_path / "policy"), SMALL="1")
+    call_all(monkeypatch, printed(run(tmp_path / "out", recipe="lists.sh", **how)))
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert len(rows) == 7
+    for row in rows:
+        assert {"rm_dpo", "rm_rdpo_tokens", "rm2", "rm10", "rm_worst_case", "kl_exact"} <= row["metrics"].keys()
+
+
+def test_lists_are_split_by_prompts(tmp_path, monkeypatch):
+    rows = rated_lists()
     flat = Row("flat", "p", ("a", "b"), (0.5, 0.5))
     listwise.write(tmp_path / "lists.jsonl", [*rows, flat])
-    split_lists.main(str(tmp_path / "lists.jsonl"), str(tmp_path), "10", "4", "6", "4")
+    split = ("recipes/split_lists.py", tmp_path / "lists.jsonl", tmp_path)
+    call(monkeypatch, *split, 10, 4, 6, 4)
     found = {name: listwise.read(tmp_path / f"{name}.jsonl") for name in ("train", "valid", "test")}
     ids = [row.id for some in found.values() for row in some]
     assert sorted(ids) == sorted(row.id for row in rows) and ids != [row.id for row in rows]
@@ -178,7 +200,7 @@ def test_lists_are_split_by_prompts(tmp_path):
         assert row.rewards[row.chosen] == max(row.rewards) > row.rewards[row.rejected]
     assert len({np.argsort(row.rewards)[::-1].tolist().index(row.rejected) for row in held_out}) > 1  # not the worst
     with pytest.raises(ValueError, match="20 prompts whose answers can be ranked, and 21 are asked for"):
-        split_lists.main(str(tmp_path / "lists.jsonl"), str(tmp_path), "10", "5", "6")
+        call(monkeypatch, *split, 10, 5, 6)
 
 
 def test_the_best_setting_is_one_within_the_budget(tmp_path):
