@@ -45,7 +45,9 @@ def init(*, timeout: timedelta) -> Ranks:
     if "RANK" not in os.environ:
         return Ranks(rank=0, world_size=1, device=device, sharded=False)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        # Told its device, NCCL connects here, and a barrier needs no guess of which GPU is this rank's.
+        backend, of_device = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timeout, device_id=of_device)
         dist.barrier()  # NCCL asks no sooner whether all have come; the next group would wait for days
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     return Ranks(dist.get_rank(), dist.get_world_size(), device, sharded=True, patient=patient)

@@ -151,4 +151,4 @@ def sequence_logps(token_logps: Tensor, num_tokens: Tensor) -> Tensor:
     response. Always in the same order, where adding by index would give other last digits in each run on CUDA."""
     # unsafe: without a look at the lengths, for which the device would be waited for.
     sums = torch.segment_reduce(token_logps, "sum", lengths=num_tokens.flatten(), initial=0, unsafe=True)
-    return sums.view(num_tokens.shape)
+    return sums.view(num_tokens.shape).clone()  # FSDP's hook on a view is lost to whoever adds to it in place
