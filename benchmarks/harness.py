@@ -3,8 +3,11 @@
 A benchmark prints a table for people, the machine, and one JSON line last for programs.
 """
 
+import itertools
 import json
 import multiprocessing
+import os
+import socket
 import statistics
 import sys
 import time
@@ -50,9 +53,27 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
+def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a function gives on each of several gloo ranks of this machine, new processes of one thread."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = (itertools.repeat(one) for one in (ranks, port, function, *arguments))
+    with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_as_rank, range(ranks), *shared))
+
+
+def _as_rank(rank: int, ranks: int, port: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_PORT=port)
+    os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT))  # train.py is a script, no package
+    return function(*arguments)
+
+
 def memory(key: str) -> float:
-    """MiB that this process holds (VmRSS), or its high-water mark (VmHWM); unlike ru_maxrss it knows nothing of the
-    process that started it (Linux)."""
+    """MiB that this process holds (VmRSS; RssAnon: of its own, no page of a file), or its high-water mark (VmHWM);
+    unlike ru_maxrss it knows nothing of the process that started it (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{key}:")[1].split()[0]) / 1024
 

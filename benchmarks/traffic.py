@@ -7,13 +7,8 @@ Each way is train.py on gloo ranks of this machine, one step of which is looked 
 collectives are asked for: of an all-gather and a reduce-scatter all but the own part, of an all-reduce twice that.
 """
 
-import multiprocessing
-import os
-import socket
-import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +45,8 @@ RECEIVED: dict[str, Callable[..., float]] = {  # torch's name -> bytes, of its a
 }
 
 
-def counted(rank: int, ranks: int, port: int, options: dict[str, Any]) -> dict[str, float]:
+def counted(options: dict[str, Any]) -> dict[str, float]:
     """Collectives and bytes of the second step of train.py on one rank; the first one also sets things up."""
-    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_PORT=port)
-    os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    torch.set_num_threads(1)
     total, at_steps = {"collectives": 0, "bytes": 0.0}, []
 
     def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,7 +63,6 @@ def counted(rank: int, ranks: int, port: int, options: dict[str, Any]) -> dict[s
 
     for name in RECEIVED:
         setattr(torch.distributed, name, counting(name, getattr(torch.distributed, name)))
-    sys.path.insert(0, str(harness.ROOT))  # train.py is a script, no package
     import train
 
     learning_rate = train.lr_at
@@ -94,12 +85,8 @@ def main() -> None:
         shared |= dict(token_cache=folder / "tokens")
         for i, (name, options) in enumerate(WAYS.items()):
             own = {key: c.ranks // 2 if value == "group" else value for key, value in options.items()}
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            with ProcessPoolExecutor(c.ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
-                jobs = [(rank, c.ranks, port, shared | own | {"out": folder / str(i)}) for rank in range(c.ranks)]
-                found[name] = max(pool.map(counted, *zip(*jobs, strict=True)), key=lambda of_rank: of_rank["bytes"])
+            of_ranks = harness.on_ranks(c.ranks, counted, shared | own | {"out": folder / str(i)})
+            found[name] = max(of_ranks, key=lambda of_rank: of_rank["bytes"])
     table = [[name, of["collectives"], of["bytes"] / 2**20] for name, of in found.items()]
     harness.print_table(["", "collectives", "MiB"], table, f"{c.model}, {c.ranks} ranks: a rank and step")
     harness.finish(found)
