@@ -112,10 +112,11 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     gc.collect()  # and not when Python sees fit: its modules point at each other in circles
 
     # How far the run is, and where its numbers go.
-    done = 0
+    spent = {"step": 0, "tokens": 0, "seconds": 0.0}
     if started is not None:
-        done = checkpoint.load(started, policy, optimizer, ranks=ranks)["step"]
-        say(ranks, f"going on from {started} ({done} of {plan.steps} steps)")
+        spent |= checkpoint.load(started, policy, optimizer, ranks=ranks)
+        say(ranks, f"going on from {started} ({spent['step']} of {plan.steps} steps)")
+    done, tokens_seen = spent["step"], spent["tokens"]
     log = loggers.open_log(out, c.log_to, done=done, settings=settings(c)) if ranks.first else None
     bar = tqdm(
         total=plan.steps, initial=done, desc=c.method if c.loss == "preference" else c.loss, disable=not ranks.first
@@ -137,7 +138,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
 
     # The loop: the gradient of each step is the same, whichever way its prompts are split over ranks and micro-batches.
     loss = batches.objective(c)
-    clock, tokens_seen, saved, shown = time.perf_counter(), 0, time.monotonic(), ""
+    clock, saved, shown = time.perf_counter() - spent["seconds"], time.monotonic(), ""
     for step in range(done, plan.steps):
         lr = lr_at(c, step, plan.steps)
         for group in optimizer.param_groups:
@@ -192,12 +193,13 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         bar.update()
         if c.sample_every and (step + 1) % c.sample_every == 0:
             clock += samples.sample(c, policy, tokenizer, examples, step + 1)
-        last = step + 1 == plan.steps  # which needs no checkpoint: its policy is exported
+        last = step + 1 == plan.steps  # an export that fails or is killed shall cost no step
         stop = asked or step + 1 == c.stop_after
-        if stop or (not last and (late or (c.save_every and (step + 1) % c.save_every == 0))):
-            checkpoint.save(out / "checkpoints", policy, optimizer, {"step": step + 1}, ranks=ranks)
+        if stop or last or late or (c.save_every and (step + 1) % c.save_every == 0):
+            spent = {"step": step + 1, "tokens": tokens_seen, "seconds": time.perf_counter() - clock}
+            checkpoint.save(out / "checkpoints", policy, optimizer, spent, ranks=ranks)
             saved = time.monotonic()
-        if stop and not last:
+        if asked or (stop and not last):
             bar.close()
             how = "the same command" if asked else "without --stop_after it"
             say(ranks, f"stopped after {step + 1} of {plan.steps} steps; {how} goes on")
@@ -205,10 +207,18 @@ def train(c: Config, ranks: dist.Ranks) -> None:
                 raise SystemExit(STOPPED)
             return
     bar.close()
-    seconds = time.perf_counter() - clock
+
+    def end(*_: object) -> None:  # as before the first step: all that is done is on disk
+        say(ranks, "stopped before the policy was written; the same command goes on")
+        raise SystemExit(STOPPED)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    if terminated.is_set():
+        end()
     if held_out and c.keep == "best":
         say(ranks, held_out.go_back(policy, optimizer))
-    summary = {"steps": plan.steps, "first_step": done, "seconds": seconds, "tokens": tokens_seen, "counts": counts}
+    summary = {"steps": plan.steps, "seconds": spent["seconds"], "tokens": tokens_seen, "counts": counts}
     readme = ""
     if ranks.first:
         from hps.io import card
@@ -216,8 +226,12 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         files.write_json(out / "summary.json", summary)
         kind = "reward " * (c.loss == "reward") + ("adapter" if c.lora_rank else "model")
         readme = card.card(files.read_record(out / "run.json", RECORD), summary, kind=kind)
-    checkpoint.export(policy.lm, tokenizer, out / "policy", ranks=ranks, card=readme)
-    say(ranks, f"{out / 'policy'}: trained in {seconds:.1f} s")
+    from hps import sharding
+
+    # Rounded to what the model came in, as it is given away, unless told otherwise.
+    dtype = model.DTYPES.get(c.export_dtype, model.unwrapped(policy.lm).stored_dtype)
+    sharding.export(policy.lm, tokenizer, out / "policy", ranks=ranks, card=readme, dtype=dtype)
+    say(ranks, f"{out / 'policy'}: trained in {spent['seconds']:.1f} s")
 
 
 def load_policy(
@@ -228,10 +242,11 @@ def load_policy(
 
     longest: tokens that it must have positions for.
     """
-    from hps import limits
+    from hps import sharding
 
     dtype = model.compute_dtype(c.dtype)
-    loaded = dtype if c.lora_rank else torch.float32  # trained weights are fp32, a frozen base is not updated
+    # Trained weights are fp32, a frozen base is not updated.
+    loaded, cast = (None, torch.float32) if not c.lora_rank or dtype == torch.float32 else (dtype, None)
     how = dict(dtype=loaded, tokenizer=tokenizer, merged=not c.lora_rank)
     if c.loss == "reward":
         from hps.extra import reward_model
@@ -239,7 +254,7 @@ def load_policy(
         lm, wrapped = reward_model.load_reward_model(c.model, begin=True, **how), reward_model.RewardModel
     else:
         lm, wrapped = model.load_causal_lm(c.model, **how), model.PolicyModel
-    weights = dist.from_first(lambda: model.fingerprint(lm), ranks)  # while they are whole and untouched
+    weights = dist.from_first(lambda: model.fingerprint(lm, dtype=cast), ranks)  # while they are whole and untouched
     if c.lora_rank:
         from hps import adapters
 
@@ -250,15 +265,11 @@ def load_policy(
         model.checkpoint_layers(lm)
     # Under FSDP its mixed precision casts the fp32 weights, in one process autocast does.
     autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
-    policy = wrapped(lm, autocast=autocast).to(ranks.device)
+    policy = wrapped(lm, autocast=autocast)
     untrained = (
         not policy.classifier.score.weight.any() if c.loss == "reward" else needs_reference(c) and not c.reference
     )
-    limits.check(policy, longest=longest, share_prompt=c.share_prompt)
-    if ranks.sharded:
-        from hps import sharding
-
-        sharding.shard(policy, model.layers_of(lm), c, ranks=ranks, dtype=dtype)
+    sharding.place(policy, c, ranks, cast=cast, longest=longest)
     return policy, weights, untrained
 
 
@@ -266,16 +277,13 @@ def load_reference(
     c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast, *, longest: int
 ) -> tuple[model.PolicyModel, str]:
     """The model that `--reference` names, sharded, and the fingerprint of its weights."""
-    from hps import limits
+    from hps import sharding
 
-    lm = model.load_causal_lm(c.reference, dtype=model.DTYPES[c.dtype], tokenizer=tokenizer)
-    weights = dist.from_first(lambda: model.fingerprint(lm), ranks)
-    scorer = model.PolicyModel(lm).to(ranks.device)
-    limits.check(scorer, longest=longest, share_prompt=c.share_prompt)
-    if ranks.sharded:
-        from hps import sharding
-
-        sharding.shard(scorer, model.layers_of(lm), c, ranks=ranks, dtype=model.DTYPES[c.dtype])
+    loaded, cast = (None, torch.float32) if c.dtype == "fp32" else (torch.bfloat16, None)
+    lm = model.load_causal_lm(c.reference, dtype=loaded, tokenizer=tokenizer)
+    weights = dist.from_first(lambda: model.fingerprint(lm, dtype=cast), ranks)
+    scorer = model.PolicyModel(lm)
+    sharding.place(scorer, c, ranks, cast=cast, longest=longest)
     return scorer, weights
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints that appear whole or not at all, resume exactly, and hold no pickle; export to Hugging Face format.
+"""Checkpoints that appear whole or not at all, resume exactly, and hold no pickle.
 
-A checkpoint is a folder `step-00000040`: safetensors shards (one a rank, written by torch's distributed
-checkpoint, so another number of ranks can read them) with the trained weights and the optimizer's state, and
-`state.json` with their checksums. It is written as `step-00000040.tmp` and renamed when every rank is done.
+A checkpoint is a folder `step-00000040`: safetensors files of each rank's shards of the trained weights and of the
+optimizer's state, which torch's distributed checkpoint reads for any number of ranks, and `state.json` with their
+checksums. It is written as `step-00000040.tmp` and renamed when every rank is done.
 """
 
 import shutil
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -86,28 +86,17 @@ def save(
     """
     final = folder / f"step-{state['step']:08d}"
     partial = final.with_suffix(".tmp")
+    from hps import sharding
+
     with files.explain_disk_errors(final, "the checkpoint before is whole, and the same command goes on from it"):
         if ranks.first:
             for left in folder.glob("step-*.tmp"):  # of runs that were killed while they wrote
                 shutil.rmtree(left)
             partial.mkdir(parents=True)
         dist.barrier()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            try:
-                dcp.save(_state(model, optimizer), storage_writer=writer, no_dist=not ranks.sharded)
-            except dcp.CheckpointException as error:  # which to Python is no Exception
-                raise RuntimeError(str(error)) from error
-        dist.barrier()
-        # Every rank reads back its share: the files may be too large for one.
-        shares = sorted(partial.iterdir())[ranks.rank :: ranks.world_size]
-        for path in shares:
-            files.sync(path)
-        sums = dist.gather({path.name: files.sha256(path) for path in shares}, ranks)
+        sums = sharding.write(partial, _state(model, optimizer), ranks=ranks)
         if ranks.first:
-            of_all = {name: sum for part in sums for name, sum in part.items()}
-            files.write_record(partial / "state.json", state | {"files": of_all})
+            files.write_record(partial / "state.json", state | {"files": sums})
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             files.sync(folder)
@@ -131,12 +120,11 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, rank
     """
     advice = "restore it, or delete this checkpoint to go on from the start"
     about = files.read_record(path / "state.json", advice, files=dict, step=int)
-    sums = about.pop("files")
-    if why := files.first_corrupt_file(
-        path, {name: sums[name] for name in sorted(sums)[ranks.rank :: ranks.world_size]}
-    ):
-        raise ValueError(f"{path}: {why}; {advice}")
-    dist.barrier()
+    sums = sorted(about.pop("files").items())
+    for i in range(0, len(sums), ranks.world_size):  # each rank one, and then a sign of life
+        mine = dict(sums[i : i + ranks.world_size][ranks.rank : ranks.rank + 1])
+        if why := next(filter(None, dist.gather(files.first_corrupt_file(path, mine), ranks)), ""):
+            raise ValueError(f"{path}: {why}; {advice}")
     state = _state(model, optimizer)  # the tensors themselves: loading fills them in place
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -147,28 +135,3 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, rank
                 raise RuntimeError(str(e)) from e
             raise ValueError(f"{path}: cannot be loaded ({e}); {advice}") from e
     return about
-
-
-def export(lm: nn.Module, tokenizer: Any, out: Path, *, ranks: dist.Ranks, card: str) -> None:
-    """Write a model as a Hugging Face folder: its PEFT adapter, or whole safetensors weights. Collective.
-
-    Either loads with plain `peft` / `transformers`; nothing of this repository is needed. card: its README.md.
-    """
-    adapter = hasattr(lm, "peft_config")
-    state = {}
-    for name, p in lm.named_parameters():  # tied weights appear once
-        if p.requires_grad or not adapter:
-            whole = dist.full(p.detach()).cpu()
-            if ranks.first:
-                state[name] = whole.clone()
-    if ranks.first:
-        with files.replacing(out) as partial:
-            if adapter:
-                from hps import adapters
-
-                partial.mkdir()
-                adapters.name_base(lm, partial)
-            lm.save_pretrained(partial, state_dict=state)
-            tokenizer.save_pretrained(partial)
-            (partial / "README.md").write_text(card, encoding="utf-8")  # peft has written one that says nothing
-    dist.barrier()

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hps import attention, loading
-from hps.model import states, unwrapped
+from hps import attention, dist, loading
+from hps.model import decoder_of, states, unwrapped
 from hps.packing import Block, Packed, pack
 
 PROBE_TOKENS = 16  # of a prompt with a response that are compared, at most
@@ -42,8 +42,9 @@ def window(config: Any) -> float:
     return min(used, default=math.inf)
 
 
-def check(model: Any, *, longest: float = math.inf, share_prompt: bool = True) -> None:
-    """Set `padded` of a policy or reward model, with a line in the log, where packed rows cannot serve it.
+def check(model: Any, *, longest: float = math.inf, share_prompt: bool = True, ranks: dist.Ranks | None = None) -> None:
+    """Set `padded` of a policy or reward model, with a line in the log, where packed rows cannot serve it. Collective,
+    and the same on all `ranks`, where they are given: as a model that is sharded needs it.
 
     Catches what would make every number silently wrong: capped or scaled logits, a head bias, a window, layers that
     carry a sibling's tokens along, positions that do not restart.
@@ -63,26 +64,34 @@ def check(model: Any, *, longest: float = math.inf, share_prompt: bool = True) -
     elif longest > reach:
         reason = f"rows may be longer than its window of {reach} tokens"
     else:
-        reason = _wrong(model, min(longest, limit), share_prompt=share_prompt)
+        reason = _wrong(model, min(longest, limit), share_prompt=share_prompt, ranks=ranks)
     if reason:
         model.padded = True
         attention.put(lm)
-        if wrong := _wrong(model, min(longest, limit), share_prompt=False):
+        if wrong := _wrong(model, min(longest, limit), share_prompt=False, ranks=ranks):
             raise ValueError(f"{name} cannot be trained or scored here: {wrong}")
         how = "one response per row by its own forward, slower and with more memory"
         logging.getLogger(__name__).warning("%s cannot take packed rows (%s): %s", name, reason, how)
 
 
-def _wrong(model: Any, longest: float, *, share_prompt: bool) -> str:
-    """What is wrong with a model's values as it is set up, or nothing, on a few tokens, `longest` per row at most."""
+def _wrong(model: Any, longest: float, *, share_prompt: bool, ranks: dist.Ranks | None) -> str:
+    """What is wrong on any rank with a model's values as it is set up, or nothing, on a few tokens, `longest` per row
+    at most."""
+    found = _wrong_here(model, longest, share_prompt=share_prompt)
+    if hasattr(model, "reset_iter_state"):  # FSDP is left in the midst of a pass where one fails, and gathered anyway
+        model.reset_iter_state()
+    return next(filter(None, dist.gather(found, ranks)), "")
+
+
+def _wrong_here(model: Any, longest: float, *, share_prompt: bool) -> str:
     parameter = next(model.parameters())
     try:
         blocks = probe(model, tokens=int(min(PROBE_TOKENS, longest)))
-        values, leaks = tried(model, pack(blocks, pad_id=0, share_prompt=share_prompt).to(parameter.device))
+        values, leaks, dtype = tried(model, pack(blocks, pad_id=0, share_prompt=share_prompt).to(parameter.device))
         own = _own_values(model, blocks)
         apart = float((values - own).abs().max())
         # In bf16 what is left to tell are other logits; which tokens are seen needs no tolerance.
-        coarse = (model.autocast or parameter.dtype) != torch.float32
+        coarse = (model.autocast or dtype) != torch.float32
         tolerance = max(0.5, BF16_TOLERANCE * float(own.abs().max())) if coarse else 1e-3
     except Exception as error:  # whatever its code raises on what it does not know
         return loading.said(error)
@@ -103,7 +112,13 @@ def _values(model: Any, packed: Packed) -> Tensor:
     """A policy's log-probs (B, K); of a reward model, whose head may begin at zero, a mixture of its last states."""
     if hasattr(model, "head"):
         return model(packed)
-    last = states(model, packed)[packed.last].float()
+    if hasattr(model, "reset_iter_state"):  # a sharded model takes calls of its whole alone
+        found: list[Tensor] = []
+        with decoder_of(model.lm).register_forward_hook(lambda *given: found.append(given[2].last_hidden_state)):
+            model(packed)
+        last = found[0].flatten(0, 1)[packed.last].float()
+    else:
+        last = states(model, packed)[packed.last].float()
     mixture = torch.linspace(-1, 1, last.shape[-1], device=last.device) / last.shape[-1] ** 0.5
     return torch.where(packed.valid, last @ mixture, 0.0)
 
@@ -120,8 +135,9 @@ def _own_values(model: Any, blocks: list[Block]) -> Tensor:
         model.padded = before
 
 
-def tried(model: Any, packed: Packed) -> tuple[Tensor, bool]:
-    """The values (B, K) of a `probe`, and whether one of them depends on anything but its prompt and its own tokens.
+def tried(model: Any, packed: Packed) -> tuple[Tensor, bool, torch.dtype]:
+    """The values (B, K) of a `probe`, whether one depends on anything but its prompt and its own tokens, and the dtype
+    that the model computes in.
 
     By the gradient with respect to the tokens' embeddings: where nothing is seen it is exactly 0, in every dtype.
     """
@@ -142,4 +158,4 @@ def tried(model: Any, packed: Packed) -> tuple[Tensor, bool]:
         allowed &= (own & (packed.block == b)).any(1, keepdim=True)
     if hasattr(model, "head"):  # a log-prob, which must not know the token that it is of
         allowed.view(-1)[packed.last[b, k]] = False
-    return values.detach(), bool((seen & ~allowed).any())
+    return values.detach(), bool((seen & ~allowed).any()), found[0].dtype

@@ -6,20 +6,22 @@ that is an error with the names, for policies, references, reward models and ada
 
 import logging
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 SHOWN_NAMES = 3  # of weights, in a message
 
 
-def load_whole(auto: Any, name: str, *, begin: bool = False, **how: Any) -> nn.Module:
+def load_whole(auto: Any, name: str, *, dtype: torch.dtype | None, begin: bool = False, **how: Any) -> nn.Module:
     """A model in evaluation mode, every weight of which is one of its files', and the other way round.
 
     Args:
         auto: transformers' class. name, how: what its `from_pretrained` takes.
+        dtype: of its weights; None leaves each as it is stored, for an fp32 model whose caller casts them.
         begin: a causal LM becomes a classifier: its output head is not used, and the linear layer `score` is new.
 
     Raises:
@@ -34,10 +36,9 @@ def load_whole(auto: Any, name: str, *, begin: bool = False, **how: Any) -> nn.M
         raise ValueError(
             f"its weights are quantised ({method}): name the model in full precision that it was made from"
         )
-    with _own_words():
-        lm, found = auto.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **how
-        )
+    how |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    with _own_words(), _as_stored() if dtype is None else nullcontext():
+        lm, found = auto.from_pretrained(name, dtype=dtype or torch.float32, **how)
     if getattr(lm, "_hf_peft_config_loaded", False):
         raise ValueError(f"it is an adapter on the hub: hf download {name} --local-dir DIR, and name that folder")
     missing, unused = set(found["missing_keys"]), set(found["unexpected_keys"])
@@ -45,7 +46,22 @@ def load_whole(auto: Any, name: str, *, begin: bool = False, **how: Any) -> nn.M
         missing -= {f"score.{one}" for one in ("weight", "bias")}
         unused = {weight for weight in unused if weight.startswith(f"{lm.base_model_prefix}.")}
     check_weights(missing, unused, {weight: sizes for weight, *sizes in found["mismatched_keys"]}, of=type(lm).__name__)
+    lm.stored_dtype = lm.dtype  # where none was asked for
     return lm.eval()  # dropout off, in scoring and in training alike
+
+
+@contextmanager
+def _as_stored() -> Iterator[None]:
+    """Without transformers' cast of what it reads: uncast weights are pages of their files, which the ranks of a host
+    share, and no memory of a process. Its own dtype="auto" would give constants and configs that dtype as well."""
+    from transformers import core_model_loading
+
+    read = core_model_loading._materialize_copy
+    core_model_loading._materialize_copy = lambda tensor, device=None, dtype=None: read(tensor, device)
+    try:
+        yield
+    finally:
+        core_model_loading._materialize_copy = read
 
 
 def check_weights(

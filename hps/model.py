@@ -110,10 +110,11 @@ def compute_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_causal_lm(path: str, *, dtype: torch.dtype, tokenizer: Any = None, merged: bool = False) -> nn.Module:
+def load_causal_lm(path: str, *, dtype: torch.dtype | None, tokenizer: Any = None, merged: bool = False) -> nn.Module:
     """A causal LM from a local folder or the hub, in evaluation mode; an adapter stays beside its base, as in training.
 
     Args:
+        dtype: of its weights; None as in loading.load_whole.
         tokenizer: must have no id without an embedding; None where nothing is tokenised.
         merged: put an adapter into the weights of its base, all of which can train then. In bf16 that loses most of it.
 
@@ -128,7 +129,8 @@ def load_causal_lm(path: str, *, dtype: torch.dtype, tokenizer: Any = None, merg
     with loading.explain_load_errors("model", path):
         adapter = adapters.adapter_in(path)
         if adapter:
-            lm = adapters.load_adapter(load_causal_lm(adapter[0], dtype=dtype), path, merged=merged)
+            base = load_causal_lm(adapter[0], dtype=dtype or torch.float32)
+            lm = adapters.load_adapter(base, path, merged=merged)
         else:
             name, revision = hub.resolve(path)
             how: dict[str, Any] = dict(revision=revision, dtype=dtype)
@@ -152,8 +154,9 @@ def checkpoint_layers(lm: nn.Module) -> None:
     lm.train()
 
 
-def fingerprint(lm: nn.Module) -> str:
-    """sha256 hex of a model's weights (names, dtypes, bytes) and architecture; equal content, equal name."""
+def fingerprint(lm: nn.Module, *, dtype: torch.dtype | None = None) -> str:
+    """sha256 hex of a model's weights (names, dtypes, bytes) and architecture; equal content, equal name. dtype: what
+    they will be cast to, if to anything."""
     config = lm.config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
         config.pop(volatile, None)
@@ -163,6 +166,7 @@ def fingerprint(lm: nn.Module) -> str:
 
         digest.update(adapters.settings(lm).encode())
     for name, parameter in sorted(lm.named_parameters()):  # tied weights appear once
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        cast = parameter.detach().to(dtype)
+        digest.update(f"{name} {cast.dtype} {tuple(cast.shape)}".encode())
+        digest.update(cast.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -70,6 +70,7 @@ class Config:
     lora_alpha: int = 16  # scale of the adapter is alpha / rank
     lora_targets: str = "q_proj,v_proj"  # linear layers that get an adapter, comma-separated
     dtype: str = "fp32"  # compute dtype, fp32 or bf16; trained weights are fp32 either way
+    export_dtype: str = "model"  # of the final policy without LoRA: model (that of its files), fp32 or bf16
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     share_prompt: bool = True  # compute a prompt once for all its responses; false pads plain rows
     # -- on several ranks --
@@ -171,7 +172,7 @@ def used_options(c: Config) -> set[str]:
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
     used -= {"sample_prompts"} if c.sample_every == 0 else set()
     used -= {"eval_every", "keep"} if not c.eval_data else set()
-    return used if c.lora_rank else used - {"lora_alpha", "lora_targets", "shard_frozen"}
+    return used - ({"export_dtype"} if c.lora_rank else {"lora_alpha", "lora_targets", "shard_frozen"})
 
 
 def positive_stages(c: Config) -> dict[str, Any]:
@@ -210,6 +211,7 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
     config.check_choices(c, gamma_schedule=SCHEDULES, reward_norm=REWARD_NORMS, pl_form=["stagewise", "official"])
     config.check_choices(c, hps_form=planning.FORMS, n_factor=planning.N_FACTORS, shuffle=planning.SHUFFLES)
     config.check_choices(c, shard_frozen=["auto", "true", "false"], keep=["last", "best"])
+    config.check_choices(c, export_dtype=["model", *model.DTYPES])
     for words, allowed, keys in RANGES:
         for key in keys.split():
             if not allowed(getattr(c, key)):
@@ -239,6 +241,7 @@ FREE = {
     *"out token_cache reference_cache tokens_per_micro_batch shard_frozen shard_ranks reshard_after_forward".split()
 }
 FREE |= {*"save_every save_minutes stop_after sample_every sample_prompts eval_every log_to timeout".split()}
+FREE |= {"export_dtype"}
 
 
 def settings(c: Config) -> dict[str, object]:

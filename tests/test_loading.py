@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Gemma3Config, Gemma3ForSequenceClassification
 
-from hps import checkpoint, dist, loading
+from hps import dist, loading, sharding
 from hps.adapters import add_lora
 from hps.extra.reward_model import RewardModel, load_reward_model
 from hps.model import PolicyModel, fingerprint, load_causal_lm
@@ -39,7 +39,7 @@ def trained(root: Path, *, dtype: torch.dtype = torch.float32, size: float = 0.5
     for name, p in lm.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=size, generator=torch.Generator().manual_seed(1))
-    checkpoint.export(lm, byte_tokenizer(), root / "adapter", ranks=ALONE, card="")
+    sharding.export(lm, byte_tokenizer(), root / "adapter", ranks=ALONE, card="")
     return lm
 
 
@@ -59,6 +59,19 @@ def test_in_bf16_an_adapter_scores_as_it_was_trained(tmp_path):
     assert {p.dtype for n, p in loaded.named_parameters() if "lora_" in n} == {torch.float32}
     assert np.mean(same) > 0.8
     assert not torch.equal(expected, PolicyModel(base)(packed).detach())
+
+
+def test_weights_as_they_are_stored_are_pages_of_their_files(tmp_path):
+    """Which ranks of a host share; what is no weight is that of an fp32 model."""
+    tiny("llama").bfloat16().save_pretrained(tmp_path)
+    lm, cast = (load_causal_lm(str(tmp_path), dtype=dtype) for dtype in (None, torch.float32))
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    pages = [range(*(int(end, 16) for end in line[0].split("-"))) for line in maps]
+    for p in lm.parameters():
+        assert p.dtype == torch.bfloat16 and any(p.data_ptr() in page for page in pages)
+    assert all(torch.equal(*both) for both in zip(lm.buffers(), cast.buffers(), strict=True))
+    assert lm.config.to_dict() == cast.config.to_dict()
+    assert fingerprint(lm, dtype=torch.float32) == fingerprint(cast) != fingerprint(lm)
 
 
 def test_the_fingerprint_knows_an_adapters_scale(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hps import checkpoint, config, dist, model
+from hps import config, dist, model, sharding
 from hps.data import tokens
 from hps.evaluate.metrics import METRICS
 from hps.extra import reward_model
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     lm = load(c.model, dtype=torch.float32, tokenizer=tokenizer, merged=True).to(model.DTYPES[c.dtype])
     alone = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.export(lm, tokenizer, out, ranks=alone, card=readme)
+    sharding.export(lm, tokenizer, out, ranks=alone, card=readme)
     print(f"{out}: {sum(p.numel() for p in lm.parameters()):,} parameters in {c.dtype}{lost}", file=sys.stderr)
 
 

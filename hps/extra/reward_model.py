@@ -96,7 +96,7 @@ def check_objectives(lm: Any, objectives: str, what: str) -> None:
 def load_reward_model(
     path: str,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     tokenizer: Any = None,
     objectives: str = "one",
     begin: bool = False,
@@ -105,7 +105,7 @@ def load_reward_model(
     """A sequence classifier from a local folder or the hub, in evaluation mode; an adapter stays beside its base.
 
     Args:
-        tokenizer, merged: as in model.load_causal_lm.
+        dtype, tokenizer, merged: as in model.load_causal_lm.
         objectives: one, or of a head with several mean, score (ArmoRM's gate) or the name of one.
         begin: a causal LM is welcome too, and gets a head of zeros: every reward is 0 then, and the first loss log 2.
 
@@ -118,7 +118,7 @@ def load_reward_model(
             base, task = adapter
             if task != "SEQ_CLS":
                 raise ValueError("it is the adapter of a policy, not of a reward model: train one with --loss reward")
-            whole = load_reward_model(base, dtype=dtype, objectives=objectives, begin=True)
+            whole = load_reward_model(base, dtype=dtype or torch.float32, objectives=objectives, begin=True)
             lm = adapters.load_adapter(whole, path, merged=merged)
         else:
             lm = _load_classifier(path, dtype=dtype, objectives=objectives, begin=begin)
@@ -127,7 +127,7 @@ def load_reward_model(
     return lm
 
 
-def _load_classifier(path: str, *, dtype: torch.dtype, objectives: str, begin: bool) -> nn.Module:
+def _load_classifier(path: str, *, dtype: torch.dtype | None, objectives: str, begin: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     name, revision = hub.resolve(path)

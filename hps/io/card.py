@@ -90,9 +90,7 @@ def card(run: dict[str, Any], summary: dict[str, Any], *, kind: str, results: st
     trained += [("tokenizer, sha256", inputs["tokenizer"])]
     trained += [("data", name_of(settings["data"])), ("data, sha256", inputs["data"])]
     trained += [("processes", run["world_size"]), ("steps", summary["steps"])]
-    # A run that was taken up again has measured its last part only.
-    since = f", from step {first} on" if (first := summary.get("first_step", 0)) else ""
-    trained += [(f"seconds{since}", round(summary["seconds"], 1)), (f"packed tokens{since}", summary["tokens"])]
+    trained += [("seconds", round(summary["seconds"], 1)), ("packed tokens", summary["tokens"])]
 
     changed = [name for name in run["changed"] if name not in ("model", "data", "loss", "method")]
     values = [(name, name_of(settings[name]) if name == "reference" else settings[name]) for name in changed]

@@ -23,7 +23,7 @@ import pytest
 from helpers import fork, jsonl, redirect, run_script
 
 import train
-from hps import batches, checkpoint, dist, reference
+from hps import batches, checkpoint, dist, reference, sharding
 from hps.io import files
 from hps.options import Config, settings
 
@@ -38,9 +38,9 @@ PLACES = {
     "load": (checkpoint.dcp, "load"),  # a run goes on, its checkpoint is found whole
     "step": (train, "lr_at"),  # a step begins, the others are about to wait for this rank's weights
     "gradient": (dist, "clip_gradients"),  # the gradients are there, the update is not
-    "save": (checkpoint.dcp, "save"),  # the step is done, the checkpoint's folder is empty
+    "save": (sharding, "_write"),  # the step is done, the checkpoint's folder is empty
     "seal": (files, "write_record"),  # the shards are on the disk, the checkpoint has no name yet; rank 0 alone
-    "export": (checkpoint, "export"),  # all steps are done
+    "export": (sharding, "export"),  # all steps are done
 }
 
 
@@ -295,7 +295,7 @@ def kill_until_done(
 CONFIG = Config("a/b", "d.jsonl", "o", lr=1e-4)
 RUN = {"config": settings(CONFIG), "changed": ["lr"], "inputs": {"model": "ab", "tokenizer": "cd", "data": "ef"},
        "world_size": 1, "argv": []}  # fmt: skip
-SUMMARY = {"steps": 6, "first_step": 0, "seconds": 1.5, "tokens": 900, "counts": {"rows_read": 9, "rows_kept": 8}}
+SUMMARY = {"steps": 6, "seconds": 1.5, "tokens": 900, "counts": {"rows_read": 9, "rows_kept": 8}}
 RESULT = {"mean": 0.1, "low": 0.0, "high": 0.2, "prompts": 3}
 EVALUATION = {"config": {"model": "policy", "data": "t.jsonl", "reference": "a/b"}, "metrics": {"rm2": RESULT}}
 

@@ -14,7 +14,7 @@ from helpers import arguments, flags
 import data_prep
 import eval as evaluation
 import train
-from hps import checkpoint, reference
+from hps import reference, sharding
 from hps.data import listwise
 
 ROOM = 64 * 2**20
@@ -78,14 +78,14 @@ def test_a_full_disk_under_a_run(tiny_world, tmp_path, disk, monkeypatch, calm, 
     argv = arguments(tiny_world, out, reference_cache=cache, **options)
     train.main([*argv, "--stop_after=2"])
     if what == "policy":
-        harness.before(checkpoint, "export", disk.fill, monkeypatch, call=0)
+        harness.before(sharding, "export", disk.fill, monkeypatch, call=0)
     else:
         harness.before(train, "lr_at", disk.fill, monkeypatch, call=2)
     with pytest.raises(ValueError, match=f"{disk.folder}.*free space") as caught:
         train.main([*argv, f"--save_every={3 if what == 'checkpoint' else 0}"])
     assert "the same command goes on" in str(caught.value) or what == "policy"
     monkeypatch.undo()
-    assert harness.checkpoint_of(out) == (3 if what == "checkpoint" else 2)
+    assert harness.checkpoint_of(out) == {"checkpoint": 3, "metrics": 2, "policy": 24}[what]
     assert what != "metrics" or not (out / "metrics.jsonl").read_bytes().endswith(b"\n")  # the case that was meant
     assert not (out / "policy").exists()
     disk.empty()

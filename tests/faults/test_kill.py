@@ -1,6 +1,7 @@
 """SIGKILL at random moments, SIGTERM, two runs in one folder, an hour of training; and the same command again: nothing
 twice, nothing missing, the same bits in the end."""
 
+import json
 import os
 import random
 import re
@@ -162,10 +163,20 @@ def test_one_run_per_folder_and_sigterm(tiny_world, tmp_path, amount):
         holder.wait(mark)
         refused(holder.pid)
     assert (out / "lock").exists() and harness.checkpoint_of(out) == 6
+    mark.unlink()
+    with harness.job(argv, log, fault=harness.Fault("wait", "export", mark)) as holder:
+        holder.wait(mark)
+        os.kill(holder.pid, signal.SIGTERM)
+        assert holder.end(60) == 75
+        assert "stopped before the policy was written; the same command goes on" in holder.text()
+    assert harness.checkpoint_of(out) == STEPS and not (out / "policy").exists()
     (out / "policy.1.tmp").mkdir()  # as a kill in the export leaves it
-    train.main(argv)
+    train.main(argv)  # without a step
     assert not (out / "policy.1.tmp").exists()
-    assert harness.records(out) == harness.records(calm)
+    assert harness.outcome(out) == harness.outcome(calm)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, calm)]
+    assert summaries[0].pop("seconds") > 0 < summaries[1].pop("seconds")
+    assert summaries[0] == summaries[1]
 
 
 def test_memory_and_open_files_stay_flat(tiny_world, tmp_path, monkeypatch, amount):
