@@ -8,6 +8,7 @@ files, which ranks of a machine share, and which the system may drop, are not in
 columns load, checkpoint and export are the host's; check, step and held (between two steps) are the GPU's.
 """
 
+import os
 import sys
 import tempfile
 import threading
@@ -121,6 +122,7 @@ class EndOfStart(Exception):
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/host_memory.py", description=str(__doc__).split("\n")[0])
     ways = c.ways.split(",")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**17)  # what is freed goes back at once, and what is left is in use
     config.check_choices(c, size=SIZES, stored=["fp32", "bf16"], dtype=["fp32", "bf16"])
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
