@@ -11,12 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import data_prep
 from hps.adapters import add_lora
-from hps.checkpoint import export
 from hps.data.tokens import load_tokenizer
 from hps.dist import Ranks
 from hps.extra.reward_model import load_reward_model
 from hps.io import hub
 from hps.model import fingerprint, load_causal_lm
+from hps.sharding import export
 
 FIRST, SECOND = "1" * 40, "2" * 40  # the branch stands at SECOND
 
