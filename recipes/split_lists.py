@@ -1,10 +1,11 @@
 """Lists with rewards -> train, validation and test by prompts, each held-out prompt with a pair for RM_DPO.
 
-    python recipes/split_lists.py LISTS OUT TRAIN VALID TEST [ANSWERS]
+    python recipes/split_lists.py LISTS OUT TRAIN VALID TEST [ANSWERS [SPREAD]]
 
 Writes OUT/train.jsonl, OUT/valid.jsonl and OUT/test.jsonl of so many prompts, in an order by a hash of the prompt's id.
 A held-out prompt's pair is its best answer against a random one of lower reward. ANSWERS keeps the first so many
-answers of a prompt. A prompt whose rewards are all equal ranks nothing and is left out.
+answers of a prompt (0: all). A prompt whose rewards differ by SPREAD at most (0: not at all) ranks nothing and is left
+out.
 """
 
 import sys
@@ -28,9 +29,9 @@ def with_pair(row: Row) -> Row:
 
 def main() -> None:
     lists, out, *numbers = sys.argv[1:]
-    sizes, answers = [int(n) for n in numbers[:3]], int(numbers[3]) if len(numbers) > 3 else 0
-    rows = [only(row, list(range(len(row.responses)))[: answers or None]) for row in listwise.read(lists)]
-    rows = [row for row in rows if row.rewards and min(row.rewards) < max(row.rewards)]
+    sizes, (answers, spread) = [int(n) for n in numbers[:3]], [float(n) for n in [*numbers[3:], 0, 0][:2]]
+    rows = [only(row, list(range(len(row.responses)))[: int(answers) or None]) for row in listwise.read(lists)]
+    rows = [row for row in rows if row.rewards and max(row.rewards) - min(row.rewards) > spread]
     if sum(sizes) > len(rows):
         raise ValueError(f"{lists} has {len(rows)} prompts whose answers can be ranked, and {sum(sizes)} are asked for")
     rows.sort(key=lambda row: float(counter_uniform(1, tokens.row_key(row.id), np.zeros(1, int))[0]))

@@ -201,6 +201,10 @@ def test_lists_are_split_by_prompts(tmp_path, monkeypatch):
     assert len({np.argsort(row.rewards)[::-1].tolist().index(row.rejected) for row in held_out}) > 1  # not the worst
     with pytest.raises(ValueError, match="20 prompts whose answers can be ranked, and 21 are asked for"):
         call(monkeypatch, *split, 10, 5, 6)
+    spreads = sorted(max(row.rewards) - min(row.rewards) for row in rows)
+    call(monkeypatch, *split, 2, 1, 1, 0, spreads[15])
+    with pytest.raises(ValueError, match="has 4 prompts"):
+        call(monkeypatch, *split, 2, 2, 1, 0, spreads[15])
 
 
 def test_the_best_setting_is_one_within_the_budget(tmp_path):
