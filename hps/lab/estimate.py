@@ -2,27 +2,32 @@
 
     python -m hps.lab.estimate --config configs/llama3-8b.toml --world_size 4 --gpu_gib 48
 
-Any causal LM of transformers is built on the meta device, without weights, and run there forward and backward: its
-parameters, the tensors that autograd keeps and the FLOPs of its products are counted and not derived. Premises: all
-parameters are sharded (--shard_frozen true); every prompt has the mean length and every response too; nothing is padded
-or idle; attention keeps what flash kernels keep, and works on pairs of a query and a key that it may see. Not in it:
-gradients on their way, copies that the allocator holds, what CUDA and NCCL take (some GiB).
+One step of train.py on tensors without content: the model of a config.json, adapters, sharding over ranks that send
+nothing, packing, forward, backward, clipping and the optimizer are those of the run, and torch's trackers say what is
+alive and count products. Premises: every prompt has the mean length and every response too; attention keeps what flash
+kernels keep; the output head is the chunked one. Not in it: what an allocator loses between tensors, and what CUDA and
+NCCL take for themselves (some GiB).
 """
 
+import dataclasses
 import json
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from hps import adapters, config, loading, model
-from hps.logps import chunk_for
-
-LLAMA_3_8B = dict(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
-                  num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
+from hps import adapters, attention_cpu, config, dist, loading, logps, model, sharding
+from hps.options import Config
+from hps.packing import Block, micro_batches, pack, pieces
 
 
 @dataclass
@@ -36,194 +41,200 @@ class Options:
     dtype: str = "fp32"  # compute dtype, fp32 or bf16
     gradient_checkpointing: bool = False  # recompute activations in the backward
     share_prompt: bool = True  # compute a prompt once for all its responses
+    shard_frozen: str = "auto"  # the weights below a LoRA adapter: true, false, auto (where they exceed half a GPU)
+    shard_ranks: int = 0  # shard over groups of so many ranks; 0: all
+    reshard_after_forward: bool = True  # false keeps gathered layers until the backward
     tokens_per_micro_batch: int = 4096  # packed tokens of one forward
     # -- of the run --
-    shape: str = ""  # folder or hub name of a model, whose config.json alone is read; empty means Llama-3-8B
+    shape: str = "configs/shapes/llama-3-8b"  # folder or hub name of a model, whose config.json alone is read
     world_size: int = 4  # ranks
     prompts: int = 40_000  # prompts of the data (the lengths and this are examples: measure your own)
     prompt_tokens: int = 200  # mean length of a prompt with its template
     response_tokens: int = 200  # mean length of a response
     responses: int = 2  # of a visit: 2 for BT and HPS, the ranks for PL
     # -- of the device --
+    device: str = "cuda"  # cuda, or cpu: decides how many logits are alive at once, and AdamW's way
     gpu_gib: float = 48.0  # memory of one GPU (L40S), GiB
     tflops: float = 362.0  # peak, 1e12 FLOPs a second (L40S, dense bf16 by its data sheet)
     mfu: float = 0.4  # share of the peak that is reached, on the FLOPs of the table, recomputed ones counted
 
 
-class FlashAttention(torch.autograd.Function):
-    """What flash kernels keep of a call: q, k, v, the output, and a log-sum-exp per head and token; no scores."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+# What is alive, by torch's words for it. What was there before the step, weights apart, are gradients.
+PARTS = {"gradients": "Other", "optimizer": "Optstate", "forward": "Activation", "backward": "Temp"}
 
 
-def build(c: Options) -> nn.Module:
-    """The causal LM that trains, on the meta device, in the compute dtype; ValueError where there is no such model."""
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig
+def flash(query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **_: Any) -> int:
+    """FLOPs of flash attention by the shapes: two products over the pairs of a query and a key that it may see."""
+    rows, heads, length, width = query
+    return 4 * rows * heads * width * (length * (length + 1) // 2 if causal else length * key[2])
 
-    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **_: Any) -> tuple[Tensor, None]:
-        return FlashAttention.apply(q, k, v).transpose(1, 2), None
 
-    AttentionInterface.register("on_meta", attend)
+FLOPS = {  # of kernels that torch's counter does not know
+    attention_cpu._forward: flash,
+    attention_cpu._backward: lambda _, q, k, v, *rest, **__: 2 * flash(q, k, v, *rest[2:4]),
+    torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1],  # experts
+}
+
+
+class Tracker(MemTracker):
+    """torch's tracker of tensors and its counter of FLOPs in one, without their tables of modules: the one's may hold
+    no frozen parameter, and the other's keeps recomputed tensors alive."""
+
+    _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = lambda *_: None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        count = self.counter._count_flops
+        return made if made is NotImplemented else count(func._overloadpacket, made, args, kwargs or {})
+
+
+@contextmanager
+def unrun(c: Options) -> Iterator[dist.Ranks]:
+    """Rank 0 of ranks that send nothing, with the choices that the device would make."""
+    ranks = dist.Ranks(rank=0, world_size=c.world_size, device=torch.device("cpu"), sharded=c.world_size > 1)
+    if ranks.sharded:
+        distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=c.world_size)
     try:
-        about = AutoConfig.from_pretrained(c.shape, trust_remote_code=False) if c.shape else LlamaConfig(**LLAMA_3_8B)
-        with torch.device("meta"):
-            how = dict(attn_implementation="on_meta", trust_remote_code=False)
-            lm = AutoModelForCausalLM.from_config(about, **how).eval()
-            if c.lora_rank:
-                targets = c.lora_targets.split(",")
-                lm = adapters.add_lora(lm, rank=c.lora_rank, alpha=16, targets=targets, seed=0)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--shape {c.shape or 'Llama-3-8B'}: {loading.why_not(c.shape, error)}") from error
-    return lm.to(model.DTYPES[c.dtype])
+        with (
+            mock.patch.object(sharding, "memory", lambda _: int(c.gpu_gib * 2**30)),
+            mock.patch.object(dist, "gather", lambda value, _: [value]),
+            # Two that look at contents: a layout for CPUs alone, and for texts that follow each other in a plain row.
+            mock.patch.object(attention_cpu, "padding_pays", lambda *_: False),
+            mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None),
+            mock.patch.dict(logps.CHUNK_LOGITS, cpu=logps.CHUNK_LOGITS[c.device]),
+        ):
+            yield ranks
+    finally:
+        if ranks.sharded:
+            distributed.destroy_process_group()
 
 
-def run(lm: nn.Module, N: int) -> dict[str, int]:
-    """Forward and backward of the decoder on N tokens: FLOPs of its products, and bytes that autograd keeps."""
-    kept: dict[int, Any] = {}  # storages, by identity; alive, or an address could be another's
-    own = {p.untyped_storage()._cdata for p in lm.parameters()}
+def build(c: Options, ranks: dist.Ranks, fake: FakeTensorMode) -> model.PolicyModel:
+    """The policy as train.py makes it, without content."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    def keep(t: Tensor) -> Tensor:
-        kept[t.untyped_storage()._cdata] = t
-        return t
-
-    place = torch.arange(N, device="meta")[None]
-    with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        states = model.decoder_of(lm)(input_ids=place, position_ids=place, use_cache=False).last_hidden_state
-    with FlopCounterMode(display=False) as backward:
-        states.sum().backward()
-    size = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    return {"forward": forward.get_total_flops(), "backward": backward.get_total_flops(), "kept": size}
-
-
-def counts(P: int, Y: int, K: int, *, shared: bool = True) -> dict[str, int]:
-    """N packed tokens, T scored ones and A pairs of attention of [prompt | y_1 | .. | y_K], where a response's tokens
-    see the prompt and the past of their own; or of a prompt before each response."""
-    if not shared:
-        return {key: K * n for key, n in counts(P, Y, 1).items()}
-
-    def causal(m: int) -> int:
-        return m * (m + 1) // 2
-
-    return {"N": P + K * Y, "T": K * Y, "A": causal(P) + K * (Y * P + causal(Y))}
+    dtype, safe = model.DTYPES[c.dtype], dict(trust_remote_code=False)
+    with torch.device("meta"):
+        about, loaded = AutoConfig.from_pretrained(c.shape, **safe), dtype if c.lora_rank else torch.float32
+        lm = AutoModelForCausalLM.from_config(about, dtype=loaded, **safe).eval()
+        if c.lora_rank:
+            lm = adapters.add_lora(lm, rank=c.lora_rank, alpha=16, targets=c.lora_targets.split(","), seed=0)
+    if c.gradient_checkpointing:
+        model.checkpoint_layers(lm)
+    autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
+    policy = model.PolicyModel(lm, autocast=autocast)
+    with fake:
+        policy.to_empty(device="cpu")
+        policy.causal_lm.tie_weights()
+    if ranks.sharded:
+        shared = {key: value for key, value in vars(c).items() if hasattr(Config, key)}
+        sharding.shard(policy, model.layers_of(lm), Config("", "", "", **shared), ranks=ranks, dtype=dtype)
+    return policy
 
 
-def scored_once(c: Options) -> list[dict[str, int]]:
+def block(c: Options, responses: int) -> Block:
+    return Block(np.zeros(c.prompt_tokens, np.int64), (np.zeros(c.response_tokens, np.int64),) * responses)
+
+
+def scored_once(c: Options) -> list[Block]:
     """The blocks in which a prompt's responses are scored for the cache, each once.
 
     A sampler that draws opponents meets the best response and, at most, other opponents in every epoch; BT and PL meet
-    the same ones. hps.reference scores them in pieces of at most a micro-batch's tokens, each with the whole prompt.
+    the same ones.
     """
-    P, Y = c.prompt_tokens, c.response_tokens
-    left = 1 + (c.epochs if c.method.split("-")[-1] in ("hps", "uniform") else 1) * (c.responses - 1)
-    most = max(1, (max(c.tokens_per_micro_batch, 2 * P) - P) // Y) if c.share_prompt else 1
-    return [counts(P, Y, min(most, left - done)) for done in range(0, left, most)]
+    drawn = c.epochs if c.method.split("-")[-1] in ("hps", "uniform") else 1
+    return pieces(block(c, 1 + drawn * (c.responses - 1)), tokens=c.tokens_per_micro_batch if c.share_prompt else 1)
 
 
-def work(c: Options, lm: nn.Module, forward_flops: float, backward_flops: float) -> dict[str, float]:
-    """Tokens, FLOPs (all ranks) and hours (by the clock) of the run, the reference's among them. *_flops: of the
-    decoder's products, per token."""
-    about = model.decoder_of(lm).config.get_text_config()
-    D, V, layers = about.hidden_size, about.vocab_size, about.num_hidden_layers
-    width = getattr(about, "head_dim", None) or D // about.num_attention_heads
-    pair = 4 * about.num_attention_heads * width * layers  # forward; the backward has two products for each of two
-    # A frozen head makes its gradient with the logits, or makes these again in its kernels (bf16 on GPUs); one that
-    # trains makes them again and has one product more.
-    head = 2 * D * V * ((3 if c.dtype == "bf16" else 2) if c.lora_rank else 4)
-    passes = 4 if c.gradient_checkpointing else 3  # of attention: checkpointing repeats its forward
-    one, once = counts(c.prompt_tokens, c.response_tokens, c.responses, shared=c.share_prompt), scored_once(c)
-    visits = c.prompts * c.epochs
-    training = one["N"] * (forward_flops + backward_flops) + passes * one["A"] * pair + one["T"] * head
-    scoring = sum(row["N"] * forward_flops + row["A"] * pair + row["T"] * 2 * D * V for row in once)
-    flops = visits * training + c.prompts * scoring
-    hours = flops / (c.world_size * c.tflops * 1e12 * c.mfu) / 3600
-    reference_tokens = c.prompts * sum(row["N"] for row in once)
-    return {"tokens": visits * one["N"], "reference_tokens": reference_tokens, "FLOPs": flops, "hours": hours}
+def step(c: Options) -> dict[str, Any]:
+    """A step of train.py after its first: bytes of rank 0 by part at the moment when they are most; parameters; FLOPs
+    of a visit, and of what the reference scores of a prompt."""
+    visit, how = block(c, c.responses), dict(budget=c.tokens_per_micro_batch, world_size=c.world_size)
+    shares = micro_batches([len(visit)] * c.prompts_per_step, **how)[0]
+    most = max(map(len, shares))  # blocks of the largest micro-batch
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with unrun(c) as ranks:
+        policy = build(c, ranks, fake)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        parameters = {"all": sum(p.numel() for p in policy.parameters()), "trained": sum(p.numel() for p in trained)}
+        optimizer, tracker = torch.optim.AdamW(trained, foreach=c.device == "cuda"), Tracker()
 
+        def values(*blocks: Block) -> torch.Tensor:
+            return policy(pack(blocks, pad_id=0, share_prompt=c.share_prompt))
 
-def micro_batch(c: Options) -> tuple[int, int]:
-    """Packed and scored tokens of a full one; the budget counts a prompt once, also where plain rows repeat it."""
-    lengths = (c.prompt_tokens, c.response_tokens, c.responses)
-    blocks = max(1, min(c.tokens_per_micro_batch // counts(*lengths)["N"], c.prompts_per_step // c.world_size))
-    one = counts(*lengths, shared=c.share_prompt)
-    return blocks * one["N"], blocks * one["T"]
-
-
-def memory(c: Options, lm: nn.Module, kept: int) -> dict[str, int]:
-    """Bytes of rank 0 by part; kept: what the decoder keeps of a micro-batch.
-
-    Trained weights are fp32 and so are their gradients and AdamW's two moments; a frozen base is kept in the compute
-    dtype.
-    """
-    wide = model.DTYPES[c.dtype].itemsize
-
-    def shard(p: Tensor) -> int:
-        """fully_shard cuts the first axis into ceil(rows / ranks) rows, from rank 0 on, so rank 0 has the most."""
-        return -(-p.shape[0] // c.world_size) * math.prod(p.shape[1:])
-
-    trained = 4 * sum(shard(p) for p in lm.parameters() if p.requires_grad)
-    frozen = wide * sum(shard(p) for p in lm.parameters() if not p.requires_grad)
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.layers_of(lm)]
-    root = sum(p.numel() for p in lm.parameters()) - sum(sizes)
-    about, (_, T) = model.decoder_of(lm).config.get_text_config(), micro_batch(c)
-    D, V = about.hidden_size, about.vocab_size
-    chunk = min(T, 1024 if c.dtype == "bf16" else chunk_for(V, "cuda")) * V * wide
-    return {
-        "weights": frozen + trained,
-        "gradients": trained,
-        "optimizer": 2 * trained,
-        # The embeddings, head and last norm, whole from forward to backward, a layer at work and the next on its way.
-        "gathered": wide * (root + 2 * max(sizes)),
-        "activations": kept + T * D * wide,
-        # A chunk's logits become their gradient in place; a head that trains has its own in fp32 and one more product.
-        "head": chunk + (0 if c.lora_rank else (4 + wide) * V * D),
-    }
+        with fake:
+            for p in trained:  # the step before has made the moments
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            if len(shares) == 1:  # else the micro-batches before this one have left their gradients
+                optimizer.zero_grad()
+            tracker.track_external(*policy.parameters(), *policy.buffers())
+            (held,) = tracker.get_tracker_snapshot().values()
+            tracker.track_external(*(p.grad for p in trained), optimizer)
+            with tracker:
+                values(*[visit] * most).sum().backward()
+                dist.clip_gradients(trained, 1.0)
+                optimizer.step()
+            with torch.no_grad(), Tracker() as reference:
+                for piece in scored_once(c):
+                    values(piece)
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    by = {"weights": held["Total"]} | {name: peak[kind] for name, kind in PARTS.items()} | {"total": peak["Total"]}
+    by["gradients"] -= held["Total"]
+    found = {"parameters": parameters, "bytes_per_rank": by, "fits": by["total"] < c.gpu_gib * 2**30}
+    return found | {"visit": tracker.counter.get_total_flops() / most, "reference": reference.counter.get_total_flops()}
 
 
 def estimate(c: Options) -> dict[str, Any]:
     """All of it; ValueError for an option out of range."""
-    config.check_choices(c, dtype=model.DTYPES)
-    at_least = dict.fromkeys(("epochs", "prompts_per_step", "tokens_per_micro_batch", "world_size", "prompts"), 1)
-    for key, least in (at_least | {"prompt_tokens": 1, "response_tokens": 1, "responses": 2, "lora_rank": 0}).items():
-        if getattr(c, key) < least:
-            raise ValueError(f"{key} must be at least {least}, got {getattr(c, key)}")
-    if not (c.tflops > 0 and c.gpu_gib > 0 and 0 < c.mfu <= 1):
-        raise ValueError("tflops and gpu_gib must be positive, and mfu lie in (0, 1]")
-    lm, (N, _) = build(c), micro_batch(c)
-    counted = run(lm, N)
-    kept = counted["kept"]
-    if c.gradient_checkpointing:  # the layers' inputs, and one layer at a time all that it keeps otherwise
-        model.checkpoint_layers(lm)
-        counted = run(lm, N)
-        kept = counted["kept"] + (kept - counted["kept"]) // len(model.layers_of(lm))
-    parameters = {"all": sum(p.numel() for p in lm.parameters())}
-    parameters["trained"] = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-    parts = memory(c, lm, kept)
-    total = sum(parts.values())
-    found = {"parameters": parameters, "bytes_per_rank": parts | {"total": total}, "fits": total < c.gpu_gib * 2**30}
-    found["steps"] = c.epochs * -(-c.prompts // c.prompts_per_step)
-    return {"options": vars(c)} | found | {"work": work(c, lm, counted["forward"] / N, counted["backward"] / N)}
+    config.check_choices(c, dtype=model.DTYPES, device=logps.CHUNK_LOGITS, shard_frozen=["auto", "true", "false"])
+    positive = "epochs prompts_per_step tokens_per_micro_batch world_size prompts prompt_tokens response_tokens"
+    if wrong := [key for key in f"{positive} gpu_gib tflops mfu".split() if getattr(c, key) <= 0]:
+        raise ValueError(f"{wrong[0]} must be positive, got {getattr(c, wrong[0])}")
+    if c.responses < 2 or c.mfu > 1 or c.lora_rank < 0:
+        raise ValueError("responses must be at least 2, mfu at most 1, and lora_rank not negative")
+    with loading.explain_load_errors("shape", c.shape):  # also of what torch cannot do without content
+        found, visits = step(c), c.prompts * c.epochs
+    prompts = 1 if c.share_prompt else c.responses  # times that a visit's prompt is computed
+    work: dict[str, float] = {"steps": c.epochs * -(-c.prompts // c.prompts_per_step)}
+    work["tokens"] = visits * (prompts * c.prompt_tokens + c.responses * c.response_tokens)
+    work["reference_tokens"] = c.prompts * sum(map(len, scored_once(c)))
+    work["FLOPs"] = visits * found.pop("visit") + c.prompts * found.pop("reference")
+    work["hours"] = work["FLOPs"] / (c.world_size * c.tflops * 1e12 * c.mfu) / 3600
+    return {"options": vars(c)} | found | {"work": work}
+
+
+def remedy(c: Options, found: dict[str, Any]) -> str:
+    """What does not fit as `found`, and the options that make it fit: one on top of the other, cheapest first."""
+    least = min(c.tokens_per_micro_batch, len(block(c, c.responses)))
+    changes: list[dict[str, Any]] = [{"shard_frozen": "true"}] * bool(c.lora_rank and c.world_size > 1)
+    changes += [{"gradient_checkpointing": True}]
+    changes += [{"tokens_per_micro_batch": max(least, c.tokens_per_micro_batch // n)} for n in (2, 4, 8)]
+    changes += [{"lora_rank": 8}] * (not c.lora_rank)
+    given: dict[str, Any] = {}
+    for change in changes:
+        if not found["fits"] and not change.items() <= (vars(c) | given).items():
+            given |= change
+            found = step(dataclasses.replace(c, **given))
+    what = " ".join(f"--{key} {str(value).lower()}" for key, value in given.items()) or "its options"
+    told = f"does not fit into {c.gpu_gib:g} GiB: {what} make it {found['bytes_per_rank']['total'] / 2**30:.1f} GiB"
+    return told if found["fits"] else f"{told}, which is not enough: it takes more or larger GPUs"
 
 
 def main() -> None:
     about = dict(prog="python -m hps.lab.estimate", description=str(__doc__).split("\n")[0])
     c, _ = config.parse(Options, foreign=True, **about)
     found = estimate(c)
-    for key, value in found["parameters"].items():
-        print(f"parameters     {key:<26}{value:>16,}")
-    for key, value in found["bytes_per_rank"].items():
-        print(f"GiB per rank   {key:<26}{value / 2**30:>16.3f}")
-    print(f"fits           {f'into {c.gpu_gib:g} GiB':<26}{'yes' if found['fits'] else 'no':>16}")
-    print(f"steps          {'':<26}{found['steps']:>16,}")
-    for key, value in found["work"].items():
-        print(f"work           {key:<26}{value:>16{',' if 'tokens' in key else '.4g'}}")
+    gib = {key: value / 2**30 for key, value in found["bytes_per_rank"].items()}
+    for group, values in {"parameters": found["parameters"], "GiB per rank": gib, "work": found["work"]}.items():
+        for key, value in values.items():
+            print(f"{group:<15}{key:<26}{value:>16{',' if isinstance(value, int) else '.4g'}}")
+    found["verdict"] = f"fits into {c.gpu_gib:g} GiB" if found["fits"] else remedy(c, found)
+    print(f"the run {found['verdict']}")
     print(json.dumps(found))
 
 

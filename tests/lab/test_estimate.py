@@ -1,218 +1,174 @@
-"""The estimate against hand counts, sharded tensors, FLOPs counted and bytes kept by the model of train.py."""
+"""The estimate against hand counts, and against what torch's allocator gave out in real steps of train.py's model."""
 
 import dataclasses
+import json
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
-from torch import distributed
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from helpers import ROOT, on_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from hps import adapters, attention_cpu, config, dist, model, sharding
+import train
+from hps import attention_cpu, config, dist
 from hps.lab import estimate
 from hps.options import Config
-from hps.packing import Block, Packed, pack
+from hps.packing import Block, pack
 
-LORA = "q_proj,v_proj"
-SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4,
+SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2)  # fmt: skip
-MODELS = {"llama": LlamaConfig(**SIZES), "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True)}
-# Model, LoRA rank and its targets, shared prompts, checkpointing (of the FLOPs) or bf16 (of the bytes).
-CASES = [
-    ("llama", 3, LORA, True, True),
-    ("llama", 0, LORA, False, False),
-    ("qwen2", 3, "k_proj,o_proj,down_proj", False, True),
-    ("qwen2", 0, LORA, True, False),
-    ("qwen2", 0, LORA, True, True),
-]
+EXPERTS = dict(head_dim=16, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2)
+MODELS = {"llama": LlamaConfig(**SIZES), "moe": Qwen3MoeConfig(**SIZES, **EXPERTS, tie_word_embeddings=True)}
+P, Y, K, BLOCKS = 160, 120, 3, 3  # tokens of a prompt, of a response, responses, blocks of a micro-batch
+LENGTHS = dict(prompt_tokens=P, response_tokens=Y, responses=K, tokens_per_micro_batch=BLOCKS * (P + K * Y))
+# Model, ranks, micro-batches of a step, options of train.py.
+STEPS = {
+    "LoRA": ("llama", 1, 2, {}),
+    "all, checkpointed": ("llama", 1, 1, dict(lora_rank=0, gradient_checkpointing=True)),
+    "plain rows": ("llama", 1, 1, dict(share_prompt=False, dtype="bf16")),
+    "experts": ("moe", 1, 2, dict(dtype="bf16", lora_targets="q_proj,o_proj")),
+    "LoRA, whole on each rank": ("llama", 2, 1, dict(shard_frozen="false")),
+    "all, sharded": ("llama", 2, 2, dict(lora_rank=0, dtype="bf16")),
+}
 
 
-@pytest.fixture
-def shape(tmp_path):
-    """Folder of a config.json by the name of the model."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Random models by name."""
+    folder = tmp_path_factory.mktemp("models")
     for name, about in MODELS.items():
-        about.save_pretrained(tmp_path / name)
-    return lambda name: str(tmp_path / name)
+        AutoModelForCausalLM.from_config(about).save_pretrained(folder / name)
+    return folder
 
 
 def options(**changes) -> estimate.Options:
-    return dataclasses.replace(estimate.Options(), **changes)
+    return dataclasses.replace(estimate.Options(device="cpu"), **changes)
 
 
-def policy(name: str, c: estimate.Options) -> model.PolicyModel:
-    """The model of train.py on the CPU, adapters in the compute dtype as FSDP casts them."""
-    lm = AutoModelForCausalLM.from_config(MODELS[name]).eval()
-    targets = c.lora_targets.split(",")
-    lm = adapters.add_lora(lm, rank=c.lora_rank, alpha=16, targets=targets, seed=0) if c.lora_rank else lm
-    if c.gradient_checkpointing:
-        model.checkpoint_layers(lm)
-    return model.PolicyModel(lm.to(model.DTYPES[c.dtype]))
-
-
-def batch(share_prompt: bool) -> Packed:
-    """Two prompts of 7 tokens with 3 responses of 5."""
+def real_steps(folder: Path, name: str, passes: int, changes: dict, out: Path) -> None:
+    """Two steps of the model that train.py loads; the most bytes that were alive in the second, in a file of rank 0."""
+    ranks = dist.init(timeout=timedelta(minutes=2))
+    c = Config(str(folder / name), "", "", **changes)
+    policy, *_ = train.load_policy(c, ranks, None, longest=P + Y)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
     draw = np.random.default_rng(0)
-    blocks = [Block(draw.integers(0, 96, 7), tuple(draw.integers(0, 96, 5) for _ in range(3))) for _ in range(2)]
-    return pack(blocks, pad_id=0, share_prompt=share_prompt)
+    blocks = [Block(draw.integers(0, 96, P), tuple(draw.integers(0, 96, Y) for _ in range(K))) for _ in range(BLOCKS)]
+
+    def step() -> None:
+        for _ in range(passes):
+            policy(pack(blocks, pad_id=0, share_prompt=c.share_prompt)).sum().backward()
+        dist.clip_gradients(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with mock.patch.object(attention_cpu, "padding_pays", lambda *_: False):
+        step()
+        moments = [m for state in optimizer.state.values() for m in state.values()]
+        tensors = (getattr(t, "_local_tensor", t) for t in (*policy.parameters(), *policy.buffers(), *moments))
+        held = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            step()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    more = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
+    if ranks.first:
+        out.write_text(json.dumps(sum(held.values()) + int(more)))
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_memory_is_what_the_allocator_gave_out(folder, tmp_path, case):
+    name, ranks, passes, changes = STEPS[case]
+    what = (folder, name, passes, changes, tmp_path / "bytes")
+    on_ranks(ranks, real_steps, what) if ranks > 1 else real_steps(*what)
+    c = options(shape=str(folder / name), world_size=ranks, prompts_per_step=BLOCKS * passes * ranks, **LENGTHS)
+    found = estimate.step(dataclasses.replace(c, **changes))["bytes_per_rank"]
+    assert found["total"] == sum(size for part, size in found.items() if part != "total")
+    assert found["total"] == pytest.approx(json.loads((tmp_path / "bytes").read_text()), rel=0.03)
 
 
 def test_parameters_of_llama_3_8b_by_hand():
     """A layer: q, o 2 * 4096^2, k, v 2 * 4096 * 1024, MLP 3 * 4096 * 14336, norms 2 * 4096 = 218,112,000. 32 of them,
     2 * 128256 * 4096 and a norm make 8,030,261,248. LoRA: (8 * 8192 + 8 * 5120) * 32 = 3,407,872."""
-    lm = estimate.build(options())
-    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    c = options(world_size=1)
+    with estimate.unrun(c) as ranks:
+        policy = estimate.build(c, ranks, FakeTensorMode(allow_non_fake_inputs=True))
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert trained == (8 * (4096 + 4096) + 8 * (4096 + 1024)) * 32 == 3_407_872
-    assert sum(p.numel() for p in lm.parameters()) - trained == 32 * 218_112_000 + 2 * 128_256 * 4096 + 4096
+    assert sum(p.numel() for p in policy.parameters()) - trained == 32 * 218_112_000 + 2 * 128_256 * 4096 + 4096
 
 
-@pytest.mark.parametrize(("world_size", "rank"), [(4, 8), (64, 0)])
-def test_bytes_of_rank_0_are_those_of_meta_shards(world_size, rank):
-    """Llama-3-8B on the meta device, sharded by hps.sharding.shard; gradients and moments are AdamW's own tensors."""
-    c = options(world_size=world_size, lora_rank=rank, dtype="bf16")
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    try:
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(LlamaConfig(**estimate.LLAMA_3_8B))
-            if rank:  # as train.py: a frozen bf16 base and fp32 adapters; full training is fp32
-                lm = adapters.add_lora(lm.to(torch.bfloat16), rank=rank, alpha=16, targets=LORA.split(","), seed=0)
-        whole = model.PolicyModel(lm)
-        ranks = dist.Ranks(rank=0, world_size=world_size, device=torch.device("cpu"), sharded=True)
-        all_of_it = Config("m", "d", "o", shard_frozen="true")
-        sharding.shard(whole, model.layers_of(whole.lm), all_of_it, ranks=ranks, dtype=torch.bfloat16)
-        trained = [p for p in whole.parameters() if p.requires_grad]
-        for p in trained:
-            p.grad = torch.zeros_like(p)
-        optimizer = torch.optim.AdamW(trained)
-        optimizer.step()
-        moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-
-        def held(tensors) -> int:
-            return sum(t.to_local().numel() * t.element_size() for t in tensors)
-
-        expected = {"weights": held(whole.parameters()), "gradients": held(p.grad for p in trained)}
-        expected["optimizer"] = held(moments)
-    finally:
-        distributed.destroy_process_group()
-    assert expected.items() <= estimate.memory(c, estimate.build(c), kept=0).items()
-
-
-def attended(query, key, value, dropout=0.0, causal=False, **_) -> int:
-    """FLOPs of one call of the CPU's flash kernel by the shapes that it got: two products over the pairs."""
-    rows, heads, length, size = query
-    pairs = sum(range(1, length + 1)) if causal else length * key[2]
-    return rows * heads * pairs * 2 * (size + size)
-
-
-def attended_backward(grad, query, key, value, out, lse, dropout=0.0, causal=False, **_) -> int:
-    return 2 * attended(query, key, value, dropout, causal)
-
-
-FLASH = {attention_cpu._forward: attended, attention_cpu._backward: attended_backward}
-
-
-@pytest.mark.parametrize(("name", "rank", "targets", "share_prompt", "checkpointing"), CASES)
-def test_flops_are_the_counted_ones(monkeypatch, shape, name, rank, targets, share_prompt, checkpointing):
-    """Forward, and forward with backward, exactly; what the kernels are called with is what is counted of attention."""
-    monkeypatch.setattr(attention_cpu, "layout", lambda packed, heads: attention_cpu.blockwise(packed))
-    c = options(lora_rank=rank, lora_targets=targets, gradient_checkpointing=checkpointing, share_prompt=share_prompt)
-    c = dataclasses.replace(c, shape=shape(name), prompts=2, epochs=1, prompt_tokens=7, response_tokens=5, responses=3)
-    work = estimate.estimate(c)["work"]  # one epoch: the reference scores what is trained on
-    packed, lm = batch(share_prompt), policy(name, c)
-    assert work["tokens"] == work["reference_tokens"] == packed.input_ids.numel()
-    with FlopCounterMode(display=False, custom_mapping=FLASH) as both:
-        lm(packed).sum().backward()
-    with FlopCounterMode(display=False, custom_mapping=FLASH) as forward, torch.no_grad():
-        lm(packed)
-    assert work["FLOPs"] == both.get_total_flops() + forward.get_total_flops()
-
-
-@pytest.mark.parametrize(("name", "rank", "targets", "share_prompt", "bf16"), CASES)
-def test_a_decoder_keeps_what_autograd_keeps(monkeypatch, shape, name, rank, targets, share_prompt, bf16):
-    """Of the bytes that autograd keeps of the model of train.py, each storage once, parameters and small change apart:
-    cosines and masks, of which a large model's are nothing beside its states."""
-    monkeypatch.setattr(attention_cpu, "layout", lambda packed, heads: attention_cpu.blockwise(packed))
-    c = options(shape=shape(name), lora_rank=rank, lora_targets=targets, dtype="bf16" if bf16 else "fp32")
-    packed, lm = batch(share_prompt), policy(name, c)
-    own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
-    kept = {}
-
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        kept[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        lm.hidden(packed)
-    measured = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    found = estimate.run(estimate.build(c), packed.input_ids.numel())["kept"]
-    assert found == pytest.approx(measured, rel=0.02)
-
-
-def test_checkpointing_keeps_inputs_and_one_layer(shape):
-    """96 tokens of 3 layers of width 64 in bf16: two layers less all but their inputs."""
-    c = options(shape=shape("llama"), dtype="bf16", prompt_tokens=48, response_tokens=24, tokens_per_micro_batch=96)
-    whole, less = (
-        estimate.estimate(dataclasses.replace(c, gradient_checkpointing=ckpt))["bytes_per_rank"]["activations"]
-        for ckpt in (False, True)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_tokens_and_hours_by_hand(folder, checkpointing):
+    """P = 100, two responses of 60, 10 prompts, 2 epochs: 220 tokens a visit. HPS meets 3 responses of a prompt, of
+    which micro-batches of 256 tokens hold (256 - 100) // 60 = 2, so 220 + 160 tokens are scored. All weights train:
+    each product has two more in the backward, the head is made again there, and so are checkpointed layers."""
+    c = options(
+        shape=str(folder / "llama"), lora_rank=0, gradient_checkpointing=checkpointing, world_size=5, prompts=10
     )
-    layer = (whole - less) / 2  # without its input
-    assert 0.25 < less / whole < 0.5 and layer > 10 * 96 * 64 * 2
+    c = dataclasses.replace(c, prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=256, tflops=2.0, mfu=0.25)
+    work = estimate.estimate(c)["work"]
+    assert (work["tokens"], work["reference_tokens"]) == (20 * 220, 10 * (220 + 160))
+
+    def parts(responses: int) -> tuple[int, int, int]:
+        """Forward FLOPs of layers' products, of attention and of the head."""
+        pairs = 100 * 101 // 2 + responses * (100 * 60 + 60 * 61 // 2)
+        layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 112
+        return 2 * 2 * layer * (100 + responses * 60), 2 * 4 * 64 * pairs, 2 * 64 * 96 * responses * 60
+
+    again = 1 if checkpointing else 0
+    linear, attention, head = parts(2)
+    visit = (3 + again) * (linear + attention) + 4 * head
+    assert work["FLOPs"] == 20 * visit + 10 * (sum(parts(2)) + sum(parts(1)))
+    assert work["hours"] * 3600 * 5 * 2e12 * 0.25 == pytest.approx(work["FLOPs"])
 
 
-def test_bytes_of_a_micro_batch_by_hand(shape):
-    """P = 100, two responses of 60: 2200 tokens hold 10 blocks of 220, which as plain rows are 10 * 320. 10 * 120
-    scored tokens; of Llama-3's vocabulary the logits of 2^25 // 128256 = 261 tokens are alive, in bf16 those of
-    1024. All weights of the tiny model's root, 2 * 96 * 64 + 64, and of two layers are whole."""
-    c = options(prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=2200, dtype="bf16", lora_rank=0)
-    assert estimate.micro_batch(c) == (2200, 1200)
-    assert estimate.micro_batch(dataclasses.replace(c, share_prompt=False)) == (3200, 1200)
-    small = dataclasses.replace(c, shape=shape("llama"))
-    found = estimate.memory(small, estimate.build(small), kept=5)
-    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 112 + 2 * 64
-    assert found["gathered"] == 2 * (2 * 96 * 64 + 64 + 2 * layer)
-    assert found["activations"] == 5 + 1200 * 64 * 2
-    assert found["head"] == 1024 * 96 * 2 + (4 + 2) * 96 * 64
-    large = dataclasses.replace(c, dtype="fp32", lora_rank=8)
-    assert estimate.memory(large, estimate.build(large), kept=0)["head"] == 261 * 128_256 * 4
-
-
-def test_tokens_and_hours_by_hand(shape):
-    """P = 100, two responses of 60, 10 prompts, 2 epochs: 220 tokens a visit shared, 320 apart. HPS meets 3 responses
-    of a prompt: micro-batches of 256 hold (256 - 100) // 60 = 2, so 220 + 160 tokens shared and 3 * 160 apart. BT meets
-    2. Where all three fit into a micro-batch they take 280. Hours * 3600 s * ranks * peak * share are FLOPs."""
-    c = options(shape=shape("llama"), prompts=10, prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=256)
-    c = dataclasses.replace(c, world_size=5, tflops=2.0, mfu=0.25)
-    for changes, tokens, reference_tokens in (
-        ({}, 4400, 3800),
-        (dict(share_prompt=False), 6400, 4800),
-        (dict(method="dpo-bt"), 4400, 2200),
-        (dict(tokens_per_micro_batch=280), 4400, 2800),
+def test_blocks_that_the_reference_scores():
+    c = options(prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=280)
+    for changes, lengths in (
+        ({}, [280]),
+        (dict(method="dpo-bt"), [220]),
+        (dict(share_prompt=False), [160] * 3),
     ):
-        work = estimate.estimate(dataclasses.replace(c, **changes))["work"]
-        assert (work["tokens"], work["reference_tokens"]) == (tokens, reference_tokens)
-        assert work["hours"] * 3600 * 5 * 2e12 * 0.25 == pytest.approx(work["FLOPs"])
+        assert [len(piece) for piece in estimate.scored_once(dataclasses.replace(c, **changes))] == lengths
+
+
+def test_what_does_not_fit_is_told_with_a_remedy(folder):
+    """In order: that a tiny base is sharded helps too little, recomputed layers are enough."""
+    c = options(shape=str(folder / "llama"), world_size=2, prompts_per_step=BLOCKS * 2, **LENGTHS)
+    whole = estimate.step(c)
+    small = dataclasses.replace(c, gpu_gib=0.8 * whole["bytes_per_rank"]["total"] / 2**30)
+    told = estimate.remedy(small, whole | {"fits": False})
+    assert (
+        whole["fits"] and "--shard_frozen true --gradient_checkpointing true make it" in told and "not" not in told[9:]
+    )
+    tiny = dataclasses.replace(c, gpu_gib=1e-6, lora_rank=0, tokens_per_micro_batch=900)
+    told = estimate.remedy(tiny, estimate.step(tiny))
+    given = "--gradient_checkpointing true --tokens_per_micro_batch 520 --lora_rank 8"
+    assert f"{given} make it" in told and "which is not enough" in told
 
 
 def test_options_are_those_of_train_and_its_presets():
     theirs = {f.name: f.default for f in dataclasses.fields(Config)}
     shared = [f for f in dataclasses.fields(estimate.Options) if f.name in theirs]
-    assert len(shared) == 9 and all(f.default == theirs[f.name] for f in shared)
+    assert len(shared) == 12 and all(f.default == theirs[f.name] for f in shared)
     argv = ["--config", str(ROOT / "configs/llama3-8b.toml"), "--world_size", "8"]
     c, _ = config.parse(estimate.Options, argv, prog="", description="", foreign=True)
-    assert (c.dtype, c.gradient_checkpointing, c.lora_rank, c.world_size) == ("bf16", True, 8, 8)
+    assert (c.dtype, c.gradient_checkpointing, c.lora_rank, c.world_size) == ("bf16", False, 8, 8)
 
 
-def test_mistakes_and_too_small_gpus_are_told(shape, tmp_path):
+def test_mistakes_are_told(folder, tmp_path):
     for changes, message in (
-        (dict(shape=str(tmp_path / "none")), "--shape .*none"),
-        (dict(shape=shape("llama"), lora_targets="c_attn"), "c_attn"),
+        (dict(shape=str(tmp_path / "none")), "shape .*none"),
+        (dict(shape=str(folder / "llama"), lora_targets="c_attn"), "c_attn"),
         (dict(responses=1), "responses must be at least 2"),
         (dict(mfu=1.5), "mfu"),
         (dict(dtype="fp16"), "fp16"),
+        (dict(prompts=0), "prompts must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
             estimate.estimate(options(**changes))
-    fits = [estimate.estimate(options(shape=shape("llama"), gpu_gib=gib))["fits"] for gib in (1e-6, 1.0)]
-    assert fits == [False, True]
