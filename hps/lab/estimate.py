@@ -3,17 +3,16 @@
     python -m hps.lab.estimate --config configs/llama3-8b.toml --world_size 4 --gpu_gib 48
 
 One step of train.py on tensors without content: the model of a config.json, adapters, sharding over ranks that send
-nothing, packing, forward, backward, clipping and the optimizer are those of the run, and torch's trackers say what is
-alive and count products. Premises: every prompt has the mean length and every response too; attention keeps what flash
-kernels keep; the output head is the chunked one. Not in it: what an allocator loses between tensors, and what CUDA and
-NCCL take for themselves (some GiB).
+nothing, packing, forward, backward and optimizer are those of the run; torch's trackers say what is alive and count
+products. Premises: all prompts are of one length, and all responses; attention keeps what flash kernels keep; the head
+is the chunked one. Not in it: gaps between tensors, and what CUDA and NCCL take for themselves (some GiB).
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -96,8 +95,7 @@ class Tracker(MemTracker):
 def unrun(c: Options) -> Iterator[dist.Ranks]:
     """Rank 0 of ranks that send nothing, with the choices that the device would make."""
     ranks = dist.Ranks(rank=0, world_size=c.world_size, device=torch.device("cpu"), sharded=c.world_size > 1)
-    if ranks.sharded:
-        distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=c.world_size)
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=c.world_size)
     try:
         with (
             mock.patch.object(sharding, "memory", lambda _: int(c.gpu_gib * 2**30)),
@@ -109,8 +107,7 @@ def unrun(c: Options) -> Iterator[dist.Ranks]:
         ):
             yield ranks
     finally:
-        if ranks.sharded:
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def build(c: Options, ranks: dist.Ranks, fake: FakeTensorMode) -> model.PolicyModel:
@@ -141,11 +138,8 @@ def block(c: Options, responses: int) -> Block:
 
 
 def scored_once(c: Options) -> list[Block]:
-    """The blocks in which a prompt's responses are scored for the cache, each once.
-
-    A sampler that draws opponents meets the best response and, at most, other opponents in every epoch; BT and PL meet
-    the same ones.
-    """
+    """The blocks in which a prompt's responses are scored for the cache, each once: a sampler that draws meets the best
+    one and, at most, other opponents in every epoch; BT and PL meet the same ones."""
     drawn = c.epochs if c.method.split("-")[-1] in ("hps", "uniform") else 1
     return pieces(block(c, 1 + drawn * (c.responses - 1)), tokens=c.tokens_per_micro_batch if c.share_prompt else 1)
 
@@ -163,9 +157,7 @@ def step(c: Options) -> dict[str, Any]:
         parameters = {"all": sum(p.numel() for p in policy.parameters()), "trained": sum(p.numel() for p in trained)}
         optimizer, tracker = torch.optim.AdamW(trained, foreach=c.device == "cuda"), Tracker()
 
-        def values(*blocks: Block) -> torch.Tensor:
-            return policy(pack(blocks, pad_id=0, share_prompt=c.share_prompt))
-
+        packed = partial(pack, pad_id=0, share_prompt=c.share_prompt)
         with fake:
             for p in trained:  # the step before has made the moments
                 p.grad = torch.zeros_like(p)
@@ -176,17 +168,17 @@ def step(c: Options) -> dict[str, Any]:
             (held,) = tracker.get_tracker_snapshot().values()
             tracker.track_external(*(p.grad for p in trained), optimizer)
             with tracker:
-                values(*[visit] * most).sum().backward()
+                policy(packed([visit] * most)).sum().backward()
                 dist.clip_gradients(trained, 1.0)
                 optimizer.step()
             with torch.no_grad(), Tracker() as reference:
                 for piece in scored_once(c):
-                    values(piece)
+                    policy(packed([piece]))
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     by = {"weights": held["Total"]} | {name: peak[kind] for name, kind in PARTS.items()} | {"total": peak["Total"]}
     by["gradients"] -= held["Total"]
-    found = {"parameters": parameters, "bytes_per_rank": by, "fits": by["total"] < c.gpu_gib * 2**30}
-    return found | {"visit": tracker.counter.get_total_flops() / most, "reference": reference.counter.get_total_flops()}
+    flops = {"visit": tracker.counter.get_total_flops() / most, "reference": reference.counter.get_total_flops()}
+    return {"parameters": parameters, "bytes_per_rank": by, "fits": by["total"] < c.gpu_gib * 2**30} | flops
 
 
 def estimate(c: Options) -> dict[str, Any]:
@@ -195,13 +187,12 @@ def estimate(c: Options) -> dict[str, Any]:
     positive = "epochs prompts_per_step tokens_per_micro_batch world_size prompts prompt_tokens response_tokens"
     if wrong := [key for key in f"{positive} gpu_gib tflops mfu".split() if getattr(c, key) <= 0]:
         raise ValueError(f"{wrong[0]} must be positive, got {getattr(c, wrong[0])}")
-    if c.responses < 2 or c.mfu > 1 or c.lora_rank < 0:
-        raise ValueError("responses must be at least 2, mfu at most 1, and lora_rank not negative")
+    if c.responses < 2 or c.mfu > 1:
+        raise ValueError("responses must be at least 2, and mfu at most 1")
     with loading.explain_load_errors("shape", c.shape):  # also of what torch cannot do without content
-        found, visits = step(c), c.prompts * c.epochs
-    prompts = 1 if c.share_prompt else c.responses  # times that a visit's prompt is computed
+        found, visits, repeats = step(c), c.prompts * c.epochs, 1 if c.share_prompt else c.responses
     work: dict[str, float] = {"steps": c.epochs * -(-c.prompts // c.prompts_per_step)}
-    work["tokens"] = visits * (prompts * c.prompt_tokens + c.responses * c.response_tokens)
+    work["tokens"] = visits * (repeats * c.prompt_tokens + c.responses * c.response_tokens)
     work["reference_tokens"] = c.prompts * sum(map(len, scored_once(c)))
     work["FLOPs"] = visits * found.pop("visit") + c.prompts * found.pop("reference")
     work["hours"] = work["FLOPs"] / (c.world_size * c.tflops * 1e12 * c.mfu) / 3600
@@ -210,32 +201,30 @@ def estimate(c: Options) -> dict[str, Any]:
 
 def remedy(c: Options, found: dict[str, Any]) -> str:
     """What does not fit as `found`, and the options that make it fit: one on top of the other, cheapest first."""
-    least = min(c.tokens_per_micro_batch, len(block(c, c.responses)))
     changes: list[dict[str, Any]] = [{"shard_frozen": "true"}] * bool(c.lora_rank and c.world_size > 1)
     changes += [{"gradient_checkpointing": True}]
-    changes += [{"tokens_per_micro_batch": max(least, c.tokens_per_micro_batch // n)} for n in (2, 4, 8)]
+    changes += [{"tokens_per_micro_batch": max(1, c.tokens_per_micro_batch // n)} for n in (2, 4, 8)]
     changes += [{"lora_rank": 8}] * (not c.lora_rank)
     given: dict[str, Any] = {}
     for change in changes:
         if not found["fits"] and not change.items() <= (vars(c) | given).items():
             given |= change
-            found = step(dataclasses.replace(c, **given))
+            found = step(replace(c, **given))
     what = " ".join(f"--{key} {str(value).lower()}" for key, value in given.items()) or "its options"
     told = f"does not fit into {c.gpu_gib:g} GiB: {what} make it {found['bytes_per_rank']['total'] / 2**30:.1f} GiB"
     return told if found["fits"] else f"{told}, which is not enough: it takes more or larger GPUs"
 
 
 def main() -> None:
-    about = dict(prog="python -m hps.lab.estimate", description=str(__doc__).split("\n")[0])
-    c, _ = config.parse(Options, foreign=True, **about)
+    about = str(__doc__).split("\n")[0]
+    c, _ = config.parse(Options, prog="python -m hps.lab.estimate", description=about, foreign=True)
     found = estimate(c)
     gib = {key: value / 2**30 for key, value in found["bytes_per_rank"].items()}
     for group, values in {"parameters": found["parameters"], "GiB per rank": gib, "work": found["work"]}.items():
         for key, value in values.items():
             print(f"{group:<15}{key:<26}{value:>16{',' if isinstance(value, int) else '.4g'}}")
-    found["verdict"] = f"fits into {c.gpu_gib:g} GiB" if found["fits"] else remedy(c, found)
-    print(f"the run {found['verdict']}")
-    print(json.dumps(found))
+    verdict = f"fits into {c.gpu_gib:g} GiB" if found["fits"] else remedy(c, found)
+    print(f"the run {verdict}\n{json.dumps(found | {'verdict': verdict})}")
 
 
 if __name__ == "__main__":
