@@ -183,7 +183,7 @@ def training(c: Options) -> Table:
             trl = harness.alone(step.in_folder, step.trl, how, rows, 2)
             shape: dict[str, Any] = dict(shape=f"{place}/model", world_size=1, lora_rank=rank, dtype=dtype)
             shape |= dict(prompts=step.STEP, prompts_per_step=step.STEP, prompt_tokens=TOKENS, response_tokens=TOKENS)
-            shape |= dict(tokens_per_micro_batch=how.tokens_per_micro_batch, epochs=EPOCHS)
+            shape |= dict(tokens_per_micro_batch=how.tokens_per_micro_batch, epochs=EPOCHS, device=DEVICE.type)
             expected, log = estimate.estimate(estimate.Options(**shape)), ours["log"]
             # Without the first step, in which things are compiled; all steps have the same tokens.
             seconds = [(i + 1) / record["perf/tokens_per_s"] for i, record in enumerate(log)]
