@@ -97,7 +97,7 @@ def main() -> None:
         sizes = dict(prompt_tokens=prompt, response_tokens=c.length - prompt, responses=2, method="dpo-bt")
         for way in c.ways.split(","):
             ranks, more = WAYS[way]
-            shared = dict(
+            shared: dict[str, Any] = dict(
                 prompts_per_step=2 * c.blocks * ranks, tokens_per_micro_batch=c.blocks * (2 * c.length - prompt)
             )
             shared |= more

@@ -126,7 +126,7 @@ def build(c: Options, ranks: dist.Ranks, fake: FakeTensorMode) -> model.PolicyMo
     policy = model.PolicyModel(lm, autocast=autocast)
     with fake:
         policy.to_empty(device="cpu")
-        policy.causal_lm.tie_weights()
+        model.unwrapped(lm).tie_weights()
     if ranks.sharded:
         shared = {key: value for key, value in vars(c).items() if hasattr(Config, key)}
         sharding.shard(policy, model.layers_of(lm), Config("", "", "", **shared), ranks=ranks, dtype=dtype)
@@ -155,7 +155,7 @@ def step(c: Options) -> dict[str, Any]:
         policy = build(c, ranks, fake)
         trained = [p for p in policy.parameters() if p.requires_grad]
         parameters = {"all": sum(p.numel() for p in policy.parameters()), "trained": sum(p.numel() for p in trained)}
-        optimizer, tracker = torch.optim.AdamW(trained, foreach=c.device == "cuda"), Tracker()
+        optimizer, tracker, reference = torch.optim.AdamW(trained, foreach=c.device == "cuda"), Tracker(), Tracker()
 
         packed = partial(pack, pad_id=0, share_prompt=c.share_prompt)
         with fake:
@@ -171,7 +171,7 @@ def step(c: Options) -> dict[str, Any]:
                 policy(packed([visit] * most)).sum().backward()
                 dist.clip_gradients(trained, 1.0)
                 optimizer.step()
-            with torch.no_grad(), Tracker() as reference:
+            with torch.no_grad(), reference:
                 for piece in scored_once(c):
                     policy(packed([piece]))
     (peak,) = tracker.get_tracker_snapshot("peak").values()
