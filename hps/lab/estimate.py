@@ -114,10 +114,10 @@ def build(c: Options, ranks: dist.Ranks, fake: FakeTensorMode) -> model.PolicyMo
     """The policy as train.py makes it, without content."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype, safe = model.DTYPES[c.dtype], dict(trust_remote_code=False)
+    dtype, about = model.DTYPES[c.dtype], AutoConfig.from_pretrained(c.shape, trust_remote_code=False)
     with torch.device("meta"):
-        about, loaded = AutoConfig.from_pretrained(c.shape, **safe), dtype if c.lora_rank else torch.float32
-        lm = AutoModelForCausalLM.from_config(about, dtype=loaded, **safe).eval()
+        loaded = dtype if c.lora_rank else torch.float32
+        lm = AutoModelForCausalLM.from_config(about, dtype=loaded, trust_remote_code=False).eval()
         if c.lora_rank:
             lm = adapters.add_lora(lm, rank=c.lora_rank, alpha=16, targets=c.lora_targets.split(","), seed=0)
     if c.gradient_checkpointing:
