@@ -12,9 +12,9 @@ from hps.model import PolicyModel
 
 
 def test_score_keeps_order_over_pieces(monkeypatch):
-    """More candidates than a piece holds, scored in pieces, a block at a time, come back whole and in order."""
-    monkeypatch.setattr(scoring, "MICRO_BATCHES_AT_ONCE", 1)
-    lm, blocks = tiny("llama"), blocks_of(70, B=2)
+    """More candidates than a piece holds, scored in pieces, two blocks at a time, come back whole and in order."""
+    monkeypatch.setattr(scoring, "MICRO_BATCHES_AT_ONCE", 2)
+    lm, blocks = tiny("llama"), blocks_of(70, B=3)
     assert len(list(scoring.windows(blocks, budget=300))) == 2
     rows = list(score(PolicyModel(lm), blocks, device=torch.device("cpu"), budget=300, pad_id=0))
     expected = separate_logps(lm, blocks).detach().numpy()
