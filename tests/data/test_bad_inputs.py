@@ -161,7 +161,8 @@ FITS = [  # what it is; what is in line 2; commands and options that meet it; me
     (
         "a classifier for a reward model", {}, ("annotate",), dict(scorer="two-labels"),
         "cannot load the reward model '{folders}/two-labels': {folders}/two-labels has 2 labels where a reward model "
-        "has one: is it a classifier? If they are objectives, say which is the reward, --objectives mean, LABEL_0, LABEL_1",
+        "has one: is it a classifier? If they are objectives, say which is the reward, --objectives mean, LABEL_0, "
+        "LABEL_1",
     ),
     (
         "a language model for a reward model", {}, ("annotate",), dict(scorer="model"),
