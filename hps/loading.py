@@ -36,9 +36,9 @@ def load_whole(auto: Any, name: str, *, dtype: torch.dtype | None, begin: bool =
         raise ValueError(
             f"its weights are quantised ({method}): name the model in full precision that it was made from"
         )
-    how |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    how |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
     with _own_words(), _as_stored() if dtype is None else nullcontext():
-        lm, found = auto.from_pretrained(name, dtype=dtype or torch.float32, **how)
+        lm, found = auto.from_pretrained(name, dtype=dtype or torch.float32, use_safetensors=True, **how)
     if getattr(lm, "_hf_peft_config_loaded", False):
         raise ValueError(f"it is an adapter on the hub: hf download {name} --local-dir DIR, and name that folder")
     missing, unused = set(found["missing_keys"]), set(found["unexpected_keys"])
