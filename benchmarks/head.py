@@ -12,12 +12,17 @@ import statistics
 import harness
 import torch
 
-from hps.logps import dense_token_logps, token_logps
+from hps.logps import token_logps
 
 WIDTH = 576  # SmolLM2-135M
 SHAPES = [(T, V) for V in (32_000, 49_152, 128_256) for T in (256, 4096)]
-CONTESTANTS = {"dense": dense_token_logps, "chunked": token_logps}
 DENSE_LIMIT = 2**28  # logits that the dense path may hold (three fp32 copies): 4,096 tokens of 49,152 and no more
+
+
+def dense_token_logps(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log softmax(hidden @ weight.T)[targets], (T,) fp32, the plain way. Arguments as `token_logps`."""
+    logps = torch.log_softmax((hidden.to(weight.dtype) @ weight.T).float(), dim=-1)
+    return logps.gather(-1, targets[:, None]).squeeze(-1)
 
 
 def inputs(T: int, V: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,6 +32,9 @@ def inputs(T: int, V: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # In place: a quotient beside its numerator would raise the process's peak by more than the contestants do.
     weight = torch.randn(V, WIDTH, generator=g).div_(WIDTH**0.5)
     return hidden, weight, torch.randint(0, V, (T,), generator=g)
+
+
+CONTESTANTS = {"dense": dense_token_logps, "chunked": token_logps}
 
 
 def run(name: str, T: int, V: int) -> tuple[list[float], float]:

@@ -1,12 +1,11 @@
 """Attention over packed rows: no work between blocks, nor between the responses of one block.
 
-A row is blocks of [prompt | y_1 | ... | y_K], behind what all prompts begin with, if that is laid out once. A token of
-y_k sees the start, its prompt and its own response's past. `packed_attention` stands in for transformers' own attention
-(`AttentionInterface`): on CUDA FlexAttention with the block mask, on a CPU the calls of `hps.attention_cpu`. A model
-that does not hand the layout on, or whose attention is more than a softmax, gets plain rows (hps.limits).
+A row is blocks of [prompt | y_1 | ... | y_K]. A token of y_k sees its prompt and its own response's past.
+`packed_attention` stands in for transformers' own attention (`AttentionInterface`): on CUDA FlexAttention with the
+block mask (`hps.attention_cuda`), on a CPU the calls of `hps.attention_cpu`. A model that does not hand the layout on,
+or whose attention is more than a softmax, gets plain rows (hps.limits).
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,32 +18,25 @@ from hps.packing import Packed
 NAME = "hps_packed"  # of `packed_attention` among transformers' attention functions
 
 
-def may_attend(packed: Packed) -> Callable[..., Tensor]:
-    """The rule, as FlexAttention asks for it: (batch, head, query, key) indices -> bool.
-
-    A token sees earlier tokens of its own block that belong to the prompt or to its own response.
-    """
-    block, segment = packed.block[0], packed.segment[0]
-
-    def rule(_batch, _head, q, k):
-        return (q >= k) & (block[q] == block[k]) & ((segment[k] == 0) | (segment[k] == segment[q]))
-
-    return rule
-
-
 def inputs(packed: Packed, *, heads: int) -> dict[str, Any]:
-    """What a decoder's forward is called with for this micro-batch. heads: attention heads per layer."""
-    if packed.causal:  # the pads stand at the end of a row, so no real token looks at them
-        return {"attention_mask": None}
-    # transformers passes a 4-D mask on as it is; this one keeps it from making an (N, N) mask of its own.
-    mask = torch.empty(1, 1, 1, 0, device=packed.input_ids.device)
-    if packed.input_ids.is_cuda:
-        layout = flex(packed)
-    else:
-        from hps import attention_cpu
+    """What a decoder's forward is called with for this micro-batch, and gives states for, its pads behind the rest.
 
-        layout = attention_cpu.layout(packed, heads)
-    return {"attention_mask": mask, "packed_layout": layout}
+    heads: attention heads per layer.
+    """
+    mask, more = None, {}  # of plain rows: the pads stand at the end, so no real token looks at them
+    if not packed.causal:
+        if packed.input_ids.is_cuda:
+            from hps import attention_cuda
+
+            packed = attention_cuda.padded(packed)
+            more["packed_layout"] = attention_cuda.layout(packed)
+        else:
+            from hps import attention_cpu
+
+            more["packed_layout"] = attention_cpu.layout(packed, heads)
+        # transformers passes a 4-D mask on as it is; this one keeps it from making an (N, N) mask of its own.
+        mask = torch.empty(1, 1, 1, 0, device=packed.input_ids.device)
+    return dict(input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=mask, **more)
 
 
 def packed_attention(
@@ -107,21 +99,3 @@ def instead(lm: Any, name: str) -> Iterator[None]:
         yield
     finally:
         put(lm, before)
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def flex(packed: Packed, attend: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
-    """FlexAttention; `attend` is its compiled form unless given (uncompiled it holds the (N, N) scores)."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    N, device = packed.input_ids.shape[1], packed.input_ids.device
-    mask = create_block_mask(may_attend(packed), None, None, N, N, device=device)
-    return lambda query, key, value, scaling: (attend or _compiled_flex())(
-        query, key, value, block_mask=mask, scale=scaling, enable_gqa=True
-    )

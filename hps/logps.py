@@ -1,8 +1,7 @@
 """Sequence log-probs from hidden states, without ever holding a (T, V) tensor.
 
 Only positions that predict a response token reach the head, so prompts are free. On CUDA the Triton kernels of
-`hps.kernels` serve bf16 heads; the chunked path here serves everything else, and the dense path is the oracle that
-tests compare with.
+`hps.kernels` serve bf16 heads; the chunked path here serves everything else.
 """
 
 import functools
@@ -23,12 +22,6 @@ CHUNK_LOGITS = {"cpu": 3 * 2**21, "cuda": 2**25}
 def chunk_for(vocabulary: int, device: str) -> int:
     """Scored tokens per chunk on a device type."""
     return max(1, min(1024, CHUNK_LOGITS[device] // vocabulary))
-
-
-def dense_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T)[targets], (T,) fp32, the plain way. Arguments as `token_logps`."""
-    logps = torch.log_softmax((hidden.to(weight.dtype) @ weight.T).float(), dim=-1)
-    return logps.gather(-1, targets[:, None]).squeeze(-1)
 
 
 def _chunks(
@@ -84,25 +77,28 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _TrainableHead(torch.autograd.Function):
-    """The head's own gradient weighs tokens by the incoming gradient, which the forward does not know yet: each
-    chunk's softmax is made again in the backward."""
+    """The head's own gradient weighs tokens by the incoming gradient, which the forward does not know yet: the softmax
+    of one chunk is kept for the backward, that of several is made there again."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for part, logps, _, _ in _chunks(hidden, weight, targets, chunk):
+        softmax: tuple[Tensor, ...] = ()
+        for part, logps, exps, total in _chunks(hidden, weight, targets, chunk):
             out[part] = logps
-        ctx.save_for_backward(hidden, weight, targets)
+            softmax = (exps, total) if len(targets) <= chunk else ()
+        ctx.save_for_backward(hidden, weight, targets, *softmax)
         ctx.chunk = chunk
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, *softmax = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)  # summed in fp32
-        for part, _, exps, total in _chunks(hidden, weight, targets, ctx.chunk):
+        kept = [(slice(0, len(targets)), None, *softmax)]
+        for part, _, exps, total in kept if softmax else _chunks(hidden, weight, targets, ctx.chunk):
             gradient = _logit_gradient(exps, total, targets[part]).mul_(grad_output[part, None]).to(weight.dtype)
             grad_hidden[part] = gradient @ weight
             if weight.dtype == torch.float32:
@@ -142,7 +138,10 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int |
     """
     if kernels := _kernels_for(weight.dtype, weight.device):
         return kernels.token_logps(hidden, weight, targets, chunk=chunk or kernels.CHUNK)
-    head = _TrainableHead if weight.requires_grad and torch.is_grad_enabled() else _FrozenHead
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    if trained and len(targets) <= hidden.shape[1]:  # then all logits, (T, V), are no more than its gradient, (V, D)
+        chunk = chunk or len(targets)
+    head = _TrainableHead if trained else _FrozenHead
     return head.apply(hidden, weight, targets, chunk or chunk_for(len(weight), weight.device.type))
 
 

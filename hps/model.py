@@ -87,15 +87,14 @@ def layers_of(lm: Any) -> list[nn.Module]:
 
 
 def states(model: Any, packed: Packed) -> Tensor:
-    """Last states of a policy's or reward model's decoder at all packed positions, (R * N, D), in the compute dtype."""
+    """A model's last states at all packed positions, and at pads behind them, (R * N, D), in the compute dtype."""
     assert packed.causal or not model.padded, "this model takes plain rows only"
-    decoder, more = decoder_of(model.lm), {}
+    decoder, given = decoder_of(model.lm), {"input_ids": packed.input_ids}
     if not model.padded:
         heads = getattr(decoder.config.get_text_config(), "num_attention_heads", 1)
-        more = {"position_ids": packed.position_ids, **attention.inputs(packed, heads=heads)}
+        given = attention.inputs(packed, heads=heads)
     with autocasting(model, packed.input_ids):
-        found = decoder(input_ids=packed.input_ids, use_cache=False, **more).last_hidden_state
-    return found.flatten(0, 1)
+        return decoder(use_cache=False, **given).last_hidden_state.flatten(0, 1)
 
 
 # -- loading --
@@ -103,8 +102,10 @@ def states(model: Any, packed: Packed) -> Tensor:
 
 @functools.cache  # so that the log says it once
 def compute_dtype(name: str) -> torch.dtype:
-    """torch's dtype of --dtype; the log says so where this machine would only emulate it."""
+    """torch's dtype of --dtype; the log says so where this machine has another one that is many times faster."""
     known = torch.cpu.get_capabilities()
+    if name == "fp32" and torch.cuda.is_available():  # TF32 would round as bf16 does, which fp32 was chosen to avoid
+        logging.getLogger(__name__).warning("fp32 products take no tensor cores, 10 times slower: use --dtype bf16")
     if name == "bf16" and not torch.cuda.is_available() and not any(map(known.get, BF16_INSTRUCTIONS)):
         logging.getLogger(__name__).warning("this CPU emulates bf16, 8 to 27 times slower: use --dtype fp32")
     return DTYPES[name]

@@ -193,7 +193,7 @@ VOCABULARY = 61  # of `tiny` models and `blocks_of`
 
 def block_mask(packed) -> torch.Tensor:
     """The dense mask of a packed row, (1, 1, N, N) bool, by the rule that FlexAttention is given."""
-    from hps.attention import may_attend
+    from hps.attention_cuda import may_attend
 
     at = torch.arange(packed.input_ids.shape[1])
     return may_attend(packed)(0, 0, at[:, None], at)[None, None]

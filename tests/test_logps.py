@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from hps.logps import chunk_for, dense_token_logps, sequence_logps, token_logps
+from hps.logps import chunk_for, sequence_logps, token_logps
 
 SHAPES = [(1, 5, 7), (13, 8, 101), (64, 16, 257), (130, 32, 1000)]
 
@@ -44,6 +45,10 @@ def test_chunked_head_equals_the_dense_oracle(frozen):
         assert not token_logps(h, w, targets).requires_grad
 
 
+def dense_token_logps(hidden, weight, targets):
+    return torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, targets[:, None])[:, 0]
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_bf16_error_is_that_of_the_plain_bf16_path(frozen):
     """Error budget: against float64 of the same bf16 inputs, no worse than autograd through the dense bf16 path."""
@@ -59,6 +64,16 @@ def test_bf16_error_is_that_of_the_plain_bf16_path(frozen):
             errors[name].append((w.grad.double() - gw).abs().max())
     for ours, dense in zip(errors["ours"], errors["dense"], strict=True):
         assert ours <= 1.5 * dense + 1e-3
+
+
+def test_a_short_batch_keeps_its_softmax_for_the_head_s_gradient():
+    """Three products where several chunks have four: a head that trains has room for the logits of T <= D tokens."""
+    for T, products in ((16, 3), (17, 4)):
+        hidden, weight, targets, _ = draw(T, 16, 2**19)
+        hidden.requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            token_logps(hidden, weight.requires_grad_(), targets).sum().backward()
+        assert counter.get_total_flops() == products * 2 * T * 16 * 2**19
 
 
 def test_sequence_logps_sums_by_response():
