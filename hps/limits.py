@@ -16,7 +16,10 @@ from hps import attention, dist, loading
 from hps.model import decoder_of, states, unwrapped
 from hps.packing import Block, Packed, pack
 
-PROBE_TOKENS = 16  # of a prompt with a response that are compared, at most
+# Tokens that are compared of the longest prompt with its response: below 128 attention has kernels for decoding, and on
+# a CPU another way than for texts.
+PROBE_TOKENS = 144
+MIDDLE = (1, 1)  # the response whose gradient is looked at, between two others, behind another prompt
 BF16_TOLERANCE = 0.02  # share of a value that rounding to bf16 may move
 
 
@@ -87,24 +90,30 @@ def _wrong_here(model: Any, longest: float, *, share_prompt: bool) -> str:
     parameter = next(model.parameters())
     try:
         blocks = probe(model, tokens=int(min(PROBE_TOKENS, longest)))
-        values, leaks, dtype = tried(model, pack(blocks, pad_id=0, share_prompt=share_prompt).to(parameter.device))
-        own = _own_values(model, blocks)
-        apart = float((values - own).abs().max())
+        packed = pack(blocks, pad_id=0, share_prompt=share_prompt).to(parameter.device)
+        values, gradient, leaks = tried(model, packed, MIDDLE)
+        own, own_gradient = _by_itself(model, blocks)
+        apart, largest = float((values - own).abs().max()), float(own.abs().max())
+        bent = float((gradient - own_gradient).float().norm() / own_gradient.float().norm())
         # In bf16 what is left to tell are other logits; which tokens are seen needs no tolerance.
-        coarse = (model.autocast or dtype) != torch.float32
-        tolerance = max(0.5, BF16_TOLERANCE * float(own.abs().max())) if coarse else 1e-3
+        coarse = (model.autocast or gradient.dtype) != torch.float32
+        tolerance = max(0.5, BF16_TOLERANCE * largest) if coarse else max(1e-3, 1e-5 * largest)
     except Exception as error:  # whatever its code raises on what it does not know
         return loading.said(error)
     if not apart <= tolerance:  # NaN too
         return f"its values are {apart:.3g} apart from those of its own forward of each"
+    if not bent <= (0.5 if coarse else 1e-2):
+        return f"a gradient differs by {bent:.3g} of its length from that of its own forward"
     return "a response's value depends on tokens that are none of its own" if leaks else ""
 
 
 def probe(model: Any, *, tokens: int) -> list[Block]:
-    """Two prompts, of one and three responses; `tokens` with a response at most."""
+    """Two prompts, of one and three responses; the one of MIDDLE has `tokens` with its prompt, half of them its own."""
     draw, rows = np.random.default_rng(0), len(unwrapped(model.lm).get_input_embeddings().weight)
-    P = max(2, tokens - 5)
-    one, two, *responses = (draw.integers(0, rows, size=n) for n in (P, P - 1, 4, 4, 2, 5))
+    y = max(1, tokens // 2)
+    P = max(1, tokens - y)
+    lengths = min(P, 11), P, min(y, 4), min(y, 4), y, min(y, 2)
+    one, two, *responses = (draw.integers(0, rows, size=n) for n in lengths)
     return [Block(one, tuple(responses[:1])), Block(two, tuple(responses[1:]))]
 
 
@@ -123,24 +132,29 @@ def _values(model: Any, packed: Packed) -> Tensor:
     return torch.where(packed.valid, last @ mixture, 0.0)
 
 
-@torch.no_grad()
-def _own_values(model: Any, blocks: list[Block]) -> Tensor:
-    """What each response gets in a row of its own, with the attention that defines the model, (B, K)."""
-    packed = pack(blocks, pad_id=0, share_prompt=False).to(next(model.parameters()).device)
+def _by_itself(model: Any, blocks: list[Block]) -> tuple[Tensor, Tensor]:
+    """What each response gets in a row of its own with the attention that defines the model, (B, K); and the gradient
+    of MIDDLE's as in `tried`."""
+    device = next(model.parameters()).device
+    values, gradient = torch.zeros(len(blocks), max(len(b.responses) for b in blocks), device=device), None
     before, model.padded = model.padded, True
     try:
         with attention.instead(unwrapped(model.lm), "eager"):
-            return _values(model, packed)
+            for b, block in enumerate(blocks):
+                for k, y in enumerate(block.responses):
+                    alone = pack([Block(block.prompt, (y,))], pad_id=0, share_prompt=False).to(device)
+                    value, found, _ = tried(model, alone, (0, 0))
+                    values[b, k] = value
+                    gradient = found if (b, k) == MIDDLE else gradient
     finally:
         model.padded = before
+    assert gradient is not None
+    return values, gradient
 
 
-def tried(model: Any, packed: Packed) -> tuple[Tensor, bool, torch.dtype]:
-    """The values (B, K) of a `probe`, whether one depends on anything but its prompt and its own tokens, and the dtype
-    that the model computes in.
-
-    By the gradient with respect to the tokens' embeddings: where nothing is seen it is exactly 0, in every dtype.
-    """
+def tried(model: Any, packed: Packed, response: tuple[int, int]) -> tuple[Tensor, Tensor, bool]:
+    """The values (B, K); the gradient of one response's by the embeddings of its prompt and itself, (P + y, D); and
+    whether it depends on anything else. Where nothing is seen a gradient is exactly 0, in every dtype."""
     found: list[Tensor] = []
 
     def keep(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
@@ -149,13 +163,14 @@ def tried(model: Any, packed: Packed) -> tuple[Tensor, bool, torch.dtype]:
 
     with unwrapped(model.lm).get_input_embeddings().register_forward_hook(keep):
         values = _values(model, packed)
-    b, k = 1, 1  # a response between two others, behind another prompt
+    b, k = response
     (gradient,) = torch.autograd.grad(values[b, k], found)
-    seen = (gradient != 0).any(-1).view(packed.input_ids.shape)
+    gradient = gradient[:, : packed.input_ids.shape[1]]
     own = packed.segment == k + 1
     allowed = (packed.block == b) & ((packed.segment == 0) | own)
     if packed.causal:  # the prompt stands in each row
         allowed &= (own & (packed.block == b)).any(1, keepdim=True)
+    part = gradient[allowed]
     if hasattr(model, "head"):  # a log-prob, which must not know the token that it is of
         allowed.view(-1)[packed.last[b, k]] = False
-    return values.detach(), bool((seen & ~allowed).any()), found[0].dtype
+    return values.detach(), part, bool(((gradient != 0).any(-1) & ~allowed).any())

@@ -9,7 +9,7 @@ import transformers as T
 from helpers import VOCABULARY as V
 from helpers import plain_logp, tiny
 
-from hps import attention, limits
+from hps import attention, attention_cpu, limits
 from hps.evaluate.scoring import token_kl
 from hps.extra.reward_model import RewardModel
 from hps.model import PolicyModel
@@ -111,10 +111,10 @@ def test_layers_that_carry_siblings_along_are_found_in_bf16(name):
     """The leak needs no tolerance: a gradient that should be 0 is not."""
     policy = PolicyModel(random_model(name).bfloat16())
     packed, plain = (pack(limits.probe(policy, tokens=16), pad_id=0, share_prompt=share) for share in (True, False))
-    assert limits.tried(policy, packed)[1]
+    assert limits.tried(policy, packed, limits.MIDDLE)[2]
     policy.padded = True
-    assert not limits.tried(policy, plain)[1]
-    assert not limits.tried(PolicyModel(tiny("llama").bfloat16()), packed)[1]
+    assert not limits.tried(policy, plain, limits.MIDDLE)[2]
+    assert not limits.tried(PolicyModel(tiny("llama").bfloat16()), packed, limits.MIDDLE)[2]
 
 
 def test_a_model_that_looks_ahead_is_refused():
@@ -127,6 +127,23 @@ def test_a_model_that_looks_ahead_is_refused():
     lm.model.layers[0].register_forward_pre_hook(lambda _, given: (given[0].roll(-1, 1), *given[1:]))
     with pytest.raises(ValueError, match="depends on tokens that are none of its own"):
         limits.check(PolicyModel(lm))
+
+
+def test_the_gradient_is_compared_on_rows_as_long_as_training_s(monkeypatch, caplog):
+    """An attention with the right values and no gradient to what is seen; 144 tokens are past the decoding kernels."""
+    layout, rows = attention_cpu.layout, []
+
+    def wrong(packed, heads):
+        rows.append(packed.spans[1][0] + max(packed.spans[1][1]))
+        return lambda query, key, value, scaling: layout(packed, heads)(query, key, value.detach(), scaling)
+
+    monkeypatch.setattr(attention_cpu, "layout", wrong)
+    for longest in (40, 2048):
+        policy = PolicyModel(tiny("llama"))
+        limits.check(policy, longest=longest)
+        assert policy.padded and "a gradient differs by" in caplog.text
+        caplog.clear()
+    assert rows == [40, 144]
 
 
 def test_gradients_of_plain_rows_are_those_of_the_model(caplog):
