@@ -210,11 +210,11 @@ def exact_kl(
     policy: model.PolicyModel, ref: model.PolicyModel, winners: Sequence[Block], device: torch.device, budget: int
 ) -> Iterator[float]:
     """For each winner the sum over its positions of the exact next-token KL(policy || reference), nats."""
-    layout = dict(pad_id=0, share_prompt=not (policy.padded or ref.padded))
+    shared = not (policy.padded or ref.padded)
     for some in scoring.windows(winners, budget=budget):
         found = np.empty(len(some))
-        for members in micro_batches([len(w) for w in some], budget=budget, world_size=1)[0]:
-            packed = pack([some[i] for i in members], **layout).to(device)
+        for members in micro_batches(some, budget=budget, world_size=1, share_prompt=shared)[0]:
+            packed = pack([some[i] for i in members], pad_id=0, share_prompt=shared).to(device)
             with torch.no_grad():
                 pairs = [(one.hidden(packed), None if one.padded else one.head) for one in (policy, ref)]
                 kl = scoring.token_kl(*pairs[0], *pairs[1])

@@ -114,7 +114,7 @@ class Run:
         """This rank's share of a step, of which `blocks` are all. Every rank gets the same number of micro-batches, or
         collectives would hang. kl: as in `Batch`."""
         visits = self.plan.step(step)
-        for members in self.shares([len(block) for block in blocks]):
+        for members in self.shares(blocks):
             # A rank with nothing left repeats the step's first block with weight 0: collectives must stay in step.
             here = members or [0]
             at = [visits[i] for i in here]
@@ -141,9 +141,10 @@ class Run:
         """Log-probs (T,) float32 nats of all responses of `blocks`, and how many had to be computed. Collective."""
         return reference.fill(cache, scorer, blocks, ranks=self.ranks, budget=self._budget, **self._layout)
 
-    def shares(self, lengths: list[int]) -> list[list[int]]:
-        """Which of blocks of these lengths this rank computes, by micro-batch; empty ones where it is idle."""
-        return micro_batches(lengths, budget=self._budget, world_size=self.ranks.world_size)[self.ranks.rank]
+    def shares(self, blocks: Sequence[Block]) -> list[list[int]]:
+        """Which of the blocks this rank computes, by micro-batch; empty ones where it is idle."""
+        how = dict(budget=self._budget, share_prompt=self._layout["share_prompt"])
+        return micro_batches(blocks, world_size=self.ranks.world_size, **how)[self.ranks.rank]
 
     def pack(self, blocks: list[Block]) -> Packed:
         """Blocks as one micro-batch on the rank's device."""

@@ -69,7 +69,8 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     for name, p in trained(model).items():
         moments = optimizer.state[p]
         if not moments:
-            moments.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            moments.update(step=torch.zeros((), device=p.device))
+            moments.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state[f"model.{name}"] = p.data
         for key in ("step", "exp_avg", "exp_avg_sq"):
             state[f"optimizer.{name}.{key}"] = moments[key]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,21 @@ class Block:
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest response."""
+        return len(self.prompt) + max(map(len, self.responses), default=0)
 
-def pieces(block: Block, *, tokens: int) -> list[Block]:
-    """Cut a block with many responses into blocks of at most `tokens` packed tokens, each with the whole prompt.
+
+def pieces(block: Block, *, tokens: int, share_prompt: bool = True) -> list[Block]:
+    """Cut a block with many responses into blocks of at most `tokens` tokens as `pack` lays them out.
 
     So that a hundred candidates of a prompt fit into the budget of a micro-batch; a piece of one response, or of a
-    prompt that is half the budget, may be longer. Pieces in order hold the responses in order.
+    packed prompt that is half the budget, may be longer. Pieces in order hold the responses in order.
     """
+    if not share_prompt:
+        n = max(1, tokens // block.longest)
+        return [Block(block.prompt, block.responses[i : i + n]) for i in range(0, len(block.responses), n)]
     room = max(tokens, 2 * len(block.prompt)) - len(block.prompt)
     cut: list[list[np.ndarray]] = []
     for y in block.responses:
@@ -90,12 +99,9 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
         [[7, 8, 5, 2, 6, 9, 2]], position_ids [[0, 1, 2, 3, 2, 3, 4]], predictor [1, 2, 1, 4, 5], last [[3, 6]],
         targets [5, 2, 6, 9, 2], num_tokens [[2, 3]].
     """
-    K = max(len(block.responses) for block in blocks)
-    num_tokens = torch.zeros(len(blocks), K, dtype=torch.int64)
-    last = torch.zeros(len(blocks), K, dtype=torch.int64)
-    for b, block in enumerate(blocks):
-        assert len(block.prompt) > 0 and all(len(y) > 0 for y in block.responses), "empty prompt or response"
-        num_tokens[b, : len(block.responses)] = torch.tensor([len(y) for y in block.responses])
+    assert all(len(text) > 0 for block in blocks for text in (block.prompt, *block.responses)), "empty text"
+    num_tokens = pad_sequence([torch.tensor([len(y) for y in block.responses]) for block in blocks], batch_first=True)
+    last = torch.zeros_like(num_tokens)
 
     # Rows of (index of the prompt, index of the first response, block): one for all blocks, or one for each response.
     rows = [[(b, 0, block) for b, block in enumerate(blocks)]]
@@ -140,22 +146,36 @@ def pack(blocks: Sequence[Block], *, pad_id: int, share_prompt: bool = True) -> 
     )
 
 
-def micro_batches(lengths: Sequence[int], *, budget: int, world_size: int) -> list[list[list[int]]]:
-    """Deal the blocks of one optimizer step to ranks and micro-batches of at most `budget` packed tokens.
+def micro_batches(
+    blocks: Sequence[Block], *, budget: int, world_size: int, share_prompt: bool = True
+) -> list[list[list[int]]]:
+    """Deal the blocks of one optimizer step to ranks and micro-batches of at most `budget` tokens.
 
     Args:
-        lengths: packed tokens of each block of the step.
-        budget: tokens a micro-batch may hold; a longer block gets a micro-batch of its own.
+        budget: tokens a micro-batch may hold, pads too; a longer block gets a micro-batch of its own.
+        share_prompt: as `pack` will lay them out.
 
     Returns:
         batches[rank][i] = block indices; every rank has the same number of micro-batches, some perhaps empty,
         because sharded collectives hang when ranks disagree on how often they run.
     """
+    if not share_prompt:  # a row is as long as the longest beside it, so that like ones go together
+        bins: list[list[int]] = []
+        rows = width = 0
+        for i in sorted(range(len(blocks)), key=lambda i: -blocks[i].longest):
+            rows += len(blocks[i].responses)
+            if not bins or rows * width > budget:
+                bins.append([])
+                rows, width = len(blocks[i].responses), blocks[i].longest
+            bins[-1].append(i)
+        bins += [[]] * (-len(bins) % world_size)
+        return [bins[rank::world_size] for rank in range(world_size)]
+    lengths = [len(block) for block in blocks]
     # A longer block fills one, and no second one that would be empty.
     per_rank = -(-sum(min(length, budget) for length in lengths) // (budget * world_size))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while True:
-        bins: list[list[int]] = [[] for _ in range(per_rank * world_size)]
+        bins = [[] for _ in range(per_rank * world_size)]
         loads = [(0, b) for b in range(len(bins))]  # a heap of (tokens, bin)
         for i in order:  # longest first into the emptiest bin
             load, b = heapq.heappop(loads)

@@ -98,14 +98,16 @@ def _write_shard(cache: Path, keys: np.ndarray, logps: list[float]) -> None:
         save_file({"keys": array, "logps": values}, partial)
 
 
-def _parts(blocks: Iterable[Block], absent: np.ndarray, *, budget: int, tokens: int) -> Iterator[list[Block]]:
+def _parts(
+    blocks: Iterable[Block], absent: np.ndarray, *, budget: int, tokens: int, share_prompt: bool
+) -> Iterator[list[Block]]:
     """The absent (T,) bool ones of the blocks' responses, in pieces of a micro-batch's `budget` at most, about `tokens`
     packed tokens at a time."""
     part: list[Block] = []
     size, lacking = 0, iter(absent)
     for block in blocks:
         lacks = itertools.compress(block.responses, lacking)
-        for piece in pieces(Block(block.prompt, tuple(lacks)), tokens=budget):
+        for piece in pieces(Block(block.prompt, tuple(lacks)), tokens=budget, share_prompt=share_prompt):
             part.append(piece)
             size += len(piece)
             if size >= tokens:
@@ -145,17 +147,18 @@ def fill(
     computed = int(absent.sum())
     if not computed:
         return found, 0
-    layout = dict(pad_id=pad_id, share_prompt=share_prompt and not model.padded)
+    share_prompt = share_prompt and not model.padded
     bar = tqdm(total=computed, desc="reference log-probs", unit="response", disable=not ranks.first)
-    for part in _parts(blocks, absent, budget=budget, tokens=budget * MICRO_BATCHES_PER_SHARD * ranks.world_size):
-        batches = micro_batches([len(b) for b in part], budget=budget, world_size=ranks.world_size)
+    how = dict(budget=budget, share_prompt=share_prompt)
+    for part in _parts(blocks, absent, tokens=budget * MICRO_BATCHES_PER_SHARD * ranks.world_size, **how):
+        batches = micro_batches(part, world_size=ranks.world_size, **how)
         mine: list[Block] = []
         logps: list[float] = []
         for members in batches[ranks.rank]:
             # An idle rank scores a block that another one keeps, so that sharded collectives stay in step.
             batch = [part[i] for i in members] or [part[0]]
             with torch.no_grad():
-                scored = model(pack(batch, **layout).to(ranks.device)).cpu()
+                scored = model(pack(batch, pad_id=pad_id, share_prompt=share_prompt).to(ranks.device)).cpu()
             if members:
                 mine += batch
                 for block, row in zip(batch, scored.tolist(), strict=True):

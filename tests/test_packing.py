@@ -67,22 +67,37 @@ def test_block_mask_is_the_rule():
 
 
 def test_micro_batches_cover_all_within_budget_alike():
-    """On every number of ranks; none is empty for blocks that are longer than the budget."""
-    lengths = [len(b) for b in random_blocks(3, B=23)]
-    for budget, world_size in itertools.product((1, 30, 100, 10_000), (1, 2, 3)):
-        ranks = micro_batches(lengths, budget=budget, world_size=world_size)
+    """On every number of ranks, of packed rows and of plain ones, whose pads count; none is empty for blocks that are
+    longer than the budget."""
+    blocks = random_blocks(3, B=23)
+    for budget, world_size, share in itertools.product((1, 30, 100, 10_000), (1, 2, 3), (True, False)):
+        ranks = micro_batches(blocks, budget=budget, world_size=world_size, share_prompt=share)
         assert sorted(i for batches in ranks for members in batches for i in members) == list(range(23))
         assert len({len(batches) for batches in ranks}) == 1  # or sharded collectives hang
-        for members in itertools.chain.from_iterable(ranks):
-            assert len(members) <= 1 or sum(lengths[i] for i in members) <= budget
-    assert micro_batches([700] * 8, budget=512, world_size=1) == [[[i] for i in range(8)]]
-    assert [len(batches) for batches in micro_batches([30] * 7, budget=1, world_size=2)] == [4, 4]
+        for members in filter(None, itertools.chain.from_iterable(ranks)):
+            rows = pack([blocks[i] for i in members], pad_id=0, share_prompt=share).input_ids
+            assert len(members) == 1 or rows.numel() <= budget
+    alike = [Block(np.zeros(600, int), (np.zeros(100, int),))] * 8
+    for share in (True, False):
+        one_each = micro_batches(alike, budget=512, world_size=1, share_prompt=share)
+        assert sorted(one_each[0]) == [[i] for i in range(8)]
+        assert [len(x) for x in micro_batches(alike[:7], budget=1, world_size=2, share_prompt=share)] == [4, 4]
+
+
+def test_plain_rows_of_like_lengths_go_together():
+    """Of 4 long rows and 40 short ones by turns none is padded by much."""
+    blocks = [Block(np.zeros(90 if i % 11 == 0 else 9, int), (np.zeros(10, int),)) for i in range(44)]
+    (batches,) = micro_batches(blocks, budget=400, world_size=1, share_prompt=False)
+    padded = sum(pack([blocks[i] for i in m], pad_id=0, share_prompt=False).input_ids.numel() for m in batches)
+    assert padded <= 1.05 * sum(map(len, blocks))
 
 
 def test_pieces_hold_all_responses_in_order():
     block = random_blocks(4, B=1, most=1)[0]
     block = Block(block.prompt, tuple(np.full(n, n) for n in range(1, 30)))
-    cut = pieces(block, tokens=60)
-    assert [y.tolist() for piece in cut for y in piece.responses] == [y.tolist() for y in block.responses]
-    assert all(len(piece) <= 60 or len(piece.responses) == 1 for piece in cut)
-    assert len(cut) < 29
+    for share, least in ((True, 8), (False, 15)):
+        cut = pieces(block, tokens=80, share_prompt=share)
+        assert [y.tolist() for piece in cut for y in piece.responses] == [y.tolist() for y in block.responses]
+        rows = [pack([piece], pad_id=0, share_prompt=share).input_ids.numel() for piece in cut]
+        assert max(rows) <= 80 and len(cut) <= least
+    assert pieces(Block(block.prompt, ()), tokens=80, share_prompt=False) == []

@@ -37,14 +37,14 @@ def score(
         budget: packed tokens per micro-batch.
         progress: name of the progress bar; empty for none.
     """
-    layout = dict(pad_id=pad_id, share_prompt=not getattr(model, "padded", False))
+    how = dict(share_prompt=not getattr(model, "padded", False))
     with tqdm(total=len(blocks), desc=progress, unit="prompt", disable=not progress) as bar:
         for some in windows(blocks, budget=budget):
-            cut = [(b, piece) for b, block in enumerate(some) for piece in pieces(block, tokens=budget)]
+            cut = [(b, piece) for b, block in enumerate(some) for piece in pieces(block, tokens=budget, **how)]
             scored: list[list[float]] = [[] for _ in cut]
-            for members in micro_batches([len(piece) for _, piece in cut], budget=budget, world_size=1)[0]:
+            for members in micro_batches([piece for _, piece in cut], budget=budget, world_size=1, **how)[0]:
                 with torch.no_grad():
-                    rows = model(pack([cut[i][1] for i in members], **layout).to(device)).tolist()
+                    rows = model(pack([cut[i][1] for i in members], pad_id=pad_id, **how).to(device)).tolist()
                 for i, row in zip(members, rows, strict=True):
                     scored[i] = row[: len(cut[i][1].responses)]
                 bar.update(sum(i == 0 or cut[i - 1][0] != cut[i][0] for i in members))  # by the first piece of each

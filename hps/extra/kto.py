@@ -66,7 +66,7 @@ class Mismatched:
         """
         visits = self._run.plan.step(step)
         total = torch.zeros(1, dtype=torch.float64)
-        for members in self._run.shares([len(self.blocks[v]) for v in visits]):
+        for members in self._run.shares([self.blocks[v] for v in visits]):
             at = [visits[i] for i in members or [0]]  # an idle rank keeps in step with the others, as in the loop
             with torch.no_grad():
                 logps = policy(self._run.pack([self.blocks[v] for v in at]))[:, 0].double().cpu()

@@ -144,7 +144,7 @@ def wait(go: Path) -> None:
 def write_visits(file: Path, run: batches.Run, step: int, blocks: list) -> None:
     """Write down each visit by the rank and in the step that trains on it: epoch, prompt, responses."""
     visits, plan = run.plan.step(step), run.plan
-    mine = [visits[i] for members in run.shares([len(block) for block in blocks]) for i in members]
+    mine = [visits[i] for members in run.shares(blocks) for i in members]
     with file.open("a") as journal:
         for v in mine:
             about = {"epoch": int(plan.epoch[v]), "id": run.examples.id(plan.row[v]), "step": step}
