@@ -85,8 +85,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     policy, weights, untrained = load_policy(c, ranks, tokenizer, longest=longest)
     parameters = list(checkpoint.trained(policy).values())
     # Its moments are fp32 as the trained weights are: at lr 5e-7 an update in bf16 would round to nothing.
-    betas = (c.adam_beta1, c.adam_beta2)
-    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=betas, weight_decay=c.weight_decay, fused=True)
+    betas, fused = (c.adam_beta1, c.adam_beta2), ranks.device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=betas, weight_decay=c.weight_decay, fused=fused)
     inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": examples.data_hash}
     scorer = policy
     if needs_reference(c) and c.reference:

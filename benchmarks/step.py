@@ -1,6 +1,7 @@
 """Training steps: ours and TRL's DPOTrainer on the same pairs, tokens and LoRA, and the matrix products below both.
 
     make model && python benchmarks/step.py --data harmless-base.jsonl.gz --dtype fp32
+    python benchmarks/step.py --data harmless-base.jsonl.gz --roofline true      what the products alone could take
 
 Rounds alternate the contestants, each in a process of its own on its share of the pairs: a reference pass, then
 --epochs epochs of DPO on the human pairs, both counted. TRL runs with precomputed reference log-probs, without gradient
@@ -21,6 +22,7 @@ import torch
 
 from hps import config, model, reference
 from hps.data import tokens
+from hps.packing import Block, micro_batches
 from hps.prepare import importers
 
 RANK, ALPHA, TARGETS, STEP = 8, 16, ("q_proj", "v_proj"), 8  # LoRA, and pairs of an optimizer step
@@ -37,6 +39,7 @@ class Options:
     epochs: int = 2  # after the reference pass
     tokens_per_micro_batch: int = 1024  # ours
     lora_rank: int = RANK  # 0 trains all weights
+    roofline: bool = False  # only our products, one by one beside the rates that the machine shows
 
 
 class Clock:
@@ -89,30 +92,69 @@ def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
     if c.lora_rank:
         options |= dict(lora_alpha=ALPHA, lora_targets=",".join(TARGETS))
     loop, peak = harness.train(**options)["seconds"], harness.memory("VmHWM") - before[-1]
-    floor = c.epochs * products(c, shapes[: len(shapes) // c.epochs])
+    found = products(c, shapes[: len(shapes) // c.epochs])
+    floor = c.epochs * sum(kind["seconds"] for kind in found.values())
     log = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {"reference": clock.seconds, "loop": loop, "peak": peak, "floor": floor, "log": log}
 
 
-def products(c: Options, shapes: list[tuple[int, int]]) -> float:
-    """Seconds of the matrix products of training micro-batches with N packed and T scored tokens: x W^T and g W."""
+def products(c: Options, shapes: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
+    """The matrix products of training micro-batches with N packed and T scored tokens, x W^T and g W of every weight.
+
+    Of each kind: how many, their GFLOP, the GB of operands and results, and seconds. Weights take turns as in a step,
+    so that none is still in a cache.
+    """
     lm = model.load_causal_lm(c.model, dtype=model.DTYPES[c.dtype])
     layers = [m.weight for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
-    head = lm.get_output_embeddings().weight
-    seconds = 0.0
+    head, found = lm.get_output_embeddings().weight, {}
+
+    def multiply(name: str, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        began = time.perf_counter()
+        product = x @ w
+        seconds = time.perf_counter() - began
+        kind = found.setdefault(f"{name} {w.shape[0]} x {w.shape[1]}", dict(calls=0, GFLOP=0.0, GB=0.0, seconds=0.0))
+        values = (1, 2e-9 * x.numel() * w.shape[1], 1e-9 * sum(t.nbytes for t in (x, w, product)), seconds)
+        kind.update({key: kind[key] + value for key, value in zip(kind, values, strict=True)})
+        return product
+
     with torch.inference_mode():
         for N, T in shapes:
             inputs = {width: torch.randn(N, width, dtype=head.dtype) for w in layers for width in w.shape}
-            states = torch.randn(T, head.shape[1], dtype=head.dtype)
-            began = time.perf_counter()
             for w in layers:
-                inputs[w.shape[1]] @ w.T
-                inputs[w.shape[0]] @ w
-            for i in range(0, T, 256):  # whole logits would not fit beside the rest
-                logits = states[i : i + 256] @ head.T
-                logits @ head
-            seconds += time.perf_counter() - began
-    return seconds
+                multiply("x W^T", inputs[w.shape[1]], w.T)
+                multiply("g W", inputs[w.shape[0]], w)
+            states = torch.randn(T, head.shape[1], dtype=head.dtype)
+            for part in states.split(256):  # whole logits would not fit beside the rest
+                multiply("head, g W", multiply("head, x W^T", part, head.T), head)
+    return found
+
+
+def roofline(c: Options, rows: list) -> None:
+    """The products of one epoch in the file's order, each kind against the rates that this machine shows: of a square
+    product whose operands fit a cache, and of a copy that fits none."""
+    torch.set_num_threads(c.threads)
+    dtype, examples = model.DTYPES[c.dtype], tokens.tokenize_rows(tokens.load_tokenizer(c.model), rows, max_length=2048)
+    pairs = [Block(e.prompt_ids, (e.response_ids[e.chosen], e.response_ids[e.rejected])) for e in examples[0]]
+    shapes = []
+    for i in range(0, len(pairs), STEP):
+        step = pairs[i : i + STEP]
+        for members in micro_batches(step, budget=c.tokens_per_micro_batch, world_size=1)[0]:
+            scored = sum(len(block) - len(block.prompt) for block in (step[m] for m in members))
+            shapes.append((sum(len(step[m]) for m in members), scored))
+    with torch.inference_mode():
+        square, much = torch.randn(1024, 1024, dtype=dtype), torch.randn(2**26)
+        peak = 2e-9 * 1024**3 / min(harness.seconds(lambda: square @ square) for _ in range(20))
+        there = torch.empty_like(much)
+        bandwidth = 2e-9 * much.nbytes / min(harness.seconds(lambda: there.copy_(much)) for _ in range(5))
+    found = products(c, shapes)
+    for kind in found.values():
+        kind["bound"] = max(kind["GFLOP"] / peak, kind["GB"] / bandwidth)
+    whole = {key: sum(kind[key] for kind in found.values()) for key in ("calls", "GFLOP", "GB", "seconds", "bound")}
+    table = [[name, *kind.values(), kind["GFLOP"] / kind["seconds"]] for name, kind in (found | {"all": whole}).items()]
+    title = f"{len(pairs)} pairs, {len(shapes)} micro-batches, {sum(N for N, _ in shapes)} tokens, {c.dtype}, "
+    title += f"{c.threads} threads; the machine: {peak:.0f} GFLOP/s, {bandwidth:.1f} GB/s"
+    harness.print_table(["product", "calls", "GFLOP", "GB", "seconds", "bound s", "GFLOP/s"], table, title)
+    harness.finish({"GFLOP_per_s": peak, "GB_per_s": bandwidth, "products": found, "all": whole})
 
 
 def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, Any]:
@@ -168,6 +210,8 @@ def measure(contestant: Callable[..., dict], c: Options, rows: list, batch: int 
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/step.py", description=str(__doc__).split("\n")[0])
     rows = list(importers.import_file("hh-rlhf", c.data, limit=c.pairs).rows)
+    if c.roofline:
+        return roofline(c, rows)
     trials = {batch: measure(trl, c, rows[:8], batch)["rate"] for batch in (1, 2, 4)}
     best = max(trials, key=trials.__getitem__)
     print("TRL, pairs/s on 8 pairs: " + ", ".join(f"batch {b} {rate:.3f}" for b, rate in trials.items()))
