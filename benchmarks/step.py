@@ -133,9 +133,9 @@ def roofline(c: Options, rows: list) -> None:
     """The products of one epoch in the file's order, each kind against the rates that this machine shows: of a square
     product whose operands fit a cache, and of a copy that fits none."""
     torch.set_num_threads(c.threads)
-    dtype, examples = model.DTYPES[c.dtype], tokens.tokenize_rows(tokens.load_tokenizer(c.model), rows, max_length=2048)
-    pairs = [Block(e.prompt_ids, (e.response_ids[e.chosen], e.response_ids[e.rejected])) for e in examples[0]]
-    shapes = []
+    examples = tokens.tokenize(tokens.load_tokenizer(c.model), rows, {}, max_length=2048, progress=False)
+    pairs = [Block(e.prompt_ids, (e.response_ids[e.chosen], e.response_ids[e.rejected])) for e in examples]
+    dtype, shapes = model.DTYPES[c.dtype], []
     for i in range(0, len(pairs), STEP):
         step = pairs[i : i + STEP]
         for members in micro_batches(step, budget=c.tokens_per_micro_batch, world_size=1)[0]:
