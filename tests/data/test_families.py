@@ -312,7 +312,7 @@ def test_what_is_said_is_read_or_refused(family):
     if not examples:
         return
     rows = [Row(e.id, CONVERSATIONS[e.id], (ANSWER,)) for e in examples]
-    report = diagnose(rows, examples, {}, tokenizer=tokenizer)
+    report = diagnose(zip(rows, examples, strict=True), {}, tokenizer=tokenizer)
     assert report["counts"]["responses_decoded_otherwise"] == 0
     assert bool(report["template"]) is not answered.startswith(head + before + ANSWER + eos)
     changes = answered.startswith(head + before) and ANSWER not in answered and ANSWER.split("\n")[0] in answered
