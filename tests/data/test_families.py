@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hps.data.rows import Row
 from hps.data.templates import fix
+from hps.data.tokens import COUNTS
 from hps.prepare.doctor import diagnose
 
 
@@ -312,7 +313,8 @@ def test_what_is_said_is_read_or_refused(family):
     if not examples:
         return
     rows = [Row(e.id, CONVERSATIONS[e.id], (ANSWER,)) for e in examples]
-    report = diagnose(zip(rows, examples, strict=True), {}, tokenizer=tokenizer)
+    counts = dict.fromkeys(COUNTS, 0) | {"rows_read": len(rows)}
+    report = diagnose(zip(rows, examples, strict=True), counts, tokenizer=tokenizer)
     assert report["counts"]["responses_decoded_otherwise"] == 0
     assert bool(report["template"]) is not answered.startswith(head + before + ANSWER + eos)
     changes = answered.startswith(head + before) and ANSWER not in answered and ANSWER.split("\n")[0] in answered
