@@ -75,7 +75,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     if c.eval_data:
         from hps.extra.held_out import HeldOut
 
-        held_out = HeldOut(c, tokenizer, ranks)
+        held_out = HeldOut(c, tokenizer, ranks, going_on=started is not None)
 
     # The model, its optimizer, and the reference's log-probs of just what the plan touches: those of the policy itself
     # before its first update, unless another reference is named. Trained weights must never stand in for it, so a

@@ -240,13 +240,13 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
 FREE = {
     *"out token_cache reference_cache tokens_per_micro_batch shard_frozen shard_ranks reshard_after_forward".split()
 }
-FREE |= {*"save_every save_minutes stop_after sample_every sample_prompts eval_every log_to timeout".split()}
+FREE |= {*"save_every save_minutes stop_after sample_every sample_prompts log_to timeout".split()}
 FREE |= {"export_dtype"}
 
 
 def settings(c: Config) -> dict[str, object]:
     """The options that decide the result."""
-    free = FREE | ({"eval_data"} if c.keep == "last" else set())
+    free = FREE | ({"eval_data", "eval_every"} if c.keep == "last" else set())
     return {key: value for key, value in dataclasses.asdict(c).items() if key not in free}
 
 

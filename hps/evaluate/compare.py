@@ -179,6 +179,10 @@ def find(words: tuple[str, ...], baseline: str) -> Cells:
     named = [word.partition("=")[::2] for word in words]
     if len({name for name, _ in named}) < max(2, len(named)) or not all(name and folder for name, folder in named):
         raise ValueError(f"{' '.join(words)}: give NAME=FOLDER NAME=FOLDER ..., two or more different names")
+    if bad := [name for name, _ in named if Path(name).name != name or name.startswith(".")]:
+        raise ValueError(
+            f"{bad[0]}={dict(named)[bad[0]]}: a name becomes that of a file: without slashes, and no dot first"
+        )
     if baseline not in dict(named):
         raise ValueError(f"--baseline {baseline}: choose one of {', '.join(dict(named))}")
     cells = {name: [sorted(path.parent for path in Path(folder).rglob("eval.json"))] for name, folder in named}
@@ -191,12 +195,17 @@ def find(words: tuple[str, ...], baseline: str) -> Cells:
 def check_alike(cells: Cells) -> int:
     """How many prompts all evaluations share; ValueError unless they looked at the same data in the same way."""
     folders = [folder for ((*folders,),) in cells.values() for folder in folders]
-    about = {folder: files.read_json(folder / "eval.json")["config"] for folder in folders}
+    read = {folder: files.read_json(folder / "eval.json") for folder in folders}
+    if strange := [folder for folder, found in read.items() if not isinstance(found.get("config"), dict)]:
+        raise ValueError(f"{strange[0] / 'eval.json'}: is not what eval.py writes; evaluate that policy again")
+    about = {folder: found["config"] for folder, found in read.items()}
     first = about[folders[0]]
     for folder in folders[1:]:
-        for key in ("reference", "scorer", "samples", "temperature", "max_new_tokens", "max_length", "dtype"):
-            if about[folder][key] != first[key]:
-                one, other = f"{folders[0]}: {key} {first[key]}", f"{folder}: {about[folder][key]}"
+        for (
+            key
+        ) in "data reference scorer scorer_dtype objectives samples seed temperature max_new_tokens dtype".split():
+            if about[folder].get(key) != first.get(key):
+                one, other = f"{folders[0]}: {key} {first.get(key)}", f"{folder}: {about[folder].get(key)}"
                 raise ValueError(f"{one}; {other}. Evaluate them the same way, or what differs is not the policy")
     ids = [set().union(*files.read_json(folder / "per_prompt.json").values()) for folder in folders]
     if not (shared := set.intersection(*ids)):
@@ -254,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))  # NAME=FOLDER come before
     words = [*(["--evaluations", *words[:first]] if first else []), *words[first:]]
     c, _ = config.parse(Options, words, prog="python -m hps.evaluate.compare", description=str(__doc__).split("\n")[0])
-    formats = [name for name in c.formats.split(",") if name]
+    formats = [name.strip() for name in c.formats.split(",") if name.strip()]
     if unknown := set(formats) - set(FORMATS):
         raise ValueError(f"--formats {', '.join(unknown)}: choose among {', '.join(FORMATS)}")
     cells, out = find(c.evaluations, c.baseline), Path(c.out)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,16 +26,20 @@ class HeldOut:
     examples: the data as a token store. longest: tokens of the longest prompt with a response.
     """
 
-    def __init__(self, c: Config, tokenizer: tokens.PreTrainedTokenizerFast, ranks: dist.Ranks) -> None:
-        """Read and plan `c.eval_data`; ValueError as for the training data."""
+    def __init__(
+        self, c: Config, tokenizer: tokens.PreTrainedTokenizerFast, ranks: dist.Ranks, *, going_on: bool
+    ) -> None:
+        """Read and plan `c.eval_data`; ValueError as for the training data. going_on: from a checkpoint of this run."""
         self._c = dataclasses.replace(c, data=c.eval_data, epochs=1, shuffle="no")
         self._every, self._epochs = c.eval_every, c.epochs
         self._ranks, self._pad_id = ranks, tokenizer.pad_token_id
         self.examples = batches.open_examples(self._c, tokenizer, ranks)
         self._plan = batches.make_plan(self._c, self.examples)
         self.longest = self.examples.longest
-        self._best = Path(c.out) / "best"  # the best policy so far; what a run left there before it was stopped counts
-        kept, advice = checkpoint.latest(self._best), f"delete {self._best}"
+        self._best = Path(c.out) / "best"  # the best policy so far
+        if not going_on and ranks.first:  # then it is of a run that began before this one, perhaps another
+            shutil.rmtree(self._best, ignore_errors=True)
+        kept, advice = checkpoint.latest(self._best) if going_on else None, f"delete {self._best}"
         self._lowest = files.read_record(kept / "state.json", advice, loss=float)["loss"] if kept else math.inf
 
     def begin(self, policy: PolicyModel, references: Sequence[tuple[Path, PolicyModel]]) -> int:

@@ -1,10 +1,13 @@
 """Evaluation while training: its numbers are those of other runs on the same data, and it changes nothing else."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from helpers import SFT, losses, run, run_ranks
+
+from hps.io import files
 
 KEYS = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies")
 TRAINING = ("loss", "grad_norm", "rewards/margins")
@@ -57,6 +60,14 @@ def test_the_policy_of_the_lowest_held_out_loss_is_kept(tiny_world, tmp_path, ra
     test = tmp_path / "test.jsonl"
     test.write_text("".join((tiny_world / "sft.jsonl").read_text().splitlines(keepends=True)[8:16]))
     options = SFT | dict(data=data, eval_data=test, eval_every=1, keep="best", epochs=8, prompts_per_step=2, lr=3e-2)
+    foreign = dict(
+        lr=1e-3, epochs=1, keep="best", eval_data=test, eval_every=1
+    )  # leaves a best policy and no checkpoint
+    run(tiny_world, tmp_path / "foreign", **SFT | foreign | dict(data=data, prompts_per_step=2))
+    shutil.copytree(tmp_path / "foreign/best", tmp_path / "run/best")
+    about = tmp_path / "run/best"
+    for state in about.rglob("state.json"):
+        files.write_record(state, files.read_record(state, "") | {"loss": 0.0})
     for stop in (8, 0):
         train = run if ranks == 1 else lambda world, out, **how: run_ranks(world, out, ranks, **how)
         train(tiny_world, tmp_path / "run", stop_after=stop, **options)
