@@ -36,6 +36,9 @@ COMPARED = ("rm_dpo", "rm_worst_case", "rm10", "true_reward", "best_of_k_reward"
 Cells = dict[str, list[list[Path]]]  # row -> folders of its evaluations, [world][repeat]; the run is the parent folder
 Item = dict[str, Any]
 Values = dict[str, dict[str, float]]  # metric -> prompt -> value
+# Options of eval.py in which evaluations may not differ.
+ALIKE = ("data", "reference", "scorer", "scorer_dtype", "objectives", "samples", "seed", "temperature",
+         "max_new_tokens", "max_length", "dtype")  # fmt: skip
 FORMATS = ("alpaca_eval", "arena_hard")  # files that their judges read
 
 
@@ -201,9 +204,7 @@ def check_alike(cells: Cells) -> int:
     about = {folder: found["config"] for folder, found in read.items()}
     first = about[folders[0]]
     for folder in folders[1:]:
-        for (
-            key
-        ) in "data reference scorer scorer_dtype objectives samples seed temperature max_new_tokens dtype".split():
+        for key in ALIKE:
             if about[folder].get(key) != first.get(key):
                 one, other = f"{folders[0]}: {key} {first.get(key)}", f"{folder}: {about[folder].get(key)}"
                 raise ValueError(f"{one}; {other}. Evaluate them the same way, or what differs is not the policy")
