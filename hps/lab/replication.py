@@ -104,6 +104,8 @@ def compare(first: dict[str, Any], second: dict[str, Any] | None, *, draws: int,
         ValueError: a record of fewer than four worlds, or no difference that all worlds have.
     """
     records = [first, second or first]
+    if any("comparisons" not in one for one in records):
+        raise ValueError("no comparisons there: give the results.json of a sweep, not a record of docs/results")
     found = [{(x["a"], x["b"], x["metric"]): x["values"] for x in of["comparisons"]} for of in records]
     keys = [key for key in found[0] if all(key in of and None not in of[key] for of in found)]
     if min(of["worlds"] for of in records) < 4 or not keys:
