@@ -152,7 +152,7 @@ def run(c: Options, samples: dict[str, list[Row]], left_out: list[str], judge: J
     }
     served = Counter(line["model"] for some in asked.values() for line in some)
     results = {"judge": judge.identity, "template": template, "served": served, "counts": counts, "left_out": left_out}
-    results |= verdicts.summarise(scores, words, unit="prompts", baseline=c.baseline)
+    results |= verdicts.summarise(scores, words, baseline=c.baseline)
     files.write_json(out / "judge.json", results | {"config": vars(c)})
     told = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
     page = f"Judge: {c.model or f'{c.judge_model} at {c.endpoint}'}; {told}.\n\n{verdicts.markdown(results)}\n"

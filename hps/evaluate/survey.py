@@ -1,15 +1,17 @@
-"""A human study like the paper's Table 3: a page on which people rate responses blind, and the table of their ratings.
+"""A blind study with people, after the paper's Table 3: which of two answers is better, and how often each method wins.
 
     python -m hps.evaluate.survey export    --methods SFT=a/samples.jsonl DPO-HPS=b/samples.jsonl --out study
     python -m hps.evaluate.survey aggregate --key study/key.json --ratings study/ratings --out study
 
-survey.html goes to the raters; key.json, which says what wrote each response, stays. docs/EVALUATION.md tells the rest.
+survey.html goes to the raters; key.json, which says what wrote each answer, stays. docs/EVALUATION.md tells the rest.
 """
 
+import itertools
 import json
 import random
 import reprlib
 import sys
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,16 +22,17 @@ import numpy as np
 from hps import config
 from hps.data.rows import Prompt, check_keys, decode_json, opened
 from hps.evaluate import md, metrics, page, verdicts
-from hps.evaluate.verdicts import CRITERIA, SCALES
 from hps.io import files
+
+SIGNS = {"a": 1, "tie": 0, "b": -1}  # what a vote says of the answer shown as A
 
 
 @dataclass
 class Export:
     methods: tuple[str, ...]  # NAME=FILE NAME=FILE ...: two or more samples.jsonl of eval.py, over the same prompts
     out: str  # folder for survey.html, which goes to the raters, and key.json, which does not
-    items: int = 30  # prompts to rate, drawn from those that all methods answered
-    seed: int = 0  # of the prompts, of each method's response to them, and of the numbers they get
+    items: int = 30  # prompts to rate, drawn from those that all methods answered; each pair of methods once on each
+    seed: int = 0  # of the prompts, of each method's answer to them, of the sides and of the order
 
 
 @dataclass
@@ -37,9 +40,6 @@ class Aggregate:
     key: str  # key.json of the export
     ratings: str  # folder with the raters' files: every *.json in it
     out: str  # folder for survey.json and survey.md
-
-
-# ---- the page ------------------------------------------------------------------------------------
 
 
 def export(c: Export) -> None:
@@ -50,23 +50,20 @@ def export(c: Export) -> None:
     if not 1 <= c.items <= len(shared):
         raise ValueError(f"--items {c.items}: {len(shared)} prompts have responses of all methods; ask for no more")
     rng = random.Random(c.seed)
-    chosen = rng.sample(shared, c.items)
-    picks = [(id, name, rng.randrange(len(samples[name][id].responses))) for id in chosen for name in samples]
-    rng.shuffle(picks)  # so that a number says nothing about the method
-    items = {f"r{n:0{len(str(len(picks)))}}": pick for n, pick in enumerate(picks, 1)}
-    shown = [
-        {"id": item, "prompt": f"p{chosen.index(id) + 1}", "text": samples[name][id].responses[k]}
-        for item, (id, name, k) in items.items()
-    ]
-    prompts = {f"p{n}": turns(first[id].prompt) for n, id in enumerate(chosen, 1)}
-    study: dict[str, Any] = {"criteria": CRITERIA, "prompts": prompts, "items": shown}
+    pairs = []
+    for id in rng.sample(shared, c.items):
+        drawn = {name: rng.choice(rows[id].responses) for name, rows in samples.items()}
+        pairs += [(id, drawn, *rng.sample(pair, 2)) for pair in itertools.combinations(drawn, 2)]  # the sides by chance
+    rng.shuffle(pairs)
+    shown = [{"turns": turns(first[id].prompt), "a": drawn[a], "b": drawn[b]} for id, drawn, a, b in pairs]
+    study: dict[str, Any] = {"criteria": verdicts.CRITERIA, "pairs": shown}
     study["study"] = sha256(json.dumps(study).encode()).hexdigest()[:16]  # of what is shown, so of no method's name
-    named = {item: dict(zip(("prompt", "method", "response"), pick, strict=True)) for item, pick in items.items()}
+    named = [{"prompt": id, "a": a, "b": b} for id, _, a, b in pairs]
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / "survey.html", page.render("survey.html", study=study))
-    files.write_record(out / "key.json", {"study": study["study"], "methods": list(samples), "items": named})
-    of = f"{c.items} of {len(shared)} shared prompts, {len(items)} responses"
+    files.write_record(out / "key.json", {"study": study["study"], "methods": list(samples), "pairs": named})
+    of = f"{c.items} of {len(shared)} shared prompts, {len(pairs)} pairs of answers"
     print(f"{out}: survey.html for the raters, key.json to keep: {of}", file=sys.stderr)
 
 
@@ -75,121 +72,74 @@ def turns(prompt: Prompt) -> list[tuple[str, str]]:
     return [("Prompt", prompt)] if isinstance(prompt, str) else [(t["role"].title(), t["content"]) for t in prompt]
 
 
-# ---- the raters' files ---------------------------------------------------------------------------
-
-
-def need(good: bool, problem: str) -> None:
-    if not good:
-        raise ValueError(problem)
-
-
 def read_ratings(folder: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
-    """The files of a folder in the order of their names, one per rater.
+    """The files of a folder in the order of their names, one per rater: {"study", "rater", "votes": [vote or None]}.
 
     Raises:
-        ValueError: names file and item of what the page of this key cannot have written.
+        ValueError: names the file that the page of this key cannot have written.
     """
-    paths = sorted(folder.glob("*.json"))
-    need(bool(paths), f"{folder}: no .json file there; put the raters' files into it")
-    if others := sorted({path.name for path in folder.iterdir()} - {path.name for path in paths}):
-        print(f"{folder}: not read, since not .json: {', '.join(others)}", file=sys.stderr)
-    by_rater: dict[str, Path] = {}
-    found, kinds = [], dict(study=str, rater=str, complete=bool, ratings=dict)
-    what = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-    for path in paths:
+    keys, seen, found = ("study", "rater", "votes"), {}, []
+    for path in sorted(folder.glob("*.json")):
         with opened(path) as file:
             given: Any = decode_json(file.read(), str(path))
-        need(isinstance(given, dict), f"{path}: need an object with {what}")
-        check_keys(given, tuple(kinds), required=tuple(kinds), where=str(path))
-        need(all(type(given[name]) is kind for name, kind in kinds.items()), f"{path}: need {what}")
-        study, ratings = reprlib.repr(given["study"]), given["ratings"]
-        need(given["study"] == key["study"], f"{path}: ratings of study {study}, and the key is of {key['study']!r}")
-        need(bool(ratings), f"{path}: holds no rating; remove the file")
-        for item, values in ratings.items():
-            need(item in key["items"], f"{path}: item {item!r} is not of this study")
-            good = isinstance(values, dict) and values and values.keys() <= CRITERIA.keys()
-            need(bool(good), f"{path}: item {item!r}: need numbers for some of {', '.join(CRITERIA)}")
-            for name, value in values.items():
-                good = type(value) in (int, float) and 1 <= value <= 5 and round(value, 2) == value
-                about = f"{path}: item {item!r}: {name} = {reprlib.repr(value)}"
-                need(good, f"{about}; need 1.00 to 5.00, two decimals at most")
-        short = [item for item in key["items"] if ratings.get(item, {}).keys() != CRITERIA.keys()]
-        whole = not (given["complete"] and short)
-        need(whole, f"{path}: item {(short or [''])[0]!r}: a value is missing in a file that says it is complete")
-        other = by_rater.setdefault(given["rater"], path)
-        need(other == path, f"{path}: rater {given['rater']!r} has also sent {other}; keep one of the two")
+        if not isinstance(given, dict):
+            raise ValueError(f"{path}: no file of votes: need an object with {', '.join(keys)}")
+        check_keys(given, keys, required=keys, where=str(path))
+        study, rater, votes = (given[name] for name in keys)
+        if not isinstance(rater, str):
+            raise ValueError(f"{path}: the rater must be a string, not {reprlib.repr(rater)}")
+        if study != key["study"]:
+            raise ValueError(f"{path}: votes of study {reprlib.repr(study)}, and the key is of {key['study']!r}")
+        whole = isinstance(votes, list) and len(votes) == len(key["pairs"])
+        if not whole or any(vote not in ("a", "b", "tie", None) for vote in votes):
+            need = f"need {len(key['pairs'])} votes, each a, b, tie or null"
+            raise ValueError(f"{path}: {need}, not {reprlib.repr(votes)}")
+        if other := seen.get(rater):
+            raise ValueError(f"{path}: rater {reprlib.repr(rater)} has also sent {other}; keep one of the two")
+        seen[rater] = path
         found.append(given)
+    if not found:
+        raise ValueError(f"{folder}: no .json file there; put the raters' files into it")
     return found
 
 
-# ---- the table -----------------------------------------------------------------------------------
-
-
-def krippendorff_alpha(values: metrics.Floats) -> float | None:
-    """Krippendorff's alpha for interval data: 1 in perfect agreement, 0 where raters agree as by chance.
-
-    alpha = 1 - D_o / D_e with squared differences: D_o = sum_u m_u s_u^2 / n over units with m_u >= 2 values and sample
-    variance s_u^2, D_e = s^2 of all n = sum_u m_u of them together. That is Krippendorff's formula ("Computing
-    Krippendorff's Alpha-Reliability", 2011), since pairs i != j of m values have a mean squared difference of 2 s^2.
-
-    Args:
-        values: (raters, units), NaN where a rater left a unit out. None where no unit has two, or all are equal.
-    """
-    counts = (~np.isnan(values)).sum(0)
-    paired, counts = values[:, counts > 1], counts[counts > 1]
-    present = paired[~np.isnan(paired)]
-    if not present.size or np.ptp(present) == 0:
-        return None
-    observed = (counts * np.nanvar(paired, axis=0, ddof=1)).sum() / counts.sum()
-    return float(1 - observed / present.var(ddof=1))
-
-
 def results_of(key: dict[str, Any], given: list[dict[str, Any]]) -> dict[str, Any]:
-    """What survey.json holds: means, paired differences, agreement and counts of checked files."""
-    prompts = sorted({item["prompt"] for item in key["items"].values()})
-    scores = {name: np.full((len(given), len(prompts), len(CRITERIA)), np.nan) for name in key["methods"]}
-    for rater, file in enumerate(given):
-        for item, values in file["ratings"].items():
-            at = key["items"][item]
-            row = scores[at["method"]][rater, prompts.index(at["prompt"])]
-            row[:] = [values.get(name, np.nan) for name in CRITERIA]
-    units = np.concatenate(list(scores.values()), 1)  # (raters, units, criteria)
-    units = np.concatenate([units, units.mean(2, keepdims=True)], 2)  # and their average, NaN unless all are there
-    complete = sum(file["complete"] for file in given)
-    whole, started = int((~np.isnan(units[..., -1])).sum()), int((~np.isnan(units)).any(2).sum())
-    return {
-        "study": key["study"],
-        "counts": {
-            "raters": len(given),
-            "complete": complete,
-            "partial": len(given) - complete,
-            "prompts": len(prompts),
-            "responses": len(key["items"]),
-            "ratings": whole,
-            "ratings_in_part": started - whole,
-            "ratings_missing": len(given) * len(key["items"]) - started,
-        },
-        **verdicts.summarise(scores, unit="ratings"),
-        "agreement": {name: krippendorff_alpha(units[..., k]) for k, name in enumerate(SCALES)},
-    }
+    """What survey.json holds: for each pair of methods how often a won, tied and lost, and its lead in per cent of the
+    votes with its interval over prompts, on each of which the raters are averaged."""
+    signs = {pair: defaultdict(list) for pair in itertools.combinations(key["methods"], 2)}  # pair -> prompt -> votes
+    for n, pair in enumerate(key["pairs"]):
+        votes = [SIGNS[file["votes"][n]] for file in given if file["votes"][n]]
+        if (pair["a"], pair["b"]) in signs:
+            signs[pair["a"], pair["b"]][pair["prompt"]] += votes
+        else:
+            signs[pair["b"], pair["a"]][pair["prompt"]] += [-vote for vote in votes]
+    comparisons = []
+    for (a, b), by_prompt in signs.items():
+        count = Counter(sign for votes in by_prompt.values() for sign in votes)
+        leads = [100 * float(np.mean(votes)) for votes in by_prompt.values() if votes]
+        lead = metrics.item(metrics.world_interval(leads)) if leads else None
+        comparisons.append({"a": a, "b": b, "win": count[1], "tie": count[0], "lose": count[-1], "lead": lead})
+    cast = sum(vote is not None for file in given for vote in file["votes"])
+    counts = {"raters": len(given), "pairs": len(key["pairs"]), "votes": cast}
+    counts["missing"] = len(given) * len(key["pairs"]) - cast
+    return {"study": key["study"], "counts": counts, "comparisons": comparisons}
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables of survey.md."""
-    agreement = [[name, "-" if alpha is None else f"{alpha:z.2f}"] for name, alpha in results["agreement"].items()]
-    counts = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in results["counts"].items())
-    parts = [f"# Human ratings\n\nStudy `{results['study']}`: {counts}. Ratings from 1.00 to 5.00."]
-    parts += [
-        verdicts.markdown(results),
-        "## Agreement between raters",
-        md.table(["criterion", "Krippendorff's alpha"], agreement),
+    """The page survey.md."""
+    counts = ", ".join(f"{n} {name}" for name, n in results["counts"].items())
+    rows = [
+        [md.cell(x["a"]), md.cell(x["b"]), *(str(x[key]) for key in ("win", "tie", "lose")), md.interval(x["lead"], 1)]
+        for x in results["comparisons"]
     ]
-    return "\n\n".join(parts) + "\n"
+    note = "Lead: a's wins less b's in per cent of the votes, with a 95 % interval over prompts by Student's t."
+    table = md.table(["a", "b", "a wins", "tie", "b wins", "lead %"], rows, keys=2)
+    return f"# Votes of people\n\nStudy `{results['study']}`: {counts}.\n\n{table}\n\n{note}\n"
 
 
 def aggregate(c: Aggregate) -> None:
     """Write survey.json and survey.md, and print the latter."""
-    key = files.read_record(Path(c.key), "give the key.json of the export", study=str, methods=list, items=dict)
+    key = files.read_record(Path(c.key), "give the key.json of the export", study=str, methods=list, pairs=list)
     results = results_of(key, read_ratings(Path(c.ratings), key))
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Scores of responses on criteria -> means, differences and win / tie / lose, each with its interval, and their tables.
 
-Functions on numpy arrays. Who gave the scores, a model (judge.py) or people (survey.py), is not known here.
+Functions on numpy arrays, for judge.py.
 """
 
 import itertools
@@ -61,61 +61,45 @@ def read_samples(methods: Any, writes: Path) -> dict[str, dict[str, Row]]:
     return samples
 
 
-def summarise(
-    scores: dict[str, Floats], words: dict[str, Floats] | None = None, *, unit: str, baseline: str = ""
-) -> dict[str, Any]:
-    """Means by method, then comparisons: every other method with the baseline, if there is one, and all other pairs.
+def summarise(scores: dict[str, Floats], words: dict[str, Floats], *, baseline: str) -> dict[str, Any]:
+    """Means by method, then comparisons: every other method with the baseline, and all other pairs.
 
     Args:
-        scores: method -> (responses or raters, prompts, criteria), nan where there is none.
+        scores: method -> (responses, prompts, criteria), multiples of 0.5, nan where there is none.
         words: method -> (responses, prompts), the length of each, nan where it does not exist.
-        unit: of what intervals speak. "prompts": of more prompts, where a prompt's responses are averaged; "ratings":
-            of more raters and more prompts.
     """
     full = {name: np.concatenate([x, x.mean(2, keepdims=True)], 2) for name, x in scores.items()}
     found: dict[str, dict[str, Any]] = {}
     for name, x in full.items():
-        found[name] = {scale: interval(x[..., k], unit) for k, scale in enumerate(SCALES)}
-        if words:
-            found[name]["words"] = interval(words[name], unit)
-            found[name]["unscored"] = int((np.isnan(x[..., -1]) & ~np.isnan(words[name])).sum())
+        found[name] = {scale: interval(x[..., k]) for k, scale in enumerate(SCALES)}
+        found[name]["words"] = interval(words[name])
+        found[name]["unscored"] = int((np.isnan(x[..., -1]) & ~np.isnan(words[name])).sum())
     others = [name for name in scores if name != baseline]
-    pairs = [(name, baseline) for name in others if baseline] + list(itertools.combinations(others, 2))
-    comparisons = [
-        {"a": a, "b": b} | compare(full[a], full[b], words[a] - words[b] if words else None, unit=unit)
-        for a, b in pairs
-    ]
-    return {"unit": unit, "means": found, "comparisons": comparisons}
+    pairs = [(name, baseline) for name in others] + list(itertools.combinations(others, 2))
+    comparisons = [{"a": a, "b": b} | compare(full[a], full[b], words[a] - words[b]) for a, b in pairs]
+    return {"unit": "prompts", "means": found, "comparisons": comparisons}
 
 
-def compare(a: Floats, b: Floats, longer: Floats | None = None, *, unit: str) -> dict[str, Any]:
-    """a against b on the same prompts: response (or rater) j meets j, where both have scores.
+def compare(a: Floats, b: Floats, longer: Floats) -> dict[str, Any]:
+    """a against b on the same prompts: response j meets response j, where both have scores.
 
     Each scale has the percentages of win, tie and lose (the paper's Table 4), the difference a - b, and p of Wilcoxon's
     test over prompts; None where no pair has scores. `at_equal_length` is `length_controlled` of the average.
 
     Args:
-        a, b: (responses or raters, prompts, scales), nan where there is none.
+        a, b: (responses, prompts, scales), nan where there is none.
         longer: (responses, prompts), words of a minus those of b.
     """
-    # Scores have two decimals at most, so an average of four is a multiple of 1/400. Rounded to it, equal averages are
-    # equal: in floats 30 % of them are not.
-    difference = np.rint(400 * (a - b)) / 400
-    result: dict[str, Any] = {}
-    for k, scale in enumerate(SCALES):
-        each = difference[..., k]
-        result[scale] = None
-        if not np.isnan(each).all():
-            shares = {name: np.where(np.isnan(each), np.nan, 100.0 * (np.sign(each) == x)) for name, x in SIGNS.items()}
-            result[scale] = {name: interval(share, unit) for name, share in shares.items()}
-            result[scale]["difference"] = interval(each, unit)
-            by_prompt = means(each)
+    result: dict[str, Any] = dict.fromkeys([*SCALES, "at_equal_length"])
+    for scale, each in zip(SCALES, np.moveaxis(a - b, 2, 0)):
+        missing, by_prompt = np.isnan(each), means(each)
+        if by_prompt.size:  # equal averages are equal as floats too: they are multiples of 1/8
+            signs = {name: np.where(missing, np.nan, 100.0 * (np.sign(each) == sign)) for name, sign in SIGNS.items()}
+            result[scale] = {name: interval(values) for name, values in (signs | {"difference": each}).items()}
             test = metrics.extra("scipy.stats").wilcoxon
             result[scale]["p"] = float(test(by_prompt).pvalue) if by_prompt.any() else 1.0
-    if longer is not None:
-        each = difference[..., -1]
-        words = means(np.where(np.isnan(each), np.nan, longer))
-        result["at_equal_length"] = length_controlled(means(each), words) if words.size else None
+            if scale == "average":
+                result["at_equal_length"] = length_controlled(by_prompt, means(np.where(missing, np.nan, longer)))
     return result
 
 
@@ -137,58 +121,36 @@ def length_controlled(difference: Floats, longer: Floats) -> dict[str, Any]:
     return found | {"per_100_words": 100 * float(line.slope)}
 
 
-def interval(values: Floats, unit: str) -> Any:
-    """Mean, 95 % interval and number of (responses or raters, prompts) values, nan where missing; None without any.
-
-    Raters and prompts are crossed: the variance of the mean is that of raters' sums plus that of prompts' sums less
-    that of single ratings, which both hold (Cameron, Gelbach and Miller 2011), and t has the degrees of freedom that
-    Satterthwaite gives. One rater alone does not say how others would rate: the interval is then about prompts.
-    """
-    there = ~np.isnan(values)
-    if not there.any():
-        return None
-    if unit == "prompts":
-        found = means(values)
-        return metrics.item(metrics.world_interval(found)) | {unit: len(found)}
-    mean, number = values[there].mean(), int(there.sum())
-    off = np.where(there, values - mean, 0.0)
-    grouped = [(off.sum(1), there.any(1).sum()), (off.sum(0), there.any(0).sum()), (off, number)]
-    grouped = [(sums, count - 1) for sums, count in grouped if count > 1]  # with degrees of freedom
-    half = np.inf if number == 1 else 0.0
-    if off.any():
-        *sides, single = [(left + 1) / left * (sums**2).sum() / number**2 for sums, left in grouped]
-        variance = max(*sides, sum(sides) - single)  # crossing makes it no less than either side's alone
-        freedom = sum(sides) ** 2 / sum(side**2 / left for side, (_, left) in zip(sides, grouped))
-        half = metrics.extra("scipy.stats").t.ppf(0.975, freedom) * np.sqrt(variance)
-    return metrics.item((mean, mean - half, mean + half)) | {unit: number}
+def interval(values: Floats) -> dict[str, Any] | None:
+    """Mean over prompts of (responses, prompts) values, nan where missing, its 95 % interval, and how many prompts have
+    one; None without any."""
+    found = means(values)
+    return metrics.item(metrics.world_interval(found)) | {"prompts": len(found)} if found.size else None
 
 
 def means(values: Floats) -> Floats:
-    """(prompts,) means over the responses or raters that have a value, of the prompts where one has."""
+    """(prompts,) means over the responses that have a value, of the prompts where one has."""
     there = ~np.isnan(values)
     return np.where(there, values, 0.0).sum(0)[there.any(0)] / there.sum(0)[there.any(0)]
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """The two tables of what `summarise` returned, and a line that says how to read them."""
-    unit, rows, pairs = summary["unit"], [], []
-    lengths = any("words" in found for found in summary["means"].values())
+    rows, pairs = [], []
     for name, found in summary["means"].items():
-        rows.append([md.cell(name), *(md.interval(found[scale], 2) for scale in SCALES)])
-        rows[-1] += [md.interval(found["words"], 0), str(found["unscored"])] if lengths else []
+        scores = (md.interval(found[scale], 2) for scale in SCALES)
+        rows.append([md.cell(name), *scores, md.interval(found["words"], 0), str(found["unscored"])])
     for pair in summary["comparisons"]:
-        found: dict[str, Any] = pair["average"] or {**dict.fromkeys(SIGNS), "difference": {unit: 0}}
-        pairs.append([md.cell(pair["a"]), md.cell(pair["b"]), str(found["difference"][unit])])
-        pairs[-1] += [md.interval(pair[scale] and pair[scale]["difference"], 2, "+") for scale in SCALES]
-        pairs[-1] += [md.interval(found[sign], 1) for sign in SIGNS] + [f"{found['p']:.1g}" if "p" in found else "-"]
-        pairs[-1] += [md.interval(pair["at_equal_length"], 2, "+")] if lengths else []
-    columns = ["method", *SCALES] + ["words", "unscored"] * lengths
-    header = ["a", "b", unit, *(f"a - b: {scale}" for scale in SCALES), "a wins %", "tie %", "a loses %", "p"]
-    header += ["a - b at equal length"] * lengths
-    text = (
-        f"[low, high]: 95 % interval over prompts{' and raters' if unit == 'ratings' else ''}, by Student's t. "
-        "Average: of the four criteria; wins, ties and losses are by it. p: Wilcoxon's test over prompts."
+        found = pair["average"] or {**dict.fromkeys(SIGNS), "difference": {"prompts": 0}}
+        cells = [md.cell(pair["a"]), md.cell(pair["b"]), str(found["difference"]["prompts"])]
+        cells += [md.interval(pair[scale] and pair[scale]["difference"], 2, "+") for scale in SCALES]
+        cells += [md.interval(found[sign], 1) for sign in SIGNS] + [f"{found['p']:.1g}" if "p" in found else "-"]
+        pairs.append([*cells, md.interval(pair["at_equal_length"], 2, "+")])
+    header = ["a", "b", "prompts", *(f"a - b: {scale}" for scale in SCALES), "a wins %", "tie %", "a loses %", "p"]
+    note = (
+        "[low, high]: 95 % interval over prompts, by Student's t. Average: of the four criteria; wins, ties and losses "
+        "are by it. p: Wilcoxon's test over prompts. At equal length: intercept of a line through a - b over the "
+        "difference in words."
     )
-    if lengths:
-        text += " At equal length: intercept of a line through a - b over the difference in words."
-    return "\n\n".join([md.table(columns, rows), md.table(header, pairs, keys=2), md.wrapped(text)])
+    by_method = md.table(["method", *SCALES, "words", "unscored"], rows)
+    return "\n\n".join([by_method, md.table([*header, "a - b at equal length"], pairs, keys=2), md.wrapped(note)])

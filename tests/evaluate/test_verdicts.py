@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hps.evaluate.verdicts import SCALES, interval, length_controlled, markdown, read_samples, summarise
+from hps.evaluate.verdicts import SCALES, length_controlled, markdown, read_samples, summarise
 
 NAN = np.nan
 # Four prompts, two responses; the criteria are all alike but for clarity, so that an average is (3 good + safe) / 4.
@@ -21,7 +21,7 @@ def four(table):
 
 
 def summary_of(a=A, b=B):
-    return summarise({"a": four(a), "b": four(b)}, {"a": WORDS_A, "b": WORDS_B}, unit="prompts", baseline="b")
+    return summarise({"a": four(a), "b": four(b)}, {"a": WORDS_A, "b": WORDS_B}, baseline="b")
 
 
 def mean_of(item):
@@ -59,33 +59,17 @@ def test_win_tie_lose_by_hand():
         assert pair[scale]["p"] == other[scale]["p"]
 
 
-def test_equal_averages_are_a_tie():
-    """Of all pairs of ratings in hundredths whose sums are equal: the floats of their averages often are not."""
-    rng = np.random.default_rng(0)
-    a = rng.integers(100, 501, (1, 500, 4))
-    b = a[..., rng.permutation(4)]
-    assert ((a / 100).mean(-1) != (b / 100).mean(-1)).any()
-    for unit in ("ratings", "prompts"):
-        [pair] = summarise({"a": a / 100, "b": b / 100}, unit=unit)["comparisons"]
-        assert pair["average"]["tie"]["mean"] == 100 and pair["average"]["p"] == 1
-        b[0, 0, 0] += 1  # and a hundredth more in one of the criteria of one is not
-        [pair] = summarise({"a": a / 100, "b": b / 100}, unit=unit)["comparisons"]
-        assert pair["average"]["lose"]["mean"] == pytest.approx(0.2)
-        b[0, 0, 0] -= 1
-
-
 def test_every_pair_is_compared_the_baseline_second():
     tables, words = dict.fromkeys("xyzb", four(A)), dict.fromkeys("xyzb", WORDS_A)
-    found = summarise(tables, words, unit="prompts", baseline="z")["comparisons"]
+    found = summarise(tables, words, baseline="z")["comparisons"]
     assert [pair["a"] + pair["b"] for pair in found] == ["xz", "yz", "bz", "xy", "xb", "yb"]
     assert all(mean_of(pair["average"]["tie"]) == 100 and pair["average"]["p"] == 1 for pair in found)
-    found = summarise(tables, unit="ratings")["comparisons"]
-    assert [pair["a"] + pair["b"] for pair in found] == ["xy", "xz", "xb", "yz", "yb", "zb"]
 
 
 def test_p_is_wilcoxons_over_prompts():
     a, b = np.random.default_rng(0).integers(0, 11, (2, 3, 40, 4)) / 2
-    [found] = summarise({"a": a + 0.5, "b": b}, unit="prompts")["comparisons"]
+    words = dict.fromkeys("ab", np.ones((3, 40)))
+    [found] = summarise({"a": a + 0.5, "b": b}, words, baseline="b")["comparisons"]
     for k, scale in enumerate(SCALES[:4]):
         assert found[scale]["p"] == pytest.approx(stats.wilcoxon((a + 0.5 - b).mean(0)[:, k]).pvalue)
 
@@ -122,32 +106,6 @@ def test_length_control_is_the_line_of_polyfit():
     assert summary_of()["comparisons"][0]["at_equal_length"]["mean"] == pytest.approx(expected)
 
 
-def test_crossed_interval_covers_raters_and_prompts():
-    """Ratings by six raters of twenty prompts, each with an effect of its own: 95 %, and prompts alone are too few."""
-    g, inside = np.random.default_rng(3), []
-    for _ in range(600):
-        ratings = g.normal(size=(6, 1)) + g.normal(size=(1, 20)) + g.normal(size=(6, 20))
-        inside.append([])
-        for unit in ("ratings", "prompts"):
-            found = interval(ratings, unit)
-            inside[-1].append(found["low"] <= 0 <= found["high"])
-    ours, prompts = np.mean(inside, axis=0)
-    assert 0.92 < ours < 0.98 and prompts < 0.8, (ours, prompts)
-
-
-def test_crossed_interval_by_hand():
-    """Two raters of two prompts; one rater says nothing of others, so that the interval is that over prompts."""
-    both = interval(np.array([[1.0, 3.0], [2.0, 6.0]]), "ratings")
-    # Off their mean -2 0 -1 3; raters' sums -2, 2; prompts' -3, 3: 2 (4 + 4) / 16 + 2 (9 + 9) / 16 - (4 / 3) (14) / 16
-    # is less than the prompts' alone, 2.25; degrees of freedom (1 + 2.25)^2 / (1 + 2.25^2).
-    half = stats.t.ppf(0.975, 3.25**2 / (1 + 2.25**2)) * 1.5
-    assert both["ratings"] == 4 and (both["low"], both["high"]) == pytest.approx((3 - half, 3 + half))
-    values = np.random.default_rng(5).normal(size=(1, 9))
-    ends = [[interval(values, unit)[end] for end in ("low", "high")] for unit in ("ratings", "prompts")]
-    assert ends[0] == pytest.approx(ends[1])
-    assert interval(np.array([[2.0, NAN]]), "ratings") == {"mean": 2.0, "low": None, "high": None, "ratings": 1}
-
-
 def comparisons_of(text):
     """The cells of the header and of the pair after a and b, put together from the tables that they were split into."""
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("| a | b |")]
@@ -163,12 +121,8 @@ def test_the_tables_of_verdicts():
     assert header[:2] == ["prompts", "a - b: correctness"] and header[-1] == "a - b at equal length"
     assert pair[:2] == ["3", pair[1]] and pair[1].startswith("+0.67 [") and pair[6].startswith("33.3 [")
     assert max(map(len, lines)) <= 160 and len(header) == len(pair) == 11
-    ratings = markdown(summarise({"x|y": four(A), "b": four(B)}, unit="ratings")).splitlines()
-    assert (
-        ratings[0].endswith("| average |")
-        and comparisons_of("\n".join(ratings))[0][-1] == "p"
-        and ratings[2].startswith("| x\\|y | ")
-    )
+    named = summarise({"x|y": four(A), "b": four(B)}, {"x|y": WORDS_A, "b": WORDS_B}, baseline="b")
+    assert markdown(named).count("| x\\|y | ") == 4  # once in each table
 
 
 def test_methods_are_two_named_files_or_more(tmp_path):

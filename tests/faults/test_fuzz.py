@@ -242,12 +242,9 @@ STEPS = [{"step": i, "loss": 0.5, "lr": 1e-4} for i in range(3)]
 SCORES = dict.fromkeys(judge.CRITERIA, 3.5)
 COMPLETION = {"model": "m", "choices": [{"message": {"role": "assistant", "content": json.dumps(SCORES)}}]}
 ANSWERS = [{"item": item, "model": "m", "answer": json.dumps(SCORES), "max_tokens": 9} for item in ("i1", "i2")]
-KEY = {"study": "s1", "methods": ["SFT", "HPS"], "items": {
-    "r1": {"prompt": "a", "method": "HPS", "response": 0},
-    "r2": {"prompt": "b", "method": "SFT", "response": 3}}}  # fmt: skip
-FULL = {"correctness": 4, "helpfulness": 5, "safety": 3.5, "clarity": 4.25}
-RATER = {"study": "s1", "rater": "ann", "complete": False, "ratings": {"r1": FULL, "r2": {"safety": 1}}}
-RATED = RATER | {"complete": True, "ratings": dict.fromkeys(KEY["items"], FULL)}
+KEY = {"study": "s1", "methods": ["SFT", "HPS"], "pairs": [
+    {"prompt": "a", "a": "HPS", "b": "SFT"}, {"prompt": "b", "a": "SFT", "b": "HPS"}]}  # fmt: skip
+RATER = {"study": "s1", "rater": "ann", "votes": ["a", None]}
 SHARD = save({"keys": np.arange(32, dtype=np.uint8).reshape(2, 16), "logps": np.array([-1.5, -2], np.float32)})
 HEADER_BYTES = int.from_bytes(SHARD[:8], "little")
 OPTIONS = "|".join(field.name for field in dataclasses.fields(options.Config))
@@ -281,7 +278,7 @@ TARGETS: dict[str, Target] = {
     "judge's answer": Target("x", [[SCORES], [SCORES, SCORES]], lambda parts: b"Here: " + lines(parts), judged),
     "completion": Target("x", [[COMPLETION]], whole, completion),
     "answers.jsonl": Target("answers.jsonl", [ANSWERS], lines, answers),
-    "ratings": Target("1.json", [[RATER], [RATED]], whole, ratings),
+    "ratings": Target("1.json", [[RATER], [RATER | {"votes": ["tie", "b"]}]], whole, ratings),
     "shard": Target("x", [[json.loads(SHARD[8 : 8 + HEADER_BYTES])]], with_header, shard),
 }  # fmt: skip
 NEVER_REFUSE = {"judge's answer", "completion"}  # what a judge says is no mistake of the user's: None stands for none

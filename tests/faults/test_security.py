@@ -261,7 +261,7 @@ def test_no_id_leads_out_of_the_folder_of_the_output(tmp_path, monkeypatch, capf
             assert not list(Path("/etc").glob("hps-x*")), name
     assert {row.id for row in listwise.read(made)} == set(IDS)  # they came through as they are
     key = json.loads((out / "study/key.json").read_text())
-    assert {item["prompt"] for item in key["items"].values()} == set(IDS)
+    assert {pair["prompt"] for pair in key["pairs"]} == set(IDS)
     secrets = [path for path in out.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert not secrets and KEY not in "".join(capfd.readouterr())
 
