@@ -27,7 +27,7 @@ from hps.data import tokens
 from hps.io import files, hub, loggers
 from hps.options import Config, as_preference, check, form, needs_reference, settings
 from hps.record import RECORD, check_folder, claim
-from hps.statistics import Statistics, check_first_loss
+from hps.statistics import Divergence, Statistics, check_first_loss
 
 if TYPE_CHECKING:
     from hps.extra import reward_model
@@ -36,8 +36,8 @@ STOPPED = 75  # status of a run that left a checkpoint for its next start: EX_TE
 
 
 def main(argv: list[str] | None = None) -> None:
-    c, set_keys = config.parse(Config, argv, prog="train.py", description=str(__doc__).split("\n")[0])
-    check(c, set_keys)
+    c, given = config.parse(Config, argv, prog="train.py", description=str(__doc__).split("\n")[0])
+    c, passed_over = check(c, given)
     caches = ["token_cache"] + ["reference_cache"] * needs_reference(c)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
             dist.session(timeout=timedelta(minutes=c.timeout)) as ranks,
             checkpoint.held(c, ranks, what="train.py", caches=caches),
         ):
+            if passed_over:
+                say(ranks, f"this run has no use for {', '.join(passed_over)} of the --config file")
             train(as_preference(c), ranks)
     finally:
         for number, handler in before.items():  # for whoever goes on in this process
@@ -56,7 +58,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     if c.sample_every and ranks.sharded:
         raise ValueError("--sample_every needs the whole model in one process: leave it out under torchrun")
     out = Path(c.out)
-    started = checkpoint.latest(out / "checkpoints")
+    started = None if c.dry_run else checkpoint.latest(out / "checkpoints")
     check_folder(out, c, started is not None)  # a mistake is told before hours of reading
     if (out / "policy").exists():
         say(ranks, f"{out}: this run is finished; its policy is in {out / 'policy'}")
@@ -71,6 +73,11 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         raise ValueError(f"warmup_steps = {c.warmup_steps}, but the run has {plan.steps} steps: it never reaches lr")
     counts = examples.counts | plan.dropped | plan.excluded
     say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
+    whole = plan
+    if c.dry_run:
+        from hps.extra import dry_run
+
+        plan = plan.first(dry_run.STEPS)
     held_out = None
     if c.eval_data:
         from hps.extra.held_out import HeldOut
@@ -93,9 +100,10 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         scorer, inputs["reference"] = load_reference(c, ranks, tokenizer, longest=longest)
     if held_out and c.keep == "best":
         inputs["eval_data"] = held_out.examples.data_hash
-    claim(out, c, inputs, started is not None, ranks)
+    if not c.dry_run:
+        claim(out, c, inputs, started is not None, ranks)
     run = batches.Run(c, plan, examples, ranks, pad_id=tokenizer.pad_token_id, packs=not policy.padded)
-    z0 = None  # KTO's alone
+    z0, computed, began = None, 0, time.perf_counter()  # z0 is KTO's alone
     if needs_reference(c):
         scored_by = dict(weights=inputs.get("reference", weights), tokenizer=inputs["tokenizer"], dtype=c.dtype)
         cache = reference.open_cache(c.reference_cache, **scored_by)
@@ -109,6 +117,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         say(ranks, f"reference log-probs: {computed} computed, the rest was in {cache}")
     elif held_out:
         held_out.begin(policy, [])
+    scoring_seconds = time.perf_counter() - began
     del scorer  # another reference's memory is free from here on,
     gc.collect()  # and not when Python sees fit: its modules point at each other in circles
 
@@ -118,7 +127,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         spent |= checkpoint.load(started, policy, optimizer, ranks=ranks)
         say(ranks, f"going on from {started} ({spent['step']} of {plan.steps} steps)")
     done, tokens_seen = spent["step"], spent["tokens"]
-    log = loggers.open_log(out, c.log_to, done=done, settings=settings(c)) if ranks.first else None
+    log = loggers.open_log(out, c.log_to, done=done, settings=settings(c)) if ranks.first and not c.dry_run else None
     bar = tqdm(
         total=plan.steps, initial=done, desc=c.method if c.loss == "preference" else c.loss, disable=not ranks.first
     )
@@ -134,11 +143,12 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         terminated.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C ends the run at once
 
-    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-    signal.signal(signal.SIGINT, interrupt)
+    if not c.dry_run:
+        signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+        signal.signal(signal.SIGINT, interrupt)
 
     # The loop: the gradient of each step is the same, whichever way its prompts are split over ranks and micro-batches.
-    loss = batches.objective(c)
+    loss, divergence = batches.objective(c), Divergence(plan.steps)
     clock, saved, shown = time.perf_counter() - spent["seconds"], time.monotonic(), ""
     for step in range(done, plan.steps):
         lr = lr_at(c, step, plan.steps)
@@ -174,6 +184,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
+        if told := divergence.look(metrics["loss"], grad_norm):
+            say(ranks, f"step {step}: {told}")
         tokens_seen += sum(map(len, blocks))
         rate = tokens_seen / (time.perf_counter() - clock)
         record = {"step": step, "epoch": int(plan.epoch[plan.step(step)[0]])} | metrics
@@ -190,11 +202,14 @@ def train(c: Config, ranks: dist.Ranks) -> None:
             clock += time.perf_counter() - began  # which is no time of training
         if log is not None:
             log(record)
+        if c.dry_run and step == 0 < plan.steps - 1:  # which warms up
+            say(ranks, f"loss {metrics['loss']:.6f}, gradient norm {grad_norm:.3g}")
+            clock, tokens_seen = time.perf_counter(), 0
         bar.set_postfix_str(f"loss {metrics['loss']:.4f}{shown}, {rate:,.0f} tokens/s", refresh=False)
         bar.update()
         if c.sample_every and (step + 1) % c.sample_every == 0:
             clock += samples.sample(c, policy, tokenizer, examples, step + 1)
-        last = step + 1 == plan.steps  # an export that fails or is killed shall cost no step
+        last = step + 1 == plan.steps and not c.dry_run  # an export that fails or is killed shall cost no step
         stop = asked or step + 1 == c.stop_after
         if stop or last or late or (c.save_every and (step + 1) % c.save_every == 0):
             spent = {"step": step + 1, "tokens": tokens_seen, "seconds": time.perf_counter() - clock}
@@ -208,6 +223,11 @@ def train(c: Config, ranks: dist.Ranks) -> None:
                 raise SystemExit(STOPPED)
             return
     bar.close()
+    if c.dry_run:
+        how = dict(step_seconds=(time.perf_counter() - clock) / max(1, plan.steps - 1), scored=computed)
+        say(ranks, dry_run.report(whole, parameters, **how, scoring_seconds=scoring_seconds))
+        say(ranks, f"and {peak_gib(ranks.device):.2f} GiB of memory per rank")
+        return
 
     def end(*_: object) -> None:  # as before the first step: all that is done is on disk
         say(ranks, "stopped before the policy was written; the same command goes on")
@@ -217,9 +237,10 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     signal.signal(signal.SIGINT, end)
     if terminated.is_set():
         end()
-    if held_out and c.keep == "best":
-        say(ranks, held_out.go_back(policy, optimizer))
     summary = {"steps": plan.steps, "seconds": spent["seconds"], "tokens": tokens_seen, "counts": counts}
+    if held_out and c.keep == "best":
+        summary["kept_step"], lowest = held_out.go_back(policy, optimizer)
+        say(ranks, f"kept: the policy after {summary['kept_step']} steps, of the lowest held-out loss, {lowest:.4f}")
     readme = ""
     if ranks.first:
         from hps.io import card

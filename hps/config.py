@@ -41,8 +41,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse(
     cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str, foreign: bool = False
-) -> tuple[T, frozenset[str]]:
-    """Build `cls`, a dataclass as above, from `--config FILE.toml` and flags; also the names set in either place.
+) -> tuple[T, dict[str, str]]:
+    """Build `cls`, a dataclass as above, from `--config FILE.toml` and flags; also where each option that was set was
+    set: name -> "file" or "flag".
 
     Args:
         argv: words of the command line, `sys.argv[1:]` when None. `--key value`, `--key=value`, and for a
@@ -86,12 +87,13 @@ def parse(
     if twice := [name for name, texts in flags.items() if len(texts) > 1]:
         raise ValueError(f"command line: --{twice[0]} is given twice: keep one")
     values = read_toml(Path(flags.pop("config")[0]), kinds, foreign) if "config" in flags else {}
+    given = dict.fromkeys(values, "file") | dict.fromkeys(flags, "flag")
     for name, (text,) in flags.items():
         shown = " ".join(text) if isinstance(text, list) else text
         values[name] = convert(text, kinds[name], f"command line: --{name} {shown}", from_text=True)
     if missing := [name for name, x in defaults.items() if x is dataclasses.MISSING and name not in values]:
         raise ValueError(f"missing --{', --'.join(missing)}: give as flags or in the --config file")
-    return cls(**values), frozenset(values)
+    return cls(**values), given
 
 
 @functools.cache

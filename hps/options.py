@@ -95,11 +95,17 @@ class Config:
     keep: str = "last"  # the policy that is exported: last, or best (of the lowest held-out loss)
     log_to: str = ""  # beside metrics.jsonl: tensorboard, wandb, or both, comma-separated
     timeout: float = 10.0  # minutes that ranks wait for each other before the run ends
+    dry_run: bool = False  # a few steps, what the run would take, and an end: only the caches are written
     stop_after: int = 0  # stop (with a checkpoint) after this many steps in all; 0 runs to the end
 
 
 # How the stages of several positives are weighed: options of the loss that the plan does not depend on.
 POSITIVE_STAGES = {"positive_lambda", "exclude_positives"}
+
+# Options that mean something only beside another one.
+NEEDS = {"sample_prompts": "--sample_every", "eval_every": "--eval_data", "keep": "--eval_data"}
+NEEDS |= {"export_dtype": "--lora_rank 0 (an adapter keeps its own dtype)"}
+NEEDS |= dict.fromkeys(("lora_alpha", "lora_targets", "shard_frozen"), "a --lora_rank above 0")
 
 # What a number must be, and of which options that is asked.
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
@@ -204,8 +210,13 @@ def check_method(method: str) -> None:
         )
 
 
-def check(c: Config, set_keys: frozenset[str]) -> None:
-    """ValueError for a choice that does not exist or that the run would ignore."""
+def check(c: Config, given: dict[str, str]) -> tuple[Config, list[str]]:
+    """The options as the run takes them, and the names of those in its --config file that it passes over: a file serves
+    several methods. given: name of each option that was set -> "file" or "flag".
+
+    Raises:
+        ValueError: a choice that does not exist, a flag that the run would ignore, a file that is not there.
+    """
     check_method(c.method)
     config.check_choices(c, loss=["preference", "sft", "reward"], dtype=model.DTYPES, truncate=tokens.TRUNCATE)
     config.check_choices(c, gamma_schedule=SCHEDULES, reward_norm=REWARD_NORMS, pl_form=["stagewise", "official"])
@@ -216,10 +227,22 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         for key in keys.split():
             if not allowed(getattr(c, key)):
                 raise ValueError(f"{key} must {words}, got {getattr(c, key)}")
-    what = f"method {c.method}" if c.loss == "preference" else f"loss {c.loss}"
-    config.check_used(set_keys, used_options(c), what=what)
+    for key in ("data", "eval_data"):
+        if getattr(c, key) and not Path(getattr(c, key)).exists():
+            raise ValueError(f"--{key} {getattr(c, key)}: there is no such file")
+    what, passed_over = f"method {c.method}" if c.loss == "preference" else f"loss {c.loss}", []
+    while unused := [key for key in given if key not in {*used_options(c), *passed_over}]:
+        for key in unused:
+            if given[key] == "flag" and key in NEEDS:
+                raise ValueError(f"--{key} means nothing without {NEEDS[key]}: add that, or leave it out")
+        config.check_used([key for key in unused if given[key] == "flag"], used_options(c), what=what)
+        c = dataclasses.replace(c, **{key: getattr(Config, key) for key in unused})  # which may leave others unused
+        passed_over += unused
     if c.positives > 1 and c.hps_form != "full":
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
+    if c.dry_run:  # nothing but the caches is left behind
+        quiet = dict(sample_every=0, log_to="", eval_data="", keep="last", save_minutes=0.0, save_every=0, stop_after=0)
+        c = dataclasses.replace(c, **quiet)
     positive_stages(c)
     if c.log_to:
         from hps.io import loggers
@@ -234,14 +257,14 @@ def check(c: Config, set_keys: frozenset[str]) -> None:
         )
     if c.lora_rank and c.lr < 1e-6:
         warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
+    return c, passed_over
 
 
 # Settings that do not decide the result: a run may go on with other values of them.
 FREE = {
     *"out token_cache reference_cache tokens_per_micro_batch shard_frozen shard_ranks reshard_after_forward".split()
 }
-FREE |= {*"save_every save_minutes stop_after sample_every sample_prompts log_to timeout".split()}
-FREE |= {"export_dtype"}
+FREE |= {*"save_every save_minutes stop_after sample_every sample_prompts log_to timeout dry_run".split()}
 
 
 def settings(c: Config) -> dict[str, object]:

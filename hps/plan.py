@@ -6,7 +6,7 @@ next. Whom a sampler contrasts is in `samplers.py`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,11 @@ class Plan:
     @property
     def steps(self) -> int:
         return -(-len(self.row) // self.prompts_per_step)
+
+    def first(self, steps: int) -> "Plan":
+        """The plan of the first so many steps."""
+        visits = slice(0, steps * self.prompts_per_step)
+        return replace(self, **{key: x[visits] for key, x in vars(self).items() if isinstance(x, np.ndarray)})
 
     def step(self, s: int) -> range:
         """Indices of the visits of optimizer step `s`."""

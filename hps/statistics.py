@@ -1,5 +1,7 @@
 """What the log says of a step, summed on the device over its micro-batches and read once; the first loss checked."""
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,29 @@ def check_first_loss(c: Config, loss: float, expected: float, largest: list[floa
             f"{c.dtype} rounds: they are scored differently; delete the reference cache if the model's code changed"
         )
     return f"step 0: loss {loss:.6f}, {known}; largest |log-ratio| {largest[0]:.2g} (should be 0)"
+
+
+class Divergence:
+    """Tells once of a run that goes wrong: most losses of the last tenth of its steps are above the first one, or a
+    gradient is a thousand times as long as the first."""
+
+    def __init__(self, steps: int) -> None:
+        self._first: tuple[float, float] | None = None
+        self._above: deque[bool] = deque(maxlen=max(10, steps // 10))
+        self._told = False
+
+    def look(self, loss: float, grad_norm: float) -> str:
+        """What is to be said after a step of this loss and norm of its gradient, mostly nothing."""
+        self._first = self._first or (loss, grad_norm)
+        self._above.append(loss > self._first[0])
+        lost = len(self._above) == self._above.maxlen and 2 * sum(self._above) > len(self._above)
+        torn = grad_norm > 1000 * self._first[1] > 0
+        if self._told or not (lost or torn):
+            return ""
+        self._told = True
+        what = f"most losses of the last {len(self._above)} steps are above the first one" if lost else ""
+        what = what or f"the gradient's norm is {grad_norm / self._first[1]:,.0f} times that of the first step"
+        return f"{what}: the run may diverge; a lower --lr is the first thing to try"
 
 
 class Statistics:

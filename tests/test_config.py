@@ -24,7 +24,7 @@ class Options:
     method: str = ""  # the loss
 
 
-def run(*argv: str, **how) -> tuple[Options, frozenset[str]]:
+def run(*argv: str, **how) -> tuple[Options, dict[str, str]]:
     return parse(Options, argv, prog="prog", description="What it does.", **how)
 
 
@@ -40,14 +40,14 @@ def toml(tmp_path: Path) -> Any:
 
 def test_defaults_names_and_both_sources(toml):
     c, names = run("--data", "a")
-    assert c == Options("a", 512, True, (), 1e-4, "") and names == {"data"}
+    assert c == Options("a", 512, True, (), 1e-4, "") and set(names) == {"data"}
     path = toml('data = "from file"\nlr = 1\nshuffle = false\nfiles = ["a", "b"]\n')
     for argv in (["--config", path, "--lr", "2e-5"], ["--lr=2e-5", f"--config={path}"]):  # flags win, wherever
         c, names = run(*argv)
         assert c == Options("from file", 512, False, ("a", "b"), 2e-5, "")
-        assert names == {"data", "lr", "shuffle", "files"}
+        assert set(names) == {"data", "lr", "shuffle", "files"}
     assert type(run("--config", path)[0].lr) is float  # an int in the file is fine for a float
-    assert run("--data=a", "--max_length=512")[1] == {"data", "max_length"}  # the default's value counts as set
+    assert run("--data=a", "--max_length=512")[1].keys() == {"data", "max_length"}  # the default's value counts as set
     assert run("--data=a", "--config", toml("lr = 1\nother = 2\n"), foreign=True)[0].lr == 1.0
 
 
@@ -71,7 +71,7 @@ def test_defaults_names_and_both_sources(toml):
 def test_a_flag_of_each_type(argv, name, value):
     config, names = run("--data", "a", *argv)
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
-    assert names == {"data", name}
+    assert set(names) == {"data", name}
     assert run(*argv, "--data", "a") == (config, names)  # a bare bool does not swallow the next flag
 
 

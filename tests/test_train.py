@@ -3,6 +3,7 @@ every user mistake named. Runs `train.py` on a tiny world, with the shapes that 
 
 import json
 import math
+import re
 import shutil
 import signal
 import weakref
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import SFT, distinct, jsonl, losses, plain_logp, rewrite, run, run_ranks, tokenize_rows
+from helpers import SFT, arguments, distinct, jsonl, losses, plain_logp, rewrite, run, run_ranks, tokenize_rows
 from peft import AutoPeftModelForCausalLM
 
 import train
@@ -23,7 +24,7 @@ from hps.data import listwise, tokens
 from hps.data.rows import Row
 from hps.model import load_causal_lm
 from hps.options import Config
-from hps.statistics import Statistics, check_first_loss
+from hps.statistics import Divergence, Statistics, check_first_loss
 
 LORA = dict(lora_rank=4, lora_alpha=8, lr=3e-2)
 ONE = dict(tokens_per_micro_batch=100_000)  # one micro-batch per step
@@ -301,6 +302,43 @@ def test_metrics_of_two_positives_leave_the_second_out_of_the_rejected():
     assert statistics.largest.tolist() == [4.0, 2.0]  # nats; and by the root of that response's tokens
 
 
+def test_a_diverging_run_is_told_once():
+    """200 steps: 11 of 20 losses above the first one, or a norm beyond a thousand times the first."""
+    calm, lost, torn = (Divergence(200) for _ in range(3))
+    assert not any(calm.look(loss, 1.0 + i) for i, loss in enumerate([0.8] + [0.9, 0.7] * 100))  # ten of twenty
+    told = [bool(lost.look(loss, 1.0)) for loss in [0.7] * 30 + [0.8] * 30]
+    assert told.index(True) == 40 and sum(told) == 1
+    told = [bool(torn.look(0.7, norm)) for norm in (0.5, 499.0, 501.0, 9999.0)]
+    assert told == [False, False, True, False]
+
+
+def test_a_dry_run_says_what_the_run_would_take(tiny_world, tmp_path, capsys):
+    """Of 6 steps 4 are made, with the reference log-probs of these alone, and nothing is left behind."""
+    run_of = partial(arguments, tiny_world, tmp_path / "out", reference_cache=tmp_path / "cache")
+    train.main(run_of(dry_run="true", sample_every=1, save_every=1, eval_data=tiny_world / "test.jsonl"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == []
+    told = capsys.readouterr().err
+    found = re.search(r"6 steps of (\S+) s each: (\S+) minutes\nbefore them (\d+) reference log-probs", told)
+    assert found and float(found[2]) == pytest.approx(6 * float(found[1]) / 60, abs=0.06)
+    train.main(run_of())
+    whole = re.search(r"reference log-probs: (\d+) computed", capsys.readouterr().err)
+    scored = re.search(r"reference log-probs: (\d+) computed", told)
+    assert whole and scored and int(whole[1]) + int(scored[1]) == int(found[3]) and int(whole[1]) > 0
+    weights = sum(p.numel() for p in load_causal_lm(str(tiny_world / "model"), dtype=torch.float32).parameters())
+    assert f"{12 * weights / 2**20:,.1f} MiB per checkpoint" in told
+    assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_config_file_serves_several_methods(tiny_world, tmp_path, capsys):
+    """What the method does not use of it is passed over and told, and is at its default; as flags it is an error."""
+    path = tmp_path / "hps.toml"
+    path.write_text('positives = 2\nhps_form = "full"\npositive_lambda = "1,0.5"\ngamma_end = 3\nbeta = 0.5\n')
+    argv = arguments(tiny_world, tmp_path / "a", method="dpo-bt", beta=None, config=path)
+    train.main(argv)
+    assert "no use for positives, hps_form, gamma_end, positive_lambda of the --config file" in capsys.readouterr().err
+    assert losses(tmp_path / "a") == run(tiny_world, tmp_path / "b", method="dpo-bt")
+
+
 def test_differences_that_cancel_in_the_first_loss_are_seen():
     """log 2 on the mean, and a response 4 nats off; what rounding leaves of 400 tokens passes."""
     c = Config("m", "d", "o", method="dpo-bt")
@@ -413,9 +451,16 @@ NOT_USED = [  # each set to what a method ignores: the last option is named
     dict(method="kto-hps", n_factor="n_minus_one"),
     dict(method="kto-pl", pl_form="official"),
     dict(method="dpo-bt", desirable_weight=2.0),
-    dict(sample_prompts=2),
     SFT | dict(loss="reward", sample_every=1),
-    dict(lora_alpha=4),
+]
+ALONE = dict(sample_prompts=2, lora_alpha=4, keep="best", eval_every=3)
+WRONG += [
+    ({key: value}, f"--{key} means nothing without .*--(sample_every|lora_rank|eval_data)")
+    for key, value in ALONE.items()
+]
+WRONG += [
+    (dict(lora_rank=4, export_dtype="bf16"), "--export_dtype means nothing without --lora_rank 0"),
+    (dict(eval_data="nowhere.jsonl"), "--eval_data nowhere.jsonl: there is no such file"),
 ]
 
 

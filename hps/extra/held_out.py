@@ -64,12 +64,12 @@ class HeldOut:
             checkpoint.save(self._best, policy, optimizer, state, ranks=self._ranks)
         return found
 
-    def go_back(self, policy: PolicyModel, optimizer: torch.optim.Optimizer) -> str:
-        """Give the policy the weights of its lowest held-out loss; a line that says so. Collective."""
+    def go_back(self, policy: PolicyModel, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+        """Give the policy the weights of its lowest held-out loss; the steps before it, and that loss. Collective."""
         path = checkpoint.latest(self._best)
         assert path is not None, "the last step looks, so there is a lowest loss"
         about = checkpoint.load(path, policy, optimizer, ranks=self._ranks)
-        return f"kept: the policy after {about['step']} steps, of the lowest held-out loss, {about['loss']:.4f}"
+        return about["step"], about["loss"]
 
     @torch.no_grad()
     def measure(self, policy: PolicyModel) -> dict[str, float]:

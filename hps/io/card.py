@@ -90,6 +90,7 @@ def card(run: dict[str, Any], summary: dict[str, Any], *, kind: str, results: st
     trained += [("tokenizer, sha256", inputs["tokenizer"])]
     trained += [("data", name_of(settings["data"])), ("data, sha256", inputs["data"])]
     trained += [("processes", run["world_size"]), ("steps", summary["steps"])]
+    trained += [("kept, of the lowest held-out loss: step", summary["kept_step"])] if "kept_step" in summary else []
     trained += [("seconds", round(summary["seconds"], 1)), ("packed tokens", summary["tokens"])]
 
     changed = [name for name in run["changed"] if name not in ("model", "data", "loss", "method")]

@@ -75,3 +75,6 @@ def test_the_policy_of_the_lowest_held_out_loss_is_kept(tiny_world, tmp_path, ra
     assert 0 < np.argmin(values) < 7 and values[-1] > min(values) + 0.05
     start = SFT | dict(model=tmp_path / "run/policy", data=test, epochs=1, shuffle="no", stop_after=1)
     assert run(tiny_world, tmp_path / "again", **start)[0] == pytest.approx(min(values), abs=2e-5)
+    kept = int(np.argmin(values)) + 1
+    assert json.loads((tmp_path / "run/summary.json").read_text())["kept_step"] == kept
+    assert f"lowest held-out loss: step | {kept} |" in (tmp_path / "run/policy/README.md").read_text()

@@ -1,0 +1,31 @@
+"""What a run would take, from a few steps of it: the lines of `train.py --dry_run`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from hps.plan import Plan
+
+STEPS = 4  # that are made; the first one warms up and is not timed
+
+
+def report(
+    plan: Plan, trained: Sequence[nn.Parameter], *, step_seconds: float, scored: int, scoring_seconds: float
+) -> str:
+    """Time and disk of the whole run.
+
+    Args:
+        plan: that of all its steps. trained: parameters that are trained, or this rank's shards of them.
+        step_seconds: of one step. scored: reference log-probs computed for `STEPS` steps, in `scoring_seconds`.
+    """
+    visit, column = np.nonzero(plan.responses >= 0)
+    responses = plan.row[visit] * (plan.responses.max() + 1) + plan.responses[visit, column]
+    lines = [f"{plan.steps:,} steps of {step_seconds:.3g} s each: {plan.steps * step_seconds / 60:,.1f} minutes"]
+    if scored:
+        touched = len(np.unique(responses))
+        minutes = touched * scoring_seconds / scored / 60
+        lines += [f"before them {touched:,} reference log-probs, where none is in the cache: {minutes:,.1f} minutes"]
+    checkpoint = 12 * sum(p.numel() for p in trained) / 2**20  # weights and two moments, fp32
+    lines += [f"{checkpoint:,.1f} MiB per checkpoint and rank, and twice that while the next one is written"]
+    return "\n".join(["dry run: only the caches were written. The run would take", *lines])
