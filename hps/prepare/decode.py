@@ -22,8 +22,6 @@ from torch.nn.utils.rnn import pad_sequence
 from hps import attention, limits, loading
 
 PADDED_TOKENS = 4096  # of one prefill, at most
-NOT_FINITE = "the model gave log-probs that are not finite: check its weights and dtype"
-NEVER = -1  # as EOS: samples go on to max_new_tokens
 WORTH_A_PREFILL = 32  # rows; fewer of a prompt's rows do not start without the rest
 COLUMNS = 32  # of own keys, at least: PyTorch has no fast product for fewer on a CPU
 ENDED_SHARE = 1 / 8  # of the rows must have ended before others take their places ...
@@ -53,6 +51,11 @@ class Request:
     due: int = 0
     samples: list[Sample | None] = dataclasses.field(default_factory=list)
     generator: torch.Generator | None = None  # 5 kB, so not before the first draw
+
+    def uniforms(self, n: int, max_new_tokens: int) -> Tensor:
+        """The next n rows of the stream, (n, max_new_tokens): whole, so that no sample's depend on when others end."""
+        self.generator = self.generator or torch.Generator().manual_seed(self.seed)
+        return torch.rand(n, max_new_tokens, generator=self.generator)
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -105,9 +108,8 @@ def decode(
     Raises:
         ValueError: log-probs that are not finite, or not those of the model's own forward.
     """
-    if not requests:
-        return
-    settings = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
+    ends = end_ids(model, eos_token_id)
+    settings = dict(ends=ends, max_new_tokens=max_new_tokens, temperature=temperature)
     longest = max(longest_prompt, *(len(request.prompt_ids) for request in requests)) + max_new_tokens
     with attention.instead(model, model.config._attn_implementation):
         way = _way(model, longest, requests[0].prompt_ids[:16], settings)
@@ -140,7 +142,7 @@ def _way(model: Any, longest: int, prompt_ids: Sequence[int], settings: dict[str
 def _wrong(model: Any, way: Callable[..., Any], prompt_ids: Sequence[int], settings: dict[str, Any]) -> str:
     """What is wrong with two samples of a way to decode, or nothing, by the model's own forward of each."""
     P, request = len(prompt_ids), Request(prompt_ids, seed=0, due=2)
-    few = settings | {"max_new_tokens": 4, "eos_token_id": NEVER}  # a sample that ends at once would show nothing
+    few = settings | {"max_new_tokens": 4, "ends": [-1]}  # a sample that ends at once would show nothing
     try:
         list(way(model, deque([request]), max_rows=2, **few))
         with attention.instead(model, "eager"):
@@ -176,20 +178,18 @@ def _in_rows(model: nn.Module, requests: deque[Request], *, max_rows: int, **set
 
 
 def _by_transformers(
-    model: Any, requests: deque[Request], *, max_rows: int, eos_token_id: int, max_new_tokens: int, temperature: float
+    model: Any, requests: deque[Request], *, max_rows: int, ends: list[int], max_new_tokens: int, temperature: float
 ) -> Iterator[Request]:
     """`decode` by transformers' `generate`, a prompt at a time; a processor of its logits draws with our numbers."""
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
-    ends = end_ids(model, eos_token_id)
-    how = dict(do_sample=False, eos_token_id=ends, pad_token_id=max(eos_token_id, 0), max_new_tokens=max_new_tokens)
+    how = dict(do_sample=False, eos_token_id=ends, pad_token_id=0, max_new_tokens=max_new_tokens)
     while requests:
         request = requests.popleft()
-        request.generator = request.generator or torch.Generator().manual_seed(request.seed)
         while request.due:
             n = min(request.due, max_rows)
-            uniforms = torch.rand(n, max_new_tokens, generator=request.generator).to(device)
+            uniforms = request.uniforms(n, max_new_tokens).to(device)
             drawn: list[tuple[Tensor, Tensor]] = []
 
             def draw(_ids: Tensor, logits: Tensor, uniforms: Tensor = uniforms, drawn: list = drawn) -> Tensor:
@@ -204,18 +204,19 @@ def _by_transformers(
             for row, row_logps in zip(tokens.numpy(), logps.double(), strict=True):
                 ended = np.flatnonzero(np.isin(row, ends))
                 count = ended[0] + 1 if len(ended) else len(row)
-                logp = float(row_logps[:count].sum())
-                if not math.isfinite(logp):
-                    raise ValueError(NOT_FINITE)
-                request.samples.append(Sample(row[:count].astype(np.int32), bool(len(ended)), logp))
+                request.samples.append(_sample(row[:count], bool(len(ended)), float(row_logps[:count].sum())))
             request.due -= n
         yield request
 
 
+def _sample(token_ids: np.ndarray, finished: bool, logp: float) -> Sample:
+    if not math.isfinite(logp):
+        raise ValueError("the model gave log-probs that are not finite: check its weights and dtype")
+    return Sample(token_ids.astype(np.int32), finished, logp)
+
+
 def end_ids(model: Any, eos_token_id: int) -> list[int]:
     """The tokens at any of which a sample ends: the tokenizer's, and all that the model's generation config names."""
-    if eos_token_id == NEVER:
-        return [NEVER]
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # one, several or none
     return sorted({eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
 
@@ -223,24 +224,20 @@ def end_ids(model: Any, eos_token_id: int) -> list[int]:
 class _Rows:
     """The rows of the batch: R of them, of P prompts. A row that has ended goes on, in vain, until the next regroup."""
 
-    def __init__(self, model: nn.Module, *, eos_token_id: int, max_new_tokens: int, temperature: float):
-        self.model, self.temperature = model, temperature
+    def __init__(self, model: nn.Module, *, ends: list[int], max_new_tokens: int, temperature: float):
+        self.model, self.max_new_tokens, self.temperature = model, max_new_tokens, temperature
         self.device = next(model.parameters()).device
-        self.max_new_tokens = max_new_tokens
-        self.end_ids = torch.tensor(end_ids(model, eos_token_id), device=self.device)
+        self.ends = torch.tensor(ends, device=self.device)
         self.owner: list[tuple[Request, int]] = []  # of each row: its request and place among the samples
-        self.prompt = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) each row's prompt, in order
-        self.length = torch.zeros(0, dtype=torch.int64, device=self.device)  # (P,) tokens of each prompt
         self.prompt_cache: list[Tensor] = []  # of each layer keys and values, (P, G, L, Dh)
         self.own_cache: list[Tensor] = []  # of each layer keys and values, (R, G, max_new_tokens, Dh)
-        # One column more than there are tokens: rows that ended write there.
-        self.tokens = torch.zeros(0, max_new_tokens + 1, dtype=torch.int64, device=self.device)
-        self.uniforms = torch.zeros(0, max_new_tokens + 1, device=self.device)
-        self.logps = torch.zeros(0, dtype=torch.float64, device=self.device)
-        self.count = torch.zeros(0, dtype=torch.int64, device=self.device)  # tokens drawn
-        self.alive = torch.zeros(0, dtype=torch.bool, device=self.device)
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.length = none  # (P,) tokens of each prompt
+        self.prompt = none  # (R,) each row's prompt, in order; of each row also:
+        self.tokens = none.new_zeros(0, max_new_tokens + 1)  # one more than are drawn: rows that ended write there
+        self.uniforms = self.tokens.float()
+        self.logps, self.count, self.alive = none.double(), none, none.bool()  # count: tokens drawn
         self.most_tokens = 0  # that a row has drawn, or more
-        self.no_mask = torch.empty(1, 1, 1, 0, device=self.device)  # transformers makes none of its own then
 
     # -- who is in the batch --
 
@@ -265,14 +262,11 @@ class _Rows:
                 drawn = own_cache.pop(0)[:, :, : self.most_tokens]
                 self.own_cache[-1][:old, :, : self.most_tokens] = drawn[kept]
 
-        uniforms = []
         for request, n in joining:
-            request.generator = request.generator or torch.Generator().manual_seed(request.seed)
-            # Drawn for all steps at once: what a row gets cannot depend on when its siblings end.
-            uniforms.append(torch.rand(n, self.max_new_tokens, generator=request.generator))
             self.owner += [(request, len(request.samples) + j) for j in range(n)]
             request.samples += [None] * n
         if joining:
+            uniforms = [request.uniforms(n, self.max_new_tokens) for request, n in joining]
             self.uniforms[old:, :-1] = torch.cat(uniforms).to(self.device)
             self.alive[old:] = True
             self._draw(slice(old, None), torch.stack(logits)[new])
@@ -290,8 +284,7 @@ class _Rows:
 
         Returns the first token's logits of each of `prompts`, (V,).
         """
-        lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.int64, device=self.device)
-        self.length = torch.cat([self.length[live], lengths])
+        self.length = torch.cat([self.length[live], self.length.new_tensor([len(ids) for ids in prompts])])
         longest = int(self.length.max())
         parts, logits = [[x[live, :, :longest] for x in self.prompt_cache]] if len(live) else [], []
         size = max(1, PADDED_TOKENS // longest)
@@ -316,16 +309,14 @@ class _Rows:
 
     def harvest(self) -> list[Request]:
         """Hand the rows that ended to their requests; those that now have all their samples."""
-        alive, ended = self.alive.tolist(), ~self.alive
-        tokens, counts, logps = self.tokens[ended].to("cpu", torch.int32), self.count[ended], self.logps[ended]
-        if not logps.isfinite().all():
-            raise ValueError(NOT_FINITE)
-        owners = [owner for owner, goes_on in zip(self.owner, alive, strict=True) if not goes_on]
-        self.owner = [owner for owner, goes_on in zip(self.owner, alive, strict=True) if goes_on]
-        for (request, j), ids, n, logp in zip(owners, tokens.numpy(), counts.tolist(), logps.tolist(), strict=True):
-            request.samples[j] = Sample(ids[:n].copy(), int(ids[n - 1]) in self.end_ids.tolist(), logp)
-        requests = {id(request): request for request, _ in owners}.values()
-        return [request for request in requests if not request.due and None not in request.samples]
+        ended, ends, requests, owners = ~self.alive, self.ends.tolist(), {}, self.owner
+        self.owner = [owner for owner, goes_on in zip(owners, self.alive.tolist(), strict=True) if goes_on]
+        tokens, counts, logps = self.tokens[ended].cpu().numpy(), self.count[ended].tolist(), self.logps[ended].tolist()
+        for at, n, ids, logp in zip(ended.nonzero()[:, 0].tolist(), counts, tokens, logps, strict=True):
+            request, j = owners[at]
+            request.samples[j] = _sample(ids[:n], int(ids[n - 1]) in ends, logp)
+            requests[id(request)] = request
+        return [request for request in requests.values() if not request.due and None not in request.samples]
 
     # -- a step --
 
@@ -341,7 +332,7 @@ class _Rows:
             position_ids=(self.first_position + self.column)[:, None],
             past_key_values=self,
             use_cache=True,
-            attention_mask=self.no_mask,
+            attention_mask=torch.empty(1, 1, 1, 0, device=self.device),  # transformers makes none of its own then
             packed_layout=self.attend,
         ).logits[:, -1]
         self._draw(slice(None), logits)
@@ -359,13 +350,11 @@ class _Rows:
         self.tokens[rows].scatter_(1, count[:, None], last[:, None])
         self.logps[rows] += logps.where(alive, 0)
         self.count[rows] += alive  # which ended rows do no longer
-        self.alive[rows] = alive & ~torch.isin(last, self.end_ids) & (self.count[rows] < self.max_new_tokens)
+        self.alive[rows] = alive & ~torch.isin(last, self.ends) & (self.count[rows] < self.max_new_tokens)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
-        """What transformers calls a cache for: stores a step's keys and values, (R, G, 1, Dh).
-
-        The layer's attention follows at once and is ours, so what it is given does not matter.
-        """
+        """What transformers calls a cache for: stores a step's keys and values, (R, G, 1, Dh). The layer's attention
+        follows at once and is ours, so what it is given does not matter."""
         self.layer = slice(2 * layer, 2 * layer + 2)
         for own, x in zip(self.own_cache[self.layer], (keys, values), strict=True):
             own[self.every, :, self.column] = x[:, :, 0].to(own.dtype)

@@ -40,18 +40,17 @@ def prompt_seed(seed: int, prompt_id: str) -> int:
 
 
 @dataclass(slots=True)
-class _Stream:
+class _Stream(Request):
     """One prompt on its way to n samples: what it asks for, and what became of the samples that came."""
 
-    prompt_id: str
-    request: Request
+    prompt_id: str = ""
     kept: list[Sample] = field(default_factory=list)
     seen: set[bytes] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
 
     def absorb(self, n: int, *, as_drawn: bool) -> None:
         """Keep or count the samples that came since the last call."""
-        for one in self.request.samples[self.counts["samples"] :]:
+        for one in self.samples[self.counts["samples"] :]:
             assert one is not None
             key = one.token_ids.tobytes()
             self.counts["samples"] += 1
@@ -65,12 +64,13 @@ class _Stream:
                 self.kept.append(one)
                 self.seen.add(key)
 
-    def still_due(self, n: int, oversample: float, limit: float) -> int:
-        """How many samples to draw next: what is missing, by the share that was kept so far."""
+    def ask(self, n: int, oversample: float, limit: float) -> int:
+        """Sets how many samples to draw next: what is missing, by the share that was kept so far."""
         drawn = self.counts["samples"]
         due = math.ceil((n - len(self.kept)) * oversample * (drawn + 1) / (len(self.kept) + 1))
         due = due and max(due, drawn // 8)  # growing steps, or the last ones would trickle in
-        return min(due, math.ceil(n * limit) - drawn)
+        self.due = min(due, math.ceil(n * limit) - drawn)
+        return self.due
 
 
 def generate(
@@ -129,8 +129,8 @@ def generate(
             f"(data_prep.py generate drops it with --max_prompt_length {room})"
         )
     streams: dict[str, _Stream] = {}  # those whose turn to be yielded has not come
-    running: dict[int, _Stream] = {}
-    waiting: deque[Request] = deque()
+    running: set[str] = set()
+    waiting: deque[Any] = deque()
     upcoming = iter(prompts)
 
     def read_ahead() -> None:
@@ -138,33 +138,31 @@ def generate(
         while len(waiting) < 2 * max_rows and (found := next(upcoming, None)):
             prompt_id, ids = found
             assert prompt_id not in streams, "two prompts share an id and would get the same samples"
-            stream = streams[prompt_id] = _Stream(prompt_id, Request(ids, prompt_seed(seed, prompt_id)))
+            stream = streams[prompt_id] = _Stream(ids, prompt_seed(seed, prompt_id), prompt_id=prompt_id)
             if len(ids) > room:
                 stream.counts["prompts_no_room"] = 1
                 continue
-            running[id(stream.request)] = stream
-            stream.request.due = stream.still_due(n, oversample, limit)
-            waiting.append(stream.request)
+            running.add(prompt_id)
+            stream.ask(n, oversample, limit)
+            waiting.append(stream)
 
     read_ahead()
     settings: dict[str, Any] = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
     settings |= dict(longest_prompt=int(lengths[fits].max())) if ours else {}
-    results = (decode if ours else ask_vllm)(model, waiting, max_rows=max_rows, **settings)
+    results: Iterator[Any] = (decode if ours else ask_vllm)(model, waiting, max_rows=max_rows, **settings)
     with tqdm(total=len(prompts), unit="prompt", desc="generate", disable=not progress) as bar:
-        for request in results:
-            stream = running[id(request)]
+        for stream in results:
             stream.absorb(n, as_drawn=as_drawn)
-            if due := stream.still_due(n, oversample, limit):
-                request.due = due
-                waiting.appendleft(request)
+            if stream.ask(n, oversample, limit):
+                waiting.appendleft(stream)
                 continue
             bar.update()
-            del running[id(request)]
+            running.remove(stream.prompt_id)
             read_ahead()
-            while streams and id((first := next(iter(streams.values()))).request) not in running:
-                del streams[first.prompt_id]  # its samples need not stay in memory until the last prompt is done
-                counts.update(first.counts, prompts_short=int(len(first.kept) < n))
-                yield first.prompt_id, first.kept
+            while streams and (first := next(iter(streams))) not in running:
+                done = streams.pop(first)  # its samples need not stay in memory until the last prompt is done
+                counts.update(done.counts, prompts_short=int(len(done.kept) < n))
+                yield first, done.kept
 
 
 def answer(
