@@ -7,12 +7,11 @@ appears whole or not at all. Who needs the texts as well finds a row's by `lines
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial as bound
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ FILES = {
     "lines": np.dtype("<i8"),  # (R,), of the data file, from 1
     "human": np.dtype("<i4"),  # (R, 2): chosen, rejected; -1 where there is none
 }
-READ = ("tokens", "offsets", "ids", "rewards", "identity", "kept")  # prompt by prompt; the others are mapped
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,10 @@ class Store:
         self._folder, self._data, self._penalty = folder, data, length_penalty
         # What has a number or two per prompt is mapped; the rest is read, since every page of a map that was once
         # touched counts as this process's memory.
-        self._files = {name: (folder / name).open("rb") for name in READ}
         self._first, self._id_at = self._map("cuts").reshape(-1, 2).T
         self.keys, self.lines, self.human = self._map("keys"), self._map("lines"), self._map("human").reshape(-1, 2)
+        self.rewards = Lazy(len(self), self._rewards)
+        self.identity, self.kept = (Lazy(len(self), bound(self._per_response, name)) for name in ("identity", "kept"))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -90,11 +89,6 @@ class Store:
     @property
     def sizes(self) -> np.ndarray:
         return np.diff(self._first)
-
-    # Made when they are asked for: held, they would hold the store, and its files, until Python looks for circles.
-    rewards = property(lambda self: Lazy(len(self), self._rewards))
-    identity = property(lambda self: Lazy(len(self), bound(self._per_response, "identity")))
-    kept = property(lambda self: Lazy(len(self), bound(self._per_response, "kept")))
 
     def block(self, i: int, ks: Sequence[int] | np.ndarray) -> Block:
         """The prompt of example i with its responses ks."""
@@ -120,29 +114,27 @@ class Store:
         """File and line of example i, for messages."""
         return f"{self._data}:{self.lines[i]}"
 
-    def _per_response(self, name: str, a: int, b: int) -> list[np.ndarray]:
-        return self._split(self._read(name, self._first[a], self._first[b]), a, b)
-
     def _rewards(self, a: int, b: int) -> list[np.ndarray]:
-        first = self._first[a : b + 1]
-        rewards = self._read("rewards", first[0], first[-1])
+        rewards = self._per_response("rewards", a, b)
         if self._penalty:
-            lengths = np.diff(self._read("offsets", first[0] + a, first[-1] + b + 1))
-            rewards = rewards - self._penalty * np.delete(lengths, first[:-1] - first[0] + np.arange(b - a))  # prompts'
-        return self._split(rewards, a, b)
+            first = self._first[a : b + 1]
+            offsets = self._read("offsets", first[0] + a, first[-1] + b + 1)
+            begins = first - first[0] + np.arange(b - a + 1)  # of each prompt; its responses follow
+            for r, i, j in zip(rewards, begins[:-1] + 1, begins[1:], strict=True):
+                r -= self._penalty * np.diff(offsets[i : j + 1])
+        return rewards
 
-    def _split(self, values: np.ndarray, a: int, b: int) -> list[np.ndarray]:
-        cuts = self._first[a : b + 1] - self._first[a]
-        return [values[i:j] for i, j in pairwise(cuts.tolist())]
+    def _per_response(self, name: str, a: int, b: int) -> list[np.ndarray]:
+        first = self._first[a : b + 1]
+        return np.split(self._read(name, first[0], first[-1]), first[1:-1] - first[0])[: b - a]
 
     def _map(self, name: str) -> np.ndarray:
         return np.asarray(np.memmap(self._folder / name, FILES[name], "r"))
 
     def _read(self, name: str, begin: int, end: int) -> np.ndarray:
-        dtype = FILES[name]
-        data = os.pread(self._files[name].fileno(), (end - begin) * dtype.itemsize, begin * dtype.itemsize)
-        assert len(data) == (end - begin) * dtype.itemsize, f"{self._folder / name} was cut while it was in use"
-        return np.frombuffer(data, dtype)
+        data = np.fromfile(self._folder / name, FILES[name], end - begin, offset=begin * FILES[name].itemsize)
+        assert len(data) == end - begin, f"{self._folder / name} was cut while it was in use"
+        return data
 
 
 def open_store(

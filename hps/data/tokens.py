@@ -6,7 +6,6 @@ first token depends on the prompt. A prompt has at most one BOS, a response exac
 
 import functools
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,8 +48,8 @@ def longest(example: Example) -> int:
 def load_tokenizer(path: str, options: str = "") -> PreTrainedTokenizerFast:
     """Load a tokenizer from a local folder or a hub name; a missing pad token becomes EOS (not scored).
 
-    options: of its chat template, as `templates.fix` says.
-    Raises ValueError when there is no tokenizer, it is not a fast one, or it has no EOS token; and as `templates.fix`.
+    options: of its chat template. Raises ValueError when there is no tokenizer, it is not a fast one, or it has no EOS
+    token; and as `templates.fix`.
     """
     try:
         name, revision = hub.resolve(path)
@@ -131,9 +130,8 @@ class Encoder:
         """Of a string verbatim; of messages through the chat template, up to the answer's start.
 
         A string gets a BOS in front if the tokenizer adds one by itself and the text does not have it yet; a template
-        writes its own, and control tokens within messages are read as plain characters. Raises ValueError for messages
-        without a template, or that it refuses or loses; for a prompt of no tokens (nothing would predict the response's
-        first token), a doubled BOS, and control tokens in messages where the tokenizer cannot read them as characters.
+        writes its own. Raises ValueError for messages without a template, or that it refuses or loses, a prompt of no
+        tokens, a doubled BOS, and control tokens in messages that the tokenizer cannot read as characters.
         """
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
@@ -150,9 +148,9 @@ class Encoder:
     def responses(self, texts: Iterable[str], *, chat: bool | None = None) -> Iterator[list[int]]:
         """Of each text alone, then exactly one EOS: one that is written at the end of the text is not doubled.
 
-        Any other control token in a text is read as plain characters; ValueError, in its turn, where the tokenizer
-        cannot do that. chat: the texts answer messages (default: whatever there is a template for), so that the white
-        space that the template puts before an answer belongs to them.
+        Any other control token is read as plain characters; ValueError where the tokenizer cannot do that. chat: the
+        texts answer messages (default: whatever there is a template for), so that the white space that the template
+        puts before an answer belongs to them.
         """
         before = self.before(chat)
         self.inner.no_truncation()
@@ -228,32 +226,20 @@ def tokenize(
         raise ValueError(f"max_length = {max_length}; it must hold a prompt token, a response token and EOS")
     counts.update(dict.fromkeys(COUNTS, 0))
     encoder = Encoder(tokenizer)
-    prompts: dict[str, np.ndarray] = {}
-    rows = iter(tqdm(rows, desc="tokenise", unit="row", delay=2, disable=not progress))
-    while chunk := list(itertools.islice(rows, 256)):
-        if len(prompts) > 2**16:  # equal prompts stand near each other; memory must not grow with the file
-            prompts.clear()
-        both = [(chat, [row for row in chunk if chat != isinstance(row.prompt, str)]) for chat in (False, True)]
-        encoded = {
-            chat: encoder.responses((y for row in some for y in row.responses), chat=chat) for chat, some in both
-        }
-        for row in chunk:
-            cached, chat = json.dumps(row.prompt), not isinstance(row.prompt, str)
-            try:
-                if closing and chat and row.responses:
-                    head, responses = encoder.template.answered(row.prompt, row.responses)
-                    prompt = np.array(head, np.int32)
-                else:
-                    if cached not in prompts:
-                        prompts[cached] = np.array(encoder.prompt(row.prompt), np.int32)
-                    prompt, responses = prompts[cached], [next(encoded[chat]) for _ in row.responses]
-                example = _example(row, prompt, responses, max_length, truncate, counts, encoder)
-                if encoder.template.drops_thoughts(row.prompt, row.responses if closing else ()):
-                    counts["rows_thoughts_dropped"] = counts.get("rows_thoughts_dropped", 0) + 1
-            except ValueError as error:
-                raise ValueError(f"{row.where}: {error}") from error
-            if example:
-                yield example
+    for row in tqdm(rows, desc="tokenise", unit="row", delay=2, disable=not progress):
+        chat = not isinstance(row.prompt, str)
+        try:
+            if closing and chat and row.responses:
+                prompt, responses = encoder.template.answered(row.prompt, row.responses)
+            else:
+                prompt, responses = encoder.prompt(row.prompt), list(encoder.responses(row.responses, chat=chat))
+            example = _example(row, np.array(prompt, np.int32), responses, max_length, truncate, counts, encoder)
+            if encoder.template.drops_thoughts(row.prompt, row.responses if closing else ()):
+                counts["rows_thoughts_dropped"] = counts.get("rows_thoughts_dropped", 0) + 1
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from error
+        if example:
+            yield example
     if not counts["rows_kept"]:
         lost = ", ".join(f"{key} = {counts[key]}" for key in COUNTS if counts[key])
         raise ValueError(f"no row is left with max_length = {max_length}: {lost or 'no rows were given'}")

@@ -3,7 +3,7 @@
 import itertools
 import tomllib
 from array import array
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -39,17 +39,9 @@ def kept_rows(
     tokenizer: PreTrainedTokenizerFast, rows: Iterable[Row], counts: dict[str, int], **how: Any
 ) -> Iterator[Kept]:
     """The rows that training would see, each with its example; arguments and errors as `tokens.tokenize`."""
-    read: deque[Row] = deque()  # which `tokenize` has taken ahead
-
-    def noted() -> Iterator[Row]:
-        for row in rows:
-            read.append(row)
-            yield row
-
-    for example in tokens.tokenize(tokenizer, noted(), counts, **how):
-        while (row := read.popleft()).id != example.id:
-            pass
-        yield row, example
+    kept, rows = itertools.tee(rows)
+    for example in tokens.tokenize(tokenizer, rows, counts, **how):
+        yield next(row for row in kept if row.id == example.id), example
 
 
 def diagnose(

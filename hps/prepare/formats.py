@@ -22,7 +22,7 @@ DROPS = ("rows_malformed", "rows_unsupported", "rows_prompts_differ", "rows_empt
 DROPS += ("rows_too_few_responses", "rows_no_preference", "rows_duplicate")
 PROMPT_CHARACTERS = 10  # of a prompt at least, for an answer that begins with it to be no chance
 IMPLICIT_CHARACTERS = 20  # fewer of them are what two answers begin with by chance
-# Columns that are taken for the prompt when there is none, however short their text.
+# These may be the prompt where there is none, however short their text.
 PROMPT_NAMES = ("question", "instruction", "query", "input", "user", "problem", "context")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 TEXT_OR_MESSAGES = (str, list, dict)
@@ -41,22 +41,21 @@ class Dropped(Exception):
 
 @dataclass(frozen=True)
 class Format:
-    """How records are read: `fields(record, column)` gives prompt, responses and the preference of a list-wise row.
+    """How records are read."""
 
-    columns: those that a record must have, and of what type. optional: those that it may have. orders: what --order
-    may say, and the column that holds the preference then; a format with one order has it under "".
-    """
-
-    fields: Callable[[Record, str], Record]
-    columns: Record
-    optional: tuple[str, ...] = ()
+    fields: Callable[[Record, str], Record]  # (record, column of the preference) -> the keys of a list-wise row
+    columns: Record  # that a record must have, and of what type
+    optional: tuple[str, ...] = ()  # columns that it may have
+    # What --order may say, and the column that holds the preference then; a format with one order has it under "".
     orders: dict[str, str] = field(default_factory=lambda: {"": ""})
+
+    def names(self, order: str) -> set[str]:
+        """The columns that a row is made of."""
+        return {*self.columns, *self.optional, self.orders[order]}
 
 
 def read(source: str, record: Record, where: str, *, order: str = "") -> Row:
-    """The row of one record of the format `source`; its id is a hash of prompt and responses.
-
-    Columns that the format does not need stay beside them, but for those that a row would take for its own.
+    """The row of one record of the format `source`, other columns beside its own; its id hashes prompt and responses.
 
     Raises:
         Dropped: it cannot be used, or no row may hold its texts (an empty turn, half of a surrogate pair, ...).
@@ -69,7 +68,7 @@ def read(source: str, record: Record, where: str, *, order: str = "") -> Row:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     fields |= {"id": source, "source": source}
-    own = {*KEYS, *columns_of(source, order)}
+    own = {*KEYS, *form.names(order)}
     others = {key: value for key, value in record.items() if key not in own and _can_stay({key: value}, fields)}
     try:
         row = parse_row(fields | others, where)  # before the hash: it refuses what has no JSON
@@ -110,12 +109,6 @@ def prompt_repeated(row: Row) -> list[bool]:
     return [len(text) >= PROMPT_CHARACTERS and y.lstrip().startswith(text) for y in row.responses]
 
 
-def columns_of(source: str, order: str) -> set[str]:
-    """The columns that a row is made of."""
-    form = FORMATS[source]
-    return {*form.columns, *form.optional, form.orders[order]}
-
-
 def to_trl(row: Row, chosen: int, rejected: int) -> Record:
     """The pair (indices of responses) in TRL's preference format: conversational, or standard for a string prompt.
     Dropped: an empty answer, or two equal ones."""
@@ -126,14 +119,11 @@ def to_trl(row: Row, chosen: int, rejected: int) -> Record:
     return {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
 
 
-# -- from a record: one function per format --
+# -- from a record: one function per format; docs/DATA.md says what each becomes, and `Dropped` why one is left out --
 
 
 def hh_rlhf(record: Record, _: str) -> Record:
-    """Anthropic's HH-RLHF: whole dialogues "chosen" and "rejected" -> messages and the pair of last answers.
-
-    Dropped: dialogues that do not go Human, Assistant, ..., Assistant or differ before the last, empty or equal answer.
-    """
+    """Anthropic's HH-RLHF: whole dialogues "chosen" and "rejected" -> messages and the pair of last answers."""
     (*prompt, chosen), (*other, rejected) = (_dialogue(record, key) for key in ("chosen", "rejected"))
     if prompt != other:
         raise Dropped("rows_prompts_differ", "chosen and rejected differ before the last answer")
@@ -148,7 +138,7 @@ def authors(record: Record, _: str) -> Record:
 
 
 def simpo(record: Record, _: str) -> Record:
-    """SimPO's lists: a question, all generated responses and their rewards. Dropped: as of UltraFeedback."""
+    """SimPO's lists: a question, all generated responses and their rewards."""
     prompt, texts, scores = record["prompt"], record["all_generated_responses"], record["all_rm_scores"]
     if len(texts) != len(scores):
         raise Dropped("rows_malformed", f"{len(texts)} responses but {len(scores)} rewards")
@@ -157,11 +147,8 @@ def simpo(record: Record, _: str) -> Record:
 
 
 def pku_saferlhf(record: Record, label: str) -> Record:
-    """PKU-SafeRLHF: one question, two responses in their order, and one of its two human labels as the pair.
-
-    label: "better_response_id" (the more helpful of the two) or "safer_response_id", 0 or 1. The id of a row
-    does not depend on it, so that the rows of both orders can be matched. Dropped: a label that is neither.
-    """
+    """PKU-SafeRLHF: one question, two responses in their order, and as the pair one of its two human labels, the id of
+    the better or of the safer response; the row's id does not depend on which."""
     _check(record, {label: object})
     if (chosen := number(record[label])) not in (0, 1):
         raise Dropped("rows_no_preference", f"{label} is {reprlib.repr(record[label])}, neither 0 nor 1")
@@ -169,15 +156,12 @@ def pku_saferlhf(record: Record, label: str) -> Record:
 
 
 def ultrafeedback(record: Record, score: str) -> Record:
-    """openbmb's UltraFeedback: an instruction, its completions, and one of their scores as the reward.
+    """openbmb's UltraFeedback: an instruction, its completions, and as the reward their overall score (1 to 10) or the
+    mean of four aspects (1 to 5).
 
-    score: "overall_score" (1 to 10) or "fine-grained_score" (the mean of four aspects, 1 to 5). The principle
-    that each completion was sampled under is its own system prompt, and is not part of the row's prompt.
-    Early versions say 10 of answers that were worth 1 (issue 8 of OpenBMB/UltraFeedback; Argilla's notes on
-    ultrafeedback-binarized-preferences). The rule is that of the authors' src/data_annotation/
-    fix_overall_score_issue.py: 10 stays where the mean of the aspects' ratings is above 4, and is 1 where it is at most
-    2. Differs: between, where they asked GPT-4 again, the completion is left out.
-    Dropped: fewer than two completions; one without that score.
+    Early versions say 10 of answers that were worth 1 (issue 8 of OpenBMB/UltraFeedback). The rule is that of the
+    authors' src/data_annotation/fix_overall_score_issue.py: 10 stays where the mean of the aspects' ratings is above 4,
+    and is 1 where it is at most 2. Differs: between, where they asked GPT-4 again, the completion is left out.
     """
     answers = record["completions"]
     if score == "overall_score":
@@ -186,11 +170,7 @@ def ultrafeedback(record: Record, score: str) -> Record:
 
 
 def nectar(record: Record, _: str) -> Record:
-    """Berkeley's Nectar: a dialogue that ends with "Assistant: ", and answers with ranks, 1 the best.
-
-    The reward is minus the rank: it orders the answers, but its distances mean nothing.
-    Dropped: a prompt that is no such dialogue; fewer than two answers; one without a rank.
-    """
+    """Berkeley's Nectar: a dialogue that ends with "Assistant: ", answers, and as the reward minus the rank."""
     *prompt, answer = _dialogue(record, "prompt")
     if answer["content"].strip():
         raise Dropped("rows_malformed", "prompt holds the beginning of the answer")
@@ -199,10 +179,7 @@ def nectar(record: Record, _: str) -> Record:
 
 def alpaca_eval(record: Record, _: str) -> Record:
     """AlpacaEval, grouped by `importers.alpaca_lists`: an instruction, answers of several models, and as the reward of
-    each the judge's preference for it over the baseline's answer, 0 to 1.
-
-    Dropped: fewer than two judged answers.
-    """
+    each the judge's preference for it over the baseline's answer, 0 to 1."""
     return _ranked(_question(record["instruction"]), record["answers"], record["preferences"], "preference")
 
 
@@ -211,8 +188,7 @@ def trl(record: Record, _: str) -> Record:
 
     Without one, or with a string beside conversations (as in ultrafeedback_binarized), the prompt is what both
     begin with, as TRL's `extract_prompt` has it, but up to the end of a word. A standard prompt stays a string, in no
-    chat template. Dropped: nothing in common; completions of several messages, or of other than the assistant's text;
-    tools and images, which change the prompt beyond its messages.
+    chat template.
     """
     for key in ("tools", "images", "image", "chat_template_kwargs"):
         if record.get(key):
@@ -232,13 +208,7 @@ def trl(record: Record, _: str) -> Record:
         if start == 0:
             raise Dropped("rows_prompts_differ", "chosen and rejected begin with nothing in common")
         prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
-    if not isinstance(chosen, str):
-        for side in (chosen, rejected):
-            roles = [message["role"] for message in side]
-            if roles != ["assistant"] or side[0].keys() != {"role", "content"} or type(side[0]["content"]) is not str:
-                raise Dropped("rows_unsupported", f"{roles}, not one message of the assistant's with a text alone")
-        chosen, rejected = chosen[0]["content"], rejected[0]["content"]
-    return _pair(prompt, chosen, rejected)
+    return _pair(prompt, *(side if isinstance(side, str) else _answer(side) for side in (chosen, rejected)))
 
 
 # -- pieces --
@@ -297,6 +267,14 @@ def _messages(value: Any, name: str) -> Any:
             raise ValueError(f"{name}[{i}] must be an object with role and content")
         messages.append({key: part for key, part in turn.items() if part not in (None, []) or key == "content"})
     return messages
+
+
+def _answer(turns: list[Record]) -> str:
+    """The text of messages that are one answer."""
+    roles = [turn["role"] for turn in turns]
+    if roles != ["assistant"] or turns[0].keys() != {"role", "content"} or type(turns[0]["content"]) is not str:
+        raise Dropped("rows_unsupported", f"{roles}, not one message of the assistant's with a text alone")
+    return turns[0]["content"]
 
 
 def _refuse_another_prompt(record: Record, chosen: Any) -> None:

@@ -1,7 +1,4 @@
-"""Files of foreign preference data to list-wise rows and back, with a count of everything that is left out.
-
-The formats themselves are in hps/prepare/formats.py.
-"""
+"""Files of foreign preference data (hps/prepare/formats.py) to list-wise rows and back; what is left out is counted."""
 
 import hashlib
 import re
@@ -27,16 +24,21 @@ HUB_NAME = re.compile(r"(?!.*\.(jsonl?|gz|xz|parquet|csv)$)[\w.-]+/[\w.-]+(@[\w.
 
 
 class Converted(NamedTuple):
-    """rows of one format as those of another, made while they are taken; the rest is whole when the last one was.
-
-    counts: rows_read = rows_kept (rows_written) + rows_skipped + all drops, and `formats.notes`; the first 5 reasons,
-    each with file:line; the columns of a foreign file that no row holds.
-    """
+    """Rows of one format as those of another, made while they are taken; the rest is whole when the last one was."""
 
     rows: Iterator[Any]
-    counts: Counter[str]
-    reasons: list[str]
-    columns_left_out: set[str]
+    counts: Counter[str]  # rows_read = rows_kept (rows_written) + rows_skipped + all drops; and `formats.notes`
+    reasons: list[str]  # the first MAX_REASONS, each with file:line
+    columns_left_out: set[str]  # of a foreign file, that no row holds
+
+    def count(self, dropped: Dropped, where: str) -> None:
+        self.counts[dropped.counter] += 1
+        if len(self.reasons) < MAX_REASONS:
+            self.reasons.append(f"{where}: {dropped}")
+
+    def nothing_left(self, what: str) -> ValueError:
+        lost = ", ".join(f"{key} = {value}" for key, value in self.counts.items() if value)
+        return ValueError("\n  ".join([f"{what}: {lost}", *self.reasons]))
 
 
 def import_file(
@@ -52,10 +54,9 @@ def import_file(
     """Read foreign files as rows: JSON Lines or one JSON list, plain, .gz or .xz; .parquet, .csv, or a data set by its
     folder or hub name (with `datasets`). A row of several inputs says under `origin` where it stood.
 
-    source, order: keys of FORMATS and of its orders; a source with several needs one named. columns: NAME=COLUMN, what
-    a column of the file is called in the format; `user` and `system` make a prompt of turns. subset, split: of a data
-    set; a split need not be named where there is one. skip, limit: leave out the first `skip` usable rows, then take at
-    most `limit`, so that (limit=a) and (skip=a) are disjoint. Reading stops at the limit.
+    source, order: keys of FORMATS and of its orders. columns: NAME=COLUMN, what a column of the file is called in the
+    format; `user` and `system` make a prompt of turns. subset, split: of a data set. skip, limit: leave out the first
+    `skip` usable rows, then take at most `limit`, so that (limit=a) and (skip=a) are disjoint.
 
     ValueError for an unknown order or name, a broken file, one of another format, no row left, or many rows whose
     prompt is the little that two answers begin with by chance.
@@ -67,11 +68,10 @@ def import_file(
         raise ValueError(f"skip = {skip} must be at least 0 and limit = {limit} at least 1")
     if (subset or split) and not any(map(is_data_set, inputs)):
         raise ValueError("subset and split are those of a data set by its folder or hub name; leave them out for files")
-    columns_read = formats.columns_of(source, order)
+    columns_read = FORMATS[source].names(order)
     names = _names(columns, columns_read)
-    counts: Counter[str] = Counter(dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0))
-    reasons: list[str] = []
-    left_out: set[str] = set()
+    counts = Counter(dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0))
+    read = ", ".join(map(str, inputs))
 
     def usable() -> Iterator[tuple[str, Record, Row]]:
         """Where each record stands, the record, and its row."""
@@ -92,7 +92,7 @@ def import_file(
                         before, file = divmod(first, len(inputs))
                         raise Dropped("rows_duplicate", f"the same as {wheres[file](before)}")
                 except Dropped as dropped:
-                    _count(dropped, where, counts, reasons)
+                    found.count(dropped, where)
                 else:
                     yield where, record, row
 
@@ -102,46 +102,31 @@ def import_file(
                 counts["rows_skipped"] += 1
                 continue
             counts["rows_kept"] += 1
-            left_out.update(record.keys() - columns_read - row.others.keys())
+            found.columns_left_out.update(record.keys() - columns_read - row.others.keys())
             counts.update(formats.notes(source, record, row))
             yield replace(row, others=row.others | {"origin": where}) if len(inputs) > 1 else row
             if counts["rows_kept"] == limit:
                 break
-        kept, read = counts["rows_kept"], ", ".join(map(str, inputs))
-        if not kept:
-            raise ValueError(_nothing_left(f"{read}: no row is left of this {source} file", counts, reasons))
-        if (short := counts["prompts_implicit_short"]) >= MANY_SHORT and short > kept / 10:
+        if not counts["rows_kept"]:
+            raise found.nothing_left(f"{read}: no row is left of this {source} file")
+        if (short := counts["prompts_implicit_short"]) >= MANY_SHORT and short > counts["rows_kept"] / 10:
             alike = f"chosen and rejected begin with fewer than {formats.IMPLICIT_CHARACTERS} characters in common"
             advice = "they are answers alone. Name the prompt's column, --columns user=COLUMN or prompt=COLUMN"
-            raise ValueError(f"{read}: there is no prompt, and in {short} of {kept} rows {alike}: {advice}")
+            rows = f"in {short} of {counts['rows_kept']} rows"
+            raise ValueError(f"{read}: there is no prompt, and {rows} {alike}: {advice}")
 
-    return Converted(kept(), counts, reasons, left_out)
-
-
-def _names(columns: Iterable[str], known: set[str]) -> dict[str, str]:
-    """NAME=COLUMN words, several in one with commas between them, as {name: column}."""
-    known = known - {""} | ({"user", "system"} if "prompt" in known else set())
-    names = {}
-    for word in (part for words in columns for part in words.split(",")):
-        name, equals, column = word.partition("=")
-        if not equals or name not in known or not (column or name == "prompt"):
-            raise ValueError(f"columns: {word!r} is not NAME=COLUMN with a name among {', '.join(sorted(known))}")
-        names[name] = column
-    if "prompt" in names and names.keys() & {"user", "system"}:
-        raise ValueError("columns: a prompt is one column, or made of user and system; not both")
-    return names
+    found = Converted(kept(), counts, [], set())
+    return found
 
 
 def export_rows(rows: Iterable[Row], *, pair: str = "human") -> Converted:
     """Rows as pairs in TRL's format: the answers that do not fit a pair, and the rewards, are not in them.
 
-    pair: "human" (chosen, rejected) or "rewards" (the highest against the lowest, the first of equals). A row is left
-    out and counted where it has no such pair (all rewards equal, say).
+    pair: "human" (chosen, rejected) or "rewards" (the highest against the lowest, the first of equals).
 
     ValueError without a record left, and for prompts of both kinds, strings and messages: TRL's sets hold one kind.
     """
-    counts: Counter[str] = Counter(dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0))
-    reasons: list[str] = []
+    counts = Counter(dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0))
 
     def records() -> Iterator[Record]:
         kinds: dict[type, str] = {}
@@ -150,7 +135,7 @@ def export_rows(rows: Iterable[Row], *, pair: str = "human") -> Converted:
             try:
                 record = formats.to_trl(row, *_pair_of(row, pair))
             except Dropped as dropped:
-                _count(dropped, row.where or f"row {row.id!r}", counts, reasons)
+                found.count(dropped, row.where or f"row {row.id!r}")
                 continue
             kinds.setdefault(type(row.prompt), row.where)
             if len(kinds) == 2:
@@ -160,31 +145,10 @@ def export_rows(rows: Iterable[Row], *, pair: str = "human") -> Converted:
             counts["responses_left_out"] += len(row.responses) - 2
             yield record
         if not counts["rows_written"]:
-            raise ValueError(_nothing_left(f"no row can be exported with pair {pair}", counts, reasons))
+            raise found.nothing_left(f"no row can be exported with pair {pair}")
 
-    return Converted(records(), counts, reasons, set())
-
-
-def write_manifest(inputs: Sequence[tuple[str, str]], output: str | Path, facts: dict[str, Any]) -> None:
-    """Write OUTPUT.manifest.json: `facts` (options, counts) and what identifies the files.
-
-    inputs: of each the path, and what it is called instead of that, which may be of a cache; a data set's name has its
-    commit. The hashes are SHA-256 of the files as they lie, so that `sha256sum` checks them. Equal files and facts give
-    equal bytes: there is no time in it.
-    """
-    about: list[dict[str, Any]] = [{"path": called} for _, called in (*inputs, (output, str(output)))]
-    for found, path in zip(about, [*(Path(path) for path, _ in inputs), Path(output)], strict=True):
-        if path.is_file():
-            found |= {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
-    *read, written = about
-    record = {"input": read[0] if len(read) == 1 else read, "output": written} | facts
-    files.write_record(Path(f"{output}.manifest.json"), record)
-
-
-def _count(dropped: Dropped, where: str, counts: Counter[str], reasons: list[str]) -> None:
-    counts[dropped.counter] += 1
-    if len(reasons) < MAX_REASONS:
-        reasons.append(f"{where}: {dropped}")
+    found = Converted(records(), counts, [], set())
+    return found
 
 
 def _pair_of(row: Row, pair: str) -> tuple[int, int]:
@@ -199,9 +163,34 @@ def _pair_of(row: Row, pair: str) -> tuple[int, int]:
     return chosen, rejected
 
 
-def _nothing_left(what: str, counts: Counter[str], reasons: list[str]) -> str:
-    lost = ", ".join(f"{key} = {value}" for key, value in counts.items() if value)
-    return "\n  ".join([f"{what}: {lost}", *reasons])
+def write_manifest(inputs: Sequence[tuple[str, str]], output: str | Path, facts: dict[str, Any]) -> None:
+    """Write OUTPUT.manifest.json: `facts` (options, counts) and what identifies the files, as `sha256sum` checks them.
+
+    inputs: of each the path, and what it is called instead of that, which may be of a cache; a data set's name has its
+    commit. Equal files and facts give equal bytes: there is no time in it.
+    """
+    about = []
+    for path, called in (*inputs, (str(output), str(output))):
+        file = Path(path)
+        sums = {"bytes": file.stat().st_size, "sha256": files.sha256(file)} if file.is_file() else {}
+        about.append({"path": called} | sums)
+    *read, written = about
+    record = {"input": read[0] if len(read) == 1 else read, "output": written} | facts
+    files.write_record(Path(f"{output}.manifest.json"), record)
+
+
+def _names(columns: Iterable[str], known: set[str]) -> dict[str, str]:
+    """NAME=COLUMN words, several in one with commas between them, as {name: column}."""
+    known = known - {""} | ({"user", "system"} if "prompt" in known else set())
+    names = {}
+    for word in (part for words in columns for part in words.split(",")):
+        name, equals, column = word.partition("=")
+        if not equals or name not in known or not (column or name == "prompt"):
+            raise ValueError(f"columns: {word!r} is not NAME=COLUMN with a name among {', '.join(sorted(known))}")
+        names[name] = column
+    if "prompt" in names and names.keys() & {"user", "system"}:
+        raise ValueError("columns: a prompt is one column, or made of user and system; not both")
+    return names
 
 
 def located(input: str) -> tuple[str, str]:
@@ -263,16 +252,15 @@ def alpaca_lists(folder: Path, judge: str) -> tuple[Callable[[int], str], Iterat
             if not isinstance(record, dict) or not {"instruction", "output_2", "preference"} <= record.keys():
                 raise ValueError(f"{where}: an annotation must be an object with instruction, output_2 and preference")
             start = dict(instruction=record["instruction"], answers=[], preferences=[], models=[], unjudged=[])
-            one = found.setdefault(str(record["instruction"]), start)
+            one, model = found.setdefault(str(record["instruction"]), start), path.parent.parent.name
             if record["preference"] is None:  # the judge gave no answer
-                one["unjudged"].append(path.parent.parent.name)
+                one["unjudged"].append(model)
                 continue
             preference = formats.number(record["preference"])
             if preference is None or not 1 <= preference <= 2:
                 raise ValueError(f"{where}: preference must be a number from 1 to 2, not {record['preference']!r}")
-            one["answers"].append(record["output_2"])
-            one["preferences"].append(preference - 1)
-            one["models"].append(path.parent.parent.name)
+            for key, value in (("answers", record["output_2"]), ("preferences", preference - 1), ("models", model)):
+                one[key].append(value)
     mixed = sorted(found, key=lambda text: hashlib.blake2b(text.encode(errors="surrogatepass")).digest())
     return lambda number: f"{folder}: {mixed[number][:40]!r}", (found[text] for text in mixed)
 

@@ -60,33 +60,28 @@ def annotate_packed(
     encoder = tokens.Encoder(tokenizer)
     for begin in range(0, len(rows), ROWS_AT_ONCE):
         some = list(rows[begin : begin + ROWS_AT_ONCE])
-        blocks: list[list[Block]] = []
-        places: list[list[int]] = []  # which response each reward is of
+        found: list[Rewards] = [[None] * len(row.responses) for row in some]
+        pieces: list[tuple[int, Block, Sequence[int]]] = []  # row, block, which responses of the row are in it
         why = "the rewards are not finite: check the reward model's weights and dtype"
-        for row in some:
+        for i, row in enumerate(some):
             made, refused = _encoded(encoder, row)
             if refused and tokenizer.chat_template is None:  # no fault of a row
                 raise ValueError(f"{row.where}: {refused}") from refused
             why = str(refused or why)
             if made and encoder.template.drops_thoughts(row.prompt, () if refused else row.responses):
                 counts["rows_thoughts_dropped"] += 1
-            counts["responses_refused"] += len(row.responses) - sum(len(block.responses) for block, _ in made)
-            fitted = [(_fitted(one, positions, pad_id, tokenizer.bos_token_id, counts), ks) for one, ks in made]
-            blocks.append([block for (parts, _), _ in fitted for block in parts])
-            places.append([ks[k] for (_, kept), ks in fitted for k in kept])
-            if made and not places[-1]:
+            counts["responses_refused"] += len(row.responses) - sum(len(ks) for _, ks in made)
+            fitted = [part for block, ks in made for part in _fitted(block, ks, positions, pad_id, counts)]
+            pieces += [(i, _cut(block, positions, tokenizer.bos_token_id, counts), ks) for block, ks in fitted]
+            if made and not fitted:
                 why = f"all responses are longer than the {positions} tokens that the reward model reads"
-        found = iter(score([block for made in blocks for block in made]))
-        all_rewards: list[Rewards] = []
-        for row, made, at in zip(some, blocks, places, strict=True):
-            rewards: Rewards = [None] * len(row.responses)
-            for k, reward in zip(at, _finite(reward for _ in made for reward in next(found)), strict=True):
-                rewards[k] = reward
+        for (i, _, ks), rewards in zip(pieces, score([block for _, block, _ in pieces]), strict=True):
+            for k, reward in zip(ks, _finite(rewards), strict=True):
+                found[i][k] = reward
                 counts["responses_not_finite"] += reward is None
-            all_rewards.append(rewards)
-        if begin == 0 and any(row.responses for row in some) and not any(r is not None for x in all_rewards for r in x):
+        if begin == 0 and any(row.responses for row in some) and not any(r is not None for x in found for r in x):
             raise ValueError(f"{some[0].where}: no response of the first {len(some)} rows has a reward: {why}")
-        yield from zip((row.id for row in some), all_rewards, strict=True)
+        yield from zip((row.id for row in some), found, strict=True)
 
 
 def _encoded(encoder: tokens.Encoder, row: Row) -> tuple[list[tuple[Block, Sequence[int]]], ValueError | None]:
@@ -130,29 +125,27 @@ def _finite(rewards: Iterable[float]) -> Rewards:
 
 
 def _fitted(
-    block: Block, positions: int, pad_id: int | None, bos_id: Any, counts: Counter[str]
-) -> tuple[list[Block], list[int]]:
-    """The block as a reward model can read it, no pads at the end and no more than `positions` tokens, and which of its
-    responses are in it; those that are nothing but pads are in a block of their own, as the prompt's last token."""
-    answers = [_without_pads(ids, pad_id) for ids in block.responses]
-    read = [k for k, ids in enumerate(answers) if 0 < len(ids) < positions]
+    block: Block, ks: Sequence[int], positions: int, pad_id: int | None, counts: Counter[str]
+) -> list[tuple[Block, list[int]]]:
+    """The block's responses that a reward model can read, without pads at the end, and which they are; those that are
+    nothing but pads are in a block of their own, as the prompt's last token."""
+    answers = {k: _without_pads(ids, pad_id) for k, ids in zip(ks, block.responses, strict=True)}
+    read = [k for k, ids in answers.items() if 0 < len(ids) < positions]
     prompt = _without_pads(block.prompt, pad_id)
-    empty = [k for k, ids in enumerate(answers) if not len(ids) and len(prompt) > 1]
+    empty = [k for k, ids in answers.items() if not len(ids) and len(prompt) > 1]
     counts["responses_overlong"] += len(answers) - len(read) - len(empty)
-    made = [Block(block.prompt, tuple(answers[k] for k in read))] if read else []
-    if empty:
-        counts["responses_empty"] += len(empty)
-        made.append(Block(prompt[:-1], (prompt[-1:],) * len(empty)))
-    return [_cut(one, positions - max(map(len, one.responses)), bos_id, counts) for one in made], read + empty
+    counts["responses_empty"] += len(empty)
+    whole = (Block(block.prompt, tuple(answers[k] for k in read)), read)
+    return [(part, of) for part, of in (whole, (Block(prompt[:-1], (prompt[-1:],) * len(empty)), empty)) if of]
 
 
 def _without_pads(ids: np.ndarray, pad_id: int | None) -> np.ndarray:
     return ids if pad_id is None else ids[: np.flatnonzero(np.append([-1], ids) != pad_id)[-1]]
 
 
-def _cut(block: Block, room: int, bos_id: Any, counts: Counter[str]) -> Block:
-    """The block with the last `room` tokens of its prompt, of which BOS is one."""
-    prompt = block.prompt
+def _cut(block: Block, positions: int, bos_id: Any, counts: Counter[str]) -> Block:
+    """The block with as much of its prompt's end as `positions` leave room for, BOS included."""
+    prompt, room = block.prompt, positions - max(map(len, block.responses))
     if len(prompt) > room:
         first = prompt[:1][prompt[:1] == bos_id] if room > 1 else prompt[:0]
         prompt = np.concatenate([first, prompt[len(prompt) - room + len(first) :]])
