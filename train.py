@@ -280,7 +280,8 @@ def load_policy(
     if c.lora_rank:
         from hps import adapters
 
-        adapter = dict(rank=c.lora_rank, alpha=c.lora_alpha, targets=c.lora_targets.split(","), seed=c.seed)
+        adapter = dict(rank=c.lora_rank, alpha=c.lora_alpha, kind=c.lora_kind, seed=c.seed)
+        adapter |= dict(targets=c.lora_targets.split(","))
         more = dict(task="SEQ_CLS" if c.loss == "reward" else "CAUSAL_LM", revision=hub.resolve(c.model)[1])
         lm = adapters.add_lora(lm, **adapter, **more)
     if c.gradient_checkpointing:

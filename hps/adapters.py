@@ -29,12 +29,15 @@ def add_lora(
     alpha: int,
     targets: Sequence[str],
     seed: int,
+    kind: str = "lora",
     task: str = "CAUSAL_LM",
     revision: str | None = None,
 ) -> nn.Module:
     """Freeze a model and give it fp32 LoRA adapters, zero at first, so that policy = reference at step 0.
 
     Args:
+        targets: last parts of the names of linear layers; ["all-linear"] means all of them.
+        kind: lora, rslora (its scale is alpha over the root of the rank) or dora (magnitudes of columns beside it).
         task: peft's name of it; with SEQ_CLS the head that gives the reward is trained as well.
         revision: the commit of a model of the hub, for whoever loads the adapter: the model may move on there.
 
@@ -45,9 +48,10 @@ def add_lora(
 
     linear = [n for n, m in lm.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
     names = {name.rsplit(".", 1)[-1] for name in linear} - OUTPUT_HEADS
+    targets = sorted(names) if list(targets) == ["all-linear"] else targets
     if wrong := [t for t in targets if t not in names]:
-        raise ValueError(f"lora_targets {wrong} cannot be used; this model has {sorted(names)}")
-    sizes: dict[str, Any] = dict(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none")
+        raise ValueError(f"lora_targets {wrong} cannot be used; this model has {sorted(names)}, or all-linear")
+    sizes: dict[str, Any] = dict(r=rank, lora_alpha=alpha, use_rslora=kind == "rslora", use_dora=kind == "dora")
     config = LoraConfig(target_modules=list(targets), task_type=task, revision=revision, **sizes)
     with torch.random.fork_rng(devices=[]), _without_deprecation():
         torch.manual_seed(seed)  # every rank must start from the same adapter

@@ -68,7 +68,8 @@ class Config:
     # -- model --
     lora_rank: int = 8  # 0 trains all weights
     lora_alpha: int = 16  # scale of the adapter is alpha / rank
-    lora_targets: str = "q_proj,v_proj"  # linear layers that get an adapter, comma-separated
+    lora_kind: str = "lora"  # lora, rslora (scale alpha / root of rank), or dora (trains magnitudes too)
+    lora_targets: str = "q_proj,v_proj"  # linear layers that get an adapter, comma-separated, or all-linear
     dtype: str = "fp32"  # compute dtype, fp32 or bf16; trained weights are fp32 either way
     export_dtype: str = "model"  # of the final policy without LoRA: model (that of its files), fp32 or bf16
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
@@ -105,7 +106,7 @@ POSITIVE_STAGES = {"positive_lambda", "exclude_positives"}
 # Options that mean something only beside another one.
 NEEDS = {"sample_prompts": "--sample_every", "eval_every": "--eval_data", "keep": "--eval_data"}
 NEEDS |= {"export_dtype": "--lora_rank 0 (an adapter keeps its own dtype)"}
-NEEDS |= dict.fromkeys(("lora_alpha", "lora_targets", "shard_frozen"), "a --lora_rank above 0")
+NEEDS |= dict.fromkeys(("lora_alpha", "lora_kind", "lora_targets", "shard_frozen"), "a --lora_rank above 0")
 
 # What a number must be, and of which options that is asked.
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
@@ -178,7 +179,7 @@ def used_options(c: Config) -> set[str]:
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
     used -= {"sample_prompts"} if c.sample_every == 0 else set()
     used -= {"eval_every", "keep"} if not c.eval_data else set()
-    return used - ({"export_dtype"} if c.lora_rank else {"lora_alpha", "lora_targets", "shard_frozen"})
+    return used - ({"export_dtype"} if c.lora_rank else {"lora_alpha", "lora_kind", "lora_targets", "shard_frozen"})
 
 
 def positive_stages(c: Config) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def check(c: Config, given: dict[str, str]) -> tuple[Config, list[str]]:
     config.check_choices(c, gamma_schedule=SCHEDULES, reward_norm=REWARD_NORMS, pl_form=["stagewise", "official"])
     config.check_choices(c, hps_form=planning.FORMS, n_factor=planning.N_FACTORS, shuffle=planning.SHUFFLES)
     config.check_choices(c, shard_frozen=["auto", "true", "false"], keep=["last", "best"])
-    config.check_choices(c, export_dtype=["model", *model.DTYPES])
+    config.check_choices(c, export_dtype=["model", *model.DTYPES], lora_kind=["lora", "rslora", "dora"])
     for words, allowed, keys in RANGES:
         for key in keys.split():
             if not allowed(getattr(c, key)):

@@ -75,13 +75,21 @@ def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base):
     close(values, base)
 
 
-def test_lora_on_two_ranks_exports_the_trained_adapter(tiny_world, tmp_path):
-    """As one process does; both load in plain peft."""
-    one = run(tiny_world, tmp_path / "one", **LORA)
-    close(run_ranks(tiny_world, tmp_path / "two", 2, **LORA), one)
+@pytest.mark.parametrize(
+    "more", [{}, dict(lora_kind="dora", lora_targets="all-linear", lr=3e-3), dict(lora_kind="rslora")]
+)
+def test_lora_on_two_ranks_exports_the_trained_adapter(tiny_world, tmp_path, more):
+    """As one process does; both load in plain peft, of the kind and on the layers that were asked for."""
+    one = run(tiny_world, tmp_path / "one", **LORA | more)
+    close(run_ranks(tiny_world, tmp_path / "two", 2, **LORA | more), one)
     adapters = [AutoPeftModelForCausalLM.from_pretrained(tmp_path / which / "policy") for which in ("one", "two")]
     weights = [{n: p for n, p in a.named_parameters() if "lora_" in n} for a in adapters]
     assert weights[0] and all(p.abs().max() > 0 for p in weights[0].values())
+    kind = more.get("lora_kind", "lora")
+    layers = [module for module in adapters[0].modules() if hasattr(module, "lora_A")]
+    assert {layer.scaling["default"] for layer in layers} == {8 / 4 if kind != "rslora" else 8 / math.sqrt(4)}
+    assert len(layers) == 3 * (7 if kind == "dora" else 2)  # of three blocks: all linear ones, or q_proj and v_proj
+    assert any("magnitude" in name for name in weights[0]) == (kind == "dora")
     for name, p in weights[0].items():
         torch.testing.assert_close(p, weights[1][name], rtol=1e-3, atol=1e-5)
 
