@@ -28,8 +28,10 @@ env: $(STAMP) ## .venv with exactly the packages of requirements.lock
 # build brings its own libraries, which it pins itself). The stamp is written last, so that an interrupted set-up is
 # taken up again.
 $(STAMP): requirements.lock pyproject.toml
+	@echo "make env: .venv with the packages of requirements.lock, some hundred MB to download: two to five minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --require-hashes --no-deps --requirement requirements.lock
+	@echo "make env: now torch, the largest"
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable . --no-deps --no-build-isolation
 	$(BIN)/pip check

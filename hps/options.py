@@ -23,7 +23,7 @@ class Config:
     data: str  # list-wise JSON Lines with rewards (.gz accepted)
     out: str  # folder of the run: metrics.jsonl, checkpoints, the final policy; an unfinished run there goes on
     loss: str = "preference"  # preference (see method), sft (likelihood of the best response), reward (a reward model)
-    method: str = "dpo-hps"  # LOSS-SAMPLER, a loss of losses.py and whom samplers.py contrasts: dpo-bt, nca-pl, ...
+    method: str = "dpo-hps"  # LOSS-SAMPLER: dpo, exo, ipo, sppo, nca, ... and hps, uniform, bt, pl, random, human
     reference: str = ""  # reference model; empty means the policy itself before its first update
     # -- the loss --
     beta: float = 0.1  # KL strength

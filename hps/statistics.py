@@ -31,7 +31,7 @@ def check_first_loss(c: Config, loss: float, expected: float, largest: list[floa
             f"step 0: a response's log-ratio is {largest[0]:.3g} nats where policy = reference must give 0, more than "
             f"{c.dtype} rounds: they are scored differently; delete the reference cache if the model's code changed"
         )
-    return f"step 0: loss {loss:.6f}, {known}; largest |log-ratio| {largest[0]:.2g} (should be 0)"
+    return f"step 0: loss {loss:.6f}, {known}; largest |log-ratio| {largest[0]:.2g}, rounding of {c.dtype}"
 
 
 class Divergence:

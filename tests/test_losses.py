@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -302,6 +303,8 @@ def test_kto_counts_a_negative_kl_as_none():
 
 def test_options_of_losses_are_those_of_train():
     """The options of each loss have fields, and train.py's defaults are those of the functions."""
+    (told,) = re.findall(r"method: str = .* # LOSS-SAMPLER: (.*)", inspect.getsource(Config))
+    assert set(re.findall(r"\w+", told)) == {*PAPER, "and", *samplers.SAMPLERS}
     assert set(PAPER) >= set(extra.OFFICIAL)
     assert set(extra.OFFICIAL.values()) <= set(extra.LISTWISE)
     fields = {field.name: field.default for field in dataclasses.fields(Config)}
