@@ -232,13 +232,14 @@ def check(c: Config, given: dict[str, str]) -> tuple[Config, list[str]]:
         if getattr(c, key) and not Path(getattr(c, key)).exists():
             raise ValueError(f"--{key} {getattr(c, key)}: there is no such file")
     what, passed_over = f"method {c.method}" if c.loss == "preference" else f"loss {c.loss}", []
-    while unused := [key for key in given if key not in {*used_options(c), *passed_over}]:
-        for key in unused:
-            if given[key] == "flag" and key in NEEDS:
+    while unused := {*given} - used_options(c) - {*passed_over}:
+        flags = sorted(key for key in unused if given[key] == "flag")
+        for key in flags:
+            if key in NEEDS:
                 raise ValueError(f"--{key} means nothing without {NEEDS[key]}: add that, or leave it out")
-        config.check_used([key for key in unused if given[key] == "flag"], used_options(c), what=what)
+        config.check_used(flags, used_options(c), what=what)
         c = dataclasses.replace(c, **{key: getattr(Config, key) for key in unused})  # which may leave others unused
-        passed_over += unused
+        passed_over += [key for key in given if key in unused]
     if c.positives > 1 and c.hps_form != "full":
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
     if c.dry_run:  # nothing but the caches is left behind

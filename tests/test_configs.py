@@ -8,9 +8,9 @@ from hps.options import Config, check
 
 
 def load(path, *more: str) -> Config:
-    argv = ["--config", str(path), "--model", "m", "--data", "d", "--out", "o", *more]
-    c, set_keys = config.parse(Config, argv, prog="train.py", description="")
-    check(c, set_keys)
+    argv = ["--config", str(path), "--model", "m", "--data", str(path), "--out", "o", *more]
+    c, passed_over = check(*config.parse(Config, argv, prog="train.py", description=""))
+    assert not passed_over
     return c
 
 

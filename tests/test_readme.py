@@ -30,10 +30,10 @@ def test_the_examples_of_a_loss_and_a_sampler_work(monkeypatch):
     assert seen == {"test_hinge2", "test_window"}
     window = SAMPLERS["window"].log_q
     del LOSSES["window"], SAMPLERS["hinge2"]
-    c = options.Config("m", "d", "o", method="hinge2-window")
-    options.check(c, frozenset({"method", "beta", "hps_samples", "n_factor"}))
+    c = options.Config("m", __file__, "o", method="hinge2-window")
+    options.check(c, dict.fromkeys(("method", "beta", "hps_samples", "n_factor"), "flag"))
     with pytest.raises(ValueError, match="does not use gamma_end"):
-        options.check(c, frozenset({"gamma_end"}))
+        options.check(c, {"gamma_end": "flag"})
     SAMPLERS["window"] = Sampler(log_q=lambda v, *, width=0.15: window(v))
     with pytest.raises(ValueError, match="without a field of options.Config, with help text: {'width'}"):
-        options.check(c, frozenset())
+        options.check(c, {})
