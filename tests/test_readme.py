@@ -1,4 +1,4 @@
-"""The README's examples of adding a loss and a sampler, run as they stand."""
+"""The pages' examples of changing the method, run as they stand."""
 
 import importlib
 import re
@@ -11,29 +11,40 @@ from hps import options
 from hps.losses import LOSSES
 from hps.samplers import SAMPLERS, Sampler
 
+EXAMPLES = {"README.md": {"test_hinge2", "test_window"}, "docs/FORKING.md": {"test_cosine", "test_by_policy"}}
 
-def test_the_examples_of_a_loss_and_a_sampler_work(monkeypatch):
-    """Each block works where the README says that it goes, with what that file has, and nothing else is edited."""
-    for table in (LOSSES, SAMPLERS):  # put back at the end
-        for name in ("hinge2", "window"):
-            monkeypatch.setitem(table, name, None)
-    text, seen = (ROOT / "README.md").read_text(), set()
-    for where, block in re.findall(r"In `((?:hps|tests)/\w+\.py)`.*?```python\n(.*?)```", text, re.DOTALL):
-        if where.startswith("hps"):
-            names = dict(vars(importlib.import_module(where[:-3].replace("/", "."))))
-        else:
-            names = runpy.run_path(str(ROOT / where))
-        exec(block, names)
-        seen |= names.keys() & {"test_hinge2", "test_window"}
-        for test in names.keys() & {"test_hinge2", "test_window"}:
-            names[test]()
-    assert seen == {"test_hinge2", "test_window"}
-    window = SAMPLERS["window"].log_q
-    del LOSSES["window"], SAMPLERS["hinge2"]
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Each block where its page says that it goes, with what that file has, and nothing else edited; its tests run."""
+    for table, names in ((LOSSES, ("hinge2",)), (SAMPLERS, ("window", "cosine"))):
+        for name in names:
+            monkeypatch.setitem(table, name, None)  # put back at the end
+    for page, tests in EXAMPLES.items():
+        text, seen = (ROOT / page).read_text(), set()
+        for where, block in re.findall(r"In\s`((?:hps|tests)/\S+\.py)`.*?```python\n(.*?)```", text, re.DOTALL):
+            ours = where.startswith("hps")
+            module = importlib.import_module(where[:-3].replace("/", ".")) if ours else None
+            names = dict(vars(module)) if module else runpy.run_path(str(ROOT / where))
+            there = {*names}
+            exec(block, names)
+            for name in names.keys() - there if module else ():
+                monkeypatch.setattr(module, name, names[name], raising=False)
+            for test in sorted(names.keys() & tests):
+                names[test]()
+                seen.add(test)
+        assert seen == tests, page
+
+
+def test_the_examples_of_the_pages_work(forked):
+    """A loss and a sampler go together, and a sampler's arguments are options, of which the run uses no others."""
     c = options.Config("m", __file__, "o", method="hinge2-window")
     options.check(c, dict.fromkeys(("method", "beta", "hps_samples", "n_factor"), "flag"))
     with pytest.raises(ValueError, match="does not use gamma_end"):
         options.check(c, {"gamma_end": "flag"})
+    c = options.Config("m", __file__, "o", method="dpo-cosine")
+    options.check(c, dict.fromkeys(("gamma_end", "reward_norm"), "flag"))
+    window = SAMPLERS["window"].log_q
     SAMPLERS["window"] = Sampler(log_q=lambda v, *, width=0.15: window(v))
     with pytest.raises(ValueError, match="without a field of options.Config, with help text: {'width'}"):
         options.check(c, {})
