@@ -15,20 +15,19 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from hps import checkpoint, config, dist, limits, logps, model, reference
+from hps import checkpoint, config, dist, limits, model, reference
 from hps.data import listwise, store, tokens
 from hps.data.rows import Row, stream
 from hps.evaluate import metrics, report, scoring
 from hps.io import files
 from hps.lab import scorers
 from hps.lab.world import World
-from hps.packing import Block, micro_batches, pack
 from hps.prepare import generate, rewards
 
 
@@ -67,6 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     if c.scorer == "none" or scorers.is_world(c.scorer):
         config.check_used(set_keys, set(vars(c)) - of_reward_model, what=f"--scorer {c.scorer}")
     config.check_choices(c, dtype=model.DTYPES, scorer_dtype=model.DTYPES)
+    for name, least in dict(limit=0, samples=0, max_new_tokens=1, max_length=1, tokens_per_micro_batch=1).items():
+        if getattr(c, name) < least:
+            raise ValueError(f"{name} must be at least {least}, not {getattr(c, name)}")
     out = Path(c.out)
     if c.baseline and not (Path(c.baseline) / "samples.jsonl").exists():
         raise ValueError(f"--baseline {c.baseline}: no samples.jsonl there; evaluate that model first")
@@ -91,14 +93,14 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     """Every rank evaluates its share of the prompts and writes it; the first one puts the shares together."""
     out = Path(c.out)
     drawn: Counter[str] = Counter()
-    how = dict(dtype=c.scorer_dtype, objectives=c.objectives, tokens_per_micro_batch=c.tokens_per_micro_batch)
-    how = dict(device=ranks.device, counts=drawn) | ({} if scorers.is_world(c.scorer) else how)
+    how: dict[str, Any] = dict(device=ranks.device, counts=drawn)
+    if not scorers.is_world(c.scorer):
+        how |= dict(dtype=c.scorer_dtype, objectives=c.objectives, tokens_per_micro_batch=c.tokens_per_micro_batch)
     score = None if c.scorer == "none" else scorers.load(c.scorer, **how)
     world = scorers.world_of(c.scorer)
     rows = listwise.Rows(c.data)[: c.limit or None]
-    if world:
-        for _ in rewards.read_prompts(rows, world.task):
-            pass
+    for _ in rewards.read_prompts(rows, world.task) if world else ():
+        pass  # it refuses what no world has asked
     tokenizer = tokens.load_common(c.model, c.reference, c.template_options)
     how = dict(max_length=c.max_length, limit=c.limit, ranks=ranks)
     examples = store.open_store(out / "tokens", c.data, tokenizer, **how)
@@ -148,7 +150,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     shown = "policy log-probs" * ranks.first
     scored = scoring.score(policy, blocks(mine, all_of), device=ranks.device, progress=shown, **packing)
     winners = blocks(mine, lambda i: pair(i)[:1])
-    kls = exact_kl(policy, ref, winners, ranks.device, c.tokens_per_micro_batch)
+    kls = scoring.exact_kl(policy, ref, winners, device=ranks.device, budget=c.tokens_per_micro_batch)
     for n, (i, row, policy_logps, kl) in enumerate(zip(mine, mine_of_rows, scored, kls, strict=True)):
         h, ks = policy_logps - ref_logps[ends[n] - len(policy_logps) : ends[n]], pair(i)
         texts = [row.responses[examples.kept[i][k]] for k in ks]
@@ -158,19 +160,18 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
             keep(n, metrics.margins(h, examples.rewards[i]))
     del ref  # the scorer goes to the device with the first sample, where three models may find no room
     if c.samples:
-        shown = dict(counts=drawn, progress=ranks.first)
         how = dict(n=c.samples, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
+        how |= dict(counts=drawn, progress=ranks.first, strings=listwise.Places())
+        for row in mine_of_rows:
+            if isinstance(row.prompt, str):
+                how["strings"].add(row.id, 0)
         prompts = store.Lazy(
             len(mine), lambda a, b: [(examples.id(i), examples.block(i, ()).prompt.tolist()) for i in mine[a:b]]
         )
-        strings = listwise.Places()
-        for row in mine_of_rows:
-            if isinstance(row.prompt, str):
-                strings.add(row.id, 0)
 
         def sampled() -> Iterator[Row]:
             # Unfinished ones included: rambling is a failure, not a missing value.
-            answers = generate.answer(policy.lm, tokenizer, prompts, strings=strings, **shown, **how)
+            answers = generate.answer(policy.lm, tokenizer, prompts, **how)
             for n, (row, (id, texts)) in enumerate(zip(mine_of_rows, answers, strict=True)):
                 earned = None if score is None or not texts else tuple(score(row.prompt, texts))
                 if earned and None in earned:  # as if there were no scorer, or the mean would be over others
@@ -204,22 +205,6 @@ def pair_metrics(h: np.ndarray, lengths: dict[str, list[int]], *, human: bool, h
         for unit, (chosen, rejected) in lengths.items():
             found[f"rm_rdpo_{unit}"] = rm - 0.01 * (chosen - rejected)  # Tables 2 and 5; alpha is theirs
     return found | {"kl_seq": float(h[0])}
-
-
-def exact_kl(
-    policy: model.PolicyModel, ref: model.PolicyModel, winners: Sequence[Block], device: torch.device, budget: int
-) -> Iterator[float]:
-    """For each winner the sum over its positions of the exact next-token KL(policy || reference), nats."""
-    shared = not (policy.padded or ref.padded)
-    for some in scoring.windows(winners, budget=budget):
-        found = np.empty(len(some))
-        for members in micro_batches(some, budget=budget, world_size=1, share_prompt=shared)[0]:
-            packed = pack([some[i] for i in members], pad_id=0, share_prompt=shared).to(device)
-            with torch.no_grad():
-                pairs = [(one.hidden(packed), None if one.padded else one.head) for one in (policy, ref)]
-                kl = scoring.token_kl(*pairs[0], *pairs[1])
-            found[members] = logps.sequence_logps(kl, packed.num_tokens)[:, 0].cpu()
-        yield from found.tolist()
 
 
 def sample_metrics(samples: Row, row: Row, world: World | None) -> dict[str, float]:
@@ -269,14 +254,9 @@ def merge(c: Config, out: Path, ids: Sequence[str], counts: dict[str, int], worl
     # Over the prompts: what more prompts would say of this model, and nothing of other runs or data.
     means = {name: metrics.item(metrics.world_interval(x[~np.isnan(x)])) for name, x in columns.items()}
     with files.replacing(out / "per_prompt.json") as path, path.open("w", encoding="utf-8") as file:
-        for name, column in columns.items():  # metric -> id -> value, as files.write_json lays it out
-            file.write(("{" if name == next(iter(columns)) else ",") + f"\n {json.dumps(name)}: {{")
-            comma = ""
-            for id, value in zip(ids, column.tolist(), strict=True):
-                if value == value:
-                    file.write(f"{comma}\n  {json.dumps(id)}: {json.dumps(value)}")
-                    comma = ","
-            file.write("\n }")
+        for name, column in columns.items():  # metric -> id -> value; of one metric at a time, for the memory's sake
+            values = {id: x for id, x in zip(ids, column.tolist(), strict=True) if x == x}
+            file.write(("," if file.tell() else "{") + json.dumps({name: values}, indent=1)[1:-2])
         file.write("\n}\n")
     result = {
         "method": c.name or Path(c.model).parent.name,
@@ -286,9 +266,8 @@ def merge(c: Config, out: Path, ids: Sequence[str], counts: dict[str, int], worl
         "config": vars(c),
     }
     files.write_json(out / "eval.json", result)
-    for rank in range(world_size):
-        (out / f"part-{rank}.safetensors").unlink()
-        (out / f"part-{rank}.jsonl").unlink(missing_ok=True)
+    for part in (part for rank in range(world_size) for part in out.glob(f"part-{rank}.*")):
+        part.unlink()
     print(report.table({"worlds": 1, "rows": [{"method": result["method"], "runs": 1, "metrics": means}]}))
     lost = ", ".join(f"{key} {n}" for key, n in counts.items() if n)
     tqdm.write(f"{out / 'eval.json'}: {len(ids)} prompts ({lost})", file=sys.stderr)

@@ -126,6 +126,7 @@ def test_samples_are_scored_by_the_world_and_intervals_hold_the_mean(tiny_world,
         assert found["best_of_k_reward"][row.id] == pytest.approx(max(rewards))
         assert found["junk"][row.id] == pytest.approx(100 * np.mean([world.junk_fraction(y) for y in row.responses]))
         assert (row.id in found["harm"]) == world.is_risky(list(row.prompt))
+    assert (tmp_path / "per_prompt.json").read_text() == json.dumps(found, indent=1) + "\n"
     summary = json.loads((tmp_path / "eval.json").read_text())
     for name, column in found.items():
         m = summary["metrics"][name]
@@ -200,6 +201,12 @@ def test_one_evaluation_per_folder(tiny_world, tmp_path):
         (dict(baseline="nowhere"), "--baseline nowhere: no samples.jsonl there"),
         (dict(samples=0, seed=3), "--samples 0 does not use"),
         (dict(dtype="int8"), "dtype = 'int8' does not exist"),
+        (dict(limit=-3), "limit must be at least 0, not -3"),
+        (dict(samples=-1), "samples must be at least 0, not -1"),
+        (dict(max_new_tokens=0), "max_new_tokens must be at least 1, not 0"),
+        (dict(tokens_per_micro_batch=0), "tokens_per_micro_batch must be at least 1, not 0"),
+        (dict(max_length=-1), "max_length must be at least 1, not -1"),
+        (dict(temperature=-0.5), "temperature must be 0 .greedy. or at least 0.01, not -0.5"),
         (dict(scorer="world-true:x"), "the world's seed must be a number"),
         (dict(scorer="nowhere.safetensors"), "nowhere.safetensors"),
         (dict(objectives="score", scorer_dtype="bf16"), "--scorer world-true does not use objectives, scorer_dtype"),

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hps.logps import chunk_for
+from hps.logps import chunk_for, sequence_logps
+from hps.model import PolicyModel
 from hps.packing import Block, micro_batches, pack, pieces
 
 MICRO_BATCHES_AT_ONCE = 64  # into which the blocks that are read together are sorted by their lengths
@@ -52,6 +53,22 @@ def score(
             for (b, _), row in zip(cut, scored, strict=True):
                 whole[b] += row
             yield from (np.array(row, dtype=np.float32) for row in whole)
+
+
+def exact_kl(
+    policy: PolicyModel, ref: PolicyModel, winners: Sequence[Block], *, device: torch.device, budget: int
+) -> Iterator[float]:
+    """For each one-response block the sum over its positions of `token_kl`, nats; `budget` as in `score`."""
+    shared = not (policy.padded or ref.padded)
+    for some in windows(winners, budget=budget):
+        found = np.empty(len(some))
+        for members in micro_batches(some, budget=budget, world_size=1, share_prompt=shared)[0]:
+            packed = pack([some[i] for i in members], pad_id=0, share_prompt=shared).to(device)
+            with torch.no_grad():
+                ours, theirs = ((one.hidden(packed), None if one.padded else one.head) for one in (policy, ref))
+                kl = token_kl(*ours, *theirs)
+            found[members] = sequence_logps(kl, packed.num_tokens)[:, 0].cpu()
+        yield from found.tolist()
 
 
 def token_kl(hidden: Tensor, weight: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor | None) -> Tensor:
