@@ -170,7 +170,8 @@ def publish(results: Item, out: Path) -> None:
     """Write a report under `out`, and print its tables and where it is."""
     report.write_report(results, out)
     print(report.table(results))
-    print(report.comparisons_table(results))
+    if results["comparisons"]:
+        print(*report.sections([report.comparisons_table(results)]), sep="\n\n")
     print(f"{results['seconds']:.0f} s; {out / 'RESULTS.md'}, {out / 'report.html'}, {out / 'figures'}")
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from hps import config, limits, model
 from hps.data import listwise, tokens
-from hps.data.rows import Prompt, Row, only, read_lines
+from hps.data.rows import Prompt, Row, read_lines
 from hps.evaluate import chat, verdicts
 from hps.evaluate.endpoint import Endpoint, Reply
 from hps.evaluate.verdicts import CRITERIA
@@ -63,7 +63,6 @@ class Options:
     methods: tuple[str, ...]  # NAME=FILE NAME=FILE ...: two or more samples.jsonl of eval.py, over the same prompts
     baseline: str  # the NAME that each of the others is compared with
     out: str  # folder for answers.jsonl, scores.jsonl, judge.json and judge.md
-    responses: int = 0  # judge the first so many of each prompt; 0 means all
     seed: int = 0  # of the order in which responses are sent
     max_tokens: int = 256  # of an answer; a judge that thinks aloud first needs more
     # -- a local judge --
@@ -100,8 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     config.check_used(set_keys, set(vars(c)) - unused, what=kind)
     if min(c.max_tokens, c.batch_size, c.in_flight, c.attempts) < 1 or c.timeout <= 0:
         raise ValueError("max_tokens, batch_size, in_flight and attempts must be at least 1, and timeout above 0")
-    if min(c.responses, c.requests_per_minute) < 0:
-        raise ValueError("responses and requests_per_minute must not be negative")
+    if c.requests_per_minute < 0:
+        raise ValueError("requests_per_minute must not be negative")
     samples, left_out = read_samples(c)
     run(c, samples, left_out, local_judge(c) if c.model else remote_judge(c))
 
@@ -166,8 +165,8 @@ def run(c: Options, samples: dict[str, list[Row]], left_out: list[str], judge: J
 
 
 def read_samples(c: Options) -> tuple[dict[str, list[Row]], list[str]]:
-    """The first responses of every method in the order of the baseline's file; and the ids of prompts that are left
-    out, since one of the methods has no response to them (eval.py draws none for which the model has no positions).
+    """The samples of every method in the order of the baseline's file; and the ids of prompts that are left out, since
+    one of the methods has no response to them (eval.py draws none for which the model has no positions).
 
     Raises:
         ValueError: fewer than two methods, or files that do not answer the same prompts equally often, or none.
@@ -185,9 +184,7 @@ def read_samples(c: Options) -> tuple[dict[str, list[Row]], list[str]]:
             raise ValueError(f"{row.where}: another number of responses than {like.where}")
     if not kept:
         raise ValueError("no prompt has responses of all methods")
-    some = {id: range(len(first[id].responses))[: c.responses or None] for id in kept}
-    chosen = {name: [only(rows[id], some[id]) for id in kept] for name, rows in samples.items()}
-    return chosen, sorted(first.keys() - set(kept))
+    return {name: [rows[id] for id in kept] for name, rows in samples.items()}, sorted(first.keys() - set(kept))
 
 
 def as_data(value: Any) -> str:

@@ -15,7 +15,6 @@ ITEM: "mean", "low", "high" (both None where there is no interval), optional "va
 """
 
 import json
-import math
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Sequence
@@ -55,7 +54,6 @@ class Cell(NamedTuple):
     text: str
     interval: str = ""  # "[low, high]"
     mark: str = ""  # "best", "near": its interval overlaps that of the best, or ""
-    value: float | None = None  # the number that its column is sorted by, NaN last; None: a column of text
 
 
 class Table(NamedTuple):
@@ -79,25 +77,26 @@ def markdown(table: Table) -> str:
 
 def _number(item: dict[str, float], digits: int, sign: str = "", mark: str = "") -> Cell:
     mean, _, interval = md.interval(item, digits, sign).partition(" ")
-    return Cell(mean, interval, mark, item["mean"])
+    return Cell(mean, interval, mark)
 
 
 def methods_table(results: dict[str, Any], group: str = "") -> Table:
     """One row per method, one column per metric that any of them has; of one group of metrics, if it is named."""
     names = present(results["rows"], group)
-    rows = [[Cell(row["method"]), Cell(str(row["runs"]), value=row["runs"])] for row in results["rows"]]
+    rows = [[Cell(row["method"]), Cell(str(row["runs"]))] for row in results["rows"]]
     for name in names:
         metric, found = METRICS[name], [row["metrics"].get(name) for row in results["rows"]]
         known = [item for item in found if item is not None]
         ranked = metric.better and any(item["mean"] != known[0]["mean"] for item in known)
         best = max(known, key=lambda item, sign=metric.better: sign * item["mean"])
+        best_low, best_high = ends(best)
         for cells, item in zip(rows, found, strict=True):
             if item is None:
-                cells.append(Cell("-", value=math.nan))
+                cells.append(Cell("-"))
                 continue
-            (low, high), (best_low, best_high) = ends(item), ends(best)
-            near = low <= best_high and best_low <= high
-            mark = "best" if item["mean"] == best["mean"] else "near" if near else ""
+            low, high = ends(item)
+            near = "near" if low <= best_high and best_low <= high else ""
+            mark = "best" if item["mean"] == best["mean"] else near
             cells.append(_number(item, metric.digits, mark=mark if ranked else ""))
     arrow = {1: " (+)", -1: " (-)", 0: ""}
     header = ["method", "runs", *(METRICS[name].title + arrow[METRICS[name].better] for name in names)]
@@ -110,27 +109,20 @@ def table(results: dict[str, Any]) -> str:
     return f"{markdown(methods_table(results))}\n\n{md.wrapped(legend(results))}\n"
 
 
-def comparisons_table(results: dict[str, Any]) -> str:
-    """GitHub Markdown of the paired differences a - b with verdicts, and its note; "" when the results hold none."""
-    if not results.get("comparisons"):
-        return ""
-    table = _comparisons(results)
-    return f"{markdown(table)}\n\n{md.wrapped(table.note)}\n"
+def comparisons_table(results: dict[str, Any]) -> Table:
+    """The paired differences a - b with verdicts before and after Holm's adjustment."""
 
-
-def _comparisons(results: dict[str, Any]) -> Table:
     def verdict(item: dict[str, Any], p: float) -> str:
         return "unresolved" if p >= 0.05 else "a larger" if item["mean"] > 0 else "b larger"
 
     rows, again = [], []
     for item in results["comparisons"]:
-        names = [Cell(METRICS[item["metric"]].title), Cell(item["a"]), Cell(item["b"])]
         raw, worlds = verdict(item, item["p"]), len([x for x in item["values"] if x is not None])
         after = verdict(item, item["p_holm"]) if "p_holm" in item else "-"
         again += [raw] if after == "-" else []
-        number = _number(item, METRICS[item["metric"]].digits, "+")
-        cells = [Cell(str(worlds), value=worlds), Cell(raw), Cell(after), Cell(f"{item['p']:.1g}", value=item["p"])]
-        rows.append([*names, number, *cells])
+        metric = METRICS[item["metric"]]
+        names, cells = (metric.title, item["a"], item["b"]), (str(worlds), raw, after, f"{item['p']:.1g}")
+        rows.append([*map(Cell, names), _number(item, metric.digits, "+"), *map(Cell, cells)])
     resolved = len(again) - again.count("unresolved")
     note = COMPARISONS_NOTE + (" " + AGAIN_NOTE.format(len(again), resolved) if again else "")
     header = ["metric", "a", "b", "a - b", "W", "verdict", "after Holm", "p"]
@@ -150,13 +142,11 @@ def claims_tables(claims: list[dict[str, Any]]) -> list[Table]:
                 here = f"{metric.title} {'x ' if kind == 'ratio' else ''}{number.text}"
                 interval, worlds = number.interval or "-", str(len(item["values"]))
             after = item.get("after_holm", item["verdict"])
-            texts = (item["claim"], item["paper"], here, interval, worlds, item["verdict"], after)
-            rows.append([Cell(text) for text in texts])
+            rows.append([*map(Cell, (item["claim"], item["paper"], here, interval, worlds, item["verdict"], after))])
         raw, holm = (Counter(item.get(key, item["verdict"]) for item in mine) for key in ("verdict", "after_holm"))
         counts = (", ".join(f"{n[word]} {word}" for word in VERDICTS if n[word]) for n in (raw, holm))
         note = "{} {}; after Holm {}.".format(CLAIMS_NOTE, *counts)
-        header = ["claim", "paper", "here", "interval", "W", "verdict", "after Holm"]
-        tables.append(Table(title, header, rows, note))
+        tables.append(Table(title, ["claim", "paper", "here", "interval", "W", "verdict", "after Holm"], rows, note))
     return tables
 
 
@@ -165,14 +155,23 @@ def sections(tables: list[Table]) -> list[str]:
     return [part for each in tables for part in (f"## {each.title}", markdown(each), md.wrapped(each.note))]
 
 
+def _parts(results: dict[str, Any]) -> tuple[str, list[tuple[str, str]], list[Table]]:
+    """Title, settings and tables, for both pages."""
+    groups = dict.fromkeys(METRICS[name].group for name in present(results["rows"]))
+    tables = [methods_table(results, group) for group in groups]
+    tables += [comparisons_table(results)] if results.get("comparisons") else []
+    settings = [(key, json.dumps(value)) for key, value in results.get("settings", {}).items()]
+    return f"Results: {results['suite']}", settings, tables + claims_tables(results.get("claims", []))
+
+
 def page(results: dict[str, Any], drawn: list[tuple[figures.Plan, str]]) -> str:
     """The report in GitHub Markdown, with these figures, of which each has the address of its file."""
-    title, minutes = f"Results: {results['suite']}", f"{results['seconds'] / 60:.1f} minutes"
+    title, settings, tables = _parts(results)
+    minutes = f"{results['seconds'] / 60:.1f} minutes"
     about = f"Commit {md.code(results['commit'])}, {md.plain(results['machine'])}, {minutes}."
-    settings = [(key, json.dumps(value)) for key, value in results.get("settings", {}).items()]
     items = [md.wrapped(f"* {md.plain(key)}: {md.code(value)}") for key, value in settings]
     parts = [f"# {md.plain(title)}", md.wrapped(about), "\n".join(items), md.wrapped(legend(results))]
-    parts += sections(_tables(results))
+    parts += sections(tables)
     for plan, address in drawn:
         parts.append(md.wrapped(f"![{md.plain(plan.alt, also=r'[][]')}]({address})"))
         parts.append(md.wrapped(md.plain(plan.caption)))
@@ -183,15 +182,8 @@ def page(results: dict[str, Any], drawn: list[tuple[figures.Plan, str]]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _tables(results: dict[str, Any]) -> list[Table]:
-    groups = dict.fromkeys(METRICS[name].group for name in present(results["rows"]))
-    tables = [methods_table(results, group) for group in groups]
-    tables += [_comparisons(results)] if results.get("comparisons") else []
-    return tables + claims_tables(results.get("claims", []))
-
-
-def write_report(results: dict[str, Any], out: Path) -> list[Path]:
-    """Write results.json, RESULTS.md, report.html and figures/*.png under `out` (made if missing); returns their paths.
+def write_report(results: dict[str, Any], out: Path) -> None:
+    """Write results.json, RESULTS.md, report.html and figures/*.png under `out` (made if missing).
 
     Args:
         results: the keys at the top of this file.
@@ -202,16 +194,9 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     drawn = [figures.save(plan, out / "figures") for plan in plans]
     addresses = [f"figures/{path.name}" for path in drawn]
     files.write_text(out / "RESULTS.md", page(results, list(zip(plans, addresses, strict=True))))
-
+    title, settings, tables = _parts(results)
+    about = f"Commit {results['commit']}, {results['machine']}, {results['seconds'] / 60:.1f} minutes."
     images = [b64encode(path.read_bytes()).decode() for path in drawn]
-    html = pages.render(
-        "report.html",
-        title=f"Results: {results['suite']}",
-        subtitle=f"Commit {results['commit']}, {results['machine']}, {results['seconds'] / 60:.1f} minutes.",
-        settings=[(key, json.dumps(value)) for key, value in results.get("settings", {}).items()],
-        legend=legend(results).replace("`", ""),
-        tables=_tables(results),
-        figures=list(zip(plans, images, strict=True)),
-    )
+    values = dict(title=title, subtitle=about, settings=settings, tables=tables, figures=list(zip(plans, images)))
+    html = pages.render("report.html", legend=legend(results).replace("`", ""), **values)
     files.write_text(out / "report.html", html)
-    return [out / "results.json", out / "RESULTS.md", out / "report.html", *drawn]

@@ -130,16 +130,14 @@ def test_the_order_is_shuffled_and_does_not_matter(tmp_path):
         assert [other[key] for key in ("means", "comparisons")] == [results[0][key] for key in ("means", "comparisons")]
 
 
-def test_more_samples_and_the_first_of_them(tmp_path):
+def test_response_j_meets_response_j(tmp_path):
     texts = {
         "alpha": {"p1": ["a 5 5 5 5", "b 1 1 1 1"], "p2": ["c 2 2 2 2", "d 4 4 4 4"]},
         "beta": {"p1": ["e 3 3 3 3", "f 3 3 3 3"], "p2": ["g 2 2 2 2", "h 2 2 2 2"]},
     }
-    methods = write(tmp_path, texts)
     with chat_server(good) as server:
-        [pair] = run(methods, tmp_path / "all", server)["comparisons"]
-        [first] = run(methods, tmp_path / "first", server, responses=1)["comparisons"]
-    assert shares(pair) == (50, 25, 25) and shares(first) == (50, 50, 0) and len(server.requests) == 8 + 4
+        [pair] = run(write(tmp_path, texts), tmp_path / "out", server)["comparisons"]
+    assert shares(pair) == (50, 25, 25)
 
 
 def test_a_prompt_without_samples_is_left_out_by_id(tmp_path):
@@ -349,7 +347,7 @@ def test_mistakes_are_told(tmp_path):
         (dict(model="m", in_flight=2), "--model does not use in_flight"),
         (remote | dict(attempts=0), "at least 1"),
         (remote | dict(timeout=0), "timeout above 0"),
-        (remote | dict(responses=-1), "must not be negative"),
+        (remote | dict(requests_per_minute=-1), "must not be negative"),
         (remote | dict(methods=one), "two or more different names"),
         (remote | dict(baseline="delta"), "--baseline delta is none of the --methods"),
         (remote | dict(methods=one + short), "prompt 'p2' is in the samples of only one"),
