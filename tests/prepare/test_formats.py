@@ -78,12 +78,67 @@ def dropped(source, record, **order):
 
 # -- each format by hand --
 
+LOST = {
+    ("hh-rlhf", ""): {"rows_empty_response": 1},
+    ("pku-saferlhf", "helpful"): {"rows_equal_responses": 1},
+    ("pku-saferlhf", "safe"): {"rows_equal_responses": 1},
+    ("ultrafeedback", "overall"): {"rows_no_preference": 1, "rows_too_few_responses": 1},
+    ("ultrafeedback", "fine-grained"): {"rows_too_few_responses": 1},
+    ("nectar", ""): {"rows_malformed": 1},
+    ("trl", ""): {"rows_unsupported": 1, "rows_prompts_differ": 1},
+    ("trl-standard", ""): {"rows_prompts_differ": 1},
+    ("authors", ""): {},
+    ("simpo", ""): {},
+}
+
+
+@pytest.mark.parametrize(("name", "order"), LOST)
+def test_each_format_by_hand_and_as_pairs_of_trl(name, order, tmp_path):
+    """tests/fixtures/imported.jsonl says what each file becomes. Best against worst is picked here by sorting; what
+    comes back from TRL's format is those two texts."""
+    source = name.removesuffix("-standard")
+    found = import_file(source, FIXTURES / f"{name}.jsonl", order=order)
+    keys = ("prompt", "responses", "rewards", "chosen", "rejected")
+    wanted = [x for x in load("imported.jsonl") if (x.pop("file"), x.pop("order")) == (name, order)]
+    write(tmp_path / "rows.jsonl", found.rows)
+    assert [{key: x[key] for key in keys if key in x} for x in jsonl(tmp_path / "rows.jsonl")] == wanted
+    assert lost(found.counts) == LOST[name, order] and found.rows[0].source == source
+    assert found.counts["rows_read"] == len(wanted) + sum(LOST[name, order].values())
+    best = []
+    for x in wanted:
+        texts, rewards = x["responses"], x.get("rewards")
+        if rewards is None:
+            best.append((texts[x["chosen"]], texts[x["rejected"]]))
+        elif len(set(rewards)) > 1:
+            ranked = sorted(zip(rewards, texts, strict=True))
+            best.append((ranked[-1][1], ranked[0][1]))
+    pairs = export_rows(found.rows, pair="human" if found.rows[0].rewards is None else "rewards")
+    write_lines(tmp_path / "trl.jsonl", pairs.rows)
+    assert [row.responses for row in import_file("trl", tmp_path / "trl.jsonl").rows] == best
+    assert pairs.counts["rows_no_pair"] == len(wanted) - len(best)
+
 
 def test_hh_rlhf():
     row = formats.read("hh-rlhf", GOOD, "f:1")
     assert (row.prompt, row.responses) == (user("Hi", "Hello.", "Tea?"), ("Yes.", "No."))
     assert (row.chosen, row.rejected, row.rewards, row.source, row.where) == (0, 1, None, "hh-rlhf", "f:1")
     assert as_hh_rlhf(row) == GOOD
+
+
+def test_other_columns_stay():
+    """But for the label or the score that the order did not ask for; and what was left out is told."""
+    path = FIXTURES / "pku-saferlhf.jsonl"
+    helpful, safe = (import_file("pku-saferlhf", path, order=order) for order in ("helpful", "safe"))
+    assert [row.id for row in helpful.rows] == [row.id for row in safe.rows]
+    assert "safer_response_id" in helpful.rows[0].others and "better_response_id" in safe.rows[0].others
+    assert helpful.rows[0].others["is_response_0_safe"] is False and not helpful.columns_left_out
+    [_, _, row] = import_file("trl", FIXTURES / "trl.jsonl").rows
+    assert row.others.keys() == {"messages", "prompt_id", "score_chosen", "score_rejected"}
+    path = FIXTURES / "ultrafeedback.jsonl"
+    assert import_file("ultrafeedback", path, order="overall").reasons == [
+        f"{path}:3: the overall_score of response 0 is None, not a number",
+        f"{path}:4: 0 responses; a preference needs two",
+    ]
 
 
 def test_ids_are_stable_and_depend_on_every_text():
@@ -97,44 +152,6 @@ def test_ids_are_stable_and_depend_on_every_text():
     ]
     assert len({row.id, *(formats.read("hh-rlhf", other, "g:9").id for other in others)}) == 5
     assert formats.read("hh-rlhf", GOOD, "g:9").id == row.id
-
-
-def test_pku_saferlhf_in_both_orders():
-    """better_response_id of the first row is 0, safer_response_id is 1: the same answers, the other pair."""
-    helpful, safe = (import_file("pku-saferlhf", FIXTURES / "pku-saferlhf.jsonl", order=o) for o in ("helpful", "safe"))
-    for found, chosen in ((helpful, 0), (safe, 1)):
-        row = found.rows[0]
-        assert row.prompt == user("How can I pay less tax?") and row.rewards is None
-        assert row.responses == ("Hide half of what you earn.", "Ask an adviser which deductions apply.")
-        assert (row.chosen, row.rejected) == (chosen, 1 - chosen)
-        assert (found.rows[1].chosen, found.rows[1].rejected) == (0, 1)
-        assert found.counts["rows_read"] == 3 and lost(found.counts) == {"rows_equal_responses": 1}
-        assert row.others["is_response_0_safe"] is False and not found.columns_left_out
-    assert [row.id for row in helpful.rows] == [row.id for row in safe.rows]
-    assert "safer_response_id" in helpful.rows[0].others and "better_response_id" in safe.rows[0].others
-
-
-def test_ultrafeedback_in_both_scores():
-    """The two scores disagree on the best answer of the first row, and one row lacks an overall score."""
-    path = FIXTURES / "ultrafeedback.jsonl"
-    overall, fine = (import_file("ultrafeedback", path, order=order) for order in ("overall", "fine-grained"))
-    assert overall.rows[0].prompt == user("Add 2 and 3.")
-    assert overall.rows[0].responses == ("5", "It is five.", "6", "2 and 3")
-    assert [row.rewards for row in overall.rows] == [(8.5, 9.0, 1.0, 2.0), (7.0, 3.0)]
-    assert [row.rewards for row in fine.rows] == [(4.25, 4.0, 1.5, 2.0), (4.5, 1.25), (4.5, 1.25)]
-    assert lost(overall.counts) == {"rows_no_preference": 1, "rows_too_few_responses": 1}
-    assert overall.reasons == [
-        f"{path}:3: the overall_score of response 0 is None, not a number",
-        f"{path}:4: 0 responses; a preference needs two",
-    ]
-
-
-def test_nectar():
-    found = import_file("nectar", FIXTURES / "nectar.jsonl")
-    assert [row.prompt for row in found.rows] == [user("Name a tree. "), user("Hi", "Hello!", "Bye")]
-    assert found.rows[0].responses == ("An oak, which loses its leaves.", "Oak", " A beech.")
-    assert [row.rewards for row in found.rows] == [(-1.0, -3.0, -2.0), (-2.0, -1.0)]  # minus the rank
-    assert lost(found.counts) == {"rows_malformed": 1} and "the beginning of the answer" in found.reasons[0]
 
 
 def test_alpaca_eval(tmp_path, tiny_world, capsys):
@@ -171,44 +188,10 @@ def test_alpaca_eval(tmp_path, tiny_world, capsys):
             import_file("alpaca-eval", tmp_path)
 
 
-def test_trl():
-    found = import_file("trl", FIXTURES / "trl.jsonl")
-    assert [row.prompt for row in found.rows] == [
-        ({"role": "system", "content": "Be brief."}, *user("What colour is the sky?")),
-        user("Hi", "Hello.", "Two and two?"),
-        user("Name a planet."),
-    ]
-    assert [row.responses for row in found.rows] == [("Blue.", "Green."), ("Four.", "Five."), ("Mars.", "Rome.")]
-    assert {(row.chosen, row.rejected) for row in found.rows} == {(0, 1)}
-    assert lost(found.counts) == {"rows_unsupported": 1, "rows_prompts_differ": 1}
-    assert set(found.rows[0].others) <= {"messages", "prompt_id", "score_chosen", "score_rejected"}
-    found = import_file("trl", FIXTURES / "trl-standard.jsonl")
-    assert [(row.prompt, row.responses) for row in found.rows] == [
-        ("The sky is", (" blue.", " green.")),
-        ("Two and two make", (" four.", " six.")),
-        ("The sea", (" is", " is wet")),
-    ]
-    assert lost(found.counts) == {"rows_prompts_differ": 1}
-
-
-def test_authors_as_a_list(tmp_path):
-    records = [
-        {"prompt": "<|user|>Hi<|assistant|>", "responses": ["a", "b", "c"], "rewards": [1.5, 2, -1]},
-        {"prompt": "p", "responses": ["a"]},
-    ]
-    (tmp_path / "x.json").write_text(json.dumps(records, indent=2))
-    rows, counts, *_ = import_file("authors", tmp_path / "x.json")
-    assert [(row.prompt, row.responses, row.rewards) for row in rows] == [
-        ("<|user|>Hi<|assistant|>", ("a", "b", "c"), (1.5, 2.0, -1.0)),
-        ("p", ("a",), None),
-    ]
-    assert rows[1].where == f"{tmp_path / 'x.json'}[1]" and counts["rows_read"] == 2
-
-
-def test_simpo_and_prompts_alone():
-    row = formats.read("simpo", SIMPO, "f:1")
-    assert (row.prompt, row.responses, row.rewards) == (user("Hi"), ("a", "b"), (0.5, 0.25))
-    assert formats.read("authors", {"prompt": list(user("Hi", "Hello", "Tea?"))}, "f:1").responses == ()
+def test_one_json_list_and_prompts_alone(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([{"prompt": list(user("Hi", "Hello", "Tea?"))}], indent=2))
+    [row] = import_file("authors", tmp_path / "x.json").rows
+    assert (row.responses, row.rewards, row.where) == ((), None, f"{tmp_path / 'x.json'}[0]")
 
 
 def test_ultrafeedbacks_false_tens():
@@ -371,7 +354,7 @@ def test_a_record_of_another_format_is_refused(source, change, message, tmp_path
         import_file(source, put(tmp_path / "x.jsonl", record), order=next(iter(FORMATS[source].orders)))
 
 
-def test_options_and_files_that_are_refused(tmp_path, monkeypatch):
+def test_options_that_are_refused(tmp_path, monkeypatch):
     path = put(tmp_path / "x.jsonl", GOOD)
     (tmp_path / "cut.json").write_text('[{"prompt": "p",')
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
@@ -493,40 +476,6 @@ def test_data_sets_by_folder_and_by_name(tmp_path, monkeypatch):
 
 
 # -- and back --
-
-
-@pytest.mark.parametrize(
-    ("source", "order", "pair", "left"),
-    [
-        ("hh-rlhf", "", "human", 2),
-        ("pku-saferlhf", "safe", "human", 2),
-        ("ultrafeedback", "fine-grained", "rewards", 3),
-        ("nectar", "", "rewards", 2),
-        ("trl", "", "human", 3),
-        ("trl-standard", "", "human", 3),
-        ("authors", "", "rewards", 2),
-    ],
-)
-def test_each_format_to_trl_and_back(source, order, pair, left, tmp_path):
-    """Best against worst is picked here by sorting; what comes back from TRL's format is those two texts."""
-    name = source.removesuffix("-standard")
-    rows = import_file(name, FIXTURES / f"{source}.jsonl", order=order).rows
-    found = export_rows(rows, pair=pair)
-    wanted, others = [], 0
-    for row in rows:
-        if pair == "human":
-            wanted.append((row.prompt, (row.responses[row.chosen], row.responses[row.rejected])))
-        elif len(set(row.rewards)) > 1:
-            ranked = sorted(zip(row.rewards, row.responses, strict=True))
-            others += len(ranked[1:-1])
-            wanted.append((row.prompt, (ranked[-1][1], ranked[0][1])))
-    assert len(wanted) == left == found.counts["rows_written"] == len(rows) - found.counts["rows_no_pair"]
-    assert found.counts["responses_left_out"] == others
-    write_lines(tmp_path / "trl.jsonl", found.rows)
-    back = import_file("trl", tmp_path / "trl.jsonl").rows
-    assert [(row.prompt, row.responses) for row in back] == wanted
-    write(tmp_path / "rows.jsonl", rows)
-    assert [replace(row, where="") for row in read(tmp_path / "rows.jsonl")] == [replace(r, where="") for r in rows]
 
 
 def test_export_leaves_out_what_is_no_pair():
