@@ -72,7 +72,10 @@ REFUSED = (
     ({"rewards": [1, "2"]}, r"rewards\[1\] must be a number, not a string"),
     ({"rewards": [float("nan"), 1]}, r"rewards\[0\] must be a finite number"),
     ({"rewards": [1, float("-inf")]}, r"rewards\[1\] must be a finite number"),
-    ({"rewards": [10**400, 1]}, r"rewards\[0\] must be a finite number"),
+    *(
+        ({"rewards": [x, 1]}, r"rewards\[0\] must be a finite number, of 1e\+30 at most")
+        for x in (1.1e30, -3.4e38, 10**400)
+    ),
     ({"rewards": None}, "rewards must be a list, not null"),
     ({"chosen": 2}, "chosen = 2 is out of range; there are 2 responses"),
     ({"chosen": -1}, "chosen = -1 is out of range"),

@@ -107,24 +107,18 @@ def test_load_tokenizer(tmp_path, bpe, words):
         load_tokenizer(str(tmp_path / "nowhere"))
 
 
-def test_fingerprint_ignores_use_and_names():
-    tokenizer = byte_tokenizer()
-    before = fingerprint(tokenizer)
-    assert len(before) == 64 and before == fingerprint(byte_tokenizer(name_or_path="elsewhere"))
-    tokenizer.pad_token = "</s>"
-    encode_response(tokenizer, "a</s>b")
-    tokenizer(["a", "the answer is"], padding=True, truncation=True, max_length=2)
-    assert tokenizer.backend_tokenizer.truncation and fingerprint(tokenizer) == before
-
-
 def test_fingerprint_sees_every_content(bpe):
+    """But not use and names: padding, truncation, the pad token, the folder."""
+    used = byte_tokenizer(name_or_path="elsewhere", pad_token="</s>")
+    encode_response(used, "a</s>b")
+    used(["a", "the answer is"], padding=True, truncation=True, max_length=2)
+    assert used.backend_tokenizer.truncation and fingerprint(used) == fingerprint(bpe)
     vocabulary = byte_tokenizer()
     vocabulary.add_tokens(["zebra"])
     rules = byte_tokenizer()
     rules.backend_tokenizer.normalizer = normalizers.Lowercase()
-    swapped = PreTrainedTokenizerFast(
-        tokenizer_object=byte_tokenizer().backend_tokenizer, bos_token="</s>", eos_token="<s>"
-    )
+    backend = byte_tokenizer().backend_tokenizer
+    swapped = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="</s>", eos_token="<s>")
     templates = [byte_tokenizer(chat_template=t) for t in ("a", "b")]
     prints = [fingerprint(t) for t in (bpe, vocabulary, rules, swapped, *templates)]
     assert len(set(prints)) == len(prints)
@@ -257,18 +251,11 @@ def test_a_template_that_writes_answers_in_its_own_way(words, bpe):
         Encoder(bpe).template.answered(prompt, ["x"])
 
 
-def test_messages_say_where(words, bpe):
-    bad = row("b", responses=("tea <eos> is",))
-    with pytest.raises(ValueError, match=r"^f.jsonl:b: a response holds the control token"):
-        tokenize_rows(words, [row(), bad], max_length=50)
+def test_messages_say_where(words):
     with pytest.raises(ValueError, match=r"^f.jsonl:b: the prompt has no tokens"):
         tokenize_rows(words, [row(), row("b", " ")], max_length=50)
-    with pytest.raises(ValueError, match=r"^f.jsonl:b: the prompt is a list of messages"):
-        tokenize_rows(bpe, [row(), row("b", ({"role": "user", "content": "x"},))], max_length=50)
     with pytest.raises(ValueError, match=r"truncate = 'cut' does not exist; choose one of drop, error, keep_end"):
         tokenize_rows(words, [row()], max_length=50, truncate="cut")
-    with pytest.raises(ValueError, match=r"max_length = 2; it must hold"):
-        tokenize_rows(words, [row()], max_length=2)
     with pytest.raises(ValueError, match=r"no rows were given"):
         tokenize_rows(words, [], max_length=50)
 

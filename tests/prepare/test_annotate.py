@@ -187,21 +187,6 @@ def test_a_reward_model_has_template_options(tokenizer, data, tmp_path):
     assert not np.allclose(rows[0].rewards, plain[0].rewards, atol=1e-3)
 
 
-def test_a_killed_run_goes_on(reward_model, data, tmp_path, monkeypatch):
-    """Ended with all rows scored and nothing written: none is scored again."""
-    rows = listwise.read(data)
-    pairs = [replace(r, responses=r.responses[:2], chosen=0, rejected=1) for r in rows if len(r.responses) > 1]
-    listwise.write(tmp_path / "in.jsonl", pairs)
-    with monkeypatch.context() as patch:
-        patch.setattr(listwise, "write", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            annotate(reward_model, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(rewards, "annotate_packed", lambda *_, **__: pytest.fail("scored again"))
-        assert len(annotate(reward_model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", pairs="true")) == len(pairs)
-
-
 def test_what_does_not_fit_is_cut_and_counted(tokenizer, data, tmp_path, capsys):
     """16 positions: the prompt loses its beginning, but BOS, as if it were shorter; an answer of 17 cannot be read."""
     short = classifier(tokenizer, tmp_path / "rm", positions=16)
@@ -221,6 +206,20 @@ def test_what_does_not_fit_is_cut_and_counted(tokenizer, data, tmp_path, capsys)
     listwise.write(tmp_path / "long.jsonl", [Row("a", prompt, (" ".join(words[:16]),))])
     with pytest.raises(ValueError, match=r"long.jsonl:1: no response .*: all responses are longer than the 16 tokens"):
         annotate(short, tmp_path / "long.jsonl", tmp_path / "out2.jsonl")
+
+
+def test_annotate_keeps_order_and_passes_prompts_through():
+    talk = [{"role": "user", "content": "hello"}]
+    rows = [Row("r1", "hi", ("a", "bb"), where="f:1"), Row("r2", tuple(talk), ("ccc",))]
+    seen = []
+
+    def score(prompt, responses):
+        seen.append(prompt)
+        return np.array([np.inf if y == "a" else len(y) for y in responses], np.float32)
+
+    assert list(rewards.annotate(rows, score)) == [("r1", [None, 2.0]), ("r2", [3.0])] and seen == ["hi", talk]
+    with pytest.raises(AssertionError, match="f:1: the scorer gave 1 rewards"):
+        list(rewards.annotate(rows, lambda prompt, responses: [1.0]))
 
 
 def test_options_that_a_scorer_ignores_are_refused(data, tmp_path):

@@ -150,25 +150,6 @@ def test_a_prompt_draws_as_if_alone(model):
             assert [one.logp for one in group] == pytest.approx([one.logp for one in other], abs=1e-5)
 
 
-def test_when_rows_are_replaced_and_dropped_changes_nothing(llama, monkeypatch):
-    usual = draw(llama, PROMPTS, 30, max_rows=40)
-    for ended, idle in ((0.0, 0.0), (0.9, 0.9)):
-        monkeypatch.setattr(decode, "ENDED_SHARE", ended)
-        monkeypatch.setattr(decode, "IDLE_SHARE", idle)
-        assert flat(draw(llama, PROMPTS, 30, max_rows=40)) == flat(usual)
-
-
-def test_a_request_may_ask_again_and_goes_on_with_its_stream(llama):
-    whole = flat(draw(llama, [[1, 5, 6]], 8))[0]
-    request = decode.Request([1, 5, 6], 0, 3)
-    asked = deque([request])
-    ended = decode.decode(llama, asked, eos_token_id=EOS, max_new_tokens=12, temperature=0.9, max_rows=4)
-    assert next(ended) is request and len(request.samples) == 3
-    request.due = 5
-    asked.append(request)
-    assert list(ended) == [request] and flat([request.samples])[0] == whole
-
-
 def test_rows_that_ended_leave_and_others_take_their_places(llama):
     prompts = [PROMPTS[i % 5] for i in range(30)]
     draw(llama, PROMPTS[:1], 1)  # the few tokens that show whether this model can be decoded here
@@ -188,14 +169,6 @@ def test_prompts_of_like_lengths_are_prefilled_together(llama, monkeypatch):
     prompts = [[1, *[5] * k] for k in (30, 2, 34, 3, 31, 30)]
     _, calls = calls_of(llama, lambda: draw(llama, prompts, 1))
     assert [shape for shape, is_step in calls if not is_step][:3] == [(2, 4), (2, 31), (2, 35)]
-
-
-def test_parts_of_a_prompt_start_apart_when_there_are_many_rows(llama):
-    """A prompt with more rows than there are places starts as places get free, in parts worth a prefill."""
-    groups, calls = calls_of(llama, lambda: draw(llama, [PROMPTS[0], PROMPTS[1]], [100, 50], max_rows=64))
-    assert flat(groups) == flat(draw(llama, [PROMPTS[0], PROMPTS[1]], [100, 50]))
-    prefills = [shape for shape, is_step in calls if not is_step]
-    assert 3 <= len(prefills) <= 6 and max(rows for (rows, _), is_step in calls if is_step) == 64
 
 
 def test_attention_reads_each_prompt_once_whatever_its_rows(llama, monkeypatch):
@@ -244,30 +217,10 @@ def test_a_model_that_looks_ahead_is_not_sampled_from():
         draw(AutoModelForCausalLM.from_config(config).eval(), PROMPTS, 6)
 
 
-# --- the draw ----------------------------------------------------------------------------------------------
-
-
-def test_draws_follow_the_softmax():
-    logits = torch.tensor([0.3, -1.0, 2.0, 0.0, -math.inf, 1.1])
-    rows = 20_000
-    uniforms = torch.rand(rows, generator=torch.Generator().manual_seed(5))
-    for temperature in (0.5, 1.7):
-        tokens, logps = decode.draw_tokens(logits.expand(rows, -1), uniforms, temperature=temperature)
-        exact = torch.softmax(logits.double() / temperature, 0)
-        seen = torch.bincount(tokens, minlength=6)
-        assert seen[4] == 0
-        possible = exact > 0
-        assert stats.chisquare(seen[possible].numpy(), (exact * rows)[possible].numpy()).pvalue > 0.01
-        assert torch.allclose(logps.double(), logits.double().log_softmax(0)[tokens], atol=1e-6)
-
-
 def test_impossible_tokens_are_not_drawn_at_the_ends_of_the_unit_interval():
     logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.1, -math.inf]).expand(2, -1)
     tokens, _ = decode.draw_tokens(logits, torch.tensor([0.0, 1 - 2**-24]), temperature=1.0)
     assert tokens.tolist() == [1, 3]
-
-
-# --- mistakes ----------------------------------------------------------------------------------------------
 
 
 def test_broken_weights_are_named(llama):

@@ -154,9 +154,8 @@ def test_ids_are_stable_and_depend_on_every_text():
     assert formats.read("hh-rlhf", GOOD, "g:9").id == row.id
 
 
-def test_alpaca_eval(tmp_path, tiny_world, capsys):
-    """One row per instruction with all models' answers, whatever order their files have; what nobody judged is counted,
-    and doctor names the text that wins everywhere."""
+def test_alpaca_eval(tmp_path, capsys):
+    """One row per instruction with all models' answers, whatever order their files have."""
     folder, out = FIXTURES / "alpaca-eval", tmp_path / "lists.jsonl"
     data_prep.main(["import", "--source=alpaca-eval", f"--input={folder}", f"--output={out}"])
     rows = {row.prompt[0]["content"]: row for row in read(out)}
@@ -168,9 +167,6 @@ def test_alpaca_eval(tmp_path, tiny_world, capsys):
     assert tea.others["models"] == ["alpha-7b", "beta-13b", "gamma-chat", "nobody"]
     assert egg.responses == ("In hot water.", "With a pan.", game) and egg.others["models"][1] == "gamma-chat"
     assert rows["Write a line about rain."].responses[0] == ""
-    data_prep.main(["doctor", f"--input={out}", f"--model={tiny_world / 'model'}"])
-    assert f"one text is the best of 75% of the prompts (29% by chance): {game!r}" in capsys.readouterr().out
-
     cut = [import_file("alpaca-eval", folder, **how).rows for how in (dict(limit=2), dict(skip=2))]
     assert [row.id for row in cut[0] + cut[1]] == [row.id for row in rows.values()] and list(rows) != sorted(rows)
     with pytest.raises(ValueError, match="no MODEL/gpt5/annotations.json; name a judge with --subset: weighted_alpaca"):
@@ -267,10 +263,9 @@ def test_short_implicit_prompts_are_no_prompts(tmp_path):
     assert found.counts["prompts_implicit_short"] == 10 and found.counts["rows_kept"] == 101
 
 
-def test_a_prompt_repeated_in_its_answers_is_counted(tmp_path):
+def test_a_prompt_repeated_in_its_answers_is_counted():
     ask = "Question: name a planet.\nAnswer:"
-    records = [{"prompt": ask, "chosen": f"{ask} Mars", "rejected": rejected} for rejected in ("cat", f"{ask} cat")]
-    assert import_file("trl", put(tmp_path / "x.jsonl", *records)).counts["responses_with_prompt"] == 3
+    assert formats.prompt_repeated(Row("a", ask, (f"{ask} Mars", "cat"))) == [True, False]
     row = Row("a", user("Name a planet, please."), (" Name a planet, please. Mars", "Name"))
     assert formats.prompt_repeated(row) == [True, False]
     assert formats.prompt_repeated(Row("a", user("Hi"), ("Hi!",))) == [False]
@@ -357,6 +352,8 @@ def test_a_record_of_another_format_is_refused(source, change, message, tmp_path
 def test_options_that_are_refused(tmp_path, monkeypatch):
     path = put(tmp_path / "x.jsonl", GOOD)
     (tmp_path / "cut.json").write_text('[{"prompt": "p",')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(path.read_bytes())[:40])
+    (tmp_path / "folder").mkdir()
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     put(tmp_path / "number.jsonl", 3)
     for source, file, options, message in [
@@ -368,6 +365,8 @@ def test_options_that_are_refused(tmp_path, monkeypatch):
         ("hh-rlhf", path, {"split": "train"}, "subset and split are those of a data set"),
         ("hh-rlhf", tmp_path / "number.jsonl", {}, "number.jsonl:1: a record must be a JSON object"),
         ("authors", tmp_path / "cut.json", {}, "cut.json: broken JSON at character 17"),
+        ("hh-rlhf", tmp_path / "cut.jsonl.gz", {}, "cut.jsonl.gz: broken gzip file: "),
+        ("hh-rlhf", tmp_path / "folder", {}, "folder: cannot be read by datasets: "),
     ]:
         with pytest.raises(ValueError, match=message):
             import_file(source, file, **options)
