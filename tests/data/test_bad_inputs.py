@@ -76,106 +76,65 @@ def lines(*rows: dict | bytes) -> bytes:
 
 # -- files that are no list-wise data: every command that reads one says what the reader says --
 
-LISTWISE = ("export", "generate", "annotate", "doctor", "train", "eval")
-FILES = (  # name, content, message behind the name; tests/data/test_listwise.py has what else the reader refuses
-    ("x.jsonl", lines(ROW, b'{"id": "b"'), ":2: broken JSON at character 12: Expecting ',' delimiter"),
-    ("x.jsonl", lines(ROW, ROW), ":2: id 'a' is already used at {path}:1; ids must be unique"),
+FILES = (  # content, message behind the name; tests/data/test_listwise.py has what else the reader refuses
+    (lines(ROW, b'{"id": "b"'), ":2: broken JSON at character 12: Expecting ',' delimiter"),
+    (lines(ROW, ROW), ":2: id 'a' is already used at {path}:1; ids must be unique"),
 )
 
 
-@pytest.mark.parametrize("name", LISTWISE)
-def test_what_is_no_listwise_file(name, tmp_path, folders):
-    for file, content, message in FILES:
-        path = tmp_path / file
-        path.write_bytes(content)
-        said = refused(name, path, tmp_path, folders)
-        assert said.startswith(f"{path}{message}".replace("{path}", str(path))), said
+def test_what_is_no_listwise_file(tmp_path, folders):
+    path = tmp_path / "x.jsonl"
+    for name in ("export", "generate", "annotate", "doctor", "train", "eval"):
+        for content, message in FILES:
+            path.write_bytes(content)
+            said = refused(name, path, tmp_path, folders)
+            assert said.startswith(f"{path}{message}".replace("{path}", str(path))), said
 
 
 # -- data that does not go with its tokenizer, its model or its scorer --
 
 READERS = ("doctor", "train", "eval")
+ASKERS = ("generate", *READERS)
 LONG = {"prompt": "why tea is " * 6}
-FITS = [  # what it is; what is in line 2; commands and options that meet it; message ({path}, {folders} filled in)
-    (
-        "messages without a template", {"prompt": TALK[1:]}, ("generate", *READERS), dict(model="no-template"),
-        "{path}:2: the prompt is a list of messages but the tokenizer has no chat template",
-    ),
-    (
-        "a template that refuses", {"prompt": TALK}, ("generate", *READERS), dict(model="refuses"),
-        "{path}:2: the tokenizer's chat template refuses these messages: no system turn",
-    ),
-    (
-        "a prompt with two BOS", {"prompt": "<bos> <bos> why"}, ("generate", *READERS), {},
-        "{path}:2: the prompt starts with two '<bos>'; take one out",
-    ),
-    (
-        "an end within a response", {"responses": ["tea <eos> is", "hot"]}, READERS, {},
-        "{path}:2: a response holds the control token '<eos>' inside its text, and this tokenizer cannot read it as "
-        "plain characters; take it out of the text",
-    ),
-    (
-        "a prompt over the limit", LONG | {"id": "a"}, READERS, dict(max_length=8),
-        "no row is left with max_length = 8: rows_read = 1, rows_overlong_prompt = 1, responses_read = 2, "
-        "responses_overlong = 2",
-    ),
-    (
-        "a template without a word for tools", {"prompt": [*TALK, {"role": "tool", "content": "hot"}]},
-        ("generate", *READERS), dict(model="no-tools"),
-        "{path}:2: the tokenizer's chat template leaves out what prompt[2], the turn of 'tool', says",
-    ),
-    (
-        "a prompt over the limit, to be answered", LONG | {"id": "a"}, ("generate",), dict(max_prompt_length=2),
-        "{path}: no prompt fits into max_prompt_length = 2",
-    ),
-    (
-        "a prompt over the model's context", LONG, ("train", "eval"), {},
-        "a row has 22 tokens, the model 16 positions: set --max_length 16",
-    ),
-    (
-        "no prompt within the model's context, to be answered", LONG, ("generate",), dict(max_new_tokens=16),
-        "prompt 'a' has 1 tokens; the model's 16 positions and max_new_tokens=16 allow 1 to 0: lower max_new_tokens, "
-        "or shorten or drop it (data_prep.py generate drops it with --max_prompt_length 0)",
-    ),
-    (
-        "a folder without a tokenizer", {}, ("generate", *READERS), dict(model="empty"),
-        "no tokenizer could be loaded from '{folders}/empty': this folder holds no tokenizer.json that can be read (",
-    ),
-    (
-        "a file for a model", {}, ("generate", *READERS), dict(model="file"),
-        "no tokenizer could be loaded from '{folders}/file': this is a file; name the folder of a model",
-    ),
-    (
-        "a classifier for a reward model", {}, ("annotate",), dict(scorer="two-labels"),
-        "cannot load the reward model '{folders}/two-labels': {folders}/two-labels has 2 labels where a reward model "
-        "has one: is it a classifier? If they are objectives, say which is the reward, --objectives mean, LABEL_0, "
-        "LABEL_1",
-    ),
-    (
-        "a language model for a reward model", {}, ("annotate",), dict(scorer="model"),
-        "cannot load the reward model '{folders}/model': it is no reward model but LlamaForCausalLM: "
-        "train one from it with train.py --loss reward",
-    ),
-    (
-        "a reward model without a template", {"prompt": TALK}, ("annotate",), dict(scorer="scorer-no-template"),
-        "{path}:2: the prompt is a list of messages but the tokenizer has no chat template",
-    ),
-    (
-        "a prompt that is not the world's", {}, ("annotate",), dict(scorer="world-est"),
-        "{path}:1: this world cannot read the prompt 'why': score only its own, as message lists",
-    ),
-]  # fmt: skip
+TOOL = {"prompt": [*TALK, {"role": "tool", "content": "hot"}]}
+TEMPLATE = "{path}:2: the tokenizer's chat template "
+LOADED = "no tokenizer could be loaded from '{folders}/"
+RM = "cannot load the reward model '{folders}/"
+FITS = (  # what is in line 2 (with id a: in line 1); commands and options that meet it; how the message begins
+    ({"prompt": TALK[1:]}, ASKERS, dict(model="no-template"),
+     "{path}:2: the prompt is a list of messages but the tokenizer has no chat template"),
+    ({"prompt": TALK}, ASKERS, dict(model="refuses"), TEMPLATE + "refuses these messages: no system turn"),
+    (TOOL, ASKERS, dict(model="no-tools"), TEMPLATE + "leaves out what prompt[2], the turn of 'tool', says"),
+    ({"prompt": "<bos> <bos> why"}, ASKERS, {}, "{path}:2: the prompt starts with two '<bos>'; take one out"),
+    ({"responses": ["tea <eos> is", "hot"]}, READERS, {},
+     "{path}:2: a response holds the control token '<eos>' inside its text, and this tokenizer cannot read it as "),
+    (LONG | {"id": "a"}, READERS, dict(max_length=8),
+     "no row is left with max_length = 8: rows_read = 1, rows_overlong_prompt = 1, responses_read = 2, "),
+    (LONG | {"id": "a"}, ("generate",), dict(max_prompt_length=2), "{path}: no prompt fits into max_prompt_length = 2"),
+    (LONG, ("train", "eval"), {}, "a row has 22 tokens, the model 16 positions: set --max_length 16"),
+    (LONG, ("generate",), dict(max_new_tokens=16),
+     "prompt 'a' has 1 tokens; the model's 16 positions and max_new_tokens=16 allow 1 to 0: lower max_new_tokens, or"),
+    ({}, ASKERS, dict(model="empty"), LOADED + "empty': this folder holds no tokenizer.json that can be read ("),
+    ({}, ASKERS, dict(model="file"), LOADED + "file': this is a file; name the folder of a model"),
+    ({}, ("annotate",), dict(scorer="two-labels"),
+     RM + "two-labels': {folders}/two-labels has 2 labels where a reward model has one: is it a classifier? If they "
+     "are objectives, say which is the reward, --objectives mean, LABEL_0, LABEL_1"),
+    ({}, ("annotate",), dict(scorer="model"), RM + "model': it is no reward model but LlamaForCausalLM: "),
+    ({"prompt": TALK}, ("annotate",), dict(scorer="scorer-no-template"),
+     "{path}:2: the prompt is a list of messages but the tokenizer has no chat template"),
+    ({}, ("annotate",), dict(scorer="world-est"), "{path}:1: this world cannot read the prompt 'why': score only its "),
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "names", "more", "message"), [c[1:] for c in FITS], ids=[c[0] for c in FITS])
-def test_what_does_not_go_together(change, names, more, message, tmp_path, folders):
+def test_what_does_not_go_together(tmp_path, folders):
     path = tmp_path / "x.jsonl"
-    second = {key: value for key, value in (ROW | {"id": "b"} | change).items() if value is not ...}
-    path.write_bytes(lines(ROW, second) if second["id"] == "b" else lines(second))
-    options = {key: folders / str(v) if (folders / str(v)).exists() else v for key, v in more.items()}
-    for name in names:
-        said = refused(name, path, tmp_path, folders, **options)
-        assert said.startswith(message.format(path=path, folders=folders)), f"{name}: {said}"
+    for change, names, more, message in FITS:
+        second = ROW | {"id": "b"} | change
+        path.write_bytes(lines(ROW, second) if second["id"] == "b" else lines(second))
+        options = {key: folders / str(v) if (folders / str(v)).exists() else v for key, v in more.items()}
+        for name in names:
+            said = refused(name, path, tmp_path, folders, **options)
+            assert said.startswith(message.format(path=path, folders=folders)), f"{name}: {said}"
 
 
 HUB = (
