@@ -17,38 +17,8 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from hps.data.rows import KEYS, Row, decode_json, id_is_repeated, opened, parse_row, stream
-from hps.data.tokens import row_key
+from hps.data.rows import KEYS, Places, Row, decode_json, opened, parse_row, stream
 from hps.io import files
-
-RECENT = 2**16  # ids of `Places` that are not yet in its arrays
-
-
-class Places:
-    """A whole number for each id: 16 bytes per id, half of it a hash (of ten million, two are alike by 3 in 10^6)."""
-
-    def __init__(self) -> None:
-        self._keys, self._places = np.zeros(0, np.uint64), np.zeros(0, np.int64)  # in order of the keys
-        self._recent: dict[int, int] = {}
-
-    def add(self, id: str, place: int) -> int | None:
-        """Note the place of an id; the one that it has already, which then stays."""
-        if (before := self.get(id)) is None:
-            self._recent[row_key(id)] = place
-            if len(self._recent) == RECENT:
-                keys = np.concatenate([self._keys, np.fromiter(self._recent, np.uint64)])
-                places = np.concatenate([self._places, np.fromiter(self._recent.values(), np.int64)])
-                order = np.argsort(keys)
-                self._keys, self._places, self._recent = keys[order], places[order], {}
-        return before
-
-    def get(self, id: str) -> int | None:
-        key = row_key(id)
-        i = int(np.searchsorted(self._keys, np.uint64(key)))
-        return int(self._places[i]) if i < len(self._keys) and self._keys[i] == key else self._recent.get(key)
-
-    def __contains__(self, id: object) -> bool:
-        return self.get(cast(str, id)) is not None
 
 
 class Rows(Sequence[Row]):
@@ -105,8 +75,7 @@ def write(path: str | Path, rows: Iterable[Row]) -> None:
         seen, number = Places(), 0
         for number, row in enumerate(rows, 1):
             where = row.where or f"row {row.id!r}"
-            if (first := seen.add(row.id, number)) is not None:
-                raise id_is_repeated(row.id, where, f"row {first} of {path}")
+            seen.add_new(row.id, number, where, path)
             # Through parse_row: it refuses what `stream` would, and gives equal rows equal number types and key orders.
             yield _record(parse_row(_record(row), where))
         if not number:

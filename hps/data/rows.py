@@ -13,7 +13,6 @@ import difflib
 import functools
 import gzip
 import hashlib
-import itertools
 import json
 import lzma
 import reprlib
@@ -33,6 +32,7 @@ FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")  # of a row, as o
 ROLES = ("system", "user", "assistant", "tool")
 MAX_REWARD = 1e30  # of either sign; differences and squares of rewards stay far from the largest float
 MAX_LINE_BYTES = 64 * 2**20
+RECENT = 2**16  # ids of `Places` that are not yet in its arrays
 # What a file that is no JSON Lines begins with, and what to do with it.
 BEGINNINGS = {
     b"\x1f\x8b": "gzip: let its name end in .gz",
@@ -62,11 +62,9 @@ class Row:
 
 
 def parse_row(obj: object, where: str) -> Row:
-    """Check one decoded JSON value and return it as a Row.
+    """A decoded JSON value as a Row; ValueError, behind `where`, "file:line", on what the format does not allow.
 
-    obj: the decoded line. where: "file:line", put in front of every message.
-    Raises ValueError on anything that the format does not allow. An empty response is allowed here (the
-    training path drops and counts it), and so is an empty list of responses (yet to be generated).
+    An empty response is allowed here (training drops and counts it), and so is a list of none (yet to be generated).
     """
     row = _typed(obj, f"{where}: a row", "a JSON object", dict)
     others = check_keys(row, KEYS, required=("id", "prompt", "responses"), where=where, others=True)
@@ -181,34 +179,61 @@ def only(row: Row, kept: Sequence[int]) -> Row:
 
 
 def stream(path: str | Path) -> Iterator[Row]:
-    """Read a list-wise file row by row; all that stays in memory is a hash of each id, 16 bytes per row.
+    """Read a list-wise file row by row; all that stays in memory is 16 bytes per row, for its id.
 
     path: .jsonl, .jsonl.gz or .jsonl.xz.
     Raises ValueError, with file and line, on the first thing wrong: an unreadable or empty file, a broken or
-    blank line, a row that `parse_row` refuses; at the end of the file, an id that is there twice.
+    blank line, a row that `parse_row` refuses, an id that was there before.
     """
-    hashes = bytearray()
-    for where, obj in read_lines(path):
+    seen = Places()
+    for number, (where, obj) in enumerate(read_lines(path), 1):  # one row per line
         row = parse_row(obj, where)
-        hashes += hashlib.blake2b(row.id.encode(), digest_size=16).digest()
+        seen.add_new(row.id, number, where, path)
         yield row
-    _, first, kind = np.unique(np.frombuffer(hashes, dtype="S16"), return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[kind] < np.arange(len(kind)))
-    if len(again):
-        where, obj = next(itertools.islice(read_lines(path), int(again[0]), None))  # one row per line
-        raise id_is_repeated(parse_row(obj, where).id, where, f"{path}:{first[kind[again[0]]] + 1}")
 
 
-def id_is_repeated(id: str, where: str, first: str) -> ValueError:
-    return ValueError(f"{where}: id {id!r} is already used at {first}; ids must be unique")
+def row_key(id: str) -> int:
+    """64-bit hash of a row's id, which seeded draws are keyed by."""
+    return int.from_bytes(hashlib.blake2b(id.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+
+
+class Places:
+    """A whole number for each id: 16 bytes per id, half of it a hash (of ten million, two are alike by 3 in 10^6)."""
+
+    def __init__(self) -> None:
+        self._keys, self._places = np.zeros(0, np.uint64), np.zeros(0, np.int64)  # in order of the keys
+        self._recent: dict[int, int] = {}
+
+    def add(self, id: str, place: int) -> int | None:
+        """Note the place of an id; the one that it has already, which then stays."""
+        if (before := self.get(id)) is None:
+            self._recent[row_key(id)] = place
+            if len(self._recent) == RECENT:
+                keys = np.concatenate([self._keys, np.fromiter(self._recent, np.uint64)])
+                places = np.concatenate([self._places, np.fromiter(self._recent.values(), np.int64)])
+                order = np.argsort(keys)
+                self._keys, self._places, self._recent = keys[order], places[order], {}
+        return before
+
+    def add_new(self, id: str, line: int, where: str, path: str | Path) -> None:
+        """Note the line of an id; ValueError for one that has a line already."""
+        if (first := self.add(id, line)) is not None:
+            raise ValueError(f"{where}: id {id!r} is already used at {path}:{first}; ids must be unique")
+
+    def get(self, id: str) -> int | None:
+        key = row_key(id)
+        i = int(np.searchsorted(self._keys, np.uint64(key)))
+        return int(self._places[i]) if i < len(self._keys) and self._keys[i] == key else self._recent.get(key)
+
+    def __contains__(self, id: object) -> bool:
+        return self.get(cast(str, id)) is not None
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
     """Decode a JSON Lines file (plain, .gz or .xz), strictly: yields ("file:line", value).
 
-    Raises ValueError when the file is missing, empty or broken in its compression, and for a line that is blank,
-    too long (over 64 MiB, which is not loaded), not UTF-8 or not JSON (NaN and repeated keys included); and for a file
-    that its manifest, where one lies beside it, does not describe.
+    Raises ValueError when the file is missing, empty, broken in its compression or not what its manifest describes, and
+    for a line that is blank, too long (which is not loaded), not UTF-8 or not JSON (NaN and repeated keys included).
     """
     check_manifest(path)
     number = 0

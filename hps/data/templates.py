@@ -47,16 +47,15 @@ class Template:
 
         White space around a content may change, and what an earlier answer thought may be left out (`drops_thoughts`).
         """
-        text, shape = self.write(turns), self.shape(turns)
-        at = 0
-        for i, turn in enumerate(turns if not _fits(text, shape, turns) else ()):
-            # The template writes other things around this content than around others: its place must do.
-            begin = 0 if turn["role"] == "system" else at
-            found = [(text.find(form, begin), len(form)) for form in _forms(turn)]
-            first, size = next((pair for pair in found if pair[0] >= 0), (-1, 0))
-            if first < 0:
+        text, at = self.write(turns), 0
+        self.shape(turns)  # which misses a turn that is left out whole
+        for i, turn in enumerate(turns):
+            system = turn["role"] == "system"  # which may be written later
+            found = [(text.find(form, 0 if system else at), len(form)) for form in _forms(turn)]
+            ends = [begin + size for begin, size in found if begin >= 0]
+            if not ends:
                 raise _lost(turns, i, "leaves out or changes a part of")
-            at = max(at, first + size)
+            at = at if system else min(ends)
         return text
 
     def drops_thoughts(self, prompt: str | Turns, texts: Sequence[str] = ()) -> bool:
@@ -169,19 +168,6 @@ class Template:
 def said(answer: str) -> dict[str, Any]:
     """The turn of an answer."""
     return {"role": "assistant", "content": answer}
-
-
-def _fits(text: str, shape: list[str], turns: Turns) -> bool:
-    """Whether a text is the marked one with the contents in the place of the marks, white space around them aside."""
-    for part in shape:
-        turn = MARK.fullmatch(part)
-        forms = _forms(turns[int(turn[1])]) if turn else [part.strip()]
-        text = text.lstrip()
-        form = next((form for form in forms if text.startswith(form)), None)
-        if form is None:
-            return False
-        text = text[len(form) :]
-    return not text.strip()
 
 
 def _thought_said(turn: dict[str, Any]) -> tuple[str, str]:

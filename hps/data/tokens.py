@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hps.data.rows import Prompt, Row
+from hps.data.rows import Prompt, Row, row_key  # noqa: F401 - which stores and draws take from here
 from hps.io import hub
 
 COUNTS = ("rows_read", "rows_kept", "rows_overlong_prompt", "rows_no_responses", "pairs_broken")
@@ -243,11 +243,6 @@ def tokenize(
     if not counts["rows_kept"]:
         lost = ", ".join(f"{key} = {counts[key]}" for key in COUNTS if counts[key])
         raise ValueError(f"no row is left with max_length = {max_length}: {lost or 'no rows were given'}")
-
-
-def row_key(id: str) -> int:
-    """64-bit hash of a row's id, which seeded draws are keyed by."""
-    return int.from_bytes(hashlib.blake2b(id.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _example(

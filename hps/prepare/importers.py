@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hps.data.listwise import Places
-from hps.data.rows import Row, decode_json, opened, read_lines
+from hps.data.rows import Places, Row, decode_json, opened, read_lines
 from hps.io import files, hub
 from hps.prepare import formats
 from hps.prepare.formats import DROPS, FORMATS, Dropped, Record

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hps import checkpoint, dist, hosts
-from hps.data.listwise import Places, Rows
-from hps.data.rows import Row, decode_json
+from hps.data.listwise import Rows
+from hps.data.rows import Places, Row, decode_json
 
 # Options that change nothing of what a journal holds: a run that was killed may go on with others.
 FREE = {"output", "max_rows", "pairs", "tokens_per_micro_batch", "timeout"}

@@ -183,9 +183,6 @@ def test_keep_end_cuts_the_prompt_alone(words):
     assert words.decode(example.prompt_ids) == "tea hot cold" and example.kept.tolist() == [0, 1]
     [example], counts = tokenize_rows(words, [long], max_length=9, truncate="keep_end")
     assert len(example.prompt_ids) == 5 and counts["prompts_cut"] == 0
-
-
-def test_keep_end_keeps_bos(words):
     prompt = ({"role": "user", "content": "why is tea hot"},)  # <bos> <user> why is tea hot <assistant>
     [example], _ = tokenize_rows(words, [row("a", prompt, ("tea",))], max_length=6, truncate="keep_end")
     assert words.convert_ids_to_tokens(example.prompt_ids) == ["<bos>", "tea", "hot", "<assistant>"]

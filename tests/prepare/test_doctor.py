@@ -153,8 +153,6 @@ def test_the_page():
     assert ["copies", "of", "best", "1"] in lines and "human pairs identical" not in page
     assert ["human", "pairs", "reversed", "1"] in lines
     assert [line[:3] for line in lines].count(["gamma", "=", "-5"]) == 1
-    bare = format_report(report_of(case("ab", chosen=0, rejected=1)))
-    assert "gamma" not in bare and "reversed" not in bare
 
 
 # -- what may win instead of quality --
@@ -257,7 +255,6 @@ def test_where_texts_meet():
     assert expected.items() <= report["counts"].items() and report["template"] == ""
     assert report["counts"]["responses_decoded_otherwise"] == 0
     assert ["merges", "with", "the", "prompt", "1"] in [line.split() for line in format_report(report).splitlines()]
-    assert json.loads(json.dumps(report)) == report
 
 
 def test_a_text_that_its_tokens_do_not_give_back():
@@ -273,28 +270,17 @@ def test_a_text_that_its_tokens_do_not_give_back():
 def test_a_template_that_ends_answers_otherwise_is_told():
     rows = [Row("a", ({"role": "user", "content": "why"},), ("yes", "no"), chosen=0, rejected=1, where="f:1")]
     trained = "; a policy is trained on prompt, text and eos_token"
-    ends, begins = (
-        "the chat template ends an answer with {!r} and not with eos_token, '</s>'",
-        "[assistant]:{% endif %}",
-    )
-    for end, told in (("</s> ", ""), ("<|tool|>", ends.format("<|tool|>")), ("", ends.format(""))):
-        tokenizer = byte_tokenizer(chat_template=ANSWERED.replace("END", end))
-        report = report_with(tokenizer, rows)
-        assert (
-            report["advice"] == [told + trained] * bool(told) + [NO_REWARDS]
-            and report["counts"]["merges_with_the_prompt"] == 0
-        )
-    thinks = ANSWERED.replace("END", "</s>").replace(begins, begins.replace("{%", "<think>{%"))
-    before = ANSWERED.replace("END", "</s>").replace(
-        "]:{{ m.content }}{% if", "]:{% if loop.last and m.role == 'assistant' %}<think>{% endif %}{{ m.content }}{% if"
-    )
+    ends = "the chat template ends an answer with {!r} and not with eos_token, '</s>'"
+    begins = "the chat template begins an answer with '<think>', which a finished one does not have"
+    thinks = ANSWERED.replace("END", "</s>").replace("[assistant]:{%", "[assistant]:<think>{%")
     for template, told in (
-        (thinks, "the chat template begins an answer with '<think>', which a finished one does not have"),
-        (before, "the chat template writes '<think>' before a finished answer, which the prompt does not end in"),
+        (ANSWERED.replace("END", "</s> "), ""),
+        (ANSWERED.replace("END", "<|tool|>"), ends.format("<|tool|>")),
+        (thinks, begins),
     ):
-        tokenizer = byte_tokenizer(chat_template=template)
-        report = report_with(tokenizer, rows)
-        assert report["advice"] == [told + trained, NO_REWARDS]
+        report = report_with(byte_tokenizer(chat_template=template), rows)
+        assert report["advice"] == [told + trained] * bool(told) + [NO_REWARDS]
+        assert report["counts"]["merges_with_the_prompt"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -313,26 +299,19 @@ def run(words, path, capsys, *more):
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_limit_and_what_becomes_of_longer_rows(words, tmp_path, capsys):
+def test_the_limit_and_the_exit_status(words, tmp_path, capsys):
     """Six tokens of prompt; responses of two and four with EOS; five tokens in all."""
     path = tmp_path / "x.jsonl"
     write(path, [Row("a", "a b c d e f", ("x", "x y x"), (1.0, 0.0)), Row("b", "a", ("x", "y"), (1.0, 0.0))])
     whole, prompts = run(words, path, capsys), "tokens of a prompt"
     assert whole["ranges"][prompts] == {"min": 1, "median": 3.5, "max": 6} and whole["counts"]["prompts_cut"] == 0
-    assert whole["ranges"]["tokens of a response, end token included"] == {"min": 2, "median": 2, "max": 4}
-    dropped = run(words, path, capsys, "--max_length=5")
-    assert (dropped["examples"], dropped["counts"]["responses_overlong"]) == (1, 2)
-    assert dropped["ranges"][prompts]["max"] == 1
     cut = run(words, path, capsys, "--max_length=5", "--truncate=keep_end")
     # Two tokens of the prompt are kept at the least: the longer response does not fit, three go beside the shorter.
     assert (cut["examples"], cut["counts"]["responses_overlong"], cut["ranges"][prompts]["max"]) == (2, 1, 3)
-    assert cut["counts"]["prompts_cut"] == 1 and "1 prompts lose their beginning" in "".join(cut["advice"])
-    with pytest.raises(ValueError, match=r"x.jsonl:1: prompt of 6 tokens \+ responses\[0\] of 2 tokens > max_length"):
-        run(words, path, capsys, "--max_length=5", "--truncate=error")
+    assert "1 prompts lose their beginning" in "".join(cut["advice"])
     write(path, [Row("a", "a", ("x", "y"), (1.0, 1.0))])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="^1$"):
         run(words, path, capsys)
-    assert ended.value.code == 1
 
 
 def test_files_that_doctor_looks_up(words, tmp_path, capsys):
