@@ -16,7 +16,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 CORE := $(filter-out tests/test_scripts.py tests/test_golden.py tests/test_train.py,$(wildcard tests/test_*.py)) tests/data
 
 .DEFAULT_GOAL := help
-.PHONY: help env test check core soak lint reproduce model smollm2 paper lists bench gpu clean
+.PHONY: help env test check core soak lint trial reproduce model smollm2 paper lists bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+trial: $(STAMP) ## the whole path in a minute, with answers to look at: a world, SFT, candidates, two methods, evaluation
+	$(RUN) -m hps.lab.reproduce --suite trial --seeds 1 --small --out runs/trial
 
 reproduce: $(STAMP) ## the paper's comparison: SUITE=headline SEEDS=8 (worlds) OUT=runs/reproduce REPRODUCE_FLAGS=
 	$(RUN) -m hps.lab.reproduce --suite $(SUITE) --seeds $(SEEDS) --out $(OUT) $(REPRODUCE_FLAGS)

@@ -216,7 +216,7 @@ def check(c: Config, given: dict[str, str]) -> tuple[Config, list[str]]:
     several methods. given: name of each option that was set -> "file" or "flag".
 
     Raises:
-        ValueError: a choice that does not exist, a flag that the run would ignore, a file that is not there.
+        ValueError: a choice that does not exist, a flag that the run would ignore.
     """
     check_method(c.method)
     config.check_choices(c, loss=["preference", "sft", "reward"], dtype=model.DTYPES, truncate=tokens.TRUNCATE)
@@ -228,9 +228,6 @@ def check(c: Config, given: dict[str, str]) -> tuple[Config, list[str]]:
         for key in keys.split():
             if not allowed(getattr(c, key)):
                 raise ValueError(f"{key} must {words}, got {getattr(c, key)}")
-    for key in ("data", "eval_data"):
-        if getattr(c, key) and not Path(getattr(c, key)).exists():
-            raise ValueError(f"--{key} {getattr(c, key)}: there is no such file")
     what, passed_over = f"method {c.method}" if c.loss == "preference" else f"loss {c.loss}", []
     while unused := {*given} - used_options(c) - {*passed_over}:
         flags = sorted(key for key in unused if given[key] == "flag")

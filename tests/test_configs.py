@@ -8,7 +8,7 @@ from hps.options import Config, check
 
 
 def load(path, *more: str) -> Config:
-    argv = ["--config", str(path), "--model", "m", "--data", str(path), "--out", "o", *more]
+    argv = ["--config", str(path), "--model", "m", "--data", "d", "--out", "o", *more]
     c, passed_over = check(*config.parse(Config, argv, prog="train.py", description=""))
     assert not passed_over
     return c

@@ -38,11 +38,11 @@ def forked(monkeypatch) -> None:
 
 def test_the_examples_of_the_pages_work(forked):
     """A loss and a sampler go together, and a sampler's arguments are options, of which the run uses no others."""
-    c = options.Config("m", __file__, "o", method="hinge2-window")
+    c = options.Config("m", "d", "o", method="hinge2-window")
     options.check(c, dict.fromkeys(("method", "beta", "hps_samples", "n_factor"), "flag"))
     with pytest.raises(ValueError, match="does not use gamma_end"):
         options.check(c, {"gamma_end": "flag"})
-    c = options.Config("m", __file__, "o", method="dpo-cosine")
+    c = options.Config("m", "d", "o", method="dpo-cosine")
     options.check(c, dict.fromkeys(("gamma_end", "reward_norm"), "flag"))
     window = SAMPLERS["window"].log_q
     SAMPLERS["window"] = Sampler(log_q=lambda v, *, width=0.15: window(v))

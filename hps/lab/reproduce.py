@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hps import config
+from hps.data.rows import stream
 from hps.evaluate import report
 from hps.evaluate.compare import ROOT, Cells, commit, machine, publish, summarise
 from hps.io import files
@@ -126,7 +127,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
         run_in_workers([Stage(out / name / "theory.json", argv, 180)], 1, out, name)
         print(f"theory: {out / name / 'THEORY.md'}")
         return
-    suite = SUITES[name]()
+    suite = suites.trial() if name == "trial" else SUITES[name]()
     seeds = min(c.seeds, suite.worlds) if c.suite == "all" else c.seeds
     c = dataclasses.replace(c, suite=name, seeds=seeds, first_seed=c.first_seed + suite.later)
     while True:
@@ -147,13 +148,26 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     results: dict[str, Any] = {"suite": name, "commit": commit(), "machine": machine(), "seconds": time.time() - began}
     results |= {"worlds": seeds, "rows": rows, "comparisons": comparisons, "settings": settings, "series": suite.series}
     publish(results | {"claims": claims.judge(results)}, folder)
+    if name == "trial":
+        show_samples({method: folders[0][0] for method, folders in cells.items()})
+
+
+def show_samples(evaluations: dict[str, Path], prompts: int = 3) -> None:
+    """Print the answers of several evaluations to the same first prompts, one below the other."""
+    width = max(map(len, evaluations))
+    samples = {name: stream(folder / "samples.jsonl") for name, folder in evaluations.items()}
+    for _ in range(prompts):
+        rows = {name: next(of) for name, of in samples.items()}
+        print(f"\n> {next(iter(rows.values())).prompt[-1]['content']}")
+        for name, row in rows.items():
+            print(f"{name:>{width}}: {row.responses[0]} (true reward {row.rewards[0]:.2f})")
 
 
 def main() -> None:
     c, _ = config.parse(Options, prog="python -m hps.lab.reproduce", description=str(__doc__).split("\n")[0])
     names = [*SUITES, "theory"]
-    if c.suite not in (*names, "all"):
-        raise ValueError(f"unknown suite {c.suite!r}; choose one of {', '.join(names)}, all")
+    if c.suite not in (*names, "all", "trial"):
+        raise ValueError(f"unknown suite {c.suite!r}; choose one of {', '.join(names)}, all, trial")
     if c.seeds < 1 or min(c.first_seed, c.jobs) < 0:
         raise ValueError("seeds must be at least 1, first_seed and jobs not negative")
     out = Path(c.out)

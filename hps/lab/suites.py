@@ -214,6 +214,11 @@ def cost() -> Suite:
     return with_again(Suite(rows, pairs), "DPO-uniform")
 
 
+def trial() -> Suite:
+    """The whole path in a minute: two methods beside SFT, to be looked at and not to be measured by."""
+    return Suite({f"DPO-{view}": row("dpo", view) for view in ("BT", "HPS scaled (ours)")}, [])
+
+
 def tune() -> Suite:
     """Every method at its settings and at half and twice each of them, on worlds of its own; `widened` goes on."""
     methods = {f"{loss.upper()}-{view}": row(loss, view) for loss, view in product(LOSSES, VIEWS)}

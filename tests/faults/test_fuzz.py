@@ -82,7 +82,7 @@ def imported(source: str, order: str) -> Callable[[Path], None]:
 
 
 def training_options(path: Path) -> None:
-    argv = ["--model=m", f"--data={__file__}", "--out=o", "--config", str(path)]
+    argv = ["--model=m", "--data=d", "--out=o", "--config", str(path)]
     c, given = config.parse(options.Config, argv, prog="x", description="x")
     finite(vars(c))
     for field in dataclasses.fields(c):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from hps import config
+from hps.data import listwise
+from hps.data.rows import Row
 from hps.evaluate.metrics import AGAIN
 from hps.lab import reproduce
 from hps.lab.suites import LOSSES, SETTINGS, SUITES, VIEWS, row
@@ -110,3 +112,15 @@ def test_a_plan_has_every_cell_once_shared_by_suites(tmp_path):
     common = [stage for stage in schedule if stage.product in commands]
     assert len(common) >= 2 * (6 + 2 * 2)  # the world's stages; two rows at least, trained and evaluated
     assert all(stage.argv == commands[stage.product] for stage in common)
+
+
+def test_a_trial_shows_answers_side_by_side(tmp_path, capsys):
+    """Prompt by prompt, each method's first answer under the same question."""
+    for name, text in (("SFT", "no"), ("DPO-BT", "yes")):
+        rows = [
+            Row(f"{i}", [{"role": "user", "content": f"q{i}"}], (f"{text} {i}", "x"), (i / 2, 0.0)) for i in range(4)
+        ]
+        listwise.write(tmp_path / name / "samples.jsonl", rows)
+    reproduce.show_samples({name: tmp_path / name for name in ("SFT", "DPO-BT")}, prompts=2)
+    said = capsys.readouterr().out.strip().split("\n\n")
+    assert said[1] == "> q1\n   SFT: no 1 (true reward 0.50)\nDPO-BT: yes 1 (true reward 0.50)" and len(said) == 2
