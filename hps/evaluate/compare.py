@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -58,10 +59,9 @@ def per_prompt(folders: list[Path]) -> Values:
     tables = [files.read_json(folder / "per_prompt.json") for folder in folders]
     found: Values = {}
     for metric in metrics.METRICS:
-        each: dict[str, list[float]] = {}
-        for id, value in ((id, value) for table in tables for id, value in table.get(metric, {}).items()):
-            each.setdefault(id, []).append(value)
-        found[metric] = {id: float(np.mean(values)) for id, values in each.items()}
+        columns = [table.get(metric, {}) for table in tables]
+        ids = dict.fromkeys(id for column in columns for id in column)
+        found[metric] = {id: float(np.mean([column[id] for column in columns if id in column])) for id in ids}
     spent = {folder.parent.name: folder.parent / "summary.json" for folder in folders}
     spent = {run: files.read_json(path) for run, path in spent.items() if path.exists()}
     found["train_seconds"] = {run: one["seconds"] for run, one in spent.items()}
@@ -77,12 +77,12 @@ def head_to_head(a: list[Path], b: list[Path]) -> dict[str, float]:
         path = folder / "samples.jsonl"
         return {row.id: row.rewards for row in listwise.read(path) if row.rewards} if path.exists() else {}
 
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = defaultdict(list)
     for i in range(max(len(a), len(b))):
         ours, theirs = rewards(a[i % len(a)]), rewards(b[i % len(b)])
         for id in ours.keys() & theirs.keys():
             shares = metrics.win_tie_lose(ours[id], theirs[id])
-            found.setdefault(id, []).append(shares["win"] - shares["lose"])
+            found[id].append(shares["win"] - shares["lose"])
     return {id: float(np.mean(leads)) for id, leads in found.items()}
 
 
@@ -146,11 +146,10 @@ def adjust(comparisons: list[Item]) -> None:
 
 def commit() -> str:
     """Short hash of the checked-out commit, `-dirty` where files differ from it; `unknown` outside a checkout."""
-    git = shutil.which("git")
 
     def ask(*words: str) -> str:
-        argv = [str(git), "-C", str(ROOT), *words]
-        return subprocess.run(argv, capture_output=True, text=True).stdout.strip() if git else ""
+        argv = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(argv, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
     return (ask("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if ask("status", "--porcelain") else "")
 
@@ -180,17 +179,18 @@ def publish(results: Item, out: Path) -> None:
 
 def find(words: tuple[str, ...], baseline: str) -> Cells:
     """NAME=FOLDER words -> name -> [its evaluations' folders]; ValueError for what cannot be compared."""
-    named = [word.partition("=")[::2] for word in words]
-    if len({name for name, _ in named}) < max(2, len(named)) or not all(name and folder for name, folder in named):
+    named = dict(word.partition("=")[::2] for word in words)
+    if len(named) < max(2, len(words)) or not all(name and folder for name, folder in named.items()):
         raise ValueError(f"{' '.join(words)}: give NAME=FOLDER NAME=FOLDER ..., two or more different names")
-    if bad := [name for name, _ in named if Path(name).name != name or name.startswith(".")]:
-        raise ValueError(
-            f"{bad[0]}={dict(named)[bad[0]]}: a name becomes that of a file: without slashes, and no dot first"
-        )
-    if baseline not in dict(named):
-        raise ValueError(f"--baseline {baseline}: choose one of {', '.join(dict(named))}")
-    cells = {name: [sorted(path.parent for path in Path(folder).rglob("eval.json"))] for name, folder in named}
-    for name, folder in named:
+    if baseline not in named:
+        raise ValueError(f"--baseline {baseline}: choose one of {', '.join(named)}")
+    cells, at = {}, {}
+    for name, folder in named.items():
+        if Path(name).name != name or name.startswith("."):
+            raise ValueError(f"{name}={folder}: a name becomes that of a file: without slashes, and no dot first")
+        if (other := at.setdefault(Path(folder).resolve(), name)) != name:
+            raise ValueError(f"{other} and {name} are one folder, {folder}")
+        cells[name] = [sorted(path.parent for path in Path(folder).rglob("eval.json"))]
         if not cells[name][0]:
             raise ValueError(f"{name}={folder}: no eval.json there or below; run eval.py --out={folder} first")
     return cells
@@ -199,15 +199,13 @@ def find(words: tuple[str, ...], baseline: str) -> Cells:
 def check_alike(cells: Cells) -> int:
     """How many prompts all evaluations share; ValueError unless they looked at the same data in the same way."""
     folders = [folder for ((*folders,),) in cells.values() for folder in folders]
-    read = {folder: files.read_json(folder / "eval.json") for folder in folders}
-    if strange := [folder for folder, found in read.items() if not isinstance(found.get("config"), dict)]:
-        raise ValueError(f"{strange[0] / 'eval.json'}: is not what eval.py writes; evaluate that policy again")
-    about = {folder: found["config"] for folder, found in read.items()}
-    first = about[folders[0]]
-    for folder in folders[1:]:
+    about = {folder: files.read_json(folder / "eval.json").get("config") for folder in folders}
+    for folder, config_of in about.items():
+        if not isinstance(config_of, dict):
+            raise ValueError(f"{folder / 'eval.json'}: is not what eval.py writes; evaluate that policy again")
         for key in ALIKE:
-            if about[folder].get(key) != first.get(key):
-                one, other = f"{folders[0]}: {key} {first.get(key)}", f"{folder}: {about[folder].get(key)}"
+            if config_of.get(key) != (first := about[folders[0]].get(key)):
+                one, other = f"{folders[0]}: {key} {first}", f"{folder}: {config_of.get(key)}"
                 raise ValueError(f"{one}; {other}. Evaluate them the same way, or what differs is not the policy")
     ids = [set().union(*files.read_json(folder / "per_prompt.json").values()) for folder in folders]
     if not (shared := set.intersection(*ids)):
@@ -223,16 +221,11 @@ def read_samples(cells: Cells) -> dict[str, dict[str, Row]]:
 
 def samples_page(samples: dict[str, dict[str, Row]], baseline: str) -> str:
     """A page with all methods' samples of a prompt beside each other, one prompt at a time."""
-    first = next(iter(samples.values()))
-    shared = [id for id in first if all(id in rows for rows in samples.values())]
-    prompts = [
-        {
-            "id": id,
-            "turns": turns(first[id].prompt),
-            "samples": [[rows[id].responses, rows[id].rewards] for rows in samples.values()],
-        }
-        for id in shared
-    ]
+    prompts = []
+    for id, row in next(iter(samples.values())).items():
+        if all(id in rows for rows in samples.values()):
+            answers = [[rows[id].responses, rows[id].rewards] for rows in samples.values()]
+            prompts.append({"id": id, "turns": turns(row.prompt), "samples": answers})
     study = {"methods": list(samples), "baseline": list(samples).index(baseline), "prompts": prompts}
     return page.render("samples.html", study=study)
 
@@ -241,23 +234,19 @@ def write_for_judges(samples: dict[str, dict[str, Row]], formats: list[str], out
     """Each method's first sample of each prompt, as alpaca_eval and arena-hard-auto v2 read a model's outputs (without
     the counts of the latter's style control). Both know one turn alone, so several are their texts in a row.
     """
-    for folder in (out / "alpaca_eval", out / "arena_hard" / "model_answer"):
-        if folder.relative_to(out).parts[0] in formats:
-            folder.mkdir(parents=True, exist_ok=True)
     for name, rows in samples.items():
-        asked = {row.id: "\n\n".join(text for _, text in turns(row.prompt)) for row in rows.values()}
+        answers = [(id, "\n\n".join(text for _, text in turns(x.prompt)), x.responses[0]) for id, x in rows.items()]
         if "alpaca_eval" in formats:
-            records = [
-                {"instruction": asked[row.id], "output": row.responses[0], "generator": name} for row in rows.values()
-            ]
+            records = [{"instruction": asked, "output": said, "generator": name} for _, asked, said in answers]
+            (out / "alpaca_eval").mkdir(parents=True, exist_ok=True)
             files.write_json(out / "alpaca_eval" / f"{name}.json", records)
         if "arena_hard" in formats:
-            lines = []
-            for row in rows.values():
-                spoken = [{"role": "user", "content": asked[row.id]}]
-                spoken += [{"role": "assistant", "content": {"answer": row.responses[0]}}]
-                lines.append(json.dumps({"uid": row.id, "ans_id": row.id, "model": name, "messages": spoken}))
-            files.write_text(out / "arena_hard" / "model_answer" / f"{name}.jsonl", "\n".join(lines) + "\n")
+            lines = ""
+            for id, asked, said in answers:
+                spoken = [{"role": "user", "content": asked}, {"role": "assistant", "content": {"answer": said}}]
+                lines += json.dumps({"uid": id, "ans_id": id, "model": name, "messages": spoken}) + "\n"
+            (out / "arena_hard" / "model_answer").mkdir(parents=True, exist_ok=True)
+            files.write_text(out / "arena_hard" / "model_answer" / f"{name}.jsonl", lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -269,6 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(formats) - set(FORMATS):
         raise ValueError(f"--formats {', '.join(unknown)}: choose among {', '.join(FORMATS)}")
     cells, out = find(c.evaluations, c.baseline), Path(c.out)
+    if not c.out or out.is_file():
+        raise ValueError(f"--out {c.out!r}: name a folder, which is made if it is missing")
     shared, samples = check_alike(cells), read_samples(cells)
     if formats and not samples:
         raise ValueError("--formats: no evaluation has samples; run eval.py with --samples")

@@ -61,6 +61,7 @@ def test_what_does_not_compare_is_refused(tmp_path):
         "different names": [f"A={a}", f"A={b}"],
         "NAME=FOLDER": [f"A={a}", str(b)],
         "--baseline A: choose one of": [f"B={a}", f"C={c}"],
+        "A and B are one folder": [f"A={a}", f"B={tmp_path / 'x/../a'}"],
         "a name becomes that of a file": [f"A={a}", f"../B={a}"],
         "data None; .*: other.jsonl": [f"A={a}", f"B={evaluation(tmp_path / 'e', {'p': 1.0}, data='other.jsonl')}"],
         "no eval.json there or below": [f"A={a}", f"B={tmp_path / 'none'}"],
@@ -72,6 +73,9 @@ def test_what_does_not_compare_is_refused(tmp_path):
             run(tmp_path / "out", *words)
     with pytest.raises(ValueError, match="no evaluation has samples"):
         run(tmp_path / "out", f"A={a}", f"B={evaluation(tmp_path / 'd', {'p': 1.0})}", formats="alpaca_eval")
+    for wrong in ("", a / "eval.json"):
+        with pytest.raises(ValueError, match="--out .*: name a folder"):
+            run(wrong, f"A={a}", f"B={c}")
     assert not (tmp_path / "out").exists()
 
 
