@@ -7,7 +7,6 @@ import subprocess
 import urllib.error
 import urllib.request
 
-TAB, ENTER, SHIFT, END, LEFT, RIGHT = "\ue004", "\ue007", "\ue008", "\ue010", "\ue012", "\ue014"
 ESCAPE = "\ue00c"
 
 
@@ -81,14 +80,9 @@ class Browser:
     def js(self, script, *args):
         return self.send("POST", "/execute/sync", {"script": f"return {script}", "args": args})
 
-    def keys(self, *words):
-        """Press the keys of each word one after the other, wherever the focus is; SHIFT holds for the next one."""
-        actions = []
-        for key in "".join(words):
-            actions.append({"type": "keyDown", "value": key})
-            actions += [] if key == SHIFT else [{"type": "keyUp", "value": key}]
-            if key != SHIFT and len(actions) > 2 and actions[-3] == {"type": "keyDown", "value": SHIFT}:
-                actions.append({"type": "keyUp", "value": SHIFT})
+    def keys(self, word):
+        """Press the keys of a word one after the other, wherever the focus is."""
+        actions = [{"type": kind, "value": key} for key in word for kind in ("keyDown", "keyUp")]
         self.send("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def text(self, id):

@@ -141,8 +141,8 @@ def margins(logratios: ArrayLike, rewards: ArrayLike, *, gap: float = 0.5, harde
 # ---- intervals -----------------------------------------------------------------------------------
 
 
-def world_interval(values: ArrayLike, level: float = 0.95) -> tuple[Any, Any, Any]:
-    """Mean of one number per world and Student's t interval of what it is over all worlds: (mean, low, high) (OURS).
+def world_interval(values: ArrayLike) -> tuple[Any, Any, Any]:
+    """Mean of one number per world and Student's 95 % interval of what it is over all worlds: (mean, low, high) (OURS).
 
     Runs, prompts and samples of a world have been averaged before: what differs between worlds holds their spread too,
     and worlds alone are independent of each other. The prompts of one evaluation can stand in for worlds, and the
@@ -153,12 +153,10 @@ def world_interval(values: ArrayLike, level: float = 0.95) -> tuple[Any, Any, An
     """
     values = np.asarray(values, dtype=np.float64)
     _finite("values", values, max(1, values.ndim))
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}")
     mean, number = values.mean(0), len(values)
     if number == 1:
         return mean, mean - np.inf, mean + np.inf
-    half = extra("scipy.stats").t.ppf((1 + level) / 2, number - 1) * values.std(0, ddof=1) / np.sqrt(number)
+    half = extra("scipy.stats").t.ppf(0.975, number - 1) * values.std(0, ddof=1) / np.sqrt(number)
     return mean, mean - half, mean + half
 
 

@@ -52,20 +52,16 @@ def test_margins_do_not_depend_on_the_candidates_order():
     assert M.margins(h + 7.0, s) == pytest.approx(M.margins(h, s))
 
 
-@pytest.mark.parametrize(
-    "h, s, message",
-    [
+def test_margins_refuse():
+    for h, s, message in (
         ([1.0, 2.0], [1.0, 1.0], "no candidate is dispreferred"),
-        ([1.0], [1.0], "no candidate is dispreferred"),
         ([1.0, 2.0], [1.0, 2.0, 3.0], "same candidates"),
         ([1.0, math.nan], [1.0, 2.0], "not finite"),
         ([1.0, 2.0], [1.0, -math.inf], "not finite"),
         ([], [], "non-empty"),
-    ],
-)
-def test_margins_refuse(h, s, message):
-    with pytest.raises(ValueError, match=message):
-        M.margins(h, s)
+    ):
+        with pytest.raises(ValueError, match=message):
+            M.margins(h, s)
 
 
 # ---- intervals ------------------------------------------------------------------------------------
@@ -85,9 +81,8 @@ def test_interval_covers_the_truth_as_often_as_it_says():
 
 def test_world_interval_and_p_are_scipys():
     values = np.random.default_rng(1).normal(0.5, size=7)
-    for level in (0.95, 0.8):
-        theirs = scipy.stats.ttest_1samp(values, 0).confidence_interval(level)
-        assert M.world_interval(values, level) == pytest.approx((values.mean(), theirs.low, theirs.high))
+    theirs = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert M.world_interval(values) == pytest.approx((values.mean(), theirs.low, theirs.high))
     _, low, high = M.world_interval(values)
     for bound in (low, high):  # where the interval ends, p is 1 less its level
         assert M.world_p(values, bound) == pytest.approx(0.05)
@@ -105,8 +100,6 @@ def test_one_world_has_no_interval():
     for values, message in (([1.0, math.nan], "not finite"), ([], "non-empty")):
         with pytest.raises(ValueError, match=message):
             M.world_interval(values)
-    with pytest.raises(ValueError, match="level"):
-        M.world_interval([1.0, 2.0], 95)
 
 
 def test_holm_by_hand():
