@@ -214,13 +214,10 @@ def test_a_row_between_two_by_kl_is_linear_by_prompt(tmp_path):
 
 def test_head_to_head_by_hand(tmp_path):
     """Run beside run, the shorter side repeated, on the prompts that both have: wins less losses in per cent."""
-    a = [
-        trained(tmp_path / f"a{i}", {}, r)
-        for i, r in enumerate([{"p": (1.0, 2.0, 0.0, 1.0), "q": (1.0,)}, {"p": (0.0,) * 4}])
-    ]
-    b = [trained(tmp_path / "b", {}, {"p": (0.0, 1.0, 0.0, 2.0), "s": (1.0,)})]
-    assert compare.head_to_head(a, b) == {"p": pytest.approx(((50 - 25) + (0 - 50)) / 2)}
-    assert compare.head_to_head(b, a) == {"p": pytest.approx(12.5)}
+    scored = [{"p": (1.0, 2.0, 0.0, 1.0), "q": (1.0,)}, {"p": (0.0,) * 4}, {"p": (0.0, 1.0, 0.0, 2.0), "s": (1.0,)}]
+    *a, b = [trained(tmp_path / f"{i}", {}, rewards) for i, rewards in enumerate(scored)]
+    assert compare.head_to_head(a, [b]) == {"p": pytest.approx(((50 - 25) + (0 - 50)) / 2)}
+    assert compare.head_to_head([b], a) == {"p": pytest.approx(12.5)}
 
 
 def test_the_machine_names_its_gpus(monkeypatch):

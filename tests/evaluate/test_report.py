@@ -61,12 +61,16 @@ def test_table_marks_the_best_and_what_overlaps_it():
     assert "over the prompts of one world: it says nothing of other worlds" in report.legend({"worlds": 1})
 
 
-def test_ties_are_bold_together_and_equals_not_at_all():
+def test_ties_are_bold_together_equals_not_at_all_and_one_number_alone_is_near():
+    """Without an interval nothing sets a mean apart from the best one."""
     tied = results()
     for row, harm in zip(tied["rows"], (-0.001, -0.001, 1), strict=True):
         row["metrics"] = {"junk": interval(5, 4, 6), "harm": interval(harm, harm, harm)}
     found = [cells(report.table(tied), method)[2:] for method in ("SFT", "DPO-BT", r"HPS\|x")]
     assert found == [[mean, "5.0 [4.0, 6.0]"] for mean in ("**0.0**", "**0.0**", "1.0")]
+    alone = results()
+    alone["rows"][1]["metrics"]["true_reward"] |= {"low": None, "high": None}
+    assert cells(report.table(alone), "DPO-BT")[4] == "1.14 ~"
 
 
 def test_comparisons_have_a_plain_verdict():
@@ -83,13 +87,6 @@ def test_comparisons_have_a_plain_verdict():
     assert table.note.endswith(
         "Of 2 differences of a row with itself, trained with another seed, 1 are resolved; 5 % are expected."
     )
-
-
-def test_one_number_alone_is_near_everything():
-    """Without an interval nothing sets a mean apart from the best one."""
-    alone = results()
-    alone["rows"][1]["metrics"]["true_reward"] |= {"low": None, "high": None}
-    assert cells(report.table(alone), "DPO-BT")[4] == "1.14 ~"
 
 
 def test_results_md_holds_every_number_and_figure(written):
@@ -151,22 +148,19 @@ def test_no_line_of_results_md_is_too_long(tmp_path):
 # ---- figures --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "inches", "colours"),
-    [
+def test_figures_show_their_methods_colours(written):
+    """And nothing is cut off: the outermost pixels are white."""
+    for name, inches, colours in (
         ("margins", (3.6, 0.9 + 3 * 0.27), (0, 1, 2)),
         ("reward_kl", (5.6, 3.6), (0, 1, 2)),
         ("series_strength", (7.0, 2.9), (0, 1)),
         ("series_n", (4.4, 2.9), (0,)),
-    ],
-)
-def test_figures_show_their_methods_colours(written, name, inches, colours):
-    image = np.round(imread(written / "figures" / f"{name}.png")[..., :3] * 255).astype(np.int64)
-    assert image.shape[:2] == pytest.approx((inches[1] * figures.DPI, inches[0] * figures.DPI), abs=1)
-    found = set(np.unique(image @ [65536, 256, 1]).tolist())
-    assert {int(figures.COLOURS[i][1:], 16) for i in colours} <= found
-    # nothing is cut off: the outermost pixels are white
-    assert all((edge == 255).all() for edge in (image[0], image[-1], image[:, 0], image[:, -1]))
+    ):
+        image = np.round(imread(written / "figures" / f"{name}.png")[..., :3] * 255).astype(np.int64)
+        assert image.shape[:2] == pytest.approx((inches[1] * figures.DPI, inches[0] * figures.DPI), abs=1)
+        found = set(np.unique(image @ [65536, 256, 1]).tolist())
+        assert {int(figures.COLOURS[i][1:], 16) for i in colours} <= found
+        assert all((edge == 255).all() for edge in (image[0], image[-1], image[:, 0], image[:, -1]))
 
 
 def drawn(of_results, name):
@@ -185,7 +179,7 @@ def drawn(of_results, name):
     return figure, panels
 
 
-def test_lines_over_a_metric_show_the_numbers_given():
+def test_lines_over_a_metric_or_numbers_of_ours_show_what_is_given():
     figure, panels = drawn(results(), "series_strength")
     assert list(panels) == ["RM2", "reward"]  # no row has junk
     points, across, up = panels["reward"]["down"]
@@ -200,6 +194,11 @@ def test_lines_over_a_metric_show_the_numbers_given():
     assert {name: points.tolist() for name, (points, *_) in panels["reward"].items()} == {
         "SFT": [[0, 0.59]], "DPO-BT": [[6.1, 1.14]], "HPS|x": [[5.2, 1.78]]
     }  # fmt: skip
+    figure, panels = drawn(results(), "series_n")
+    points, across, up = panels["win %"]["up"]
+    assert points.tolist() == [[5, 54.5], [20.5, 70.25]] and across is None
+    assert up == pytest.approx(np.array([[51, 57], [68, 73]]))
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["5", "20.5"]
 
 
 def test_a_strip_has_the_mean_and_every_worlds_value():
@@ -212,15 +211,6 @@ def test_a_strip_has_the_mean_and_every_worlds_value():
     assert strips == [[[0.1, 0.3], [0.3, 0.3]], [], []]  # two worlds have a value; two pairs none of this metric
     points = [bars.lines[0].get_xydata().tolist() for bars in figure.axes[1].containers]
     assert points[0] == [[0.64, 0.0]]
-
-
-def test_lines_over_numbers_of_ours_show_them():
-    figure, panels = drawn(results(), "series_n")
-    points, across, up = panels["win %"]["up"]
-    assert points.tolist() == [[5, 54.5], [20.5, 70.25]] and across is None
-    assert up == pytest.approx(np.array([[51, 57], [68, 73]]))
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["5", "20.5"]
-    assert figure._supxlabel.get_text() == "candidates"
 
 
 def test_a_missing_number_breaks_its_line():
@@ -255,42 +245,32 @@ CELLS = """[...document.querySelectorAll('table')].map(table => [...table.rows].
 })))"""
 
 
-@pytest.fixture
-def opened(browser, written):
-    browser.open(written / "report.html")
-    return browser
-
-
 def texts(browser, selector, value="textContent"):
     return browser.js(f"[...document.querySelectorAll('{selector}')].map(each => each.{value})")
 
 
-def test_the_pages_tables_are_those_of_the_markdown(opened, written):
+def test_the_page_says_what_the_markdown_says(browser, written):
+    browser.open(written / "report.html")
     blocks = re.findall(r"(?:^\|.*\n)+", (written / "RESULTS.md").read_text(), re.MULTILINE)
     expected = []
     for block in blocks:
         lines = [line for line in block.splitlines() if "| --- |" not in line]
         cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
         expected.append([[cell.strip().replace(r"\|", "|") for cell in row] for row in cells])
-    assert opened.js(CELLS) == expected and len(expected) == 7
-
-
-def test_headings_labels_and_images_of_the_page(opened, written):
+    assert browser.js(CELLS) == expected and len(expected) == 7
     markdown = " ".join((written / "RESULTS.md").read_text().split())
-    assert texts(opened, "h1, title") == 2 * ["Results: tiny"]
-    assert texts(opened, "p")[0] == "Commit abc1234, two cores, 1.5 minutes."
-    assert texts(opened, "p")[1].startswith(report.legend(results()).replace("`", ""))
-    terms = dict(zip(texts(opened, "dt"), texts(opened, "dd"), strict=True))
+    assert texts(browser, "h1, title") == 2 * ["Results: tiny"]
+    assert texts(browser, "p")[0] == "Commit abc1234, two cores, 1.5 minutes."
+    assert texts(browser, "p")[1].startswith(report.legend(results()).replace("`", ""))
+    terms = dict(zip(texts(browser, "dt"), texts(browser, "dd"), strict=True))
     assert terms["beta"] == "0.1" and terms["RM2 (rm2)"] == METRICS["rm2"].meaning and "RM10 (rm10)" not in terms
     groups = list(dict.fromkeys(metric.group for metric in METRICS.values()))[:4]
-    assert texts(opened, "h2") == [*groups, "Paired comparisons", "Claims", "Ours", "Figures"]
-    labels = (
-        "[...document.querySelectorAll('table')].map(e => document.getElementById(e.getAttribute(`aria-labelledby`)))"
-    )
-    assert opened.js(f"{labels}.map(e => e.textContent)") == texts(opened, "h2")[:7]
-    alts = texts(opened, "img", "alt")
-    sources = texts(opened, "img", "src")
-    for name, alt, source, caption in zip(FIGURES, alts, sources, texts(opened, "figcaption"), strict=True):
+    assert texts(browser, "h2") == [*groups, "Paired comparisons", "Claims", "Ours", "Figures"]
+    labels = "table => document.getElementById(table.getAttribute('aria-labelledby')).textContent"
+    assert browser.js(f"[...document.querySelectorAll('table')].map({labels})") == texts(browser, "h2")[:7]
+    alts = texts(browser, "img", "alt")
+    sources = texts(browser, "img", "src")
+    for name, alt, source, caption in zip(FIGURES, alts, sources, texts(browser, "figcaption"), strict=True):
         assert f"![{alt}](" in markdown and f") {caption} " in markdown and alt != caption
         png = base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)
         assert png == (written / "figures" / f"{name}.png").read_bytes()
