@@ -6,7 +6,7 @@ what their documentation says of purge_step and of repeated steps, what a user w
 
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from helpers import jsonl, run
@@ -15,63 +15,46 @@ import train
 from hps.io import loggers
 
 
-class Events:
-    """TensorBoard's view of a folder: (tag, step) -> values, those from purge_step on forgotten when a writer opens."""
+@pytest.fixture
+def events(monkeypatch) -> dict[str, dict]:
+    """TensorBoard's view of each folder: (tag, step) -> values; those from purge_step on are forgotten by a writer."""
+    seen: dict[str, dict] = {}
 
-    def __init__(self) -> None:
-        self.seen: dict[str, dict[tuple[str, int], list[float]]] = {}
+    class Writer:
+        def __init__(self, folder: str, purge_step: int = 0) -> None:
+            kept = {key: values for key, values in seen.get(folder, {}).items() if key[1] < purge_step}
+            self.shown, self.unwritten = seen.setdefault(folder, {}), []
+            self.shown.clear()
+            self.shown |= kept
 
-    def writer(self, log_dir: str, purge_step: int | None = None) -> "Writer":
-        shown = self.seen.setdefault(log_dir, {})
-        if purge_step is not None:
-            self.seen[log_dir] = {key: values for key, values in shown.items() if key[1] < purge_step}
-        return Writer(self.seen[log_dir])
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            self.unwritten.append(((tag, step), value))
 
+        def flush(self) -> None:
+            for key, value in self.unwritten:
+                self.shown.setdefault(key, []).append(value)
+            self.unwritten = []
 
-class Writer:
-    def __init__(self, shown: dict[tuple[str, int], list[float]]) -> None:
-        self.shown, self.unwritten = shown, []
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        self.unwritten.append(((tag, step), value))
-
-    def flush(self) -> None:
-        for key, value in self.unwritten:
-            self.shown.setdefault(key, []).append(value)
-        self.unwritten = []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    return seen
 
 
-class Server:
+@pytest.fixture
+def server(monkeypatch) -> SimpleNamespace:
     """Weights & Biases: runs by id, each step -> its values; a step that is not new is ignored, as wandb does."""
+    server = SimpleNamespace(runs={}, settings={})
 
-    def __init__(self) -> None:
-        self.runs: dict[str, dict[int, dict[str, float]]] = {}
-        self.settings: dict[str, dict] = {}
-
-    def init(self, *, dir: str, id: str, resume: str, name: str, config: dict) -> "Server":
+    def init(*, dir: str, id: str, resume: str, name: str, config: dict) -> SimpleNamespace:
         assert resume == "allow" and Path(dir).name == name
-        self.current = self.runs.setdefault(id, {})
-        self.settings[id] = config
-        return self
+        steps, server.settings[id] = server.runs.setdefault(id, {}), config
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        if step > max(self.current, default=-1):
-            self.current[step] = values
+        def log(values: dict[str, float], step: int) -> None:
+            if step > max(steps, default=-1):
+                steps[step] = values
 
+        return SimpleNamespace(log=log)
 
-@pytest.fixture
-def events(monkeypatch) -> Events:
-    module, events = ModuleType("torch.utils.tensorboard"), Events()
-    module.SummaryWriter = events.writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    return events
-
-
-@pytest.fixture
-def server(monkeypatch) -> Server:
-    module, server = ModuleType("wandb"), Server()
-    module.init = server.init
-    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     return server
 
 
@@ -90,7 +73,7 @@ def test_steps_done_again_stand_once_in_all(tiny_world, tmp_path, events, server
     options = dict(log_to="tensorboard,wandb", save_every=3, sample_every=1, sample_prompts=1)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_world, tmp_path, **options)
-    assert max(step for _, step in events.seen[str(tmp_path / "tensorboard")]) == 3
+    assert max(step for _, step in events[str(tmp_path / "tensorboard")]) == 3
     assert jsonl(tmp_path / "samples.jsonl")[-1]["step"] == 4
     monkeypatch.setattr(train, "lr_at", real)
     run(tiny_world, tmp_path, **options)
@@ -98,7 +81,7 @@ def test_steps_done_again_stand_once_in_all(tiny_world, tmp_path, events, server
     assert [line["step"] for line in lines] == list(range(6))
     assert [sample["step"] for sample in jsonl(tmp_path / "samples.jsonl")] == list(range(7))
     wanted = {(name, line["step"]): [x] for line in lines for name, x in line.items() if name != "step"}
-    assert events.seen == {str(tmp_path / "tensorboard"): wanted}
+    assert events == {str(tmp_path / "tensorboard"): wanted}
     [(_, steps)] = server.runs.items()
     steps[3]["perf/tokens_per_s"] = lines[3]["perf/tokens_per_s"]  # wandb keeps the first life's
     assert steps == {line["step"]: {name: x for name, x in line.items() if name != "step"} for line in lines}
@@ -112,7 +95,7 @@ def test_a_run_that_begins_again_is_a_new_one(tmp_path, events, server):
         log = loggers.open_log(tmp_path, "tensorboard,wandb", done=0, settings={})
         log({"step": 0, "loss": value})
     assert jsonl(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 2.0}]
-    assert events.seen == {str(tmp_path / "tensorboard"): {("loss", 0): [2.0]}}
+    assert events == {str(tmp_path / "tensorboard"): {("loss", 0): [2.0]}}
     assert list(server.runs.values()) == [{0: {"loss": 1.0}}, {0: {"loss": 2.0}}]
 
 
