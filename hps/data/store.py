@@ -203,8 +203,7 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
     """
     with files.explain_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    examples, longest = iter(examples), 0
-    offsets, cuts = np.zeros(1, np.int64), np.zeros((1, 2), np.int64)
+    longest, offset, cuts = 0, 0, np.zeros(2, np.int64)
     with files.replacing(folder, over=False) as partial:
         partial.mkdir()
         with ExitStack() as stack:
@@ -213,24 +212,24 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
             def put(name: str, values: Any) -> None:
                 columns[name].write(np.ascontiguousarray(values, dtype=FILES[name]))
 
-            put("offsets", offsets)
+            put("offsets", offset)
             put("cuts", cuts)
-            while some := list(islice(examples, 256)):
-                texts = [ids for e in some for ids in (e.prompt_ids, *e.response_ids)]
+            for e in examples:
+                texts = (e.prompt_ids, *e.response_ids)
+                ends = offset + np.cumsum([len(ids) for ids in texts])
+                offset = ends[-1]
                 put("tokens", np.concatenate(texts))
-                offsets = offsets[-1] + np.cumsum([len(ids) for ids in texts])
-                put("offsets", offsets)
-                put("ids", np.frombuffer("".join(e.id for e in some).encode(), dtype=np.uint8))
-                rewards = [np.full(len(e.identity), np.nan) if e.rewards is None else e.rewards for e in some]
-                put("rewards", np.concatenate(rewards))
-                put("identity", np.concatenate([e.identity for e in some]))
-                put("kept", np.concatenate([e.kept for e in some]))
-                put("keys", [tokens.row_key(e.id) for e in some])
-                put("lines", [int(e.where.rpartition(":")[2]) for e in some])
-                put("human", [[-1 if k is None else k for k in (e.chosen, e.rejected)] for e in some])
-                cuts = cuts[-1] + np.cumsum([(len(e.response_ids), len(e.id.encode())) for e in some], axis=0)
+                put("offsets", ends)
+                put("ids", np.frombuffer(id := e.id.encode(), np.uint8))
+                put("rewards", np.full(len(e.identity), np.nan) if e.rewards is None else e.rewards)
+                put("identity", e.identity)
+                put("kept", e.kept)
+                put("keys", tokens.row_key(e.id))
+                put("lines", int(e.where.rpartition(":")[2]))
+                put("human", [-1 if k is None else k for k in (e.chosen, e.rejected)])
+                cuts = cuts + [len(e.response_ids), len(id)]
                 put("cuts", cuts)
-                longest = max(longest, *map(tokens.longest, some))
+                longest = max(longest, tokens.longest(e))
         sums = {name: files.sha256(partial / name) for name in FILES}
         files.write_record(partial / "store.json", about | {"longest": longest, "files": sums})
 

@@ -1,21 +1,19 @@
 """The token store: what it holds equals what tokenising in memory gives; only whole and matching stores are read."""
 
 import json
-import multiprocessing
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import tokenize_rows
+from helpers import on_ranks, tokenize_rows
 
 from hps import batches, config, dist
-from hps import plan as planning
 from hps.data import listwise, store, tokens
 from hps.data.rows import Row, only
 from hps.options import Config
-from hps.plan import plan
 
 
 @pytest.fixture(scope="module")
@@ -86,24 +84,6 @@ def test_blocks_and_rewards_of_some_responses(tiny_world, tmp_path, tokenizer):
     rows, ks = np.array([7, 7, 0]), np.array([2, 0, 3])
     np.testing.assert_array_equal(found.rewards_of(rows, ks), [penalised[7][2], penalised[7][0], penalised[0][3]])
     assert found.rewards[4].tolist() == penalised[4].tolist()
-
-
-def test_a_plan_from_disk_is_the_plan_from_memory(tiny_world, tmp_path, tokenizer, monkeypatch):
-    """Of more rows than a chunk of the plan has, in every part of the plan."""
-    monkeypatch.setattr(planning, "PROMPTS_PER_CHUNK", 200)
-    rows = listwise.read(tiny_world / "train.jsonl")
-    many = [Row(f"{i}", rows[i % 24].prompt, rows[i % 24].responses, rows[i % 24].rewards) for i in range(500)]
-    listwise.write(tmp_path / "x.jsonl", many)
-    found = opened(tmp_path / "stores", tmp_path / "x.jsonl", tokenizer)
-    examples, _ = tokenize_rows(tokenizer, listwise.read(tmp_path / "x.jsonl"), max_length=128)
-    how = dict(sampler="hps", epochs=2, prompts_per_step=64, seed=1)
-    ours = plan(found.rewards, found.identity, found.keys, **how)
-    keys = np.array([tokens.row_key(e.id) for e in examples], dtype=np.uint64)
-    theirs = plan([e.rewards for e in examples], [e.identity for e in examples], keys, **how)
-    for name in ("row", "epoch", "responses", "log_q", "kappa", "gamma", "effective"):
-        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-    assert (ours.dropped, ours.excluded) == (theirs.dropped, theirs.excluded)
-    check_equal(found, examples)  # many more than are written at a time
 
 
 def test_what_a_run_reads_of_a_plan(tiny_world, tmp_path, tokenizer):
@@ -197,32 +177,22 @@ def test_of_two_that_make_a_store_the_first_stays(tiny_world, tmp_path, tokenize
     check_equal(store.Store(folder, data), examples)
 
 
-def rank_of_two(rank: int, folder: Path, data: Path, model: str) -> None:
+def rank_of_two(folder: Path, data: Path, model: str) -> None:
     """Open stores as one of two ranks and note what was hashed and what came of it."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    ranks = dist.Ranks(rank=rank, world_size=2, device=torch.device("cpu"), sharded=True)
     tokenizer, hashed, found = tokens.load_tokenizer(model), [], {}
     sha256 = store.files.sha256
     store.files.sha256 = lambda path: hashed.append(path.name) or sha256(path)
-    found["size"] = len(opened(folder / "stores", data, tokenizer, ranks=ranks))
-    found["hashed"] = sorted(set(hashed))
-    try:
-        opened(folder / "stores", data, tokenizer, ranks=ranks, max_length=2)
-    except ValueError as error:
-        found["mistake"] = str(error)
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    with dist.session(timeout=timedelta(minutes=2)) as ranks:
+        found["size"] = len(opened(folder / "stores", data, tokenizer, ranks=ranks))
+        found["hashed"] = sorted(set(hashed))
+        with pytest.raises(ValueError) as mistake:
+            opened(folder / "stores", data, tokenizer, ranks=ranks, max_length=2)
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(found | {"mistake": str(mistake.value)}))
 
 
 def test_the_first_rank_alone_hashes_and_makes(tiny_world, tmp_path):
     """The others wait for it, and hear of its mistake."""
-    context = multiprocessing.get_context("fork")
-    arguments = (tmp_path, tiny_world / "train.jsonl", str(tiny_world / "model"))
-    processes = [context.Process(target=rank_of_two, args=(rank, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    on_ranks(2, rank_of_two, (tmp_path, tiny_world / "train.jsonl", str(tiny_world / "model")))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["size"] == second["size"] == 24
     assert first["hashed"] == sorted([*store.FILES, "train.jsonl"]) and second["hashed"] == []
