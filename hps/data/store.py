@@ -1,8 +1,7 @@
 """The training data as token ids on disk: made in one pass over the list-wise file, then read prompt by prompt.
 
-A store is a folder of flat arrays, found by what decides them: the content of the data file, the tokenizer, the budget
-of tokens and the number of candidates. Runs with the same inputs share it, so that a sweep tokenises a text once. It
-appears whole or not at all. Who needs the texts as well finds a row's by `lines` and a response's by `kept`.
+A store is a folder of flat arrays, named by what decides them: the content of the data file, the tokenizer, the budget
+of tokens and the number of candidates. Runs with the same inputs share it; it appears whole or not at all.
 """
 
 import hashlib
@@ -60,34 +59,30 @@ class Lazy(Sequence[Any]):
 
 
 class Store:
-    """R examples: small arrays of all of them, and what is larger read when it is asked for.
-
-    counts: what was read and left out, by the names of `tokens.COUNTS`. longest: tokens of the longest prompt with one
-    of its responses. data_hash: sha256 of the data file. keys (R,) uint64. lines (R,) int64, in the data file, from 1.
-    sizes (R,) int64: kept responses. human (R, 2) int32: chosen and rejected among these, -1 where there is none.
-    rewards: (k,) float64 each, NaN where a row has none. identity: (k,) int32 each, equal numbers for equal tokens.
-    kept: (k,) int32 each, index in the row.
-    """
+    """R examples: small arrays of all of them, and what is larger read when it is asked for."""
 
     def __init__(self, folder: Path, data: Path, *, length_penalty: float = 0.0) -> None:
         """A store of the data file `data`, taken to be whole, as `open_store` has it; `length_penalty` as there."""
         about = _read_header(folder)
-        self.counts: dict[str, int] = about["counts"]
-        self.longest: int = about["longest"]
-        self.data_hash: str = about["identity"]["data"]
+        self.counts: dict[str, int] = about["counts"]  # what was read and left out, by the names of `tokens.COUNTS`
+        self.longest: int = about["longest"]  # tokens of the longest prompt with one of its responses
+        self.data_hash: str = about["identity"]["data"]  # sha256 of the data file
         self._folder, self._data, self._penalty = folder, data, length_penalty
         # What has a number or two per prompt is mapped; the rest is read, since every page of a map that was once
         # touched counts as this process's memory.
         self._first, self._id_at = self._map("cuts").reshape(-1, 2).T
-        self.keys, self.lines, self.human = self._map("keys"), self._map("lines"), self._map("human").reshape(-1, 2)
-        self.rewards = Lazy(len(self), self._rewards)
-        self.identity, self.kept = (Lazy(len(self), bound(self._per_response, name)) for name in ("identity", "kept"))
+        self.keys, self.lines = self._map("keys"), self._map("lines")  # (R,) uint64; (R,) int64, of the file, from 1
+        self.human = self._map("human").reshape(-1, 2)  # (R, 2) int32: chosen, rejected; -1 where there is none
+        self.rewards = Lazy(len(self), self._rewards)  # (k,) float64 each, NaN where a row has none
+        self.identity = Lazy(len(self), bound(self._per_response, "identity"))  # (k,) int32 each, as in FILES
+        self.kept = Lazy(len(self), bound(self._per_response, "kept"))  # (k,) int32 each, index in the row
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
     def sizes(self) -> np.ndarray:
+        """(R,) int64: kept responses."""
         return np.diff(self._first)
 
     def block(self, i: int, ks: Sequence[int] | np.ndarray) -> Block:

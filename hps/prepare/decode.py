@@ -61,13 +61,8 @@ class Request:
 def draw_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
     """Draws one token per row by inverting the cumulative distribution.
 
-    Args:
-        logits: (R, V), any float dtype; computed with in fp32.
-        uniforms: (R,) fp32 in [0, 1); ignored at temperature 0, which takes the most likely token.
-        temperature: divides the logits for the draw only.
-
-    Returns:
-        tokens (R,) int64 and their log-probs at temperature 1, (R,) fp32.
+    logits: (R, V), any float dtype. uniforms: (R,) fp32 in [0, 1); not used at temperature 0, which takes the most
+    likely token. Returns tokens (R,) int64 and their log-probs at temperature 1, (R,) fp32.
     """
     logits = logits.float()
     if temperature == 0:
@@ -94,16 +89,14 @@ def decode(
 ) -> Iterator[Request]:
     """Yields each request when all its samples are there, in the order in which they end.
 
+    A model that packed attention cannot decode is sampled by transformers' `generate`, one prompt after the other and
+    slower, with a line in the log; its samples take the same random numbers.
+
     Args:
-        model: a causal language model of `transformers` in eval mode, on any device; meanwhile hps.attention takes
-            the place of its attention.
+        model: a causal language model of `transformers` in eval mode, on any device.
         requests: is emptied; may be added to between two results, also with a request that was yielded.
         max_new_tokens: longest response in tokens, end token included.
-        max_rows: rows of the batch at most.
         longest_prompt: tokens of the longest prompt, if others are added than wait now.
-
-    A model that cannot be decoded by packed attention is by transformers' `generate`, one prompt after the other and
-    slower, with a line in the log; its samples take the same random numbers.
 
     Raises:
         ValueError: log-probs that are not finite, or not those of the model's own forward.
@@ -118,11 +111,7 @@ def decode(
 
 def _way(model: Any, longest: int, prompt_ids: Sequence[int], settings: dict[str, Any]) -> Callable[..., Any]:
     """`_in_rows` if a few tokens behind a prompt show that it is right, else `_by_transformers`, with a line in the log
-    the first time; the attention that it needs is put in place.
-
-    Raises:
-        ValueError: neither gives the log-probs of the model's own forward.
-    """
+    the first time; the attention that it needs is put in place. ValueError if neither is right."""
     known, beyond = model.__dict__.setdefault("ways_to_decode", {}), longest > limits.window(model.config)
     if beyond not in known:
         reason = "samples may be longer than its window" if beyond else "it takes no attention but its own"
@@ -280,10 +269,8 @@ class _Rows:
         self.prompt_hidden = columns >= self.first_position[:, None]
 
     def _prefill(self, live: Tensor, prompts: list[Sequence[int]]) -> list[Tensor]:
-        """Keep the caches of the prompts `live` and add those of `prompts`, which come in order of length.
-
-        Returns the first token's logits of each of `prompts`, (V,).
-        """
+        """Keep the caches of the prompts `live` and add those of `prompts`, which come in order of length; the first
+        token's logits of each of these, (V,)."""
         self.length = torch.cat([self.length[live], self.length.new_tensor([len(ids) for ids in prompts])])
         longest = int(self.length.max())
         parts, logits = [[x[live, :, :longest] for x in self.prompt_cache]] if len(live) else [], []

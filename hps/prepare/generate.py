@@ -1,9 +1,9 @@
 """Candidate responses: n samples per prompt, by our own decoding (hps.prepare.decode) or by vLLM.
 
-Every prompt owns a stream of random numbers that depends on (seed, prompt id) only, and its j-th sample uses
-the j-th row of that stream. So the samples of a prompt do not depend on the other prompts, their order, the
-batch size or the sharding. The one exception is rounding, which differs between batch shapes: a draw that
-falls within that difference of a boundary (a few in a million in fp32, more in bf16) takes the next token.
+Every prompt owns a stream of random numbers that depends on (seed, prompt id) only, and its j-th sample uses the j-th
+row of that stream, whatever the other prompts, their order, the batch size or the sharding are. The one exception is
+rounding, which differs between batch shapes: a draw that falls within that difference of a boundary (a few in a million
+in fp32, more in bf16) takes the next token.
 
 The vLLM engine keeps to the same rule with a seed per prompt, and its samples are others than ours. It was written
 against vLLM's documented interface and has run against a stand-in of that interface only, never on a GPU.
@@ -90,7 +90,6 @@ def generate(
     """Yields (prompt id, its first n samples that are finished and distinct) in input order.
 
     A prompt gets n * OVERSAMPLE draws at first and further ones until it has n such samples or n * DRAW_LIMIT draws.
-    Draws of all prompts share the batches.
 
     Args:
         model: a causal language model of `transformers` in eval mode, or what `load_vllm` returns.
@@ -101,11 +100,10 @@ def generate(
         max_new_tokens: longest response in tokens, end token included.
         temperature: 0 is greedy, else at least 0.01.
         as_drawn: the first n samples whatever they are: an evaluation must see a policy that rambles or repeats itself.
-        max_rows: sequences of a batch at most, or handed to vLLM at once; lower it when memory runs out.
+        max_rows: sequences of a batch at most, or handed to vLLM at once.
 
     Raises:
-        ValueError: an empty prompt or none but too long ones, settings out of range, a model that cannot be decoded
-            here, log-probs that are not finite.
+        ValueError: an empty prompt or none but too long ones, settings out of range; and as `decode`.
     """
     if n < 1 or max_rows < 1 or max_new_tokens < 1:
         raise ValueError("generate() needs n, max_rows and max_new_tokens of at least 1")

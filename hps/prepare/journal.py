@@ -4,6 +4,7 @@ OUTPUT.journal-RANK-N holds the run's settings and then a JSON line for every ro
 flushed with each, and a last line without its end, torn when the run was killed, is as if it had not been written.
 """
 
+import glob
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +32,9 @@ def in_shares(
 ) -> None:
     """Do `work` on the rows that no journal beside c.output has, every world_size-th on each rank, then `write` once.
 
-    While it lasts no other process works on the same output, and the journals go when that is written.
-
     Args:
         c: options of the command, with `output` and `timeout` (minutes that ranks wait for each other, but for their
-            shares); with others than a journal's, but for FREE, nothing is begun.
+            shares). Where a journal has others, but for FREE, nothing is begun.
         work: (rows, counts, ranks) -> (id, what was found: texts or numbers) of each row, as it is done; it adds to
             `counts` what becomes of the row.
         write: each row with what was found for it, and counts, which are whole after the last row; called on the first
@@ -74,23 +73,21 @@ def in_shares(
 
 def journals(output: str | Path) -> list[Path]:
     """The journals beside an output, of all ranks that have ever written one."""
-    prefix = f"{Path(output).name}.journal-"
-    folder = Path(output).parent
-    return sorted(path for path in folder.iterdir() if path.name.startswith(prefix)) if folder.exists() else []
+    path = Path(output)
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.journal-*"))
 
 
 class Records:
-    """What the journals beside an output hold, by id: a record is read when it is asked for, its place is held.
-
-    Raises:
-        ValueError: a journal was written with other settings, or a line in it is no such record.
-    """
+    """What the journals beside an output hold, by id: a record is read when it is asked for. ValueError for a journal
+    of other settings, or a line that is no such record."""
 
     def __init__(self, output: str | Path, settings: dict[str, object]) -> None:
         self._paths, self._places = journals(output), Places()
         for file, path in enumerate(self._paths):
             begin = 0
-            for number, line in enumerate(_whole_lines(path), 1):
+            for number, line in enumerate(path.open("rb"), 1):
+                if not line.endswith(b"\n"):
+                    break  # torn
                 record: Any = decode_json(line, f"{path}:{number}")
                 if number == 1:
                     before = record if isinstance(record, dict) else {}
@@ -128,10 +125,3 @@ def note(file: BinaryIO, record: dict[str, Any]) -> None:
     """Append one record, which is on its way to the disk when this returns."""
     file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
     file.flush()
-
-
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield line

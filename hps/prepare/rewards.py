@@ -47,15 +47,11 @@ def annotate_packed(
     Without a reward, and counted: a response longer than the model can read (`responses_overlong`), one whose reward is
     not finite (`responses_not_finite`), and those that `encode_answered` refuses (`responses_refused`).
 
-    Args:
-        score: rewards of all responses of some blocks, one array per block.
-        positions: tokens that the model can read; longer conversations lose the beginning of their prompts (but BOS),
-            counted as `prompts_cut`.
-        pad_id: the pad token of a transformers classifier, which takes the last token before the pads: pads at the end
-            are taken off. Of an empty response nothing may be left: that of the prompt is taken (`responses_empty`).
-
-    Raises:
-        ValueError: with file and line, if no response of the first 256 rows has a reward.
+    score: rewards of all responses of some blocks, one array per block. positions: tokens that the model can read;
+    longer conversations lose the beginning of their prompts (but BOS), counted as `prompts_cut`. pad_id: the pad token
+    of a transformers classifier, which takes the last token before the pads: pads at the end are taken off. Of an empty
+    response nothing may be left: that of the prompt is taken (`responses_empty`).
+    Raises ValueError, with file and line, if no response of the first 256 rows has a reward.
     """
     encoder = tokens.Encoder(tokenizer)
     for begin in range(0, len(rows), ROWS_AT_ONCE):
