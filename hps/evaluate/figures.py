@@ -3,7 +3,6 @@
 Drawn from a results dict (its keys: report.py); colours and markers follow the order of its rows or lines.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -53,88 +52,80 @@ def _look(i: int) -> dict[str, Any]:
 def _numbers(items: Iterable[dict[str, Any] | None]) -> tuple[np.ndarray, np.ndarray]:
     """(items,) means, NaN where there is none, so that a line is broken there; (2, items): how far the interval reaches
     below and above; rounding does not make it less than 0."""
-    keys = ("mean", "low", "high")
-    numbers = np.array([[item[key] for key in keys] if item else [None] * 3 for item in items], dtype=np.float64)
-    mean, low, high = numbers.T
+    empty = dict.fromkeys(("mean", "low", "high"))
+    mean, low, high = np.array([[(item or empty)[key] for key in empty] for item in items], dtype=np.float64).T
     return mean, np.maximum(0.0, [mean - low, high - mean])
 
 
 def _room(names: Iterable[str]) -> float:
     """Inches that the longest of the names takes beyond the sixteen letters which every figure has room for."""
-    return 0.085 * max(0, max(map(len, names)) - 16)
-
-
-def _draw_strips(figure: "Figure", labels: list[str], panels: Strips, x: str) -> None:
-    """One panel per metric, one row per label: the mean with its interval, and below it each world's value."""
-    for axes, (name, items) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
-        axes.axvline(0, color="0.75", linewidth=0.8, zorder=0)
-        for y, (item, mean, whiskers) in enumerate(zip(items, *(part.T for part in _numbers(items)), strict=True)):
-            axes.errorbar(mean, y, xerr=whiskers[:, None], markersize=5, **_look(y))
-            worlds = [value for value in (item or {}).get("values", []) if value is not None]
-            axes.plot(worlds, [y + 0.3] * len(worlds), "|", color=_look(y)["color"], markersize=4, alpha=0.7)
-        axes.set_title(METRICS[name].title)
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        axes.locator_params(axis="x", nbins=4)
-        axes.margins(x=0.12)
-    figure.axes[0].set_yticks(range(len(labels)), labels)
-    figure.axes[0].set_ylim(len(labels) - 0.4, -0.6)
-    figure.supxlabel(x, fontsize=9, color="0.15")
+    return 0.085 * max(0, max(map(len, names), default=0) - 16)
 
 
 def _strips(name: str, labels: list[str], panels: Strips, x: str) -> list[Plan]:
-    """The plan of a figure of strips, or none without a panel."""
-    if not panels:
-        return []
+    """One panel per metric, one row per label: the mean with its interval, and below it each world's value. No plan
+    without a panel."""
+
+    def draw(figure: "Figure") -> None:
+        for axes, (metric, items) in zip(
+            figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()
+        ):
+            axes.axvline(0, color="0.75", linewidth=0.8, zorder=0)
+            for y, (item, mean, whiskers) in enumerate(zip(items, *(part.T for part in _numbers(items)), strict=True)):
+                axes.errorbar(mean, y, xerr=whiskers[:, None], markersize=5, **_look(y))
+                worlds = [value for value in (item or {}).get("values", []) if value is not None]
+                axes.plot(worlds, [y + 0.3] * len(worlds), "|", color=_look(y)["color"], markersize=4, alpha=0.7)
+            axes.set_title(METRICS[metric].title)
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+            axes.locator_params(axis="x", nbins=4)
+            axes.margins(x=0.12)
+        figure.axes[0].set_yticks(range(len(labels)), labels)
+        figure.axes[0].set_ylim(len(labels) - 0.4, -0.6)
+        figure.supxlabel(x, fontsize=9, color="0.15")
+
     size = (max(3.6, 1.2 + 1.35 * len(panels)) + _room(labels), 0.9 + 0.27 * len(labels))
     caption = f"{x[0].upper()}{x[1:]}: mean, interval, and below them one stroke per world."
-    alt = f"A panel each for {', '.join(METRICS[panel].title for panel in panels)}; a row each from {labels[0]} on."
-    draw = functools.partial(_draw_strips, labels=labels, panels=panels, x=x)
-    return [Plan(name, caption, alt, size, draw)]
-
-
-def _draw_lines(figure: "Figure", rows: list[dict[str, Any]], names: list[str], series: dict[str, Any]) -> None:
-    """One panel per metric, one line per name through its rows, over another metric or over numbers of the rows."""
-    of, over = {row["method"]: row["metrics"] for row in rows}, series["x"]
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for i, (label, methods) in enumerate(series["lines"].items()):
-            y, up = _numbers(of[method].get(name) for method in methods)
-            if "metric" in over:
-                x, across = _numbers(of[method].get(over["metric"]) for method in methods)
-            else:
-                x, across = np.array([over["values"][method] for method in methods], dtype=np.float64), None
-            y[np.isnan(x)] = x[np.isnan(y)] = math.nan
-            how = {"markersize": 4.5, "elinewidth": 0.8, "label": label}
-            axes.errorbar(x, y, xerr=across, yerr=up, **how, **_look(i))
-        axes.set_title(METRICS[name].title)
-        axes.grid(color="0.93", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.margins(0.08)
-        if "values" in over and len(ticks := sorted(set(over["values"].values()))) <= 8:
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")  # one for all panels
-    figure.supxlabel(_title_of_x(series), fontsize=9, color="0.15")
-
-
-def _title_of_x(series: dict[str, Any]) -> str:
-    return METRICS[series["x"]["metric"]].title if "metric" in series["x"] else series["x"]["label"]
+    titles = ", ".join(METRICS[panel].title for panel in panels)
+    alt = f"A panel each for {titles}; a row each from {labels[0]} on." if labels else ""
+    return [Plan(name, caption, alt, size, draw)] if panels else []
 
 
 def _lines(results: dict[str, Any], name: str, series: dict[str, Any]) -> list[Plan]:
-    """The plan of a figure of lines, or none where no row of them has numbers for a panel."""
-    drawn = {method for methods in series["lines"].values() for method in methods}
-    found = [row["metrics"].keys() for row in results["rows"] if row["method"] in drawn]
-    needs = {series["x"]["metric"]} if "metric" in series["x"] else set()
-    names = [panel for panel in series["panels"] if any(needs | {panel} <= keys for keys in found)]
-    if not names:
-        return []
-    titles, over = ", ".join(METRICS[panel].title for panel in names), _title_of_x(series)
-    alt = f"{titles} over {over}, one line each for {', '.join(series['lines'])}."
-    draw = functools.partial(_draw_lines, rows=results["rows"], names=names, series=series)
-    size = (1.8 + 2.6 * len(names) + _room(series["lines"]), 2.9)
-    caption = f"{titles} over {over}: means and intervals, each line through its rows in order."
-    return [Plan(name, caption, alt, size, draw)]
+    """One panel per metric, one line per name through its rows, over another metric or over numbers of the rows. No
+    plan where no row of them has numbers for a panel."""
+    over, of = series["x"], {row["method"]: row["metrics"] for row in results["rows"]}
+    found = [of[method].keys() for methods in series["lines"].values() for method in methods if method in of]
+    needs = {over["metric"]} if "metric" in over else set()
+    panels = [panel for panel in series["panels"] if any(needs | {panel} <= keys for keys in found)]
+    titles = ", ".join(METRICS[panel].title for panel in panels)
+    label_of_x = METRICS[over["metric"]].title if needs else over["label"]
+
+    def draw(figure: "Figure") -> None:
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for i, (label, methods) in enumerate(series["lines"].items()):
+                y, up = _numbers(of[method].get(panel) for method in methods)
+                if needs:
+                    x, across = _numbers(of[method].get(over["metric"]) for method in methods)
+                else:
+                    x, across = np.array([over["values"][method] for method in methods], dtype=np.float64), None
+                y[np.isnan(x)] = x[np.isnan(y)] = math.nan
+                how = {"markersize": 4.5, "elinewidth": 0.8, "label": label}
+                axes.errorbar(x, y, xerr=across, yerr=up, **how, **_look(i))
+            axes.set_title(METRICS[panel].title)
+            axes.grid(color="0.93", linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.margins(0.08)
+            if not needs and len(ticks := sorted(set(over["values"].values()))) <= 8:
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+        figure.legend(handles.values(), handles.keys(), loc="outside right center")  # one for all panels
+        figure.supxlabel(label_of_x, fontsize=9, color="0.15")
+
+    alt = f"{titles} over {label_of_x}, one line each for {', '.join(series['lines'])}."
+    size = (1.8 + 2.6 * len(panels) + _room(series["lines"]), 2.9)
+    caption = f"{titles} over {label_of_x}: means and intervals, each line through its rows in order."
+    return [Plan(name, caption, alt, size, draw)] if panels else []
 
 
 def plans(results: dict[str, Any]) -> list[Plan]:
@@ -143,9 +134,9 @@ def plans(results: dict[str, Any]) -> list[Plan]:
     panels = {name: [row["metrics"].get(name) for row in rows] for name in present(rows, MARGINS)}
     x = "margin of the best candidate (nats, without beta)"
     found = _strips("margins", [row["method"] for row in rows], panels, x)
-    of_pair: dict[str, dict[str, Any]] = {f"{item['a']} - {item['b']}": {} for item in compared}
+    of_pair: dict[str, dict[str, Any]] = {}
     for item in compared:
-        of_pair[f"{item['a']} - {item['b']}"][item["metric"]] = item
+        of_pair.setdefault(f"{item['a']} - {item['b']}", {})[item["metric"]] = item
     known = {item["metric"] for item in compared}
     panels = {name: [items.get(name) for items in of_pair.values()] for name in DIFFERENCES if name in known}
     found += _strips("differences", list(of_pair), panels, "paired difference a - b")

@@ -137,19 +137,18 @@ def run(c: Options, samples: dict[str, list[Row]], left_out: list[str], judge: J
         lines.append({"id": id, "method": name, "response": at[0], "scores": given})
     listwise.write_lines(out / "scores.jsonl", lines)
 
-    asked = {key: answers[key] for key in items}
-    texts = [line["answer"] for some in asked.values() for line in some]
+    asked = [line for key in items for line in answers[key]]
     counts = {
         "prompts_left_out": len(left_out),
         "responses": len(places),
         "items": len(items),
-        "answers": len(texts),
-        "reminded": sum(found[key] is not None and len(some) > 1 for key, some in asked.items()),
-        "unparseable": sum(found[key] is None and len(some) == TRIES for key, some in asked.items()),
-        "unfinished_drafts": sum(after_draft(text) is None for text in texts),
+        "answers": len(asked),
+        "reminded": sum(found[key] is not None and len(answers[key]) > 1 for key in items),
+        "unparseable": sum(found[key] is None and len(answers[key]) == TRIES for key in items),
+        "unfinished_drafts": sum(after_draft(line["answer"]) is None for line in asked),
         "refused": len(refused),
     }
-    served = Counter(line["model"] for some in asked.values() for line in some)
+    served = Counter(line["model"] for line in asked)
     results = {"judge": judge.identity, "template": template, "served": served, "counts": counts, "left_out": left_out}
     results |= verdicts.summarise(scores, words, baseline=c.baseline)
     files.write_json(out / "judge.json", results | {"config": vars(c)})

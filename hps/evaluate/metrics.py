@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+SIGNS = {"win": 1, "tie": 0, "lose": -1}  # of a difference
 AGAIN = " again"  # ends the name of a row that is another one with another seed: every difference of the two is chance
 
 
@@ -23,13 +24,8 @@ class Metric(NamedTuple):
     meaning: str
 
 
-MARGINS, KL, SAMPLES, WINS, COST = (
-    "Margins (nats)",
-    "Distance to the reference (nats)",
-    "Samples",
-    "Samples against SFT",
-    "Cost",
-)
+MARGINS, KL = "Margins (nats)", "Distance to the reference (nats)"
+SAMPLES, WINS, COST = "Samples", "Samples against SFT", "Cost"
 
 METRICS = {
     "rm2": Metric(MARGINS, "RM2", 2, 1, "log-ratio of the best candidate minus the runner-up's, no beta"),
@@ -60,11 +56,8 @@ METRICS = {
 
 def present(rows: Sequence[dict[str, Any]], group: str = "") -> list[str]:
     """The metrics that any of a results file's rows has, in the order of METRICS; of one group, if it is named."""
-    return [
-        name
-        for name, metric in METRICS.items()
-        if group in ("", metric.group) and any(name in row["metrics"] for row in rows)
-    ]
+    known = {name for row in rows for name in row["metrics"]}
+    return [name for name, metric in METRICS.items() if name in known and group in ("", metric.group)]
 
 
 def extra(module: str) -> Any:
@@ -80,10 +73,8 @@ def _finite(name: str, values: ArrayLike, ndim: int) -> Floats:
     if array.ndim != ndim or array.size == 0:
         raise ValueError(f"{name}: need a non-empty array of {ndim} dimension(s), got shape {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError(
-            f"{name}: {int((~np.isfinite(array)).sum())} of {array.size} values are not finite; "
-            "find the prompt that produced them before averaging"
-        )
+        bad = int((~np.isfinite(array)).sum())
+        raise ValueError(f"{name}: {bad} of {array.size} values are not finite; find the prompt that produced them")
     return array
 
 
@@ -100,14 +91,10 @@ def order(rewards: ArrayLike) -> NDArray[np.int64]:
         rewards: (n,) external rewards.
     """
     rewards = _finite("rewards", rewards, 1)
-    best = rewards.max()
     falling = np.argsort(-rewards, kind="stable")
-    dispreferred = falling[rewards[falling] < best]
-    if dispreferred.size == 0:
-        raise ValueError(
-            f"no candidate is dispreferred: all {rewards.size} rewards equal {best:g}; "
-            "leave this prompt out of the margins and count it"
-        )
+    dispreferred = falling[rewards[falling] < rewards.max()]
+    if not dispreferred.size:
+        raise ValueError(f"no candidate is dispreferred: all {rewards.size} rewards are equal; leave this prompt out")
     return np.concatenate([falling[:1], dispreferred])
 
 
@@ -188,10 +175,8 @@ def adjust(items: Sequence[dict[str, Any]]) -> None:
 
 def item(triple: tuple[float, float, float]) -> dict[str, Any]:
     """{"mean", "low", "high"} for JSON, which knows no infinity: without an interval, low and high are None."""
-    return {
-        name: float(value) if np.isfinite(value) else None
-        for name, value in zip(("mean", "low", "high"), triple, strict=True)
-    }
+    values = (float(value) if np.isfinite(value) else None for value in triple)
+    return dict(zip(("mean", "low", "high"), values, strict=True))
 
 
 def ends(item: dict[str, Any]) -> tuple[float, float]:
@@ -210,9 +195,7 @@ def win_tie_lose(a: ArrayLike, b: ArrayLike) -> dict[str, float]:
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"values of shapes {a.shape} and {b.shape}: need the same prompts and samples")
-    return {
-        name: float(100.0 * np.mean(np.sign(a - b) == sign)) for name, sign in (("win", 1), ("tie", 0), ("lose", -1))
-    }
+    return {name: float(100 * np.mean(np.sign(a - b) == sign)) for name, sign in SIGNS.items()}
 
 
 def bleu_char(hypothesis: str, reference: str) -> float:

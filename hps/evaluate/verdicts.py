@@ -12,7 +12,7 @@ import numpy as np
 from hps.data import listwise
 from hps.data.rows import Row
 from hps.evaluate import md, metrics
-from hps.evaluate.metrics import Floats
+from hps.evaluate.metrics import SIGNS, Floats
 
 # Appendices D.2.2 and D.3 of the paper: what each criterion asks, and what a higher score stands for.
 CRITERIA = {
@@ -34,7 +34,6 @@ CRITERIA = {
     ),
 }
 SCALES = (*CRITERIA, "average")  # of the four: OURS, the paper prints one score and does not say how it is made
-SIGNS = {"win": 1, "tie": 0, "lose": -1}
 
 
 def read_samples(methods: Any, writes: Path) -> dict[str, dict[str, Row]]:
@@ -46,9 +45,7 @@ def read_samples(methods: Any, writes: Path) -> dict[str, dict[str, Row]]:
     pairs = [word.partition("=") for word in methods]
     paths = {name: path for name, _, path in pairs}
     if len(pairs) < 2 or len(paths) < len(pairs) or not all(name and path for name, _, path in pairs):
-        raise ValueError(
-            f"--methods {' '.join(methods)}: need NAME=FILE NAME=FILE ... with two or more different names"
-        )
+        raise ValueError(f"--methods {' '.join(methods)}: need NAME=FILE NAME=FILE ..., two or more different names")
     if taken := [path for path in paths.values() if Path(path).resolve() == writes.resolve()]:
         raise ValueError(f"{taken[0]} would be overwritten: choose another --out")
     samples = {name: {row.id: row for row in listwise.read(path)} for name, path in paths.items()}
@@ -56,7 +53,7 @@ def read_samples(methods: Any, writes: Path) -> dict[str, dict[str, Row]]:
     for id, row in ((id, row) for rows in others for id, row in rows.items() if id in first):
         if row.prompt != first[id].prompt:
             raise ValueError(
-                f"{row.where}: {id!r} is another prompt than at {first[id].where}; give samples of the same prompts"
+                f"{row.where}: {id!r} is another prompt than at {first[id].where}; sample the same prompts"
             )
     return samples
 
