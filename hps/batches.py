@@ -16,6 +16,7 @@ from torch import Tensor
 from hps import dist, losses, reference
 from hps import plan as planning
 from hps.data import store
+from hps.data.rows import holds_pairs
 from hps.model import PolicyModel
 from hps.options import Config, form, parts, positive_stages
 from hps.packing import Block, Packed, micro_batches, pack, to_device
@@ -155,11 +156,16 @@ class Run:
 
 
 def open_examples(c: Config, tokenizer: Any, ranks: dist.Ranks) -> store.Store:
-    """The token store of `c.data`. Collective."""
+    """The token store of `c.data`, of pairs in TRL's format as of list-wise rows. Collective."""
+    data = c.data
+    if holds_pairs(data):
+        from hps.prepare import importers
+
+        data = dist.from_first(lambda: importers.import_pairs(c.data, c.token_cache), ranks)
     how = {key: getattr(c, key) for key in ("max_length", "truncate", "candidates", "length_penalty")}
     how |= {"closing": c.loss == "reward", "ranks": ranks}
     need_rewards = c.loss != "sft" and (parts(c)[1] != "human" or form(c) == "list")
-    return store.open_store(c.token_cache, c.data, tokenizer, need_rewards=need_rewards, **how)
+    return store.open_store(c.token_cache, data, tokenizer, need_rewards=need_rewards, **how)
 
 
 def make_plan(c: Config, examples: store.Store) -> planning.Plan:

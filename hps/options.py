@@ -20,7 +20,7 @@ from hps.samplers import DRAW_OPTIONS, REWARD_NORMS, SAMPLERS, SCHEDULES, sample
 class Config:
     # -- what is trained --
     model: str  # start of the policy: a local folder (weights or adapter) or a hub name
-    data: str  # list-wise JSON Lines with rewards (.gz accepted)
+    data: str  # list-wise JSON Lines with rewards (or .gz, .xz); for dpo-human and sft also pairs as TRL has them
     out: str  # folder of the run: metrics.jsonl, checkpoints, the final policy; an unfinished run there goes on
     loss: str = "preference"  # preference (see method), sft (likelihood of the best response), reward (a reward model)
     method: str = "dpo-hps"  # LOSS-SAMPLER: dpo, exo, ipo, sppo, nca, ... and hps, uniform, bt, pl, random, human

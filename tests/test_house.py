@@ -15,6 +15,7 @@ ROOMS = ("core", "hps.data", "hps.extra", "hps.prepare", "hps.evaluate", "hps.la
 OUTWARDS = {
     ("hps.options", "hps.extra.losses"),
     ("hps.batches", "hps.extra.losses"),
+    ("hps.batches", "hps.prepare.importers"),
     ("hps.extra.samples", "hps.prepare.generate"),
 }
 

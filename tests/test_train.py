@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import SFT, arguments, distinct, jsonl, losses, plain_logp, rewrite, run, run_ranks, tokenize_rows
+from helpers import SFT, arguments, distinct, flags, jsonl, losses, plain_logp, rewrite, run, run_ranks, tokenize_rows
 from peft import AutoPeftModelForCausalLM
 
+import data_prep
 import train
 from hps import batches, reference
 from hps.batches import Batch, objective
@@ -384,6 +385,46 @@ def test_human_pairs_train_without_rewards(tiny_world, tmp_path):
     listwise.write(tmp_path / "pairs.jsonl", [Row(r.id, r.prompt, r.responses, None, 2, 1) for r in rows])
     values = run(tiny_world, tmp_path / "out", method="dpo-human", data=tmp_path / "pairs.jsonl")
     assert values[0] == pytest.approx(math.log(2), abs=1e-4) and np.std(values[1:]) > 1e-2
+
+
+def test_pairs_of_other_trainers_train_in_one_step(tiny_world, tmp_path, capsys):
+    """Messages, strings, pairs that begin alike and a table of strings: what an import of the same file gives; a row
+    that cannot be used is told, and the second run of a file reads what the first has made."""
+    arrow = pytest.importorskip("pyarrow", reason="parquet needs datasets, which is optional")
+    from pyarrow import parquet
+
+    rows = [(row.prompt[-1]["content"], *row.responses[:2]) for row in listwise.read(tiny_world / "train.jsonl")]
+    say = lambda who, text: {"role": who, "content": text}  # noqa: E731
+    forms = {
+        "messages": [
+            dict(prompt=[say("user", p)], chosen=[say("assistant", a)], rejected=[say("assistant", b)])
+            for p, a, b in rows
+        ],
+        "strings": [dict(prompt=p, chosen=f" {a}", rejected=f" {b}") for p, a, b in rows],
+        "alike": [dict(chosen=f"Q: {p} A: {a}", rejected=f"Q: {p} A: {b}") for p, a, b in rows],
+    }
+    forms["strings"].append(dict(prompt="same", chosen=" x", rejected=" x"))
+    for name, records in forms.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    parquet.write_table(arrow.Table.from_pylist(forms["strings"]), tmp_path / "table.parquet")
+    how = dict(method="dpo-human", token_cache=tmp_path / "tokens", reference_cache=tmp_path / "cache")
+    found = {}
+    for path in sorted(tmp_path.glob("*.[jp]*")):
+        found[path.stem] = run(tiny_world, tmp_path / path.stem, data=path, **how)
+        assert (f"{path}" in (told := capsys.readouterr().err)) and ("rows_equal_responses 1" in told) == (
+            path.stem in ("strings", "table")
+        )
+        import_argv = flags(source="trl", input=path, output=tmp_path / f"imported/{path.stem}.jsonl")
+        data_prep.main(["import", *import_argv])
+        two_steps = run(
+            tiny_world, tmp_path / f"again-{path.stem}", data=tmp_path / f"imported/{path.stem}.jsonl", **how
+        )
+        assert found[path.stem] == two_steps and np.std(two_steps[1:]) > 1e-2
+    assert found["table"] == found["strings"] != found["messages"]
+    with pytest.raises(
+        ValueError, match="has no rewards: score the file first .* or train on its pairs, --method dpo-human"
+    ):
+        run(tiny_world, tmp_path / "bt", data=tmp_path / "messages.jsonl", **how | dict(method="dpo-bt"))
 
 
 def test_training_raises_the_margin_that_it_optimises(tiny_world, tmp_path):

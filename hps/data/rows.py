@@ -257,6 +257,14 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
         raise ValueError(f"{path}: the file is empty")
 
 
+def holds_pairs(path: str | Path) -> bool:
+    """Whether a file holds pairs of texts, as other trainers take them, and no list-wise rows: by its first record."""
+    if Path(path).suffix in (".parquet", ".csv"):
+        return True
+    _, first = next(read_lines(path))
+    return isinstance(first, dict) and "responses" not in first and {"chosen", "rejected"} <= first.keys()
+
+
 def check_manifest(path: str | Path) -> None:
     """ValueError unless a file is the one that PATH.manifest.json describes; without a manifest there is no telling."""
     manifest = Path(f"{path}.manifest.json")

@@ -188,7 +188,8 @@ def open_store(
 
 
 def _without_rewards(id: str, where: str) -> ValueError:
-    return ValueError(f"{where}: row {id!r} has no rewards; score the file first: data_prep.py annotate")
+    advice = "score the file first (data_prep.py annotate), or train on its pairs, --method dpo-human"
+    return ValueError(f"{where}: row {id!r} has no rewards: {advice}")
 
 
 def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 import hashlib
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hps.data.listwise import write
 from hps.data.rows import Places, Row, decode_json, opened, read_lines
 from hps.io import files, hub
 from hps.prepare import formats
@@ -116,6 +118,18 @@ def import_file(
 
     found = Converted(kept(), counts, [], set())
     return found
+
+
+def import_pairs(path: str | Path, folder: str | Path) -> str:
+    """The list-wise file in `folder` of pairs in TRL's format, made if no run before has made it; what it leaves out is
+    said then."""
+    out = Path(folder) / f"pairs-{files.sha256(Path(path))[:32]}.jsonl"
+    if not out.exists():
+        found = import_file("trl", path)
+        write(out, found.rows)
+        counts = ", ".join(f"{key} {count}" for key, count in found.counts.items() if count)
+        print("\n".join([f"{path}: {counts}", *found.reasons]), file=sys.stderr)
+    return str(out)
 
 
 def export_rows(rows: Iterable[Row], *, pair: str = "human") -> Converted:

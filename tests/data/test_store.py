@@ -204,7 +204,7 @@ def test_rows_without_rewards_are_named(tiny_world, tmp_path, tokenizer):
     data, stores = tmp_path / "x.jsonl", tmp_path / "stores"
     listwise.write(data, odd_rows(tiny_world))
     for make in (True, False):
-        with pytest.raises(ValueError, match=r"x\.jsonl:6: row 'caf\u00e9-5' has no rewards; .*data_prep\.py annotate"):
+        with pytest.raises(ValueError, match=r"x\.jsonl:6: row 'caf\u00e9-5' has no rewards: .*data_prep\.py annotate"):
             opened(stores, data, tokenizer, need_rewards=True)
         if make:
             assert not list(stores.iterdir())
