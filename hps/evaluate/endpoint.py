@@ -35,10 +35,7 @@ class Reply(NamedTuple):
 class _EveryStatus(urllib.request.HTTPErrorProcessor):
     """Hands out every status as it came: a redirect, if followed, would take the key to another host."""
 
-    def http_response(self, request, response):
-        return response
-
-    https_response = http_response
+    http_response = https_response = lambda self, request, response: response
 
 
 @dataclass

@@ -90,9 +90,8 @@ class Judge(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    c, set_keys = config.parse(
-        Options, argv, prog="python -m hps.evaluate.judge", description=str(__doc__).split("\n")[0]
-    )
+    about = str(__doc__).split("\n")[0]
+    c, set_keys = config.parse(Options, argv, prog="python -m hps.evaluate.judge", description=about)
     if bool(c.model) == bool(c.endpoint) or (c.endpoint and not c.judge_model):
         raise ValueError("the judge is either --model FOLDER, or --endpoint URL with --judge_model NAME")
     kind, unused = ("--model", REMOTE) if c.model else ("--endpoint", LOCAL)
@@ -273,9 +272,8 @@ def remote_judge(c: Options) -> Judge:
     key = os.environ.get(c.key_variable, "") if c.key_variable else ""
     if c.key_variable and not key:  # what was given is not shown: it may be the key itself
         raise ValueError("--key_variable: no environment variable of that name is set; give its name, not the key")
-    endpoint = Endpoint(
-        c.endpoint, c.judge_model, c.max_tokens, c.attempts, c.timeout, per_minute=c.requests_per_minute, key=key
-    )
+    bounds = dict(max_tokens=c.max_tokens, attempts=c.attempts, timeout=c.timeout, per_minute=c.requests_per_minute)
+    endpoint = Endpoint(c.endpoint, c.judge_model, **bounds, key=key)
 
     def ask(questions: dict[str, str]) -> Generator[tuple[str, Reply]]:
         with ThreadPoolExecutor(c.in_flight) as pool:

@@ -117,17 +117,15 @@ def test_the_judge_sees_no_method(tmp_path):
 
 def test_the_order_is_shuffled_and_does_not_matter(tmp_path):
     texts = {name: {f"p{i}": [f"{name[0]} {i} {i % 11 / 2} 3 {5 - i % 3} 1"] for i in range(12)} for name in TEXTS}
-    methods = write(tmp_path, texts, {f"p{i}": f"prompt {i}" for i in range(12)})
-    orders, results = [], []
+    methods, orders, results = write(tmp_path, texts, {f"p{i}": f"prompt {i}" for i in range(12)}), [], []
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         with chat_server(good) as server:
-            results.append(run(methods, tmp_path / out, server, seed=seed, in_flight=1))
+            found = run(methods, tmp_path / out, server, seed=seed, in_flight=1)
+        results.append([found["means"], found["comparisons"]])
         orders.append([sent(asked)[1] for asked in questions(server)])
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
-    by_method = "".join(text[0] for text in orders[0])  # not method after method
-    assert len(re.findall("a+|b+|g+", by_method)) > 10
-    for other in results[1:]:
-        assert [other[key] for key in ("means", "comparisons")] == [results[0][key] for key in ("means", "comparisons")]
+    assert len(re.findall("a+|b+|g+", "".join(text[0] for text in orders[0]))) > 10  # not method after method
+    assert results[0] == results[1] == results[2]
 
 
 def test_response_j_meets_response_j(tmp_path):
@@ -304,23 +302,22 @@ def test_an_answer_is_in_the_file_before_the_next_one(tmp_path):
 
 def test_only_what_is_new_is_asked(tmp_path, monkeypatch):
     """A method more, other responses: those alone. Another judge or template: everything. The old answers stay."""
-    out = tmp_path / "out"
-    first = write(tmp_path, {name: TEXTS[name] for name in ("alpha", "beta")})
+    out, asked = tmp_path / "out", []
+    changed = TEXTS | {"alpha": TEXTS["alpha"] | {"p4": ["New. 1 1 1 1"]}}
     with chat_server(good) as server:
-        asked = lambda: len(server.requests)  # noqa: E731
-        run(first, out, server)
-        assert asked() == 8
-        found = run(write(tmp_path), out, server)
-        assert asked() == 8 + 3 and found["counts"]["answers"] == 11
-        changed = write(tmp_path, TEXTS | {"alpha": TEXTS["alpha"] | {"p4": ["New. 1 1 1 1"]}})
-        run(changed, out, server)
-        assert asked() == 12
-        run(changed, out, server, judge_model="another")
-        assert asked() == 12 + 11
-        monkeypatch.setattr(judge, "QUESTION", judge.QUESTION + " Be strict.")
-        run(changed, out, server)
-        assert asked() == 23 + 11
-    assert len(jsonl(out / "answers.jsonl")) == 34
+        for texts, more in (
+            ({name: TEXTS[name] for name in ("alpha", "beta")}, {}),
+            (TEXTS, {}),
+            (changed, {}),
+            (changed, dict(judge_model="another")),
+            (changed, dict(judge_model="another")),
+        ):
+            if len(asked) == 4:
+                monkeypatch.setattr(judge, "QUESTION", judge.QUESTION + " Be strict.")
+            found = run(write(tmp_path, texts), out, server, **more)
+            asked.append(len(server.requests) - sum(asked))
+            assert found["counts"]["answers"] == found["counts"]["items"]
+    assert asked == [8, 3, 1, 11, 11] and len(jsonl(out / "answers.jsonl")) == 34
 
 
 def test_one_judge_a_folder(tmp_path):
@@ -392,9 +389,14 @@ def save_model(folder: Path) -> Path:
 
 def test_a_local_judge_and_a_question_too_long_for_it(tmp_path):
     folder, out = save_model(tmp_path / "model"), tmp_path / "out"
-    texts = TEXTS | {"alpha": TEXTS["alpha"] | {"p2": ["long " * 300]}}
-    methods = write(tmp_path, texts)
-    found = run(methods, out, model=folder, batch_size=3, max_tokens=64)
+    methods = write(tmp_path, TEXTS | {"alpha": TEXTS["alpha"] | {"p2": ["long " * 300]}})
+
+    def judged(answers: int, **options) -> dict:
+        found = run(methods, out, model=folder, max_tokens=64, **options)
+        assert len(jsonl(out / "answers.jsonl")) == answers
+        return found
+
+    found = judged(10, batch_size=3)
     assert {key: found["counts"][key] for key in ("answers", "unparseable", "refused")} == dict(
         answers=10, unparseable=0, refused=1
     )
@@ -404,18 +406,16 @@ def test_a_local_judge_and_a_question_too_long_for_it(tmp_path):
     assert found["comparisons"][0]["average"]["tie"]["prompts"] == 3
     lm = LlamaForCausalLM.from_pretrained(folder)
     assert found["judge"]["weights"] == fingerprint(lm) and found["judge"]["model"] == str(folder)
-    run(methods, out, model=folder, max_tokens=64)
-    assert len(jsonl(out / "answers.jsonl")) == 10
+    judged(10)
     with torch.no_grad():
         lm.lm_head.weight.mul_(2)
     lm.save_pretrained(folder)  # another judge
-    run(methods, out, model=folder, max_tokens=64)
-    assert len(jsonl(out / "answers.jsonl")) == 20
+    judged(20)
     template = folder / "chat_template.jinja"
     template.write_text("{% if aloud is defined %} {% endif %}" + template.read_text())
-    found = run(methods, out, model=folder, max_tokens=64, template_options="aloud=true")  # reads other questions
+    found = judged(30, template_options="aloud=true")  # reads other questions
     read = [fingerprint_of(load_tokenizer(str(folder), options)) for options in ("", "aloud=true")]
-    assert len(jsonl(out / "answers.jsonl")) == 30 and found["judge"]["tokenizer"] == read[1] != read[0]
+    assert found["judge"]["tokenizer"] == read[1] != read[0]
 
 
 def test_a_question_that_a_local_judge_cannot_read_is_refused(tmp_path):

@@ -121,18 +121,11 @@ def test_what_a_disk_refuses_is_said_with_what_to_do(tmp_path):
         assert caught.value is error
 
 
-def test_every_change_of_a_record_is_found(tmp_path):
+def test_a_record_holds_what_this_version_writes(tmp_path):
+    """That every change of one is found: tests/faults/test_corruption.py."""
     path, record = tmp_path / "r.json", {"step": 3, "names": ["a", "b"], "lr": 1e-5, "deep": {"x": None}}
     files.write_record(path, record)
-    whole = path.read_bytes()
-    assert files.read_record(path, "do this") == record
-    for at in range(len(whole)):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        try:
-            assert files.read_record(path, "do this") == record  # white space only
-        except ValueError as error:
-            assert str(path) in str(error) and "do this" in str(error)
-    files.write_record(path, record)
+    assert files.read_record(path, "do this", step=int, names=list) == record
     with pytest.raises(ValueError, match=r"r\.json: does not hold steps and lr as this version writes it; do this"):
         files.read_record(path, "do this", steps=int, lr=int, step=int)
 
