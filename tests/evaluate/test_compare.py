@@ -129,17 +129,14 @@ def test_800_prompts_are_read_sorted_and_searched(tmp_path, browser):
 # ---- what suites of several worlds are made of ---------------------------------------------------
 
 
-def trained(
-    folder: Path, values: dict[str, dict[str, float]], rewards: dict[str, tuple[float, ...]] | None = None
-) -> Path:
+def trained(folder: Path, values: dict[str, dict[str, float]], rewards: dict | None = None) -> Path:
     (folder / "test").mkdir(parents=True)
     (folder / "test/per_prompt.json").write_text(json.dumps(values))
     if rewards:
         rows = [Row(id, "p", ("x",) * len(r), r, None, None) for id, r in rewards.items()]
         listwise.write(folder / "test/samples.jsonl", rows)
-    if folder.name.startswith("SFT"):
-        return folder / "test"
-    (folder / "summary.json").write_text(json.dumps({"seconds": 3.0 + len(folder.name), "tokens": 5000}))
+    if not folder.name.startswith("SFT"):
+        (folder / "summary.json").write_text(json.dumps({"seconds": 3.0 + len(folder.name), "tokens": 5000}))
     return folder / "test"
 
 
@@ -147,8 +144,7 @@ def trained(
 def cells(tmp_path) -> dict[str, list[list[Path]]]:
     """Three worlds with prompts of their own. SFT at zero; HPS above BT by one, by three, by two in each of them; harm
     undefined on some prompts, not the same ones in each world, and in the last on all."""
-    g = np.random.default_rng(0)
-    out: dict[str, list[list[Path]]] = {"SFT": [], "DPO-BT": [], "DPO-HPS": [], "DPO-HPS again": []}
+    g, out = np.random.default_rng(0), {name: [] for name in ("SFT", "DPO-BT", "DPO-HPS", "DPO-HPS again")}
     for world, lead in enumerate((1.0, 3.0, 2.0)):
         prompts = [f"p{world}{i}" for i in range(40)]
         base = {p: float(g.normal(3.0)) for p in prompts}
@@ -157,11 +153,9 @@ def cells(tmp_path) -> dict[str, list[list[Path]]]:
             out[name].append([])
             for repeat in range(2):
                 rm10 = {p: base[p] + shift + 0.1 * repeat + 2 * world for p in prompts}
-                harm = dict.fromkeys(prompts[world::2] if world < 2 else [], 50.0 + shift)
+                values = {"rm10": rm10, "harm": dict.fromkeys(prompts[world::2] if world < 2 else [], 50.0 + shift)}
                 rewards = dict.fromkeys(prompts, (shift, 0.0, -shift))
-                out[name][-1].append(
-                    trained(tmp_path / f"{name}-{world}-{repeat}", {"rm10": rm10, "harm": harm}, rewards)
-                )
+                out[name][-1].append(trained(tmp_path / f"{name}-{world}-{repeat}", values, rewards))
     return out
 
 
@@ -180,9 +174,8 @@ def test_rows_and_paired_differences(cells):
     assert "train_seconds" in hps["metrics"] and "train_seconds" not in rows[0]["metrics"]
     of = {(c["a"], c["b"], c["metric"]): c for c in comparisons}
     rm10 = of["DPO-HPS", "DPO-BT", "rm10"]
-    assert rm10["values"] == pytest.approx([1, 3, 2]) and rm10["p"] == pytest.approx(
-        stats.ttest_1samp([1, 3, 2], 0).pvalue
-    )
+    assert rm10["values"] == pytest.approx([1, 3, 2])
+    assert rm10["p"] == pytest.approx(stats.ttest_1samp([1, 3, 2], 0).pvalue)
     # Worlds and prompts differ by more than that, but of both rows alike. Two runs meet one SFT model.
     assert of["DPO-HPS", "SFT", "rm10"]["mean"] == pytest.approx(hps["metrics"]["rm10"]["mean"])
     assert of["DPO-HPS", "DPO-BT", "harm"]["values"] == [1, 3, None]

@@ -83,12 +83,6 @@ def base(tiny_world, tmp_path_factory) -> tuple[list[float], list[float]]:
     return values, kl
 
 
-@pytest.mark.parametrize("split", [dict(tokens_per_micro_batch=20), dict(share_prompt="false")])
-def test_micro_batches_do_not_change_the_trajectory(tiny_world, tmp_path, base, split):
-    np.testing.assert_allclose(run(tiny_world, tmp_path, **split, **KTO), base[0], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(losses(tmp_path, "kl"), base[1], rtol=0, atol=1e-3)
-
-
 def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base):
     """The cache is full, so that the first pass is z0's; 8 prompts on three ranks leave one of them a dummy."""
     values = run_ranks(tiny_world, tmp_path, 3, tokens_per_micro_batch=20, **KTO)
