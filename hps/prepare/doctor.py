@@ -44,6 +44,18 @@ def kept_rows(
         yield next(row for row in kept if row.id == example.id), example
 
 
+class Found:
+    """What is gathered of the rows, one after the other; of a response about 70 bytes are held."""
+
+    def __init__(self, gammas: Sequence[float]) -> None:
+        self.counts = Counter(dict.fromkeys(("human_pairs", "human_pairs_identical", "copies_of_other_responses"), 0))
+        self.values: defaultdict[str, array] = defaultdict(lambda: array("d"))
+        self.texts, self.prompts = array("Q"), array("Q")  # hashes, of each response
+        self.rivals = {kind: Rivals() for kind in WINS}
+        # Sums over rows of the negatives, the effective ones, and the mass on the top one.
+        self.weights = {(norm, float(gamma)): np.zeros(3) for norm in samplers.REWARD_NORMS for gamma in gammas}
+
+
 def diagnose(
     kept: Iterable[Kept],
     counts: dict[str, int],
@@ -54,40 +66,34 @@ def diagnose(
 ) -> dict[str, Any]:
     """Measure the data that training would see; every value of the result fits into JSON.
 
-    kept, counts: as `kept_rows` gives and fills them; gone through once, of a response about 70 bytes are held.
-    tokenizer: the one they come from, to look at where texts meet as well. test: rows whose prompts should not be among
-    these. gammas: hardnesses at which q (Eq. 9) is weighed: by exp of its entropy, the number of negatives it spreads
-    over, and by its largest mass, both averaged over the rows. "errors" in the result lists what makes training
-    impossible, "advice" the rest.
+    kept, counts: as `kept_rows` gives and fills them; gone through once. tokenizer: the one they come from, to look at
+    where texts meet as well. test: rows whose prompts should not be among these. gammas: hardnesses at which q (Eq. 9)
+    is weighed: by exp of its entropy, the number of negatives it spreads over, and by its largest mass, both averaged
+    over the rows. "errors" in the result lists what makes training impossible, "advice" the rest.
     """
     wanted = Counter(row_key(_words(row.prompt).casefold()) for row in test)
     met: set[int] = set()
-    found = Counter(dict.fromkeys(("human_pairs", "human_pairs_identical", "copies_of_other_responses"), 0))
-    values: defaultdict[str, array] = defaultdict(lambda: array("d"))
-    texts, prompts = array("Q"), array("Q")  # hashes, of each response
-    rivals = {kind: Rivals() for kind in WINS}
-    weights = {(norm, float(gamma)): np.zeros(3) for norm in samplers.REWARD_NORMS for gamma in gammas}
-    first: list[Kept] = []
-    kept = iter(kept)
+    found, first, kept = Found(gammas), list[Kept](), iter(kept)
     while some := list(itertools.islice(kept, 256)):
         first += some[: max(JOINTS - len(first), 0)]
         for row, e in some:
-            responses = [_words(row.responses[k]) for k in e.kept]
-            texts.extend(map(row_key, responses))
-            prompts.extend([row_key(_words(row.prompt).casefold())] * len(responses))
-            met.update(wanted.keys() & prompts[-1:])
-            values["responses"].append(len(e.kept))
-            values["prompt_tokens"].append(len(e.prompt_ids))
-            values["response_tokens"].extend(map(len, e.response_ids))
-            found["human_pairs"] += _is_pair(e)
-            found["human_pairs_identical"] += _is_pair(e) and bool(e.identity[e.chosen] == e.identity[e.rejected])
-            found["copies_of_other_responses"] += len(e.identity) - len(np.unique(e.identity))
-            _texts(row, e, responses, values, found, rivals)
+            responses, prompt = [_words(row.responses[k]) for k in e.kept], row_key(_words(row.prompt).casefold())
+            found.texts.extend(map(row_key, responses))
+            found.prompts.extend([prompt] * len(responses))
+            met |= wanted.keys() & {prompt}
+            found.values["responses"].append(len(e.kept))
+            found.values["prompt_tokens"].append(len(e.prompt_ids))
+            found.values["response_tokens"].extend(map(len, e.response_ids))
+            same = _is_pair(e) and bool(e.identity[e.chosen] == e.identity[e.rejected])
+            copies = len(e.identity) - len(np.unique(e.identity))
+            found.counts.update(human_pairs=_is_pair(e), human_pairs_identical=same, copies_of_other_responses=copies)
+            _texts(row, e, responses, found)
         if scored := [e for _, e in some if e.rewards is not None]:
-            _rewards(scored, values, found, weights)
+            _rewards(scored, found)
     counts = counts | {"test_prompts": wanted.total(), "test_prompts_in_training": sum(wanted[key] for key in met)}
-    counts |= found | {"responses_of_several_prompts": _of_several_prompts(np.array(texts), np.array(prompts))}
+    counts |= found.counts | {"responses_of_several_prompts": _of_several_prompts(found)}
     template = _joints(tokenizer, first, counts) if tokenizer else ""
+    values = found.values
     report: dict[str, Any] = {
         "rows": counts["rows_read"],
         "examples": len(values["responses"]),
@@ -97,11 +103,11 @@ def diagnose(
         "prompts_compared": len(values["longer"]),
         "reward_length_correlation": float(np.mean(values["correlation"])) if values["correlation"] else None,
         "best_longer": float(np.mean(values["longer"])) if values["longer"] else None,
-        "winners": {kind: one.winner() for kind, one in rivals.items() if one.prompts},
+        "winners": {kind: one.winner() for kind, one in found.rivals.items() if one.prompts},
         "gammas": [],
     }
     if rows := counts.get("rows_with_rewards", 0) - counts.get("rows_no_dispreferred", 0):
-        for (norm, gamma), sums in weights.items():
+        for (norm, gamma), sums in found.weights.items():
             negatives, effective, mass = (sums / rows).tolist()
             about = {"gamma": gamma, "reward_norm": norm, "negatives": negatives}
             report["gammas"].append(about | {"effective_negatives": effective, "top_mass": mass})
@@ -132,21 +138,14 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _texts(
-    row: Row,
-    e: Example,
-    responses: list[str],
-    values: dict[str, array],
-    counts: Counter[str],
-    rivals: dict[str, "Rivals"],
-) -> None:
+def _texts(row: Row, e: Example, responses: list[str], found: Found) -> None:
     """What rewards may follow instead of quality: length, and a text, a beginning or a source that wins everywhere.
 
     Of a row are compared its responses with rewards, or its human pair; the best is the first of the highest ones.
     """
     repeated = prompt_repeated(row)
-    counts["responses_with_prompt"] += sum(repeated[k] for k in e.kept)
-    counts["responses_cut_off"] += sum(cut_off(row.responses[k]) for k in e.kept)
+    found.counts["responses_with_prompt"] += sum(repeated[k] for k in e.kept)
+    found.counts["responses_cut_off"] += sum(cut_off(row.responses[k]) for k in e.kept)
     compared: Any = list(range(len(responses))) if e.rewards is not None else [e.chosen, e.rejected] * _is_pair(e)
     if len(compared) < 2:
         return
@@ -156,23 +155,24 @@ def _texts(
         compared = [best, *(k for k in compared if k != best)]
         a, b = _ranks(e.rewards), _ranks(lengths)
         if np.ptp(a) and np.ptp(b):
-            values["correlation"].append(np.corrcoef(a, b)[0, 1])
+            found.values["correlation"].append(np.corrcoef(a, b)[0, 1])
     best, *others = compared
-    values["longer"].append(((lengths[best] > lengths[others]) + 0.5 * (lengths[best] == lengths[others])).mean())
+    longer = (lengths[best] > lengths[others]) + 0.5 * (lengths[best] == lengths[others])
+    found.values["longer"].append(longer.mean())
     labels = {"text": responses, "beginning": [" ".join(y.split()[:BEGINNING_WORDS]) for y in responses]}
-    for found in row.others.values():  # one name for each response, as UltraFeedback has `models`
-        if isinstance(found, list) and len(found) == len(row.responses) and all(type(x) is str for x in found):
-            labels["source"] = [found[k] for k in e.kept]
+    for other in row.others.values():  # one name for each response, as UltraFeedback has `models`
+        if isinstance(other, list) and len(other) == len(row.responses) and all(type(x) is str for x in other):
+            labels["source"] = [other[k] for k in e.kept]
     for kind, named in labels.items():
-        rivals[kind].add([named[k] for k in compared])
+        found.rivals[kind].add([named[k] for k in compared])
 
 
-def _of_several_prompts(texts: np.ndarray, prompts: np.ndarray) -> int:
-    """Responses whose text stands under another prompt too; both by their hashes, (T,)."""
-    if not len(texts):
+def _of_several_prompts(found: Found) -> int:
+    """Responses whose text stands under another prompt too."""
+    if not found.texts:
         return 0
-    order = np.argsort(texts)
-    texts, prompts = texts[order], prompts[order]
+    order = np.argsort(found.texts)
+    texts, prompts = np.array(found.texts)[order], np.array(found.prompts)[order]
     begins = np.flatnonzero(np.append(True, texts[1:] != texts[:-1]))
     several = np.minimum.reduceat(prompts, begins) != np.maximum.reduceat(prompts, begins)
     return int(np.diff(np.append(begins, len(texts)))[several].sum())
@@ -224,21 +224,15 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return np.searchsorted(ordered, values) + np.searchsorted(ordered, values, side="right")
 
 
-def _rewards(
-    scored: list[Example],
-    values: dict[str, array],
-    counts: Counter[str],
-    weights: dict[tuple[str, float], np.ndarray],
-) -> None:
-    """weights: sums over rows of the negatives, the effective ones, and the mass on the top one."""
+def _rewards(scored: list[Example], found: Found) -> None:
     rewards = [cast(np.ndarray, e.rewards) for e in scored]
     r = plan.padded(rewards, -np.inf, np.float64)
     _, below, left_out = plan.dispreferred(r, plan.padded([e.identity for e in scored], -1, np.int64))
     some = below.any(1)
     pairs = [r[e.chosen] - r[e.rejected] for r, e in zip(rewards, scored, strict=True) if _is_pair(e)]
-    values["dispreferred"].extend(below.sum(1).tolist())
-    values["reward_range"].extend(float(np.ptp(r)) for r in rewards)
-    counts.update(
+    found.values["dispreferred"].extend(below.sum(1).tolist())
+    found.values["reward_range"].extend(float(np.ptp(r)) for r in rewards)
+    found.counts.update(
         copies_of_best=int(left_out["copies_of_best"].sum()),
         rows_with_rewards=len(scored),
         rows_with_top_tie=int((left_out["ties_with_best"] > 0).sum()),
@@ -250,11 +244,11 @@ def _rewards(
         return
     for norm in samplers.REWARD_NORMS:
         scaled = samplers.normalise_rewards(r[some], norm=norm)
-        for gamma in [gamma for name, gamma in weights if name == norm]:
+        for gamma in [gamma for name, gamma in found.weights if name == norm]:
             log_q = samplers.log_q(scaled, gamma, below[some]).numpy()
             q = np.exp(log_q)
             effective = np.exp(-(q * np.where(q > 0, log_q, 0.0)).sum(1)).sum()
-            weights[norm, gamma] += (below[some].sum(), effective, q.max(1).sum())
+            found.weights[norm, gamma] += (below[some].sum(), effective, q.max(1).sum())
 
 
 def _joints(tokenizer: PreTrainedTokenizerFast, kept: list[tuple[Row, Example]], counts: dict[str, int]) -> str:
