@@ -25,7 +25,6 @@ from hps.prepare.formats import DROPS, FORMATS, Dropped
 FIXTURES = ROOT / "tests/fixtures"
 ASK = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Tea?"
 GOOD = {"chosen": ASK + "\n\nAssistant: Yes.", "rejected": ASK + "\n\nAssistant: No."}
-SIMPO = {"prompt": "Hi", "all_generated_responses": ["a", "b"], "all_rm_scores": ["0.5", 0.25], "prompt_id": "x"}
 
 
 def load(name):
@@ -167,21 +166,16 @@ def test_alpaca_eval(tmp_path, capsys):
     assert tea.others["models"] == ["alpha-7b", "beta-13b", "gamma-chat", "nobody"]
     assert egg.responses == ("In hot water.", "With a pan.", game) and egg.others["models"][1] == "gamma-chat"
     assert rows["Write a line about rain."].responses[0] == ""
-    cut = [import_file("alpaca-eval", folder, **how).rows for how in (dict(limit=2), dict(skip=2))]
-    assert [row.id for row in cut[0] + cut[1]] == [row.id for row in rows.values()] and list(rows) != sorted(rows)
+    assert list(rows) != sorted(rows)
     with pytest.raises(ValueError, match="no MODEL/gpt5/annotations.json; name a judge with --subset: weighted_alpaca"):
         import_file("alpaca-eval", folder, subset="gpt5")
     with pytest.raises(ValueError, match="is it AlpacaEval's folder results?"):
         import_file("alpaca-eval", tmp_path)
     judged = tmp_path / "m/weighted_alpaca_eval_gpt4_turbo/annotations.json"
     judged.parent.mkdir(parents=True)
-    for change, message in (
-        ({"preference": 2.5}, "annotations.json:1: preference must be a number from 1 to 2, not 2.5"),
-        ({"instruction": 3}, "instruction must be a string"),
-    ):
-        put(judged, {"instruction": "a", "output_2": "b", "preference": 1.5} | change)
-        with pytest.raises(ValueError, match=message):
-            import_file("alpaca-eval", tmp_path)
+    put(judged, {"instruction": "a", "output_2": "b", "preference": 2.5})
+    with pytest.raises(ValueError, match="annotations.json:1: preference must be a number from 1 to 2, not 2.5"):
+        import_file("alpaca-eval", tmp_path)
 
 
 def test_one_json_list_and_prompts_alone(tmp_path):
@@ -296,57 +290,52 @@ def test_an_implicit_prompt_ends_with_a_word(start, chosen, rejected):
 # -- what is left out, and what ends the command --
 
 
-@pytest.mark.parametrize(
-    ("source", "change", "counter", "reason"),
-    [
-        ("hh-rlhf", {"chosen": "Human: Hi\n\nAssistant: Yes."}, "rows_malformed", "chosen does not start"),
-        ("hh-rlhf", {"chosen": "\n\nAssistant: Yes."}, "rows_malformed", "chosen does not start"),
-        ("hh-rlhf", {"chosen": ASK}, "rows_malformed", "chosen does not end with a turn of Assistant"),
-        ("hh-rlhf", {"chosen": talk("Yes.\n\nAssistant: M")}, "rows_malformed", "two turns of one speaker in a row"),
-        ("hh-rlhf", {"chosen": talk("Yes.", "\n\nHuman: T")}, "rows_prompts_differ", "differ before the last answer"),
-        ("hh-rlhf", {"chosen": ASK + "\n\nAssistant:"}, "rows_empty_response", "an answer is empty"),
-        ("hh-rlhf", {"chosen": talk("No. ")}, "rows_equal_responses", "both answers are the same"),
-        ("hh-rlhf", {"chosen": talk("Yes \ud800")}, "rows_malformed", "half of a surrogate pair"),
-        ("pku-saferlhf", {"better_response_id": -1}, "rows_no_preference", "better_response_id is -1"),
-        ("pku-saferlhf", {"better_response_id": True}, "rows_no_preference", "is True, neither 0 nor 1"),
-        ("simpo", {"all_rm_scores": [1]}, "rows_malformed", "2 responses but 1 rewards"),
-        ("simpo", {"all_rm_scores": [1, "N/A"]}, "rows_no_preference", "of response 1 is 'N/A', not a number"),
-        ("nectar", {"answers": [{"answer": "a", "rank": 10**400}] * 2}, "rows_no_preference", "not a number"),
-        ("nectar", {"answers": [{"answer": "a", "rank": float("nan")}] * 2}, "rows_no_preference", "is nan"),
-        ("trl", {"tools": [{"name": "f"}]}, "rows_unsupported", "tools changes the prompt"),
-        ("trl", {"chosen": [{"role": "assistant", "content": "a"}] * 2}, "rows_unsupported", "not one message"),
-        ("trl", {"chosen": [{"role": "user", "content": "a"}]}, "rows_unsupported", "['user'], not one message"),
-        ("trl", {"prompt": [{"role": "assistant", "content": "a"}]}, "rows_malformed", "must end with a turn of"),
-        ("trl", {"chosen": [{"role": "assistant", "content": [{}]}]}, "rows_unsupported", "not one message"),
-        ("authors", {"rewards": [1, 2, 3, 4, 5]}, "rows_malformed", "but 5 rewards"),
-    ],
+CANNOT_BE_USED = (  # source, change of a good record, counter, reason
+    ("hh-rlhf", {"chosen": "Human: Hi\n\nAssistant: Yes."}, "rows_malformed", "chosen does not start"),
+    ("hh-rlhf", {"chosen": "\n\nAssistant: Yes."}, "rows_malformed", "chosen does not start"),
+    ("hh-rlhf", {"chosen": ASK}, "rows_malformed", "chosen does not end with a turn of Assistant"),
+    ("hh-rlhf", {"chosen": talk("Yes.\n\nAssistant: M")}, "rows_malformed", "two turns of one speaker in a row"),
+    ("hh-rlhf", {"chosen": talk("Yes.", "\n\nHuman: T")}, "rows_prompts_differ", "differ before the last answer"),
+    ("hh-rlhf", {"chosen": ASK + "\n\nAssistant:"}, "rows_empty_response", "an answer is empty"),
+    ("hh-rlhf", {"chosen": talk("No. ")}, "rows_equal_responses", "both answers are the same"),
+    ("hh-rlhf", {"chosen": talk("Yes \ud800")}, "rows_malformed", "half of a surrogate pair"),
+    ("pku-saferlhf", {"better_response_id": -1}, "rows_no_preference", "better_response_id is -1"),
+    ("pku-saferlhf", {"better_response_id": True}, "rows_no_preference", "is True, neither 0 nor 1"),
+    ("simpo", {"all_rm_scores": [1]}, "rows_malformed", "3 responses but 1 rewards"),
+    ("simpo", {"all_rm_scores": [1, "N/A", 2]}, "rows_no_preference", "of response 1 is 'N/A', not a number"),
+    ("nectar", {"answers": [{"answer": "a", "rank": 10**400}] * 2}, "rows_no_preference", "not a number"),
+    ("nectar", {"answers": [{"answer": "a", "rank": float("nan")}] * 2}, "rows_no_preference", "is nan"),
+    ("trl", {"tools": [{"name": "f"}]}, "rows_unsupported", "tools changes the prompt"),
+    ("trl", {"chosen": [{"role": "assistant", "content": "a"}] * 2}, "rows_unsupported", "not one message"),
+    ("trl", {"chosen": [{"role": "user", "content": "a"}]}, "rows_unsupported", "['user'], not one message"),
+    ("trl", {"prompt": [{"role": "assistant", "content": "a"}]}, "rows_malformed", "must end with a turn of"),
+    ("trl", {"chosen": [{"role": "assistant", "content": [{}]}]}, "rows_unsupported", "not one message"),
+    ("authors", {"rewards": [1, 2, 3, 4, 5]}, "rows_malformed", "but 5 rewards"),
 )
-def test_unusable_records_are_dropped(source, change, counter, reason):
-    examples = {"hh-rlhf": GOOD, "simpo": SIMPO}
-    record = (examples.get(source) or load(f"{source}.jsonl")[0]) | change
-    found = dropped(source, record, order=next(iter(FORMATS[source].orders)))
-    assert found[0] == counter and reason in found[1]
+OF_ANOTHER_FORMAT = (  # source, change of a good record, what ends the import
+    ("hh-rlhf", {"rejected": ...}, "the key 'rejected' is missing"),
+    ("hh-rlhf", {"chosen": []}, "chosen must be a string, not list"),
+    ("pku-saferlhf", {"better_response_id": ...}, "the key 'better_response_id' is missing"),
+    ("ultrafeedback", {"completions": "a"}, "completions must be a list, not str"),
+    ("ultrafeedback", {"completions": [{"response": "a"}]}, r"completions\[0\]: the key 'overall_score' is missing"),
+    ("nectar", {"answers": [3]}, r"answers\[0\] must be an object with answer and rank"),
+    ("trl", {"chosen": "a"}, "chosen and rejected must both be strings or both be lists"),
+    ("trl", {"chosen": [{"by": "gpt", "value": "a"}]}, r"chosen\[0\] must be an object with role and content"),
+    ("trl", {"prompt": 3}, "prompt must be a string or a list of messages, not int"),
+)
 
 
-@pytest.mark.parametrize(
-    ("source", "change", "message"),
-    [
-        ("hh-rlhf", {"rejected": ...}, "x.jsonl:1: the key 'rejected' is missing"),
-        ("hh-rlhf", {"chosen": []}, "x.jsonl:1: chosen must be a string, not list"),
-        ("pku-saferlhf", {"better_response_id": ...}, "x.jsonl:1: the key 'better_response_id' is missing"),
-        ("ultrafeedback", {"completions": "a"}, "x.jsonl:1: completions must be a list, not str"),
-        ("ultrafeedback", {"completions": [{"response": "a"}]}, r"\[0\]: the key 'overall_score' is missing"),
-        ("nectar", {"answers": [3]}, r"x.jsonl:1: answers\[0\] must be an object with answer and rank"),
-        ("trl", {"chosen": "a"}, "x.jsonl:1: chosen and rejected must both be strings or both be lists"),
-        ("trl", {"chosen": [{"by": "gpt", "value": "a"}]}, r"chosen\[0\] must be an object with role and content"),
-        ("trl", {"prompt": 3}, "x.jsonl:1: prompt must be a string or a list of messages, not int"),
-    ],
-)
-def test_a_record_of_another_format_is_refused(source, change, message, tmp_path):
-    record = (GOOD if source == "hh-rlhf" else load(f"{source}.jsonl")[0]) | change
-    record = {key: value for key, value in record.items() if value is not ...}
-    with pytest.raises(ValueError, match=message):
-        import_file(source, put(tmp_path / "x.jsonl", record), order=next(iter(FORMATS[source].orders)))
+def test_unusable_records_are_dropped_and_other_formats_refused():
+    for source, change, *told in (*CANNOT_BE_USED, *OF_ANOTHER_FORMAT):
+        record = (GOOD if source == "hh-rlhf" else load(f"{source}.jsonl")[0]) | change
+        record = {key: value for key, value in record.items() if value is not ...}
+        order = next(iter(FORMATS[source].orders))
+        if len(told) == 1:
+            with pytest.raises(ValueError, match=f"^f:1: {told[0]}"):
+                dropped(source, record, order=order)
+        else:
+            counter, reason = dropped(source, record, order=order)
+            assert counter == told[0] and told[1] in reason
 
 
 def test_options_that_are_refused(tmp_path, monkeypatch):
@@ -375,26 +364,16 @@ def test_options_that_are_refused(tmp_path, monkeypatch):
         import_file("nectar", tmp_path / "bad.parquet")
 
 
-def test_counts_and_reasons_say_what_was_lost(tmp_path):
-    """Of many reasons the first five."""
-    bad = [{**GOOD, "chosen": talk("")}] * 6
-    path = put(tmp_path / "x.jsonl", GOOD, {**GOOD, "chosen": ASK}, GOOD, *bad)
-    rows, counts, reasons, _ = import_file("hh-rlhf", path)
-    assert [row.responses[0] for row in rows] == ["Yes."] and counts["rows_read"] == 9
-    assert lost(counts) == {"rows_malformed": 1, "rows_empty_response": 6, "rows_duplicate": 1}
-    assert reasons == [
-        f"{path}:2: chosen does not end with a turn of Assistant",
-        f"{path}:3: the same as {path}:1",
-        *(f"{path}:{line}: an answer is empty" for line in (4, 5, 6)),
-    ]
-
-
 def test_limit_and_skip_split_the_usable_rows(tmp_path):
+    """What is left out is counted; of its reasons the first five are told."""
     records = [{"chosen": talk(f"Yes {i}."), "rejected": talk("No.")} for i in range(6)]
     bad = {**GOOD, "chosen": ASK}
-    path = put(tmp_path / "x.jsonl", records[0], bad, *records[1:3], records[0], *records[3:])
-    whole = [row.id for row in import_file("hh-rlhf", path).rows]
-    assert len(whole) == 6
+    path = put(tmp_path / "x.jsonl", records[0], bad, *records[1:3], records[0], *records[3:], *[bad] * 5)
+    rows, counts, reasons, _ = import_file("hh-rlhf", path)
+    whole = [row.id for row in rows]
+    assert len(whole) == 6 and lost(counts) == {"rows_malformed": 6, "rows_duplicate": 1} and counts["rows_read"] == 13
+    told = [f"{path}:{line}: chosen does not end with a turn of Assistant" for line in (2, 9, 10, 11)]
+    assert reasons == [told[0], f"{path}:5: the same as {path}:1", *told[1:]]
     first, counts, *_ = import_file("hh-rlhf", path, limit=4)
     assert (counts["rows_kept"], counts["rows_duplicate"], counts["rows_read"]) == (4, 1, 6)
     second, counts, *_ = import_file("hh-rlhf", path, skip=4)
