@@ -209,41 +209,17 @@ ANSWERED = (
 )
 
 
-def test_a_whole_conversation_as_the_template_writes_it(words):
-    """Prompt, answer, EOS and what the template writes behind it: the ids of the rendered whole. The template of this
-    test ends turns with the word "why" as others do with a line break."""
-    words = type(words)(tokenizer_object=words.backend_tokenizer, **words.special_tokens_map, chat_template=ANSWERED)
+def test_a_conversation_that_is_read_whole(words, bpe):
+    """As a reward model does, also where the template closes with no EOS; tests/data/test_families.py has its ids."""
     prompt = ({"role": "user", "content": "is tea hot"},)
-    whole = [*prompt, {"role": "assistant", "content": "tea is cold"}]
-    expected = words.apply_chat_template(whole, tokenize=True, return_dict=False)
-    assert words.convert_ids_to_tokens(expected)[-2:] == ["<eos>", "why"]
-    assert Encoder(words).template.closing == [WORDS.index("why")]
-    head, answers = Encoder(words).template.answered(prompt, ["tea is cold", "hot"])
-    assert [*head, *answers[0]] == expected
-    one = row("a", prompt, ("tea is cold", "hot", ""))
-    [example] = list(tokenize(words, [one], {}, max_length=50, closing=True))  # as it is trained
-    for ours, theirs in zip(example.response_ids, answers, strict=True):
-        assert ours.tolist() == theirs
-    [example] = list(tokenize(words, [row("a", "is tea hot", ("tea",))], {}, max_length=50, closing=True))
-    assert example.response_ids[0].tolist() == encode_response(words, "tea")
-
-
-def test_a_template_that_writes_answers_in_its_own_way(words, bpe):
-    """It closes with no EOS, or begins an answer otherwise than a prompt ends: the conversation is read whole."""
-    prompt = ({"role": "user", "content": "is tea hot"},)
-    begins = ANSWERED.replace("<assistant> ", "<assistant> hot ")  # as with "<think>"
-    for template in (TEMPLATE, begins):
+    for template, closing in ((ANSWERED, [WORDS.index("why")]), (TEMPLATE, None)):
         own = type(words)(tokenizer_object=words.backend_tokenizer, **words.special_tokens_map, chat_template=template)
-        assert Encoder(own).template.closing is None
-        wholes = []
-        for text in ("tea is cold", "hot"):
-            turns = [*prompt, {"role": "assistant", "content": text}]
-            wholes.append(own.apply_chat_template(turns, return_dict=False))
-        head, answers = Encoder(own).template.answered(prompt, ("tea is cold", "hot"))
-        assert [[*head, *answer] for answer in answers] == wholes and own.eos_token_id not in head
+        assert Encoder(own).template.closing == closing
         [example] = tokenize(own, [row("a", prompt, ("tea is cold", " ", "hot"))], {}, max_length=50, closing=True)
         assert example.kept.tolist() == [0, 2]
-        assert [[*example.prompt_ids, *ids] for ids in example.response_ids] == wholes
+        for text, ids in zip(("tea is cold", "hot"), example.response_ids, strict=True):
+            whole = own.apply_chat_template([*prompt, {"role": "assistant", "content": text}], return_dict=False)
+            assert [*example.prompt_ids, *ids] == whole
     with pytest.raises(ValueError, match="no chat template"):
         Encoder(bpe).template.answered(prompt, ["x"])
 
@@ -264,11 +240,3 @@ def test_rows_are_tokenised_as_they_come(words):
     examples = tokenize(words, rows, counts, max_length=50)
     assert next(examples).id == "0" and len(asked) == 1 and counts["rows_read"] == 1
     assert len(list(examples)) == 8 and counts["rows_kept"] == 9
-
-
-def test_a_string_and_a_template_with_the_same_text_differ(bpe):
-    """Only the string gets a BOS from the tokenizer."""
-    plain = byte_tokenizer(chat_template="{{ messages[0].content }}")
-    rows = [row("a", "yes", ("x",)), row("b", ({"role": "user", "content": "yes"},), ("x",))]
-    examples, _ = tokenize_rows(plain, rows, max_length=50)
-    assert examples[0].prompt_ids.tolist() == [0, *examples[1].prompt_ids.tolist()]
