@@ -116,8 +116,8 @@ def import_rows(c: Import) -> None:
     config.check_choices(c, source=formats.FORMATS)
     inputs = [importers.located(name) for name in c.input]
     options = ("order", "columns", "subset", "split", "skip")
-    how: dict[str, Any] = {key: getattr(c, key) for key in options} | {"limit": c.limit or None}
-    found = importers.import_file(c.source, *(path for path, _ in inputs), **how)
+    how: dict[str, Any] = {key: getattr(c, key) for key in options}
+    found = importers.import_file(c.source, *(path for path, _ in inputs), limit=c.limit or None, **how)
     listwise.write(c.output, found.rows)
     if left_out := sorted(found.columns_left_out):
         print(f"{c.output}: columns left out: {', '.join(left_out)}", file=sys.stderr)
@@ -200,7 +200,7 @@ def annotate_rows(c: Annotate) -> None:
 
     def write(found: Iterator[tuple[Row, rewards.Rewards]], more: Counter[str]) -> None:
         counts = Counter(dict.fromkeys(("rows", "responses", "responses_left_out"), 0))
-        pairs = Counter(dict.fromkeys(("pairs_equal_rewards", "pairs_made"), 0))
+        pairs = Counter(dict.fromkeys(("pairs_equal_rewards", "pairs_made") if c.pairs else (), 0))
         agreed: Counter[str] = Counter()
         lost: dict[str, list[int]] = {}
 
@@ -209,7 +209,6 @@ def annotate_rows(c: Annotate) -> None:
                 row = rewards.scored(before, given)
                 if places := [k for k, reward in enumerate(given) if reward is None]:
                     lost[row.id] = places
-                    counts["responses_left_out"] += len(places)
                 if before.responses and not row.responses:
                     continue
                 counts.update(rows=1, responses=len(row.responses))
@@ -218,12 +217,13 @@ def annotate_rows(c: Annotate) -> None:
                     row = rewards.random_pair(row)
                     pairs["pairs_equal_rewards" if row.chosen is None else "pairs_made"] += 1
                 yield row
+            counts["responses_left_out"] = sum(map(len, lost.values()))
             if not counts["rows"]:
                 raise ValueError(f"{c.input}: no response has a reward ({counts | more})")
 
         listwise.write(c.output, scored())
         reasons = [f"{id}: without a reward, left out: responses {places}" for id, places in lost.items()]
-        told = {**counts, **more, **agreed, **(pairs if c.pairs else {})}
+        told = {**counts, **more, **agreed, **pairs}
         tell(c, "annotate", told, reasons[: importers.MAX_REASONS], responses_left_out=lost)
         if compared := agreed["human_pairs"]:  # held-out accuracy, where the scorer has not seen these
             right = (agreed["human_pairs_agree"] + agreed["human_pairs_tied"] / 2) / compared
@@ -262,7 +262,7 @@ def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], *, in
 
 
 def print_counts(output: str, counts: dict[str, int]) -> None:
-    print(f"{output}: " + ", ".join(f"{key} {n}" for key, n in counts.items()), file=sys.stderr)
+    print(f"{output}: {', '.join(f'{key} {n}' for key, n in counts.items())}", file=sys.stderr)
 
 
 COMMANDS = {

@@ -140,9 +140,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 def _texts(row: Row, e: Example, responses: list[str], found: Found) -> None:
     """What rewards may follow instead of quality: length, and a text, a beginning or a source that wins everywhere.
-
-    Of a row are compared its responses with rewards, or its human pair; the best is the first of the highest ones.
-    """
+    Compared are a row's responses with rewards, or its human pair; the best is the first of the highest ones."""
     repeated = prompt_repeated(row)
     found.counts["responses_with_prompt"] += sum(repeated[k] for k in e.kept)
     found.counts["responses_cut_off"] += sum(cut_off(row.responses[k]) for k in e.kept)

@@ -248,9 +248,6 @@ def _records(source: str, input: str | Path, subset: str, split: str) -> tuple[C
 def alpaca_lists(folder: Path, judge: str) -> tuple[Callable[[int], str], Iterator[object]]:
     """Of AlpacaEval's folder `results` one record for each instruction, of all models' MODEL/JUDGE/annotations.json,
     where answer 2 is the model's and a preference goes from 1 (the baseline's answer) to 2; `models` names who said it.
-
-    In an order by a hash of the instruction: the questions stand source by source in the files, and a split that is cut
-    off with skip and limit is to hold some of each.
     """
     paths = sorted(folder.glob(f"*/{judge}/annotations.json"))
     if not paths:
@@ -274,6 +271,7 @@ def alpaca_lists(folder: Path, judge: str) -> tuple[Callable[[int], str], Iterat
                 raise ValueError(f"{where}: preference must be a number from 1 to 2, not {record['preference']!r}")
             for key, value in (("answers", record["output_2"]), ("preferences", preference - 1), ("models", model)):
                 one[key].append(value)
+    # The questions stand source by source in the files, and a split by skip and limit is to hold some of each.
     mixed = sorted(found, key=lambda text: hashlib.blake2b(text.encode(errors="surrogatepass")).digest())
     return lambda number: f"{folder}: {mixed[number][:40]!r}", (found[text] for text in mixed)
 

@@ -250,12 +250,10 @@ class LLM:
             token = int(scaled.argmax() if greedy else torch.multinomial(scaled.softmax(-1), 1, generator=generator))
             logp = (logits if self.raw else scaled).log_softmax(-1)[token].item()
             ids.append(token)
-            logprobs.append({token: SimpleNamespace(logprob=logp, rank=1, decoded_token=None)})
+            logprobs.append({token: SimpleNamespace(logprob=logp)})
             reason = "stop" if token in stops else "length" if len(ids) == params.max_tokens else None
-        return SimpleNamespace(
-            index=index, text="", token_ids=tuple(ids), cumulative_logprob=None, finish_reason=reason,
-            stop_reason=None, logprobs=logprobs if params.logprobs is not None else None,
-        )  # fmt: skip
+        some = logprobs if params.logprobs is not None else None
+        return SimpleNamespace(index=index, token_ids=tuple(ids), finish_reason=reason, logprobs=some)
 
 
 @pytest.fixture
