@@ -89,8 +89,8 @@ def load_common(model: str, reference: str, options: str = "") -> PreTrainedToke
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Sha256 of what decides the ids (vocabulary, rules, BOS, EOS, chat template), in hex; not of padding and truncation,
-    which change with use, nor of the pad token, which is not scored."""
+    """Sha256 of what decides the ids (vocabulary, rules, BOS, EOS, chat template); not of padding, truncation and
+    the pad token, which change with use or are not scored."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
     content = json.dumps([backend, named, tokenizer.chat_template], sort_keys=True)
