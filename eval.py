@@ -252,7 +252,7 @@ def merge(c: Config, out: Path, ids: Sequence[str], counts: dict[str, int], worl
                     columns[name][n] = value
     columns = {name: column for name, column in columns.items() if not np.isnan(column).all()}
     # Over the prompts: what more prompts would say of this model, and nothing of other runs or data.
-    means = {name: metrics.item(metrics.world_interval(x[~np.isnan(x)])) for name, x in columns.items()}
+    means = {name: metrics.world_interval(x[~np.isnan(x)]) for name, x in columns.items()}
     with files.replacing(out / "per_prompt.json") as path, path.open("w", encoding="utf-8") as file:
         for name, column in columns.items():  # metric -> id -> value; of one metric at a time, for the memory's sake
             values = {id: x for id, x in zip(ids, column.tolist(), strict=True) if x == x}

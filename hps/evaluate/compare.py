@@ -91,7 +91,7 @@ def measured(worlds: list[dict[str, float]]) -> tuple[Item, list[float]]:
     numbers that are behind the interval: the worlds' means, or, of a single world, its prompts' values."""
     values = [float(np.mean(list(world.values()))) if world else None for world in worlds]
     numbers = [x for x in (values if len(worlds) > 1 else worlds[0].values()) if x is not None]
-    return metrics.item(metrics.world_interval(numbers)) | {"values": values}, numbers
+    return metrics.world_interval(numbers) | {"values": values}, numbers
 
 
 def on_frontier(worlds: list[Values], kl: float) -> Values:

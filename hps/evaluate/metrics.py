@@ -128,23 +128,25 @@ def margins(logratios: ArrayLike, rewards: ArrayLike, *, gap: float = 0.5, harde
 # ---- intervals -----------------------------------------------------------------------------------
 
 
-def world_interval(values: ArrayLike) -> tuple[Any, Any, Any]:
-    """Mean of one number per world and Student's 95 % interval of what it is over all worlds: (mean, low, high) (OURS).
+def world_interval(values: ArrayLike) -> dict[str, Any]:
+    """Mean of one number per world and Student's 95 % interval of what it is over all worlds (OURS).
 
     Runs, prompts and samples of a world have been averaged before: what differs between worlds holds their spread too,
     and worlds alone are independent of each other. The prompts of one evaluation can stand in for worlds, and the
-    interval is then about more prompts for that model, nothing else. A single number has the interval (-inf, inf).
+    interval is then about more prompts for that model, nothing else.
 
     Args:
-        values: (W,) or (W, ...) for many intervals at once.
+        values: (W,)
+
+    Returns:
+        {"mean", "low", "high"}, for JSON, which knows no infinity: of a single number low and high are None.
     """
-    values = np.asarray(values, dtype=np.float64)
-    _finite("values", values, max(1, values.ndim))
-    mean, number = values.mean(0), len(values)
+    values = _finite("values", values, 1)
+    mean, number = float(values.mean()), len(values)
     if number == 1:
-        return mean, mean - np.inf, mean + np.inf
-    half = extra("scipy.stats").t.ppf(0.975, number - 1) * values.std(0, ddof=1) / np.sqrt(number)
-    return mean, mean - half, mean + half
+        return {"mean": mean, "low": None, "high": None}
+    half = float(extra("scipy.stats").t.ppf(0.975, number - 1) * values.std(ddof=1) / np.sqrt(number))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def world_p(values: ArrayLike, bound: float = 0.0) -> float:
@@ -171,12 +173,6 @@ def adjust(items: Sequence[dict[str, Any]]) -> None:
         mine = [item for item in items if item["metric"] == metric]
         for item, adjusted in zip(mine, holm([item["p"] for item in mine]), strict=True):
             item["p_holm"] = adjusted
-
-
-def item(triple: tuple[float, float, float]) -> dict[str, Any]:
-    """{"mean", "low", "high"} for JSON, which knows no infinity: without an interval, low and high are None."""
-    values = (float(value) if np.isfinite(value) else None for value in triple)
-    return dict(zip(("mean", "low", "high"), values, strict=True))
 
 
 def ends(item: dict[str, Any]) -> tuple[float, float]:

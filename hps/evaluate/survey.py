@@ -117,7 +117,7 @@ def results_of(key: dict[str, Any], given: list[dict[str, Any]]) -> dict[str, An
     for (a, b), by_prompt in signs.items():
         count = Counter(sign for votes in by_prompt.values() for sign in votes)
         leads = [100 * float(np.mean(votes)) for votes in by_prompt.values() if votes]
-        lead = metrics.item(metrics.world_interval(leads)) if leads else None
+        lead = metrics.world_interval(leads) if leads else None
         comparisons.append({"a": a, "b": b, "win": count[1], "tie": count[0], "lose": count[-1], "lead": lead})
     cast = sum(vote is not None for file in given for vote in file["votes"])
     counts = {"raters": len(given), "pairs": len(key["pairs"]), "votes": cast}

@@ -110,19 +110,21 @@ def length_controlled(difference: Floats, longer: Floats) -> dict[str, Any]:
         difference, longer: (prompts,), score and words of a minus those of b.
     """
     if np.ptp(longer) == 0:
-        return metrics.item(metrics.world_interval(difference)) | {"per_100_words": 0.0}
+        return metrics.world_interval(difference) | {"per_100_words": 0.0}
     stats, left = metrics.extra("scipy.stats"), len(difference) - 2  # degrees of freedom; two points fix a line
     line = stats.linregress(longer, difference)
-    half = stats.t.ppf(0.975, left) * line.intercept_stderr if left else np.inf
-    found = metrics.item((line.intercept, line.intercept - half, line.intercept + half))
-    return found | {"per_100_words": 100 * float(line.slope)}
+    mean, low, high = float(line.intercept), None, None
+    if left:
+        half = float(stats.t.ppf(0.975, left) * line.intercept_stderr)
+        low, high = mean - half, mean + half
+    return {"mean": mean, "low": low, "high": high, "per_100_words": 100 * float(line.slope)}
 
 
 def interval(values: Floats) -> dict[str, Any] | None:
     """Mean over prompts of (responses, prompts) values, nan where missing, its 95 % interval, and how many prompts have
     one; None without any."""
     found = means(values)
-    return metrics.item(metrics.world_interval(found)) | {"prompts": len(found)} if found.size else None
+    return metrics.world_interval(found) | {"prompts": len(found)} if found.size else None
 
 
 def means(values: Floats) -> Floats:

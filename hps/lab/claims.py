@@ -21,7 +21,7 @@ import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hps.evaluate.metrics import METRICS, adjust, item, world_interval, world_p
+from hps.evaluate.metrics import METRICS, adjust, world_interval, world_p
 from hps.lab.suites import TUNED
 
 OURS = ("rm10", "harm", "junk")
@@ -86,7 +86,7 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
         numbers = [] if claim.reason else measure(claim, rows, differences)
         found: dict[str, Any] = {"claim": claim.text, "paper": claim.paper, "table": claim.table}
         if numbers:
-            found |= {"kind": claim.kind, "metric": claim.metric, **item(world_interval(numbers)), "values": numbers}
+            found |= {"kind": claim.kind, "metric": claim.metric, **world_interval(numbers), "values": numbers}
             found |= {"p": world_p(numbers, claim.bound), "right": claim.sign * (found["mean"] - claim.bound) > 0}
         else:
             compared = "comparison of " if claim.kind == "difference" else ""

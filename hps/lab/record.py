@@ -83,7 +83,7 @@ def restore(record: Results) -> Results:
 
 def item(values: list[float | None]) -> dict[str, Any]:
     """The worlds' values with their mean and its interval."""
-    return metrics.item(metrics.world_interval([value for value in values if value is not None])) | {"values": values}
+    return metrics.world_interval([value for value in values if value is not None]) | {"values": values}
 
 
 def minus(a: list[float | None] | None, b: list[float | None] | None) -> list[float | None]:
