@@ -135,13 +135,8 @@ def summarise(
             if any(worlds):
                 difference, numbers = measured(worlds)
                 comparisons.append({"a": a, "b": b, "metric": metric, **difference, "p": metrics.world_p(numbers)})
-    adjust(comparisons)
+    metrics.adjust(comparisons)
     return rows, comparisons
-
-
-def adjust(comparisons: list[Item]) -> None:
-    """Give every comparison but those of a row with itself its p after Holm's adjustment."""
-    metrics.adjust([x for x in comparisons if x["a"] != x["b"] + metrics.AGAIN])
 
 
 def commit() -> str:

@@ -168,9 +168,10 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def adjust(items: Sequence[dict[str, Any]]) -> None:
-    """Give each item with "metric" and "p" its "p_holm": adjusted for all of these items that are of its metric."""
+    """Give each item with "metric" and "p" its "p_holm", adjusted for all of these items that are of its metric; a
+    comparison of a row with itself, a = b AGAIN, has none and does not count."""
     for metric in {item["metric"] for item in items}:
-        mine = [item for item in items if item["metric"] == metric]
+        mine = [x for x in items if x["metric"] == metric and x.get("a") != f"{x.get('b')}{AGAIN}"]
         for item, adjusted in zip(mine, holm([item["p"] for item in mine]), strict=True):
             item["p_holm"] = adjusted
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from hps import config
 from hps.evaluate import figures, md, metrics, report
-from hps.evaluate.compare import COMPARED, ROOT, adjust
-from hps.evaluate.metrics import METRICS
+from hps.evaluate.compare import COMPARED, ROOT
+from hps.evaluate.metrics import METRICS, adjust
 from hps.io import files
 from hps.lab import claims, replication
 
