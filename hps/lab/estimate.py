@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from hps import adapters, attention_cpu, config, dist, loading, logps, model, sharding
-from hps.options import Config
+from hps.options import Config, check_method
 from hps.packing import Block, micro_batches, pack, pieces
 
 
@@ -184,6 +185,10 @@ def step(c: Options) -> dict[str, Any]:
 
 def estimate(c: Options) -> dict[str, Any]:
     """All of it; ValueError for an option out of range."""
+    check_method(c.method)
+    if "/" in c.shape and not Path(c.shape).is_dir() and (parent := Path(c.shape).parent).is_dir():
+        there = ", ".join(sorted(path.name for path in parent.iterdir()))
+        raise ValueError(f"shape {c.shape}: no such folder; {parent} has {there}")
     config.check_choices(c, dtype=model.DTYPES, device=logps.CHUNK_LOGITS, shard_frozen=["auto", "true", "false"])
     positive = "epochs prompts_per_step tokens_per_micro_batch world_size prompts prompt_tokens response_tokens"
     if wrong := [key for key in f"{positive} gpu_gib tflops mfu".split() if getattr(c, key) <= 0]:

@@ -164,12 +164,14 @@ def test_options_are_those_of_train_and_its_presets():
 
 def test_mistakes_are_told(folder, tmp_path):
     for changes, message in (
-        (dict(shape=str(tmp_path / "none")), "shape .*none"),
+        (dict(shape="none/of/these"), "shape .*none"),
         (dict(shape=str(folder / "llama"), lora_targets="c_attn"), "c_attn"),
         (dict(responses=1), "responses must be at least 2"),
         (dict(mfu=1.5), "mfu"),
         (dict(dtype="fp16"), "fp16"),
         (dict(prompts=0), "prompts must be positive"),
+        (dict(method="hps-dpo"), "'hps-dpo' does not exist. A method is LOSS-SAMPLER"),
+        (dict(shape="configs/shapes/llama-3"), "no such folder; configs/shapes has llama-3-70b, llama-3-8b, qwen3"),
     ):
         with pytest.raises(ValueError, match=message):
             estimate.estimate(options(**changes))
