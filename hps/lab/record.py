@@ -1,11 +1,12 @@
-"""The record, docs/results/SUITE.json: what each world says of each row and metric; and the pages made of it.
+"""The record, docs/results/SUITE.json: without options it writes docs/RESULTS.md, docs/results/*.md and README's table.
 
     python -m hps.lab.record --keep runs/record  # each suite's results.json there becomes part of the record
     python -m hps.lab.record --keep runs/other --name second  # or of one of other worlds, which the first is held to
-    python -m hps.lab.record  # docs/RESULTS.md, docs/results/*.md, their figures and README's table
+    python -m hps.lab.record  # writes the pages of the record anew, with their figures
 
-Means, intervals, p values, verdicts and claims are not in the record: they follow from its numbers by the judge as it
-is now. docs/results/RESULTS.md.jinja is the text around them; what it says of a pair is written as the verdicts are.
+The record has what each world says of each row and metric. Means, intervals, p values, verdicts and claims are not in
+it: they follow from its numbers by the judge as it is now. docs/results/RESULTS.md.jinja is the text around them; what
+it says of a pair is written as the verdicts are.
 """
 
 import json
@@ -19,7 +20,7 @@ import numpy as np
 
 from hps import config
 from hps.evaluate import figures, md, metrics, report
-from hps.evaluate.compare import COMPARED, ROOT
+from hps.evaluate.compare import COMPARED, ROOT, measured
 from hps.evaluate.metrics import METRICS, adjust
 from hps.io import files
 from hps.lab import claims, replication
@@ -62,28 +63,26 @@ def _short(values: list[float | None]) -> list[float | None]:
 
 def restore(record: Results) -> Results:
     """The results that `compact` was given, by the judge as it is now."""
-    each = {
-        name: {metric: item(values) for metric, values in row.items() if metric != "runs"}
-        for name, row in record["rows"].items()
-    }
-    rows = [{"method": name, "runs": row["runs"], "metrics": each[name]} for name, row in record["rows"].items()]
-    comparisons = []
+    rows, comparisons = [], []
+    for name, row in record["rows"].items():
+        each = {metric: item(values)[0] for metric, values in row.items() if metric != "runs"}
+        rows.append({"method": name, "runs": row["runs"], "metrics": each})
     for a, b, lead in record["pairs"]:
         of_a, of_b = record["rows"][a], record["rows"][b]
         for metric in COMPARED:
             values = lead if metric == "lead" else minus(of_a.get(metric), of_b.get(metric))
             if values and any(value is not None for value in values):
-                p = metrics.world_p([value for value in values if value is not None])
-                comparisons.append({"a": a, "b": b, "metric": metric, **item(values), "p": p})
+                difference, numbers = item(values)
+                comparisons.append({"a": a, "b": b, "metric": metric, **difference, "p": metrics.world_p(numbers)})
     adjust(comparisons)
     results = {key: value for key, value in record.items() if key != "pairs"} | {"rows": rows}
     results["comparisons"] = comparisons
     return results | {"claims": claims.judge(results)}
 
 
-def item(values: list[float | None]) -> dict[str, Any]:
-    """The worlds' values with their mean and its interval."""
-    return metrics.world_interval([value for value in values if value is not None]) | {"values": values}
+def item(values: list[float | None]) -> tuple[dict[str, Any], list[float]]:
+    """The worlds' values with their mean and its interval, and those that there are."""
+    return measured([{} if value is None else {"": value} for value in values])
 
 
 def minus(a: list[float | None] | None, b: list[float | None] | None) -> list[float | None]:
@@ -91,22 +90,19 @@ def minus(a: list[float | None] | None, b: list[float | None] | None) -> list[fl
     return [None if x is None or y is None else x - y for x, y in zip(a or [], b or [])]
 
 
-def write_compact(path: Path, record: Results) -> None:
-    """As JSON with the values of a row's metric on one line, so that a change of them is seen as such."""
-    text = json.dumps(record, indent=1)
-    files.write_text(path, re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
-
-
 def keep(out: Path, name: str) -> list[Path]:
     """Put the results of each suite under a sweep's folder into the record; the paths written."""
     found = [files.read_json(path) for path in [*out.glob("results.json"), *out.glob("*/results.json")]]
     if not found:
         raise ValueError(f"{out}: no results.json there, nor in the folders in it")
-    paths = [KEPT / f"{results['suite']}{'-' * bool(name)}{name}.json" for results in found]
-    for path, results in zip(paths, found, strict=True):
+    paths = []
+    for results in found:
         if results["worlds"] < 2 or results["settings"].get("small"):
             raise ValueError(f"suite {results['suite']} of {out} has one world or is a small one: no record")
-        write_compact(path, compact(results))
+        paths.append(KEPT / f"{results['suite']}{'-' * bool(name)}{name}.json")
+        text = json.dumps(compact(results), indent=1)  # of a row's metric on one line, so that a change is seen as such
+        text = re.sub(r"\[[^][{}]*\]", lambda values: " ".join(values[0].split()), text)
+        files.write_text(paths[-1], text + "\n")
     return paths
 
 
@@ -155,10 +151,9 @@ SIDES = {1: "larger", -1: "smaller", 0: "unresolved"}
 
 def counts(results: Results) -> str:
     """How many of a suite's comparisons are resolved, and of those of a row with itself."""
-    judged = [x for x in results["comparisons"] if "p_holm" in x]
-    again = [x for x in results["comparisons"] if "p_holm" not in x]
-    resolved, chance = sum(verdict(x) != 0 for x in judged), sum(x["p"] < 0.05 for x in again)
-    return f"{resolved} of {len(judged)}, {chance} of {len(again)}"
+    judged = [verdict(x) != 0 for x in results["comparisons"] if "p_holm" in x]
+    again = [x["p"] < 0.05 for x in results["comparisons"] if "p_holm" not in x]
+    return f"{sum(judged)} of {len(judged)}, {sum(again)} of {len(again)}"
 
 
 def pages() -> dict[Path, str]:
@@ -168,9 +163,8 @@ def pages() -> dict[Path, str]:
     second = {results["suite"]: results for name, results in found.items() if name != results["suite"]}
     judged = claims.decide([claim for results in first.values() for claim in results["claims"]])
     pairs = {name: replication.compare(first[name], second[name], draws=400) for name in first if name in second}
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
+    how = dict(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **how)
     environment.filters["wrapped"] = md.wrapped
     context = dict(first=first, second=second, pairs=pairs, tables=report.claims_tables(judged))
     context |= dict(first_table=first_table, sentences=sentences, counts=counts, agreement=replication.table)

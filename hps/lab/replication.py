@@ -21,13 +21,8 @@ from hps.evaluate.metrics import AGAIN, Floats, extra, holm
 from hps.io import files
 
 WORLDS = (8, 12, 24, 48)  # of the records that are drawn
-COUNTS = {
-    "inside": "inside %",
-    "reversed": "reversed %",
-    "resolved": "resolved after Holm",
-    "alike": "of these alike %",
-    "again": "of a row with itself %",
-}
+COUNTS = {"inside": "inside %", "reversed": "reversed %", "resolved": "resolved after Holm",
+          "alike": "of these alike %", "again": "of a row with itself %"}  # fmt: skip
 Keys = list[tuple[str, str, str]]  # (a, b, metric) of each difference
 
 
@@ -35,9 +30,7 @@ Keys = list[tuple[str, str, str]]  # (a, b, metric) of each difference
 class Options:
     first: str  # results.json of a suite
     second: str = ""  # of the same suite on other worlds; empty: the first half of the first one's worlds and the rest
-    out: str = ""  # JSON of all that is counted
     draws: int = 1000  # pairs of records that are dealt or drawn
-    seed: int = 0  # of these
 
 
 def again(keys: Keys) -> NDArray[np.bool_]:
@@ -91,7 +84,7 @@ def independent_looks(values: Floats) -> float:
     return float(np.clip(size**2 / max(squares, size), 1, size))
 
 
-def compare(first: dict[str, Any], second: dict[str, Any] | None, *, draws: int, seed: int = 0) -> dict[str, Any]:
+def compare(first: dict[str, Any], second: dict[str, Any] | None, *, draws: int) -> dict[str, Any]:
     """What is counted between two results (of one, its halves) and, by the same judge, what is to be expected.
 
     Returns:
@@ -100,12 +93,13 @@ def compare(first: dict[str, Any], second: dict[str, Any] | None, *, draws: int,
         the other, "by chance": per cent of a row's differences with itself that are resolved where the sign of
         each world's is drawn, which is the judge's level at the tails that there are.
 
-    Raises:
-        ValueError: a record of fewer than four worlds, or no difference that all worlds have.
+    ValueError: other suites, fewer than four worlds, or no difference that all worlds have.
     """
     records = [first, second or first]
     if any("comparisons" not in one for one in records):
         raise ValueError("no comparisons there: give the results.json of a sweep, not a record of docs/results")
+    if records[0]["suite"] != records[1]["suite"]:
+        raise ValueError(f"the first is of suite {records[0]['suite']}, the second of {records[1]['suite']}")
     found = [{(x["a"], x["b"], x["metric"]): x["values"] for x in of["comparisons"]} for of in records]
     keys = [key for key in found[0] if all(key in of and None not in of[key] for of in found)]
     if min(of["worlds"] for of in records) < 4 or not keys:
@@ -113,8 +107,7 @@ def compare(first: dict[str, Any], second: dict[str, Any] | None, *, draws: int,
     one, two = (np.array([of[key] for key in keys]).T for of in found)
     if second is None:
         one, two = np.array_split(one, 2)
-    counted = {"second after first": count(keys, one, two), "first after second": count(keys, two, one)}
-    pooled, rng, own = np.concatenate([one, two]), np.random.default_rng(seed), again(keys)
+    pooled, rng, own = np.concatenate([one, two]), np.random.default_rng(0), again(keys)
     dealt = [np.split(rng.permutation(pooled), [len(one)]) for _ in range(draws)]
     pairs: dict[str, list[Any]] = {f"dealt, {len(one)} and {len(two)} worlds": dealt}
     mean = np.where(own, 0.0, pooled.mean(0))  # of a row with itself nothing else is true
@@ -128,7 +121,7 @@ def compare(first: dict[str, Any], second: dict[str, Any] | None, *, draws: int,
     signs = rng.choice([-1.0, 1.0], (draws, len(pooled), 1))
     by_chance = [verdicts(keys, pooled * sign)[0][own] != 0 for sign in signs] if own.any() else [0.0]
     return {
-        "pairs": counted,
+        "pairs": {"second after first": count(keys, one, two), "first after second": count(keys, two, one)},
         "expected": expected,
         "differences": len(keys),
         "independent looks": independent_looks(pooled),
@@ -152,13 +145,8 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     c, _ = config.parse(Options, prog="python -m hps.lab.replication", description=str(__doc__).split("\n")[0])
-    first, second = files.read_json(Path(c.first)), files.read_json(Path(c.second)) if c.second else None
-    if second and first["suite"] != second["suite"]:
-        raise ValueError(f"{c.first} is of suite {first['suite']}, {c.second} of {second['suite']}")
-    found = compare(first, second, draws=c.draws, seed=c.seed)
-    print(table(found))
-    if c.out:
-        files.write_json(Path(c.out), found)
+    second = files.read_json(Path(c.second)) if c.second else None
+    print(table(compare(files.read_json(Path(c.first)), second, draws=c.draws)))
 
 
 if __name__ == "__main__":

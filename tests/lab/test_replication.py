@@ -65,22 +65,16 @@ def test_records_are_compared_from_files(tmp_path, monkeypatch, capsys):
     paths = [tmp_path / "one.json", tmp_path / "two.json"]
     for path, values in zip(paths, (one, two)):
         path.write_text(json.dumps(record(values)))
-    argv = ["compare", f"--first={paths[0]}", f"--out={tmp_path / 'found.json'}", "--draws=20"]
-    monkeypatch.setattr("sys.argv", [*argv, f"--second={paths[1]}"])
-    replication.main()
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["pairs"]["second after first"] == pytest.approx(replication.count(KEYS, one, two))
-    assert "| drawn, 24 worlds each |" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", argv)
-    replication.main()
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["pairs"]["second after first"] == pytest.approx(replication.count(KEYS, one[:4], one[4:]))
+    for more, (first, second) in (([f"--second={paths[1]}"], (one, two)), ([], (one[:4], one[4:]))):
+        monkeypatch.setattr("sys.argv", ["compare", f"--first={paths[0]}", "--draws=20", *more])
+        replication.main()
+        counted = [f"{value:.3g}" for value in replication.count(KEYS, first, second).values()]
+        shown = capsys.readouterr().out
+        assert f"| second after first | {' | '.join(counted)} |" in shown and "| drawn, 24 worlds each |" in shown
     lacking = record(two)
     lacking["comparisons"][3]["values"][0] = None
     assert replication.compare(record(one), lacking, draws=2)["differences"] == 3
     with pytest.raises(ValueError, match="suite s: need four worlds"):
         replication.compare(record(one), record(two[:2]), draws=2)
-    paths[1].write_text(json.dumps(record(two, suite="other")))
-    monkeypatch.setattr("sys.argv", [*argv, f"--second={paths[1]}"])
     with pytest.raises(ValueError, match="is of suite s, .* of other"):
-        replication.main()
+        replication.compare(record(one), record(two, suite="other"), draws=2)
