@@ -27,8 +27,6 @@ from tqdm import tqdm
 from hps.io import files
 from hps.prepare import journal
 
-BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
-
 
 @dataclass
 class Stage:
@@ -53,7 +51,7 @@ class Stage:
 def keys_of(stages: list[Stage], out: Path) -> dict[Path, str]:
     """product -> hash of its command, of the files outside `out` that this names, and of the keys of what it needs."""
     keys: dict[Path, str] = {}
-    for stage in stages:  # a stage stands after those it needs
+    for stage in stages:  # each after those it needs
         named = [Path(word.partition("=")[2]) for word in stage.argv]
         read = [files.sha256(path) for path in named if path.is_file() and not path.is_relative_to(out)]
         words = [word.replace(str(out), "OUT") for word in stage.argv]
@@ -81,16 +79,14 @@ def finished(stages: list[Stage], keys: dict[Path, str]) -> set[Path]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             stage.output.rename(old)
     if others:
-        what = "is of other commands, settings or files (its old form: NAME.old)"
-        tqdm.write(f"{len(others)} of {len(stages)} products made anew; {next(iter(others))}, say, {what}")
+        some = f"{len(others)} of {len(stages)} products made anew; {next(iter(others))}, say,"
+        tqdm.write(f"{some} is of other commands, settings or files (its old form: NAME.old)")
     return done
 
 
 def run_command(argv: list[str], log: str) -> float:
-    """Run a script of the repository in this worker, its output into a file; seconds taken.
-
-    It runs as `python SCRIPT ...` would, only that the libraries are already loaded.
-    """
+    """Run a script of the repository as `python SCRIPT ...` would, in this worker, which has loaded the libraries
+    already, its output into a file; seconds taken."""
     began = time.perf_counter()
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -99,28 +95,21 @@ def run_command(argv: list[str], log: str) -> float:
             runpy.run_path(argv[0], run_name="__main__")
         except SystemExit as e:
             if e.code:
-                raise RuntimeError(f"{shlex.join(argv)} ended with status {e.code}: {tail(log)}") from None
+                said = ["no output", *Path(log).read_text().replace("\r", "\n").strip().splitlines()]
+                raise RuntimeError(f"{shlex.join(argv)} ended with status {e.code}: {said[-1]}") from None
         finally:
             sys.argv = before
     return time.perf_counter() - began
 
 
-def tail(log: str) -> str:
-    """The last line of a log file."""
-    lines = Path(log).read_text().replace("\r", "\n").strip().splitlines()
-    return lines[-1] if lines else "no output"
-
-
 def workers(jobs: int) -> ProcessPoolExecutor:
     """Worker processes that end with this one, even if it is killed: an orphan would go on writing beside a restart."""
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
 
 
-def _begin(parent: int) -> None:
+def _begin() -> None:
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()  # pyright: ignore[reportOptionalMemberAccess]  # a worker has one
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -164,9 +153,9 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
 
 def run_in_workers(stages: list[Stage], jobs: int, out: Path, name: str) -> None:
     """`run_stages` with a bar, in `jobs` processes, or one per core; ValueError where a stage fails."""
-    jobs = jobs or os.cpu_count() or 1
-    total = round(sum(stage.weight for stage in stages))
-    with workers(jobs) as pool, tqdm(total=total, desc=name, bar_format=BAR) as bar:
+    jobs, total = jobs or os.cpu_count() or 1, round(sum(stage.weight for stage in stages))
+    shown = "{l_bar}{bar}| {elapsed}<{remaining}"
+    with workers(jobs) as pool, tqdm(total=total, desc=name, bar_format=shown) as bar:
         try:
             run_stages(pool, jobs, stages, out, bar)
         except RuntimeError as e:
