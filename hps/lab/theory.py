@@ -46,7 +46,6 @@ TEXTS = tomllib.loads(Path(__file__).with_name("theory.toml").read_text(encoding
 class Options:
     out: str = "runs/theory"  # folder of theory.json and THEORY.md
     small: bool = False  # seconds instead of minutes: checks the path, not the claims
-    seed: int = 0  # of every draw
 
 
 def hps(gamma: float, *, kappa_n: bool = True) -> Loss:
@@ -348,11 +347,11 @@ def theorem3_minimiser(*, ns: Sequence[int], m: int, steps: int, seed: int) -> S
 # ---- the report -----------------------------------------------------------------------------------
 
 
-def statements(*, small: bool, seed: int) -> dict[str, Statement]:
-    """All statements by the names of their functions, at full size or in a few seconds."""
+def sizes(small: bool) -> dict[Callable[..., Statement], dict[str, Any]]:
+    """The arguments of each statement's function, for minutes or for a few seconds."""
     ms, ns = ((200, 400, 800), (3, 10)) if small else ((200, 400, 800, 1600, 3200), (3, 10, 30, 100))
     sets, drawn = dict(replicates=16 if small else 100), dict(prompts=500 if small else 5000, n=20)
-    of_each: dict[Callable[..., Statement], dict[str, Any]] = {
+    return {
         theorem1_in_m: dict(ms=ms, n=5, **sets),
         theorem1_in_n: dict(m=400, ns=ns, **sets),
         theorem1_consistency: dict(m=800 if small else 4000, n=10, replicates=16),
@@ -362,9 +361,14 @@ def statements(*, small: bool, seed: int) -> dict[str, Statement]:
         theorem3_identity: drawn,
         theorem3_minimiser: dict(ns=(2, 10), m=500 if small else 2000, steps=400),
     }
-    found = {statement.__name__: statement(**options, seed=seed) for statement, options in of_each.items()}
-    for options, (name, each) in zip(of_each.values(), found.items(), strict=True):
-        each |= {key: text.strip().format(D=D, **options, **each) for key, text in TEXTS[name].items()}
+
+
+def statements(of_each: dict[Callable[..., Statement], dict[str, Any]]) -> dict[str, Statement]:
+    """All statements by the names of their functions."""
+    found = {}
+    for statement, options in of_each.items():
+        found[statement.__name__] = each = statement(**options, seed=0)
+        each |= {key: text.strip().format(D=D, **options, **each) for key, text in TEXTS[statement.__name__].items()}
     return found
 
 
@@ -391,7 +395,7 @@ def main() -> None:
     out, began = Path(options.out), time.process_time()
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder")
-    found = statements(small=options.small, seed=options.seed)
+    found = statements(sizes(options.small))
     seconds = time.process_time() - began
     write(found, out, seconds=seconds)
     for s in found.values():

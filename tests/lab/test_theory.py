@@ -1,6 +1,5 @@
 """The theorems' statements against scipy, brute force and hand algebra, in worlds small enough for both."""
 
-import functools
 import json
 import math
 import re
@@ -49,18 +48,6 @@ def test_estimates_are_scipys(name):
         np.testing.assert_allclose(found[i].numpy(), fitted.x, atol=1e-5)
 
 
-def test_winners_follow_the_softmax_of_true_rewards():
-    phi, scores = data(1, 20_000, 4)
-    assert (scores.diff(dim=-1) <= 0).all()
-    torch.testing.assert_close(phi.norm(dim=-1), torch.full((1, 20_000, 4), math.sqrt(theory.D), dtype=torch.float64))
-    r = phi[0, :, :, 0]
-    best_won = (r[:, 0] > r[:, 1:].amax(1)).double()  # the response of the largest r* is ranked first
-    expected = torch.softmax(r, 1).amax(1)
-    assert abs(best_won.sum() - expected.sum()) < 4 * (expected * (1 - expected)).sum().sqrt()
-    second, rest = (r[:, 1] > r[:, 2:].amax(1)).double(), torch.softmax(r[:, 1:], 1).amax(1)  # and so at every stage
-    assert abs(second.sum() - rest.sum()) < 4 * (rest * (1 - rest)).sum().sqrt()
-
-
 def test_semi_norm_is_the_papers_matrix():
     phi, _ = data(2, 7, 4)
     delta = torch.randn(2, theory.D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -83,9 +70,7 @@ def test_bounds_have_the_papers_orders():
 
 
 def test_exponent_of_a_power_law():
-    x = np.array([1.0, 2.0, 5.0, 9.0])
-    assert theory.exponent(x, 3 * x**-0.5, 0.1 * x**-0.5)[0] == pytest.approx(-0.5)
-    # Two points with relative errors e: the slope's error is sqrt(2) e / log(x2 / x1).
+    """Two points with relative errors e: the slope's error is sqrt(2) e / log(x2 / x1)."""
     assert theory.exponent([1, 4], [2, 1], [0.2, 0.1])[1] == pytest.approx(math.sqrt(2) * 0.1 / math.log(4))
 
 
@@ -131,13 +116,6 @@ def test_errors_fall_as_the_root_of_m_as_fisher_says():
     assert found["verdict"] == "holds"
 
 
-def test_two_responses_are_one_logistic_regression():
-    found = theory.measure(theory.pl, m=1000, n=2, replicates=4, seed=0)
-    for loss in (theory.hps(0), theory.bt, theory.hps(5)):
-        same = theory.measure(loss, m=1000, n=2, replicates=4, seed=0)
-        assert same["error"] == pytest.approx(found["error"], rel=1e-4)
-
-
 def test_standard_errors_are_the_spread_over_seeds():
     found = [theory.measure(theory.pl, m=200, n=3, replicates=12, seed=seed) for seed in range(40)]
     for key in ("error", "c"):
@@ -158,14 +136,11 @@ def test_limits_of_the_inconsistent_losses(name):
     assert abs(found["c"] - limit) < 4 * found["c_se"] + 0.03
 
 
-def test_who_is_closer():
+def test_consistency_table():
+    """And who is closer as n grows: PL."""
     found = theory.theorem1_in_n(m=300, ns=(3, 12), replicates=8, seed=0)
     eq6, full = [row["error"] for row in found["rows"][:2]], [row["error"] for row in found["rows"][2:]]
-    assert full[0] < eq6[0] and full[1] < eq6[1] / 2
-    assert found["verdict"] == "does not hold"
-
-
-def test_consistency_table():
+    assert full[0] < eq6[0] and full[1] < eq6[1] / 2 and found["verdict"] == "does not hold"
     found = theory.theorem1_consistency(m=500, n=5, replicates=4, seed=0)
     c = {(row["method"], row["q from"]): row["c"] for row in found["rows"]}
     assert len(c) == 16 and found["verdict"].startswith("does not hold, but for Eq. 6")
@@ -263,14 +238,11 @@ def test_curvature_by_finite_differences():
     def value(p):
         return by_hand("HPS", x @ p, est)
 
-    hessian = [
-        [
-            (value(t + a + b) - value(t + a - b) - value(t - a + b) + value(t - a - b)) / (4 * step**2)
-            for b in step * unit
-        ]
-        for a in step * unit
-    ]
-    expected = np.linalg.eigvalsh(np.array(hessian) - theory.zeta(4) * X.T @ X / 60)[0]
+    def second(a, b):
+        return (value(t + a + b) - value(t + a - b) - value(t - a + b) + value(t - a - b)) / (4 * step**2)
+
+    hessian = np.array([[second(a, b) for b in step * unit] for a in step * unit])
+    expected = np.linalg.eigvalsh(hessian - theory.zeta(4) * X.T @ X / 60)[0]
     assert found["smallest eigenvalue"] == pytest.approx(expected, abs=1e-5) and expected > 0
     truth = slopes(unit[0])
     pairs = [np.outer(z, z) for p in x for j in range(4) for k in range(j + 1, 4) for z in [p[j] - p[k]]]
@@ -285,22 +257,25 @@ def test_curvature_by_finite_differences():
 def test_everything_is_written_and_read_back(tmp_path, monkeypatch):
     """Of all statements, measured on next to nothing."""
     few = dict(prompts=50, n=5)
-    sizes = [
-        (theory.theorem1_in_m, dict(ms=(200, 300), n=4, replicates=3)),
-        (theory.theorem1_in_n, dict(m=100, ns=(3, 4), replicates=3)),
-        (theory.theorem1_consistency, dict(m=100, n=4, replicates=2)),
-        (theory.theorem1_curvature, dict(m=50, ns=(3,), gammas=(1,), thetas=1)),
-        (theory.theorem2_own_reward, dict(gammas=(0, 1e9), **few)),
-        (theory.theorem2_other_reward, dict(correlations=(0.0, 1.0), **few)),
-        (theory.theorem3_identity, few),
-        (theory.theorem3_minimiser, dict(ns=(2,), m=50, steps=10)),
-    ]
-    assert [function.__name__ for function, _ in sizes] == list(theory.TEXTS)
-    for function, options in sizes:  # whatever `statements` asks for
-        monkeypatch.setattr(theory, function.__name__, small(function, options))
-    found = theory.statements(small=True, seed=0)
+    sizes = {
+        theory.theorem1_in_m: dict(ms=(200, 300), n=4, replicates=3),
+        theory.theorem1_in_n: dict(m=100, ns=(3, 4), replicates=3),
+        theory.theorem1_consistency: dict(m=100, n=4, replicates=2),
+        theory.theorem1_curvature: dict(m=50, ns=(3,), gammas=(1,), thetas=1),
+        theory.theorem2_own_reward: dict(gammas=(0, 1e9), **few),
+        theory.theorem2_other_reward: dict(correlations=(0.0, 1.0), **few),
+        theory.theorem3_identity: few,
+        theory.theorem3_minimiser: dict(ns=(2,), m=50, steps=10),
+    }
+    for small in (True, False):
+        asked = theory.sizes(small)
+        assert {name: options.keys() for name, options in asked.items()} == {f: s.keys() for f, s in sizes.items()}
+    assert [function.__name__ for function in sizes] == list(theory.TEXTS)
     out = tmp_path / "new/folder"
-    theory.write(found, out, seconds=1.0)
+    monkeypatch.setattr(theory, "sizes", lambda small: sizes)
+    monkeypatch.setattr("sys.argv", ["theory", f"--out={out}"])
+    theory.main()
+    found = theory.statements(sizes)
     assert {path.name for path in out.iterdir()} == {"theory.json", "THEORY.md"}
     assert json.loads((out / "theory.json").read_text()) == json.loads(json.dumps(found))
     page = (out / "THEORY.md").read_text()
@@ -311,13 +286,3 @@ def test_everything_is_written_and_read_back(tmp_path, monkeypatch):
         for row in statement["rows"]:
             cells = {f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()}
             assert any(cells <= line for line in lines), row
-
-
-def small(function, options):
-    """The function with these options instead of its caller's, under its own name."""
-
-    @functools.wraps(function)
-    def replaced(*, seed, **_):
-        return function(**options, seed=seed)
-
-    return replaced
