@@ -7,21 +7,16 @@ from hps.lab import claims
 from hps.lab.suites import SUITES
 
 
-def results(suite, *, rows=None, comparisons=()):
-    """A suite's results, of each number its values by world: `rows` is method -> metrics, `comparisons` (a, b, metric,
-    values)."""
-    found = {"suite": suite, "commit": "c", "machine": "m", "seconds": 1.0, "worlds": 3}
-    found["rows"] = [
-        {"method": name, "runs": 3, "metrics": {metric: {"values": values} for metric, values in metrics.items()}}
-        for name, metrics in (rows or {}).items()
-    ]
-    found["comparisons"] = [{"a": a, "b": b, "metric": m, "values": values} for a, b, m, values in comparisons]
-    return found
-
-
-def judged(of_results):
-    """claim text -> item."""
-    items = claims.judge(of_results)
+def judged(suite, *, rows=None, comparisons=()):
+    """claim text -> item, of results with values by world: `rows` is method -> metric -> values, `comparisons` (a, b,
+    metric, values)."""
+    found = {"suite": suite, "worlds": 3, "rows": [], "comparisons": []}
+    for name, metrics in (rows or {}).items():
+        each = {metric: {"values": values} for metric, values in metrics.items()}
+        found["rows"].append({"method": name, "runs": 3, "metrics": each})
+    for a, b, metric, values in comparisons:
+        found["comparisons"].append({"a": a, "b": b, "metric": metric, "values": values})
+    items = claims.judge(found)
     by_text = {item["claim"]: item for item in items}
     assert len(by_text) == len(items), "a claim stands twice in one table"
     return by_text
@@ -57,31 +52,30 @@ def three(low, high):
 
 def test_the_intervals_side_of_the_bound_decides():
     for claim, metric, low, high, verdict in CASES:
-        found = results("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", metric, three(low, high))])
-        item = judged(found)[claim]
+        item = judged("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", metric, three(low, high))])[claim]
         assert (item["verdict"], item["after_holm"]) == (verdict, verdict) and item["kind"] == "difference"
         assert (item["low"], item["high"]) == pytest.approx((low, high), abs=1e-5)
         assert item["table"] == claims.TABLES[metric == "harm"] and item["metric"] == metric
     for low, high, positive, negative in ((0.5, 2.0, HOLDS, NOT), (-1.0, 2.0, OPEN, OPEN), (-2.0, -0.5, NOT, HOLDS)):
         metrics = {"rm_dpo": three(low, high)}  # a value, judged by its own interval
-        found = judged(results("headline", rows={"DPO-HPS": metrics, "DPO-PL-8": metrics}))
+        found = judged("headline", rows={"DPO-HPS": metrics, "DPO-PL-8": metrics})
         assert found["DPO-HPS has a positive RM_DPO"]["verdict"] == positive
         assert found["DPO-PL-8 has a negative RM_DPO"]["verdict"] == negative
         assert found["DPO-PL-8 has a negative RM_DPO"]["kind"] == "value"
     for low, high, verdict in ((51, 57, HOLDS), (49, 57, OPEN), (40, 49.5, NOT)):  # half of the samples
-        found = judged(results("headline", rows={"DPO-HPS": {"win": three(low, high)}}))
+        found = judged("headline", rows={"DPO-HPS": {"win": three(low, high)}})
         assert found["DPO-HPS wins more than half of its samples against SFT"]["verdict"] == verdict
 
 
 def test_one_world_decides_nothing_and_holm_is_by_metric():
-    found = judged(results("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", "rm_dpo", [3.0])]))
+    found = judged("methods", rows=TWO, comparisons=[("DPO-HPS", "DPO-BT", "rm_dpo", [3.0])])
     assert (found[MARGIN]["verdict"], found[MARGIN]["low"]) == (OPEN, None)
     rows, other = TWO | {"DPO-PL-8": {}}, MARGIN.replace("BT", "PL-8")
     pairs = [("DPO-HPS", b, "rm_dpo", three(0.02, 1)) for b in ("DPO-BT", "DPO-PL-8")]  # p of 0.04 each
-    found = judged(results("methods", rows=rows, comparisons=pairs))
+    found = judged("methods", rows=rows, comparisons=pairs)
     assert [(found[x]["verdict"], found[x]["after_holm"]) for x in (MARGIN, other)] == [(HOLDS, OPEN)] * 2
     pairs[1] = ("DPO-HPS", "DPO-BT", "rm_worst_case", three(0.02, 1))
-    found = judged(results("methods", rows=rows, comparisons=pairs))
+    found = judged("methods", rows=rows, comparisons=pairs)
     assert [(found[x]["verdict"], found[x]["after_holm"]) for x in (MARGIN, WORST)] == [(HOLDS, HOLDS)] * 2
 
 
@@ -89,9 +83,8 @@ def test_a_claim_of_two_suites_counts_once():
     """As it was measured, whichever suite did; adjusted for what both measure, the paper's metrics first."""
     rows, other = TWO | {"DPO-PL-8": {}}, MARGIN.replace("BT", "PL-8")
     bt, pl = (("DPO-HPS", b, "rm_dpo", three(0.02, 1)) for b in ("DPO-BT", "DPO-PL-8"))
-    harm = ("DPO-HPS", "DPO-BT", "harm", three(1, 2))
-    both = [results("headline", rows=rows, comparisons=[bt, harm]), results("methods", rows=rows, comparisons=[pl])]
-    merged = claims.decide([item for found in both for item in claims.judge(found)])
+    both = judged("headline", rows=rows, comparisons=[bt, ("DPO-HPS", "DPO-BT", "harm", three(1, 2))])
+    merged = claims.decide([*both.values(), *judged("methods", rows=rows, comparisons=[pl]).values()])
     by_text = {item["claim"]: item for item in merged}
     assert len(by_text) == len(merged)
     assert [(by_text[x]["verdict"], by_text[x]["after_holm"]) for x in (MARGIN, other)] == [(HOLDS, OPEN)] * 2
@@ -101,23 +94,19 @@ def test_a_claim_of_two_suites_counts_once():
 
 
 def test_what_is_not_there_is_left_out_or_said():
-    found = judged(results("methods", rows=TWO, comparisons=[("DPO-BT", "DPO-HPS", "rm_dpo", [1, 0.5, 2])]))
+    found = judged("methods", rows=TWO, comparisons=[("DPO-BT", "DPO-HPS", "rm_dpo", [1, 0.5, 2])])
     assert not any("PL-8" in text or "EXO" in text for text in found)  # no such rows
     assert found[MARGIN]["verdict"] == "not measured here"  # b - a is not a - b
     assert found[MARGIN]["reason"] == "no comparison of RM_DPO of these rows in the results"
     assert found["DPO-HPS has a positive RM_DPO"]["reason"] == "no RM_DPO of these rows in the results"
     people = found["People rate DPO-HPS above DPO-BT, DPO-PL and SFT"]
-    assert people == {
-        "claim": people["claim"],
+    assert people.pop("claim") and people == {
         "paper": "Table 3: 3.93 vs 3.82, 3.69, 3.63",
         "table": claims.TABLES[0],
         "verdict": "not measured here",
         "reason": "needs human raters",
     }
-    bare = results("methods", rows=TWO)
-    del bare["comparisons"]
-    assert set(claims.judge(bare)[0]) == {"claim", "paper", "table", "verdict", "reason"}
-    assert claims.judge(results("schedule", rows=TWO)) == []
+    assert judged("schedule", rows=TWO) == {}
 
 
 def test_cost_is_a_ratio_in_each_world():
@@ -126,7 +115,7 @@ def test_cost_is_a_ratio_in_each_world():
         "DPO-BT": {"train_seconds": [50, 50, 55], "train_tokens": [80, 80, 80]},
         "DPO-PL-8": {"train_seconds": [150, 150, 160], "train_tokens": [81, 80, 79]},
     }
-    found = judged(results("cost", rows=rows))
+    found = judged("cost", rows=rows)
     text = "DPO-HPS trains in less than {} times the {} of {}"
     item = found[text.format("1.1", "seconds", "DPO-BT")]
     assert item["values"] == pytest.approx([0.72, 0.8, 0.8]) and item["verdict"] == HOLDS
@@ -136,7 +125,7 @@ def test_cost_is_a_ratio_in_each_world():
     assert found[text.format("0.5", "tokens", "DPO-PL-8")]["verdict"] == NOT
     rows["DPO-BT"]["train_seconds"][1] = 0
     with pytest.raises(ValueError, match="train_seconds of DPO-HPS and DPO-BT must be above 0"):
-        claims.judge(results("cost", rows=rows))
+        judged("cost", rows=rows)
 
 
 def test_growth_with_n_is_a_difference_of_differences():
@@ -145,34 +134,11 @@ def test_growth_with_n_is_a_difference_of_differences():
     for bt, verdict in (([0.5, 1.4, 2.6], HOLDS), ([0.0, 3.0, 1.0], OPEN), ([4.0, 5.1, 6.1], NOT)):
         pairs = [hps, ("DPO-BT n 100", "DPO-BT n 5", "rm_dpo", bt)]
         rows = {name: {} for pair in pairs for name in pair[:2]}
-        found = judged(results("responses", rows=rows, comparisons=pairs))
+        found = judged("responses", rows=rows, comparisons=pairs)
         assert found[text]["verdict"] == verdict and found[text]["paper"] == "Table 6: +2.123 vs +0.183"
         assert found[text]["values"] == pytest.approx([a - b for a, b in zip(hps[3], bt, strict=True)])
         assert found["DPO-HPS n 100 has a larger RM_DPO than DPO-HPS n 5"]["verdict"] == HOLDS
-        assert judged(results("responses", rows=rows, comparisons=[hps]))[text]["verdict"] == "not measured here"
-
-
-def test_the_papers_figures_stand_beside_their_claims():
-    """One or two of each table, as the paper prints them; of those that are cut by column one each."""
-    paper = {(claim.text, claim.paper.partition(": ")[2]) for claim in claims.CLAIMS}
-    assert paper >= {
-        (MARGIN, "HH 2.723 vs 0.349, PKU -5.359 vs -5.441"),
-        (BLEU, "HH 0.232 vs 0.230, PKU 0.306 vs 0.306"),
-        (REWARD, "HH 0.430 vs 0.431, PKU 0.407 vs 0.417"),
-        (
-            "DPO-HPS wins more often than it loses against DPO-PL-8",
-            "win : lose, HH 57.612 : 13.875, PKU 57.650 : 10.350",
-        ),
-        ("DPO-HPS help to safe has a larger RM_DPO than DPO-BT help to safe", "PKU 5.725 vs 1.346"),
-        ("DPO-HPS safe to help has a larger RM_DPO than DPO-PL-8 safe to help", "HH -4.816 vs -5.122"),
-        ("DPO-HPS safe to help is at most 0.1 of best-of-5 reward below DPO-BT safe to help", "HH 0.438 vs 0.437"),
-        ("DPO-HPS help to safe is at most 0.01 of BLEU below DPO-PL-8 help to safe", "PKU 0.310 vs 0.307"),
-        ("DPO-HPS n 20 has a larger RM_DPO than DPO-BT n 20", "0.822 vs 0.227"),
-        ("DPO-BT n 100 has a larger RM_DPO than DPO-BT n 5", "0.349 vs 0.166"),
-        ("DPO-HPS n 100 is at most 0.1 of best-of-5 reward below DPO-HPS n 5", "0.430 vs 0.431"),
-        ("DPO-HPS beta 1 has a larger RM_DPO than DPO-BT beta 1", "RM_R-DPO -1.178 vs -1.990 at KL 2.015 vs 2.043"),
-        ("SPPO-BT has a negative RM_DPO", "HH -0.978, PKU -13.442"),
-    }
+        assert judged("responses", rows=rows, comparisons=[hps])[text]["verdict"] == "not measured here"
 
 
 def test_every_claim_names_what_the_sweep_makes():
