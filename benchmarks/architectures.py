@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import harness  # the scripts are found behind this  # isort: split
 import numpy as np
 import torch
 import transformers as T
 from torch import nn
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts
 
 import data_prep
 import eval as evaluation
@@ -139,7 +138,6 @@ class Watch(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.padded, self.worst, self.compared, self.checking = False, 0.0, 0, False
-        self.watched = contextlib.ExitStack()
 
     def emit(self, record: logging.LogRecord) -> None:
         said = record.getMessage()
@@ -149,27 +147,12 @@ class Watch(logging.Handler):
         apart = float((torch.as_tensor(ours).double() - torch.as_tensor(own).double()).abs().max())
         self.worst, self.compared = max(self.worst, apart if apart == apart else torch.inf), self.compared + 1
 
-    def __enter__(self) -> "Watch":
-        logging.getLogger("hps").addHandler(self)
-        for cls in (model.PolicyModel, RewardModel):
-            self.watched.enter_context(mock.patch.object(cls, "forward", self.scored(cls.forward)))
-        for module in (limits, decode):  # what they try on a few tokens is no result
-            what = "check" if module is limits else "_way"
-            self.watched.enter_context(mock.patch.object(module, what, self.not_while(getattr(module, what))))
-        self.watched.enter_context(mock.patch("hps.prepare.generate.decode", self.sampled(decode.decode)))
-        return self
+    def aside(self, function: Callable) -> Callable:
+        """What is tried on a few tokens is no result."""
 
-    def __exit__(self, *_: Any) -> None:
-        logging.getLogger("hps").removeHandler(self)
-        self.watched.close()
-
-    def not_while(self, function: Callable) -> Callable:
         def run(*args: Any, **how: Any) -> Any:
-            self.checking = True
-            try:
+            with mock.patch.object(self, "checking", True):
                 return function(*args, **how)
-            finally:
-                self.checking = False
 
         return run
 
@@ -195,6 +178,21 @@ class Watch(logging.Handler):
                 yield request
 
         return run
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[Watch]:
+    """All that scores or samples inside is compared with transformers."""
+    watch, patch = Watch(), mock.patch.object
+    with (
+        patch(model.PolicyModel, "forward", watch.scored(model.PolicyModel.forward)),
+        patch(RewardModel, "forward", watch.scored(RewardModel.forward)),
+        patch(limits, "check", watch.aside(limits.check)),
+        patch(decode, "_way", watch.aside(decode._way)),
+        mock.patch("hps.prepare.generate.decode", watch.sampled(decode.decode)),
+        patch(logging.getLogger("hps"), "handlers", [watch]),
+    ):
+        yield watch
 
 
 @contextlib.contextmanager
@@ -227,16 +225,11 @@ def sequences(packed: Packed) -> Iterator[tuple[torch.Tensor, int]]:
 
 def make_data(folder: Path) -> None:
     """Prompts and responses of random words, longer than the windows above."""
-    draw, words = np.random.default_rng(0), world.World(0).words
-
-    def say(n: int) -> str:
-        return " ".join(draw.choice(words, n).tolist())
-
-    rows = []
+    draw, words, rows = np.random.default_rng(0), world.World(0).words, []
     for i in range(4):
-        prompt = [{"role": "user", "content": say(20 + i)}]
-        row = {"id": f"r{i}", "prompt": prompt, "responses": [say(n) for n in (9, 3, 6)], "rewards": [1.0, 0.5, 0.0]}
-        rows.append(row | {"chosen": 0, "rejected": 2})
+        said, *responses = (" ".join(draw.choice(words, n).tolist()) for n in (20 + i, 9, 3, 6))
+        row = {"id": f"r{i}", "prompt": [{"role": "user", "content": said}], "responses": responses}
+        rows.append(row | {"rewards": [1.0, 0.5, 0.0], "chosen": 0, "rejected": 2})
     listwise.write_lines(folder / "data.jsonl", rows)
 
 
@@ -272,11 +265,11 @@ def entrances(folder: Path, targets: list[str]) -> dict[str, Callable[[], Any]]:
         options = dict(model=policy, data=data, out=folder / name, method="dpo-hps", lora_rank=0, epochs=1, lr=1e-3)
         options |= dict(prompts_per_step=2, max_length=128, token_cache=folder / "tokens")
         options |= dict(reference_cache=folder / f"cache-{name}") | more
-        return lambda: train.main([f"--{key}={value}" for key, value in options.items() if value is not None])
+        return lambda: train.main(harness.flags(**{key: value for key, value in options.items() if value is not None}))
 
     def prepared(command: str, **options: Any) -> Callable[[], Any]:
         options |= dict(input=data, output=folder / f"{command}.jsonl")
-        return lambda: data_prep.main([command, *(f"--{key}={value}" for key, value in options.items())])
+        return lambda: data_prep.main([command, *harness.flags(**options)])
 
     def talk() -> None:
         said = " ".join(world.World(0).words[:20])
@@ -286,24 +279,24 @@ def entrances(folder: Path, targets: list[str]) -> dict[str, Callable[[], Any]]:
         if "error: " in (text := answered.getvalue()):
             raise ValueError(text.split("error: ")[1].split("\n")[0])
 
-    def given_away() -> None:
+    def given_away() -> list[torch.Tensor]:
         export.main([f"--model={folder / 'LoRA' / 'policy'}", f"--out={folder / 'export'}"])
-        lm = T.AutoModelForCausalLM.from_pretrained(folder / "export")
-        beside = model.load_causal_lm(str(folder / "LoRA" / "policy"), dtype=torch.float32)
-        ids = torch.arange(3, 27)
-        with eager(beside) as one, eager(lm) as merged:
-            WATCH.compare(of_sequence(merged, ids, 12), of_sequence(one, ids, 12))
+        merged = T.AutoModelForCausalLM.from_pretrained(folder / "export")
+        beside, found = model.load_causal_lm(str(folder / "LoRA" / "policy"), dtype=torch.float32), []
+        for lm in (merged, beside):
+            with eager(lm) as one:
+                found.append(of_sequence(one, torch.arange(3, 27), 12))
+        return found
 
-    of_evaluation = [f"--model={policy}", f"--reference={other}", f"--data={data}", f"--out={folder / 'eval'}"]
-    of_evaluation += ["--samples=0", f"--reference_cache={folder / 'cache-eval'}", "--max_length=128"]
+    of_evaluation = dict(model=policy, reference=other, data=data, out=folder / "eval", samples=0, max_length=128)
+    of_evaluation |= dict(reference_cache=folder / "cache-eval")
     sft = dict(loss="sft", method=None, reference_cache=None)
-    reward = dict(loss="reward", method=None, reference_cache=None, lora_rank=0)
     return {
         "LoRA": trained("LoRA", lora_rank=2, lora_targets=",".join(targets)),
         "full": trained("full"),
-        "reward": trained("reward", **reward),
+        "reward": trained("reward", **sft | dict(loss="reward")),
         "reference": trained("reference", reference=other),
-        "eval": lambda: evaluation.main(of_evaluation),
+        "eval": lambda: evaluation.main(harness.flags(**of_evaluation)),
         "annotate": prepared("annotate", scorer=folder / "rewards"),
         "generate": prepared("generate", model=policy, n=2, max_new_tokens=8, limit=2),
         "chat": talk,
@@ -317,34 +310,33 @@ def entrances(folder: Path, targets: list[str]) -> dict[str, Callable[[], Any]]:
 
 def cell(run: Callable[[], Any]) -> dict[str, Any]:
     """How an entrance ended: a word or a line, whether that is a fault, and the largest difference."""
-    global WATCH
     quiet = io.StringIO()
-    with Watch() as WATCH, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+    with watching() as watch, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         try:
-            run()
-            word, fault = "padded" if WATCH.padded else "packed", WATCH.worst > TOLERANCE or not WATCH.compared
+            if found := run():  # two numbers that should be one
+                watch.compare(*found)
+            word, fault = "padded" if watch.padded else "packed", watch.worst > TOLERANCE or not watch.compared
         except ValueError as error:
             word, fault = " ".join(str(error).split()), False
         except Exception as error:  # a traceback is what this table is to find
             word, fault = f"TRACEBACK {type(error).__name__}: {' '.join(str(error).split())[:300]}", True
-    return {"word": word, "fault": fault, "apart": WATCH.worst, "compared": WATCH.compared}
-
-
-WATCH = Watch()
+    return {"word": word, "fault": fault, "apart": watch.worst, "compared": watch.compared}
 
 
 def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The table in Markdown, the refusals below it."""
     refusals: dict[str, int] = {}
+
+    def shown(one: dict[str, Any]) -> str:
+        word = one["word"]
+        if word not in ("packed", "padded"):
+            word = f"[{refusals.setdefault(word, len(refusals) + 1)}]"
+        return word + (" **wrong**" if one["fault"] else "")
+
     names = list(next(iter(found.values())))
     lines = [f"| architecture | {' | '.join(names)} | largest difference |", "|---" * (len(names) + 2) + "|"]
     for name, cells in found.items():
-        words = []
-        for one in (cells[entrance] for entrance in names):
-            word = one["word"]
-            if word not in ("packed", "padded"):
-                word = f"[{refusals.setdefault(word, len(refusals) + 1)}]"
-            words.append(word + (" **wrong**" if one["fault"] else ""))
+        words = [shown(cells[entrance]) for entrance in names]
         lines.append(f"| {name} | {' | '.join(words)} | {max(one['apart'] for one in cells.values()):.0e} |")
     about = (
         f"Written by `python benchmarks/architectures.py`: tiny random models of transformers {T.__version__}, each "
@@ -363,7 +355,8 @@ def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/architectures.py", description=str(__doc__).split("\n")[0])
-    names = [name for name in ARCHITECTURES if not c.only or name.lower().startswith(tuple(x.lower() for x in c.only))]
+    only = tuple(name.lower() for name in c.only) or ""
+    names = [name for name in ARCHITECTURES if name.lower().startswith(only)]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     T.logging.set_verbosity_error()
     T.utils.logging.disable_progress_bar()
