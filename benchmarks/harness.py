@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # train.py is a script, no package
 Runs = dict[str, list[dict[str, float]]]  # contestant -> what it found in each round
 
 
@@ -54,7 +55,7 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What a function gives on each of several gloo ranks of this machine, new processes of one thread."""
+    """What a function gives on each of one or more gloo ranks of this machine, new processes of one thread."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,7 +68,6 @@ def _as_rank(rank: int, ranks: int, port: int, function: Callable[..., Any], *ar
     place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_PORT=port)
     os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
-    sys.path.insert(0, str(ROOT))  # train.py is a script, no package
     return function(*arguments)
 
 
@@ -78,19 +78,16 @@ def memory(key: str) -> float:
     return int(status.split(f"{key}:")[1].split()[0]) / 1024
 
 
-def reset_peak() -> float:
-    """Set the high-water mark to what is held now; MiB of it."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
+def flags(**options: Any) -> list[str]:
+    """A command line of one of our scripts."""
+    return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]
 
 
 def train(**options: Any) -> dict[str, Any]:
     """Run train.py in this process, as a user runs it; its summary."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))  # train.py is a script, no package
     import train as script
 
-    script.main([f"--{key}={value}" for key, value in options.items()])
+    script.main(flags(**options))
     return json.loads((Path(options["out"]) / "summary.json").read_text())
 
 

@@ -3,9 +3,10 @@
     python benchmarks/host_memory.py                                  135 million random weights, on 4 ranks
     python benchmarks/host_memory.py --size 1b --ways lora            1.1 billion
 
-Each way is train.py on gloo ranks of this machine. What is counted is anonymous memory (RssAnon): pages of the model's
-files, which ranks of a machine share, and which the system may drop, are not in it. Imports are taken off. On GPUs the
-columns load, checkpoint and export are the host's; check, step and held (between two steps) are the GPU's.
+Each way is train.py on gloo ranks of this machine, in fp32, of a model in bf16 files. What is counted is anonymous
+memory (RssAnon) above what there was before the model was loaded: pages of its files, which ranks of a machine share,
+and which the system may drop, are not in it. On GPUs the columns load, checkpoint and export are the host's; check,
+step and held (between two steps) are the GPU's.
 """
 
 import os
@@ -28,11 +29,8 @@ from hps.lab import world
 @dataclass
 class Options:
     size: str = "135m"  # of the random model: 135m (SmolLM2's) or 1b
-    stored: str = "bf16"  # dtype of its files, fp32 or bf16
-    dtype: str = "fp32"  # compute dtype, fp32 or bf16
     ranks: int = 4  # processes
     ways: str = "lora,lora-sharded,full"  # comma-separated
-    start_only: bool = False  # end before the first step, where the machine has no room for one
 
 
 SIZES: dict[str, dict[str, int]] = {
@@ -48,30 +46,42 @@ WAYS: dict[str, dict[str, Any]] = {  # name -> options of train.py
 }
 PHASES = ("load", "check", "step", "checkpoint", "export")
 SECONDS_BETWEEN_SAMPLES = 0.001
+# What is freed goes back at once, and what is left is in use: glibc would keep it for later.
+HAND_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
 
 
-def make(folder: Path, size: str, stored: str) -> None:
+def make(folder: Path, size: str) -> None:
     """A world's data and tokenizer, and a random model of that size in its place."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     world.write(folder, seed=0, domain="safe", train=1, valid=1, test=1, demonstrations=8)
-    torch.set_default_dtype(torch.bfloat16 if stored == "bf16" else torch.float32)
+    torch.set_default_dtype(torch.bfloat16)
     lm = LlamaForCausalLM(LlamaConfig(**SIZES[size], tie_word_embeddings=True))
     for left in (folder / "model").glob("*.safetensors"):
         left.unlink()
     lm.save_pretrained(folder / "model")
 
 
-def watched(options: dict[str, Any], start_only: bool) -> dict[str, float]:
-    """Peaks of one rank's anonymous memory by phase, MiB, and what it holds between steps."""
+def mapped() -> float:
+    """MiB of weights that are pages of a file."""
+    parts = Path("/proc/self/smaps").read_text().split(".safetensors\n")[1:]
+    held = [[int(part.split(f"{key}:")[1].split()[0]) for key in ("Rss", "Anonymous")] for part in parts]
+    return sum(rss - anonymous for rss, anonymous in held) / 1024
+
+
+def watched(options: dict[str, Any]) -> dict[str, float]:
+    """Peaks of one rank's anonymous memory by phase, MiB, what it holds between steps, and of weights in `mapped`."""
+    import peft  # noqa: F401  before the line that is drawn here
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
     import train
 
-    now, peaks, done = ["load"], dict.fromkeys(PHASES, 0.0), threading.Event()
+    now, peaks, held, done = ["start"], {"start": 0.0}, {}, threading.Event()
 
     def sample() -> None:
         while not done.is_set():
             phase = now[0]
-            peaks[phase] = max(peaks[phase], harness.memory("RssAnon"))
+            peaks[phase] = max(peaks.get(phase, 0.0), harness.memory("RssAnon"))
             time.sleep(SECONDS_BETWEEN_SAMPLES)
 
     def during(module: Any, name: str, phase: str) -> None:
@@ -79,6 +89,7 @@ def watched(options: dict[str, Any], start_only: bool) -> dict[str, float]:
 
         def wrapped(*args: Any, **more: Any) -> Any:
             before, now[0] = now[0], phase
+            held.setdefault("before", harness.memory("RssAnon"))  # the first to be called loads
             try:
                 return real(*args, **more)
             finally:
@@ -88,58 +99,43 @@ def watched(options: dict[str, Any], start_only: bool) -> dict[str, float]:
 
     def lr_at(*args: Any) -> float:
         now[0] = "step"
-        held.append(harness.memory("RssAnon"))
-        if start_only:
-            raise EndOfStart
+        held.update(held=harness.memory("RssAnon"), mapped=mapped())
         return learning_rate(*args)
 
     learning_rate, train.lr_at = train.lr_at, lr_at
+    during(train, "load_policy", "load")
     during(limits, "check", "check")
     during(train.checkpoint, "save", "checkpoint")
     during(sharding, "export", "export")
-    import peft  # noqa: F401  before the line that is drawn here
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    held: list[float] = []
-    before = harness.memory("RssAnon")
     sampler = threading.Thread(target=sample)
     sampler.start()
     try:
         harness.train(**options)
-    except EndOfStart:
-        pass
     finally:
         done.set()
         sampler.join()
-    found = {phase: peak - before for phase, peak in peaks.items() if peak}
-    return found | {"held": held[-1] - before}
-
-
-class EndOfStart(Exception):
-    """The first step would begin."""
+    found = {phase: peaks[phase] for phase in PHASES if phase in peaks} | {"held": held["held"]}
+    return {key: value - held["before"] for key, value in found.items()} | {"mapped": held["mapped"]}
 
 
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/host_memory.py", description=str(__doc__).split("\n")[0])
-    ways = c.ways.split(",")
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**17)  # what is freed goes back at once, and what is left is in use
-    config.check_choices(c, size=SIZES, stored=["fp32", "bf16"], dtype=["fp32", "bf16"])
+    config.check_choices(c, size=SIZES)
+    os.environ |= HAND_BACK
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        harness.alone(make, folder / "world", c.size, c.stored)
+        harness.alone(make, folder / "world", c.size)
         shared = dict(model=folder / "world" / "model", data=folder / "world" / "sft.jsonl", loss="sft", epochs=1)
-        shared |= dict(save_minutes=0, save_every=1, prompts_per_step=4, tokens_per_micro_batch=128, dtype=c.dtype)
+        shared |= dict(save_minutes=0, save_every=1, prompts_per_step=4, tokens_per_micro_batch=128)
         shared |= dict(token_cache=folder / "tokens")
-        for way in ways:
-            options = shared | WAYS[way] | {"out": folder / way}
-            of_ranks = harness.on_ranks(c.ranks, watched, options, c.start_only)
-            found[way] = {key: max(one[key] for one in of_ranks) for key in of_ranks[0]}
+        for way in c.ways.split(","):
+            of_ranks = harness.on_ranks(c.ranks, watched, shared | WAYS[way] | {"out": folder / way})
+            found[way] = {key: max(one[key] for one in of_ranks) for key in of_ranks[0] if key != "mapped"}
             tqdm.write(f"{way}: {found[way]}", file=sys.stderr)
-    columns = list(found[ways[0]])
-    table = [[way, *(of[key] for key in columns)] for way, of in found.items()]
-    title = f"{c.size} in {c.stored} files, computed in {c.dtype}, {c.ranks} ranks: peak MiB of a rank's own memory"
-    harness.print_table(["", *columns], table, title)
+    table = [[way, *of.values()] for way, of in found.items()]
+    title = f"{c.size} in bf16 files, computed in fp32, {c.ranks} ranks: peak MiB of a rank's own memory"
+    harness.print_table(["", *PHASES, "held"], table, title)
     harness.finish(found)
 
 

@@ -4,7 +4,7 @@
     python benchmarks/scale.py --parts commands                   data_prep.py and eval.py alone
     python benchmarks/scale.py --prompts 20000 --rows 1000,4000 --model world --lengths 64 --responses 2 --ranks 1
 
-Plan: a process opens a token store of --prompts x --candidates random rewards on disk and plans its visits (DPO-HPS).
+Plan: a process opens a token store of --prompts x 100 random rewards on disk and plans its visits (DPO-HPS).
 Look-ups: then it asks for the reference log-prob of every visit, all in the cache, as train.py does before step 0.
 Data: one process makes the store of a list-wise file; another one opens it, hashing the file, and reads 1,000 prompts.
 Commands: data_prep.py import, doctor, generate, annotate and eval.py, one after the other, on pairs of 16 tokens, by an
@@ -19,12 +19,12 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,7 @@ import harness
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from hps import config, dist, reference
 from hps.batches import make_plan, touched_blocks
@@ -49,38 +44,36 @@ from hps.options import Config
 @dataclass
 class Options:
     parts: str = "plan,data,commands,steps"  # which of these, comma-separated
-    # -- plan and look-ups --
     prompts: int = 1_000_000  # of the data that is planned
-    candidates: int = 100  # rewards a prompt
-    epochs: int = 2  # visits of each prompt
-    # -- data and commands --
-    rows: str = "10000,100000"  # prompts of the files that are made, comma-separated
+    rows: str = "10000,100000"  # prompts of the files that are made for data and commands, comma-separated
     # -- steps --
     model: str = "runs/models/smollm2-135m-instruct"  # model folder (make model), or world: a new world's
     lengths: str = "128,256,512"  # tokens of prompt and response together, half of them the prompt's
     responses: str = "2,4,8"  # responses of each prompt in a step (dpo-pl)
     ranks: str = "1,2"  # processes of train.py
-    prompts_per_step: int = 4  # prompts of one optimizer step
-    steps: int = 3  # steps that are timed, after one that is not
-    tokens_per_micro_batch: int = 2048  # packed tokens of one forward
+
+
+CANDIDATES, EPOCHS = 100, 2  # rewards of a prompt that is planned, visits of it
+STEP, STEPS = 4, 3  # prompts of a step, and steps that are timed after one that is not
 
 
 def numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
-def peak() -> float:
-    return harness.memory("VmHWM") / 1024
+def cost(function: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of a call, and GiB of the process at its highest so far."""
+    return {"seconds": harness.seconds(function), "gib": harness.memory("VmHWM") / 1024}
 
 
-def planned(c: Options, folder: Path) -> dict[str, Any]:
+def planned(folder: Path) -> dict[str, Any]:
     """Seconds and peak memory of opening a store and planning, then seconds of the look-ups."""
-    argv = ["--model=m", "--data=d", "--out=o", f"--epochs={c.epochs}"]
+    argv = ["--model=m", "--data=d", "--out=o", f"--epochs={EPOCHS}"]
     settings, _ = config.parse(Config, argv, prog="train.py", description="")
     began = time.perf_counter()
     examples = store.Store(folder, Path("data"))
     plan = make_plan(settings, examples)
-    found = {"plan_seconds": time.perf_counter() - began, "plan_gib": peak(), "visits": len(plan.row)}
+    found = {"plan_seconds": time.perf_counter() - began, "plan_gib": harness.memory("VmHWM") / 1024}
 
     cache = reference.open_cache(folder.parent / "cache", weights="w", tokenizer="t", dtype="fp32")
     touched, _ = touched_blocks(plan, examples)
@@ -89,22 +82,24 @@ def planned(c: Options, folder: Path) -> dict[str, Any]:
         content = {"keys": part.view(np.uint8).reshape(-1, 16), "logps": np.zeros(len(part), dtype=np.float32)}
         save_file(content, cache / f"{reference.shard_name(content['keys'], content['logps'])}.safetensors")
     ranks = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
-    began = time.perf_counter()
-    touched, place = touched_blocks(plan, examples)
-    logps, computed = reference.fill(cache, torch.nn.Module(), touched, ranks=ranks, budget=1, pad_id=0)
-    assert not computed and len(logps[place]) == (plan.responses >= 0).sum()
-    return found | {"lookup_seconds": time.perf_counter() - began, "entries": len(keys), "lookup_gib": peak()}
+
+    def look_up() -> None:
+        touched, place = touched_blocks(plan, examples)
+        logps, computed = reference.fill(cache, torch.nn.Module(), touched, ranks=ranks, budget=1, pad_id=0)
+        assert not computed and len(logps[place]) == (plan.responses >= 0).sum()
+
+    looked_up = {f"lookup_{key}": value for key, value in cost(look_up).items()}
+    return found | {"visits": len(plan.row), "entries": len(keys)} | looked_up
 
 
-def write_store(c: Options, folder: Path) -> None:
+def write_store(prompts: int, folder: Path) -> None:
     """Prompts and responses of two tokens each, distinct in a prompt: what the plan reads does not depend on texts."""
-    prompt, responses = np.zeros(2, np.int32), tuple(np.array([k, 2], np.int32) for k in range(c.candidates))
-    places = np.arange(c.candidates)
-    g = np.random.default_rng(0)
+    prompt, responses = np.zeros(2, np.int32), tuple(np.array([k, 2], np.int32) for k in range(CANDIDATES))
+    places, g = np.arange(CANDIDATES), np.random.default_rng(0)
 
     def examples() -> Iterator[tokens.Example]:
-        for i in range(c.prompts):
-            rewards = g.normal(size=c.candidates)
+        for i in range(prompts):
+            rewards = g.normal(size=CANDIDATES)
             yield tokens.Example(str(i), prompt, responses, rewards, places, places, None, None, f"data:{i + 1}")
 
     store.write(folder, examples(), {"identity": {"data": ""}, "counts": {}})
@@ -133,22 +128,21 @@ def write_texts(path: Path, tokenizer: PreTrainedTokenizerFast, *, rows: int, re
     listwise.write_lines(path, records())
 
 
-def opened(folder: Path, data: Path, model: str) -> dict[str, Any]:
+def opened(folder: Path, data: Path, model: str) -> dict[str, float]:
     """Seconds and peak memory of opening (or making) a store and reading 1,000 prompts."""
     tokenizer = tokens.load_tokenizer(model)
-    began = time.perf_counter()
-    examples = store.open_store(folder, data, tokenizer, max_length=2048)
-    for i in np.random.default_rng(0).integers(0, len(examples), 1000):
-        examples.block(int(i), range(2))
-    return {"seconds": time.perf_counter() - began, "gib": peak()}
+
+    def read() -> None:
+        examples = store.open_store(folder, data, tokenizer, max_length=2048)
+        for i in np.random.default_rng(0).integers(0, len(examples), 1000):
+            examples.block(int(i), range(2))
+
+    return cost(read)
 
 
 def ran(script: str, argv: list[str]) -> dict[str, float]:
     """Seconds and peak memory of one of our scripts."""
-    sys.path.insert(0, str(harness.ROOT))
-    began = time.perf_counter()
-    importlib.import_module(script).main(argv)
-    return {"seconds": time.perf_counter() - began, "gib": peak()}
+    return cost(lambda: importlib.import_module(script).main(argv))
 
 
 def commands(rows: int, folder: Path, model: str) -> dict[str, dict[str, float]]:
@@ -156,59 +150,44 @@ def commands(rows: int, folder: Path, model: str) -> dict[str, dict[str, float]]
     tokenizer = tokens.load_tokenizer(model)
     write_texts(folder / "texts.jsonl", tokenizer, rows=rows, responses=2, length=16)
     with (folder / "texts.jsonl").open(encoding="utf-8") as file:
-        pairs = (
-            {"prompt": r["prompt"], "chosen": (y := r["responses"])[0], "rejected": y[1]} for r in map(json.loads, file)
-        )
+        texts = ((row["prompt"], *row["responses"]) for row in map(json.loads, file))
+        pairs = (dict(zip(("prompt", "chosen", "rejected"), text, strict=True)) for text in texts)
         listwise.write_lines(folder / "pairs.jsonl", pairs)
-    config = AutoConfig.from_pretrained(model, num_hidden_layers=1, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    about = AutoConfig.from_pretrained(model, num_hidden_layers=1, num_labels=1, pad_token_id=tokenizer.pad_token_id)
     for name, kind in (("lm", AutoModelForCausalLM), ("rm", AutoModelForSequenceClassification)):
-        kind.from_config(config).save_pretrained(folder / name)
+        kind.from_config(about).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-
-    def flags(**options: Any) -> list[str]:
-        paths = {key: folder / value for key, value in options.items() if isinstance(value, str) and "/" in value}
-        return [f"--{key}={value}" for key, value in (options | paths).items()]
-
-    how, few = dict(input="./rows.jsonl"), dict(model="./lm", max_new_tokens=2, temperature=0)
-    each = {
-        "import": flags(source="trl", input="./pairs.jsonl", output="./rows.jsonl"),
-        "doctor": flags(**how, model="./lm"),
-        "annotate": flags(**how, scorer="./rm", output="./scored.jsonl"),
-        "generate": flags(**how, **few, n=1, output="./drawn.jsonl"),
-        "eval": flags(
-            data="./scored.jsonl", reference="./lm", out="./eval", reference_cache="./cache", samples=1, **few
+    data, lm, scored = folder / "rows.jsonl", folder / "lm", folder / "scored.jsonl"
+    few = dict(model=lm, max_new_tokens=2, temperature=0)
+    each: dict[str, dict[str, Any]] = {
+        "import": dict(source="trl", input=folder / "pairs.jsonl", output=data),
+        "doctor": dict(input=data, model=lm),
+        "annotate": dict(input=data, scorer=folder / "rm", output=scored),
+        "generate": dict(input=data, n=1, output=folder / "drawn.jsonl", **few),
+        "eval": dict(
+            data=scored, reference=lm, out=folder / "eval", reference_cache=folder / "cache", samples=1, **few
         ),
     }
     found = {}
-    for name, argv in each.items():
-        found[name] = harness.alone(ran, *(("eval", argv) if name == "eval" else ("data_prep", [name, *argv])))
+    for name, options in each.items():
+        script, words = ("eval", []) if name == "eval" else ("data_prep", [name])
+        found[name] = harness.alone(ran, script, [*words, *harness.flags(**options)])
         print(f"{name}, {rows:,} rows: {found[name]}", file=sys.stderr)
     return found
 
 
-def stepped(c: Options, folder: Path, model: str, length: int, responses: int, ranks: int) -> dict[str, Any]:
+def stepped(folder: Path, model: str, length: int, responses: int, ranks: int) -> dict[str, Any]:
     """Seconds of a step and peak memory of the first rank, as train.py writes them."""
-    name = f"{length}-{responses}"
-    data, out = folder / f"{name}.jsonl", folder / f"{name}-{ranks}"
-    if not data.exists():
-        rows = c.prompts_per_step * (c.steps + 1)
-        write_texts(data, tokens.load_tokenizer(model), rows=rows, responses=responses, length=length)
+    data, out = folder / f"{length}-{responses}.jsonl", folder / f"{length}-{responses}-{ranks}"
+    write_texts(data, tokens.load_tokenizer(model), rows=STEP * (STEPS + 1), responses=responses, length=length)
     options = dict(model=model, data=data, out=out, method="dpo-pl", pl_responses=responses, epochs=1, lr=1e-4)
-    options |= dict(prompts_per_step=c.prompts_per_step, tokens_per_micro_batch=c.tokens_per_micro_batch)
+    options |= dict(prompts_per_step=STEP, tokens_per_micro_batch=2048)
     options |= dict(token_cache=folder / "tokens", reference_cache=folder / "cache")
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [
-        sys.executable,
-        *launch,
-        str(harness.ROOT / "train.py"),
-        *(f"--{key}={value}" for key, value in options.items()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    train = partial(harness.train, **options)  # one process has all threads
+    summary = harness.alone(train) if ranks == 1 else harness.on_ranks(ranks, train)[0]
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    packed = json.loads((out / "summary.json").read_text())["tokens"] / len(log)  # of a step: they are all alike
-    assert packed == c.prompts_per_step * (length // 2 + responses * (length - length // 2)), packed
+    packed = summary["tokens"] / len(log)  # of a step: they are all alike
+    assert packed == STEP * (length // 2 + responses * (length - length // 2)), packed
     ends = [packed * (i + 1) / record["perf/tokens_per_s"] for i, record in enumerate(log)]
     step = statistics.median(np.diff(ends).tolist())
     return {"length": length, "K": responses, "ranks": ranks, "step_seconds": step, "gib": log[-1]["perf/peak_gib"]}
@@ -220,52 +199,51 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, found = Path(temporary), dict[str, Any]()
         if "plan" in parts:
-            write_store(c, folder / "store")
-            found |= harness.alone(planned, c, folder / "store")
+            write_store(c.prompts, folder / "store")
+            found |= harness.alone(planned, folder / "store")
             taken = [[part, found[f"{part}_seconds"], found[f"{part}_gib"]] for part in ("plan", "lookup")]
             table = [[*part, 1e6 * part[1] / found["visits"]] for part in taken]
-            title = f"{c.prompts:,} prompts x {c.candidates} rewards, {found['visits']:,} visits"
+            title = f"{c.prompts:,} prompts x {CANDIDATES} rewards, {found['visits']:,} visits"
             harness.print_table(["", "s", "GiB", "us a visit"], table, title)
 
-        model, sizes = c.model, numbers(c.rows)
         world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=1, demonstrations=2)
-        if model == "world" or not Path(model).exists():
-            model = str(folder / "world" / "model")
+        of_world = str(folder / "world" / "model")
+        model = c.model if Path(c.model).exists() else of_world
         if "data" in parts:
             found["rows"] = []
-            for rows in sizes:
+            for rows in numbers(c.rows):
                 data = folder / f"{rows}.jsonl"
                 write_texts(data, tokens.load_tokenizer(model), rows=rows, responses=4, length=64)
-                makes, opens = (harness.alone(opened, folder / "tokens", data, model) for _ in range(2))
-                size = {"prompts": rows, "file_mb": data.stat().st_size / 1e6, "make_seconds": makes["seconds"]}
-                size |= {"make_gib": makes["gib"], "open_seconds": opens["seconds"], "open_gib": opens["gib"]}
+                size: dict[str, float] = {"prompts": rows, "file_mb": data.stat().st_size / 1e6}
+                for way in ("make", "open"):
+                    taken = harness.alone(opened, folder / "tokens", data, model)
+                    size |= {f"{way}_{key}": value for key, value in taken.items()}
                 found["rows"].append(size)
             header = ["prompts", "file MB", "make s", "GiB", "open s", "GiB"]
-            harness.print_table(
-                header, [[f"{rows:,}", *others] for rows, *others in (s.values() for s in found["rows"])]
-            )
+            harness.print_table(header, [[f"{s['prompts']:,}", *list(s.values())[1:]] for s in found["rows"]])
 
         if "commands" in parts:
-            by_rows = {}
-            for rows in sizes:
+            found["commands"] = by_rows = {}
+            for rows in numbers(c.rows):
                 (folder / str(rows)).mkdir()
-                by_rows[rows] = commands(rows, folder / str(rows), str(folder / "world" / "model"))
-            found["commands"] = by_rows
-            header = ["", *(f"{rows:,} {unit}" for rows in sizes for unit in ("s", "GiB"))]
-            table = [[name, *(x for rows in sizes for x in by_rows[rows][name].values())] for name in by_rows[sizes[0]]]
-            harness.print_table(header, table)
+                by_rows[rows] = commands(rows, folder / str(rows), of_world)
+            header = ["", *(f"{rows:,} {unit}" for rows in by_rows for unit in ("s", "GiB"))]
+            names = next(iter(by_rows.values()))
+            harness.print_table(
+                header, [[name, *(x for each in by_rows.values() for x in each[name].values())] for name in names]
+            )
 
         if "steps" in parts:
             lists = [numbers(c.lengths), numbers(c.responses), numbers(c.ranks)]
             first = [values[0] for values in lists]
             varied = [(*first[:i], value, *first[i + 1 :]) for i, values in enumerate(lists) for value in values]
-            found["steps"] = steps = [stepped(c, folder, model, *case) for case in dict.fromkeys(varied)]
+            found["steps"] = steps = [stepped(folder, model, *case) for case in dict.fromkeys(varied)]
             threads = os.environ.get("OMP_NUM_THREADS", "all")
-            title = f"{model if model == c.model else 'world'}, {threads} threads, {c.prompts_per_step} prompts a step"
-            table = [[f"{s['length']}", s["K"], s["ranks"], s["step_seconds"], s["gib"]] for s in steps]
+            title = f"{model if model == c.model else 'world'}, {threads} threads, {STEP} prompts a step"
+            table = [[f"{s['length']}", *list(s.values())[1:]] for s in steps]
             harness.print_table(["tokens", "K", "ranks", "s a step", "GiB"], table, title)
             if "plan" in parts:
-                visit = min(s["step_seconds"] for s in steps) / c.prompts_per_step
+                visit = min(s["step_seconds"] for s in steps) / STEP
                 share = (found["plan_seconds"] + found["lookup_seconds"]) / found["visits"] / visit
                 found["sampler_share_of_step"] = share
                 print(f"\nplan and look-ups: {share:.3%} of the fastest step")

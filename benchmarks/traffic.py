@@ -1,7 +1,6 @@
 """Bytes that a rank receives in a training step, by the way in which the weights are sharded; counted, not timed.
 
-    python benchmarks/traffic.py                              the world's model, on 4 ranks
-    python benchmarks/traffic.py --model FOLDER --ranks 2     another one
+    python benchmarks/traffic.py            the world's model, on 4 ranks
 
 Each way is train.py on gloo ranks of this machine, one step of which is looked at. What is counted is what torch's
 collectives are asked for: of an all-gather and a reduce-scatter all but the own part, of an all-reduce twice that.
@@ -23,12 +22,10 @@ from hps.lab import world
 
 @dataclass
 class Options:
-    model: str = "world"  # model folder, or world: a new world's
     ranks: int = 4  # processes, an even number
-    prompts_per_step: int = 16  # of the step
-    tokens_per_micro_batch: int = 512  # packed tokens of one forward: the fewer, the more often weights are gathered
 
 
+PROMPTS = 16  # of a step
 # name -> options of train.py; "group" stands for half of the ranks
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA, base sharded": dict(lora_rank=8, shard_frozen="true"),
@@ -77,18 +74,15 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        rows = 3 * c.prompts_per_step
-        world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=1, demonstrations=rows)
-        model = str(folder / "world" / "model") if c.model == "world" else c.model
-        shared = dict(model=model, data=folder / "world" / "sft.jsonl", loss="sft", epochs=1, save_minutes=0)
-        shared |= dict(prompts_per_step=c.prompts_per_step, tokens_per_micro_batch=c.tokens_per_micro_batch)
-        shared |= dict(token_cache=folder / "tokens")
+        world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=1, demonstrations=3 * PROMPTS)
+        shared = dict(model=folder / "world" / "model", data=folder / "world" / "sft.jsonl", loss="sft", epochs=1)
+        shared |= dict(prompts_per_step=PROMPTS, tokens_per_micro_batch=512, save_minutes=0)
         for i, (name, options) in enumerate(WAYS.items()):
             own = {key: c.ranks // 2 if value == "group" else value for key, value in options.items()}
-            of_ranks = harness.on_ranks(c.ranks, counted, shared | own | {"out": folder / str(i)})
-            found[name] = max(of_ranks, key=lambda of_rank: of_rank["bytes"])
+            own |= dict(out=folder / str(i), token_cache=folder / "tokens")
+            found[name] = max(harness.on_ranks(c.ranks, counted, shared | own), key=lambda of_rank: of_rank["bytes"])
     table = [[name, of["collectives"], of["bytes"] / 2**20] for name, of in found.items()]
-    harness.print_table(["", "collectives", "MiB"], table, f"{c.model}, {c.ranks} ranks: a rank and step")
+    harness.print_table(["", "collectives", "MiB"], table, f"world, {c.ranks} ranks: a rank and step")
     harness.finish(found)
 
 
