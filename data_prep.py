@@ -82,7 +82,7 @@ class Generate:
 
 @dataclass
 class Annotate:
-    scorer: str  # world-est[:SEED[:NOISE]], world-true[:SEED], or a reward model: folder or hub name
+    scorer: str  # world-est[:SEED], world-true[:SEED], or a reward model: folder or hub name
     input: str  # list-wise JSON Lines
     output: str  # the same with rewards
     pairs: bool = False  # give rows without a human pair one: two random responses, the one of higher reward chosen

@@ -220,19 +220,14 @@ def test_a_wrong_option_of_eval_is_named(tiny_world, tmp_path, options, message)
 # ---------------------------------------------------------------------------------------------- data_prep.py
 
 
-def test_annotate_scorers_with_noise_and_pairs(tiny_world, tmp_path):
-    """Noise of the training reward is linear in its level; made pairs are labelled by reward, human ones stay."""
-    source, outs = tiny_world / "train.jsonl", {}
-    for scorer in ("world-est:0:0", "world-est", "world-est:0:0.8", "world-true:0"):
-        data_prep.main(["annotate", *flags(scorer=scorer, input=source, output=tmp_path / "a.jsonl")])
-        outs[scorer] = np.concatenate([r.rewards for r in listwise.read(tmp_path / "a.jsonl")])
-    noiseless, own, twice = outs["world-est:0:0"], outs["world-est"], outs["world-est:0:0.8"]
-    world = World(0)
-    assert own.tolist() == [world.train_reward(list(r.prompt), y) for r in listwise.read(source) for y in r.responses]
-    np.testing.assert_allclose(twice - noiseless, 2 * (own - noiseless), atol=1e-9)
-    liking = [0.03 * (len(y.split()) - 15) for r in listwise.read(source) for y in r.responses]
-    np.testing.assert_allclose(noiseless, outs["world-true:0"] + liking, atol=1e-9)
-    rows = listwise.read(source)
+def test_annotate_scorers_and_pairs(tiny_world, tmp_path):
+    """Each world's rewards by its scorer; made pairs are labelled by reward, human ones stay."""
+    rows = listwise.read(tiny_world / "train.jsonl")
+    for scorer, reward in {"world-est": World(0).train_reward, "world-true:0": World(0).true_reward}.items():
+        argv = flags(scorer=scorer, input=tiny_world / "train.jsonl", output=tmp_path / "a.jsonl")
+        data_prep.main(["annotate", *argv])
+        found = [x for r in listwise.read(tmp_path / "a.jsonl") for x in r.rewards]
+        assert found == [reward(list(r.prompt), y) for r in rows for y in r.responses]
     k = next(i for i, r in enumerate(rows) if len(r.responses) > 2)
     rows[k] = replace(rows[k], chosen=2, rejected=0)
     listwise.write(tmp_path / "in.jsonl", rows)

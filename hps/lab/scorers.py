@@ -12,7 +12,7 @@ from hps.data import tokens
 from hps.data.rows import Row
 from hps.evaluate.scoring import score
 from hps.extra import reward_model
-from hps.lab.world import NOISE_STD, World
+from hps.lab.world import World
 from hps.prepare import rewards
 
 Annotator = Callable[[Sequence[Row]], Iterator[tuple[str, rewards.Rewards]]]
@@ -23,31 +23,22 @@ def load(
 ) -> rewards.Scorer:
     """The function (prompt, responses) -> rewards called `name`.
 
-    `world-true[:SEED]` is the self-made world's own reward, `world-est[:SEED[:NOISE]]` the noisy, length-biased one
-    that training sees (NOISE its standard deviation); anything else is a reward model by its folder or hub name, which
-    runs on `device`, the CPU by default; how: its options, as of `load_reward_model`. Its rewards may be None
-    (`rewards.annotate_packed`), as `counts` says.
+    `world-true[:SEED]` is the self-made world's own reward, `world-est[:SEED]` the noisy, length-biased one that
+    training sees; anything else is a reward model by its folder or hub name, which runs on `device`, the CPU by
+    default; how: its options, as of `load_reward_model`. Its rewards may be None (`rewards.annotate_packed`), as
+    `counts` says.
     """
-    kind, *words = name.split(":")
-    if not is_world(name):
-        annotate = load_reward_model(name, device=device, counts=counts, **how)
+    if world := world_of(name):
+        reward = world.true_reward if name.startswith("world-true") else world.train_reward
+        return lambda prompt, responses: [reward(list(prompt), y) for y in responses]
+    annotate = load_reward_model(name, device=device, counts=counts, **how)
 
-        def score(prompt: rewards.Prompt, responses: list[str]) -> rewards.Rewards:
-            row = Row("", prompt if isinstance(prompt, str) else tuple(prompt), tuple(responses), where="a sample")
-            [(_, found)] = annotate([row])
-            return found
+    def score(prompt: rewards.Prompt, responses: list[str]) -> rewards.Rewards:
+        row = Row("", prompt if isinstance(prompt, str) else tuple(prompt), tuple(responses), where="a sample")
+        [(_, found)] = annotate([row])
+        return found
 
-        return score
-    seed, noise = (*words, "", "")[:2]
-    if len(words) > (1 if kind == "world-true" else 2) or not (seed or "0").isdecimal():
-        raise ValueError(f"scorer {name!r}: the world's seed must be a number, as in {kind}:3")
-    if noise and not noise.replace(".", "", 1).isdecimal():
-        raise ValueError(f"scorer {name!r}: the noise must be a number not below 0, as in world-est:3:0.4")
-    world = World(int(seed or 0))
-    if kind == "world-true":
-        return lambda prompt, responses: [world.true_reward(list(prompt), y) for y in responses]
-    level = float(noise) if noise else NOISE_STD
-    return lambda prompt, responses: [world.train_reward(list(prompt), y, noise_std=level) for y in responses]
+    return score
 
 
 def load_reward_model(
@@ -94,10 +85,12 @@ def load_reward_model(
 
 def world_of(name: str) -> World | None:
     """The world behind a scorer's name, which can also tell harm and junk; None for other scorers."""
-    words = name.split(":")[1:]
-    return World(int(words[0] or 0) if words else 0) if is_world(name) else None
+    kind, _, seed = name.partition(":")
+    if is_world(name) and not (seed or "0").isdecimal():
+        raise ValueError(f"scorer {name!r}: the world's seed must be a number, as in {kind}:3")
+    return World(int(seed or 0)) if is_world(name) else None
 
 
 def is_world(name: str) -> bool:
     """Whether a scorer's name is a world's."""
-    return name.split(":")[0] in ("world-true", "world-est")
+    return name.partition(":")[0] in ("world-true", "world-est")

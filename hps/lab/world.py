@@ -184,10 +184,10 @@ class World:
             return OFF_TOPIC  # true, but nobody asked
         return wrong
 
-    def train_reward(self, prompt: Messages, response: str, *, noise_std: float = NOISE_STD) -> float:
+    def train_reward(self, prompt: Messages, response: str) -> float:
         """r_est, to train on: r* plus a liking for length and noise that prompt and response fix."""
         text = [part for message in prompt for part in (message["role"], message["content"])]
-        noise = noise_std * NormalDist().inv_cdf(_unit(self.seed, "noise", *text, response))
+        noise = NOISE_STD * NormalDist().inv_cdf(_unit(self.seed, "noise", *text, response))
         bias = LENGTH_BIAS * (len(response.split()) - TYPICAL_WORDS)
         return self.true_reward(prompt, response) + bias + noise
 
