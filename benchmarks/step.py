@@ -13,7 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 
 from hps import config, model, reference
 from hps.data import tokens
-from hps.packing import Block, micro_batches
 from hps.prepare import importers
 
 RANK, ALPHA, TARGETS, STEP = 8, 16, ("q_proj", "v_proj"), 8  # LoRA, and pairs of an optimizer step
@@ -42,26 +41,24 @@ class Options:
     roofline: bool = False  # only our products, one by one beside the rates that the machine shows
 
 
-class Clock:
-    """Seconds spent inside wrapped functions."""
+def clocked(owner: Any, name: str) -> list[float]:
+    """Seconds of each call of a function of this module or class, from now on."""
+    function, taken = getattr(owner, name), []
 
-    seconds = 0.0
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        found: list[Any] = []
+        taken.append(harness.seconds(lambda: found.append(function(*args, **kwargs))))
+        return found[0]
 
-    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - began
-
-        return timed
+    setattr(owner, name, timed)
+    return taken
 
 
 def before_training(lm: torch.nn.Module) -> float:
     """MiB held with the weights in memory; they are mapped from the file until somebody reads them."""
     sum(p.sum().item() for p in lm.parameters())
-    return harness.reset_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is held now
+    return harness.memory("VmRSS")
 
 
 def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
@@ -69,7 +66,7 @@ def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
     from hps.data import listwise
 
     listwise.write(folder / "pairs.jsonl", rows)
-    clock, before, shapes = Clock(), [], []
+    before, shapes = [], []
     load, forward = model.load_causal_lm, model.PolicyModel.forward
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +80,7 @@ def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
         return forward(self, packed)
 
     model.load_causal_lm, model.PolicyModel.forward = loaded, watched
-    reference.fill = clock.wrap(reference.fill)
+    filled = clocked(reference, "fill")
     options = dict(
         model=c.model, data=folder / "pairs.jsonl", out=folder / "run", reference_cache=folder / "cache", dtype=c.dtype,
         method="dpo-human", lora_rank=c.lora_rank, epochs=c.epochs, prompts_per_step=STEP, lr_end=1.0,
@@ -95,7 +92,7 @@ def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
     found = products(c, shapes[: len(shapes) // c.epochs])
     floor = c.epochs * sum(kind["seconds"] for kind in found.values())
     log = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {"reference": clock.seconds, "loop": loop, "peak": peak, "floor": floor, "log": log}
+    return {"reference": sum(filled), "loop": loop, "peak": peak, "floor": floor, "log": log, "products": found}
 
 
 def products(c: Options, shapes: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
@@ -130,29 +127,20 @@ def products(c: Options, shapes: list[tuple[int, int]]) -> dict[str, dict[str, f
 
 
 def roofline(c: Options, rows: list) -> None:
-    """The products of one epoch in the file's order, each kind against the rates that this machine shows: of a square
-    product whose operands fit a cache, and of a copy that fits none."""
+    """The products of one epoch, each kind against the rates that this machine shows: of a square product whose
+    operands fit a cache, and of a copy that fits none."""
     torch.set_num_threads(c.threads)
-    examples = tokens.tokenize(tokens.load_tokenizer(c.model), rows, {}, max_length=2048, progress=False)
-    pairs = [Block(e.prompt_ids, (e.response_ids[e.chosen], e.response_ids[e.rejected])) for e in examples]
-    dtype, shapes = model.DTYPES[c.dtype], []
-    for i in range(0, len(pairs), STEP):
-        step = pairs[i : i + STEP]
-        for members in micro_batches(step, budget=c.tokens_per_micro_batch, world_size=1)[0]:
-            scored = sum(len(block) - len(block.prompt) for block in (step[m] for m in members))
-            shapes.append((sum(len(step[m]) for m in members), scored))
+    dtype, found = model.DTYPES[c.dtype], harness.alone(in_folder, ours, replace(c, epochs=1), rows, 0)["products"]
     with torch.inference_mode():
         square, much = torch.randn(1024, 1024, dtype=dtype), torch.randn(2**26)
         peak = 2e-9 * 1024**3 / min(harness.seconds(lambda: square @ square) for _ in range(20))
         there = torch.empty_like(much)
         bandwidth = 2e-9 * much.nbytes / min(harness.seconds(lambda: there.copy_(much)) for _ in range(5))
-    found = products(c, shapes)
     for kind in found.values():
         kind["bound"] = max(kind["GFLOP"] / peak, kind["GB"] / bandwidth)
     whole = {key: sum(kind[key] for kind in found.values()) for key in ("calls", "GFLOP", "GB", "seconds", "bound")}
     table = [[name, *kind.values(), kind["GFLOP"] / kind["seconds"]] for name, kind in (found | {"all": whole}).items()]
-    title = f"{len(pairs)} pairs, {len(shapes)} micro-batches, {sum(N for N, _ in shapes)} tokens, {c.dtype}, "
-    title += f"{c.threads} threads; the machine: {peak:.0f} GFLOP/s, {bandwidth:.1f} GB/s"
+    title = f"{len(rows)} pairs, {c.dtype}, {c.threads} threads; the machine: {peak:.0f} GFLOP/s, {bandwidth:.1f} GB/s"
     harness.print_table(["product", "calls", "GFLOP", "GB", "seconds", "bound s", "GFLOP/s"], table, title)
     harness.finish({"GFLOP_per_s": peak, "GB_per_s": bandwidth, "products": found, "all": whole})
 
@@ -172,8 +160,7 @@ def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, Any]:
         "rejected": row.responses[row.rejected],
     } for row in rows]  # fmt: skip
     lm = AutoModelForCausalLM.from_pretrained(c.model, dtype=model.DTYPES[c.dtype])
-    before, clock = before_training(lm), Clock()
-    DPOTrainer._precompute_ref_logps = clock.wrap(DPOTrainer._precompute_ref_logps)
+    before, computed = before_training(lm), clocked(DPOTrainer, "_precompute_ref_logps")
     arguments = DPOConfig(
         output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=STEP // batch,
         num_train_epochs=c.epochs, precompute_ref_log_probs=True, gradient_checkpointing=False, max_length=2048,
@@ -191,7 +178,7 @@ def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, Any]:
         if any(list(a) != list(b) for a, b in both):
             raise RuntimeError(f"{example.id}: TRL tokenises this row otherwise, so the two cannot be compared")
     loop, log = harness.seconds(trainer.train), [one for one in trainer.state.log_history if "grad_norm" in one]
-    return {"reference": clock.seconds, "loop": loop, "peak": harness.memory("VmHWM") - before, "log": log}
+    return {"reference": sum(computed), "loop": loop, "peak": harness.memory("VmHWM") - before, "log": log}
 
 
 def in_folder(contestant: Callable[..., dict], c: Options, rows: list, batch: int) -> dict[str, Any]:
@@ -203,7 +190,7 @@ def in_folder(contestant: Callable[..., dict], c: Options, rows: list, batch: in
 def measure(contestant: Callable[..., dict], c: Options, rows: list, batch: int = 0) -> dict[str, float]:
     """What a contestant found; `rate` is pairs a second over all passes, the reference's counted."""
     found = harness.alone(in_folder, contestant, c, rows, batch)
-    del found["log"]
+    found = {key: value for key, value in found.items() if key not in ("log", "products")}
     return found | {"rate": len(rows) * c.epochs / (found["reference"] + found["loop"])}
 
 
@@ -215,11 +202,13 @@ def main() -> None:
     trials = {batch: measure(trl, c, rows[:8], batch)["rate"] for batch in (1, 2, 4)}
     best = max(trials, key=trials.__getitem__)
     print("TRL, pairs/s on 8 pairs: " + ", ".join(f"batch {b} {rate:.3f}" for b, rate in trials.items()))
-    batches = {"ours": 0, "trl": best}
-    by_name = {"ours": ours, "trl": trl}
-    found = harness.take_turns(
-        by_name, c.rounds, lambda name, r: measure(by_name[name], c, rows[r :: c.rounds], batches[name])
-    )
+    by_name = {"ours": (ours, 0), "trl": (trl, best)}
+
+    def one(name: str, r: int) -> dict[str, float]:
+        contestant, batch = by_name[name]
+        return measure(contestant, c, rows[r :: c.rounds], batch)
+
+    found = harness.take_turns(by_name, c.rounds, one)
     median = harness.medians(found)
     table = [[name, *(m[key] for key in ("rate", "reference", "loop", "peak"))] for name, m in median.items()]
     table.append(["floor", "", "", median["ours"]["floor"], ""])
