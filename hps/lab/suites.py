@@ -41,6 +41,11 @@ def row(loss: str, view: str, **more: Any) -> Row:
     return {"method": f"{loss}-{name}", **options, **more}
 
 
+def views(*losses: str, behind: str = "", **more: Any) -> dict[str, Row]:
+    """Rows of these losses under every view, named LOSS-view and what stands behind."""
+    return {f"{loss.upper()}-{view}{behind}": row(loss, view, **more) for loss, view in product(losses, VIEWS)}
+
+
 @dataclass(frozen=True)
 class Suite:
     """`rows`: what is trained. `pairs`: rows that are compared, a - b. `domain`: of the worlds.
@@ -76,37 +81,33 @@ def with_again(suite: Suite, name: str) -> Suite:
     return replace(suite, rows=rows, pairs=[*suite.pairs, (again, name)], prompts=prompts)
 
 
-def tuned(losses: tuple[str, ...]) -> tuple[dict[str, Row], list[tuple[str, str]]]:
-    """Rows of these losses under every view, each at the settings that were found for it, and their pairs."""
-    names = {f"{loss.upper()}-{view}": row(loss, view) for loss, view in product(losses, VIEWS)}
-    rows = {name + TUNED: options | SETTINGS[name] for name, options in names.items()}
-    return rows, [pair for loss in losses for pair in compared(f"{loss.upper()}-{{}}{TUNED}")]
+def tuned(*losses: str) -> Suite:
+    """These losses under every view, each at the settings that were found for it."""
+    rows = {name + TUNED: options | SETTINGS[name] for name, options in views(*losses).items()}
+    return Suite(rows, [pair for loss in losses for pair in compared(f"{loss.upper()}-{{}}{TUNED}")], worlds=500)
 
 
 def headline() -> Suite:
     """The question of the paper, with the control that it lacks (a uniformly drawn dispreferred response): at one
     setting for all, as there, and each at its own."""
-    rows, pairs = tuned(("dpo",))
-    suite = Suite({f"DPO-{view}": row("dpo", view) for view in VIEWS} | rows, compared("DPO-{}") + pairs)
-    return with_again(replace(suite, worlds=500), "DPO-HPS")
+    own = tuned("dpo")
+    return with_again(replace(own, rows=views("dpo") | own.rows, pairs=compared("DPO-{}") + own.pairs), "DPO-HPS")
 
 
 def methods() -> Suite:
     """The paper's Table 2, five losses under three preference models, and our two beside these."""
-    rows = {f"{loss.upper()}-{view}": row(loss, view) for loss in LOSSES for view in VIEWS}
     pairs = [pair for loss in LOSSES for pair in compared(f"{loss.upper()}-{{}}")]
-    return with_again(Suite(rows, pairs, worlds=500), "NCA-HPS")
+    return with_again(Suite(views(*LOSSES), pairs, worlds=500), "NCA-HPS")
 
 
 def transfer() -> Suite:
     """The paper's Table 5: trained on one domain, tested on the other; the SFT model knows both."""
     rows, pairs, prompts = {}, [], {}
-    for (source, target), loss in product((("help", "safe"), ("safe", "help")), LOSSES):
-        name = f"{loss.upper()}-{{}} {source} to {target}"
-        names = {name.format(view): row(loss, view) for view in VIEWS}
-        rows |= names
-        prompts |= dict.fromkeys(names, (f"train-{source}", f"test-{target}"))
-        pairs += compared(name)
+    for source, target in (("help", "safe"), ("safe", "help")):
+        behind = f" {source} to {target}"
+        rows |= (these := views(*LOSSES, behind=behind))
+        prompts |= dict.fromkeys(these, (f"train-{source}", f"test-{target}"))
+        pairs += [pair for loss in LOSSES for pair in compared(f"{loss.upper()}-{{}}{behind}")]
     return with_again(Suite(rows, pairs, domain="both", prompts=prompts), "DPO-HPS help to safe")
 
 
@@ -171,15 +172,13 @@ def schedule() -> Suite:
     scaled = HPS[1]
     rows = {name: row("dpo", scaled, **options) for name, options in courses.items()}
     rows["random pairs"] = {"method": "dpo-random"}
-    views = {f"DPO-{view}": row("dpo", view) for view in VIEWS}
     pairs = compared("DPO-{}") + [(name, f"DPO-{scaled}") for name in rows]
-    return with_again(Suite(views | rows, pairs), "8 draws")
+    return with_again(Suite(views("dpo") | rows, pairs), "8 draws")
 
 
 def forms() -> Suite:
     """What the paper writes and does not run: all dispreferred responses at once, on 20 candidates."""
     few: Row = {"candidates": 20}
-    rows = {f"DPO-{view} n 20": row("dpo", view, **few) for view in VIEWS}
     full: Row = row("dpo", "HPS", hps_form="full", **few)
     others: dict[str, Row] = {
         "Eq. 10": full,
@@ -190,13 +189,12 @@ def forms() -> Suite:
     }
     pairs = compared("DPO-{} n 20") + [(name, f"DPO-{view} n 20") for name in others for view in ("HPS", "PL-8")]
     pairs += [("two positives", "Eq. 10"), ("two positives, apart", "Eq. 10")]
-    return with_again(Suite(rows | others, pairs), "DPO-HPS n 20")
+    return with_again(Suite(views("dpo", behind=" n 20", **few) | others, pairs), "DPO-HPS n 20")
 
 
 def appendix() -> Suite:
     """The losses that the paper's Appendix A names, under three views, beside DPO's."""
-    rows = {f"DPO-{view}": row("dpo", view) for view in VIEWS}
-    pairs = compared("DPO-{}")
+    rows, pairs = views("dpo"), compared("DPO-{}")
     for loss, options in {"slic": {}, "simpo": {"beta": 2.0}, "rdpo": {}, "kto": {}}.items():
         name = loss.upper() + "-"
         rows |= {name + view: row(loss, view, **options) for view in ("BT", "uniform", "HPS")}
@@ -207,7 +205,7 @@ def appendix() -> Suite:
 
 def cost() -> Suite:
     """The paper's 62.8 : 64.4 : 168.4 hours: seconds and packed tokens of training by preference model."""
-    rows = {f"DPO-{view}": row("dpo", view) for view in VIEWS}
+    rows = views("dpo")
     rows["DPO-HPS 8 draws"] = row("dpo", "HPS", hps_samples=8)
     rows["DPO-PL-5"] = {"method": "dpo-pl", "pl_responses": 5}
     pairs = compared("DPO-{}") + [(other, "DPO-BT") for other in ("DPO-HPS 8 draws", "DPO-PL-5")]
@@ -221,9 +219,8 @@ def trial() -> Suite:
 
 def tune() -> Suite:
     """Every method at its settings and at half and twice each of them, on worlds of its own; `widened` goes on."""
-    methods = {f"{loss.upper()}-{view}": row(loss, view) for loss, view in product(LOSSES, VIEWS)}
     rows: dict[str, Row] = {}
-    for name, options in methods.items():
+    for name, options in views(*LOSSES).items():
         rows |= around(name, options | SETTINGS[name])
     first = next(title for title in rows if title.startswith("DPO-HPS beta"))
     return with_again(Suite(rows, [], later=5000, worlds=4), first)
@@ -256,13 +253,10 @@ def widened(suite: Suite, reward: dict[str, float]) -> Suite:
 
 def confirm() -> Suite:
     """The paper's Table 2 with each method at its own settings (docs/RESULTS.md)."""
-    rows, pairs = tuned(LOSSES)
-    pairs += [(f"{loss.upper()}-{view}{TUNED}", f"DPO-{view}{TUNED}") for loss, view in product(LOSSES[1:], VIEWS)]
-    return with_again(Suite(rows, pairs, worlds=500), f"SPPO-HPS{TUNED}")
+    suite = tuned(*LOSSES)
+    pairs = [(f"{loss.upper()}-{view}{TUNED}", f"DPO-{view}{TUNED}") for loss, view in product(LOSSES[1:], VIEWS)]
+    return with_again(replace(suite, pairs=suite.pairs + pairs), f"SPPO-HPS{TUNED}")
 
 
-SUITES: dict[str, Callable[[], Suite]] = {
-    suite.__name__: suite
-    for suite in (tune, headline, methods, confirm, transfer, responses, transfer_responses, beta)
-    + (schedule, forms, appendix, cost)
-}
+ALL = (tune, headline, methods, confirm, transfer, responses, transfer_responses, beta, schedule, forms, appendix, cost)
+SUITES: dict[str, Callable[[], Suite]] = {suite.__name__: suite for suite in ALL}
