@@ -30,15 +30,10 @@ def run(out, hh="", recipe="smollm2.sh", **more):
     return subprocess.run([ROOT / "recipes" / recipe], env=environment, capture_output=True, text=True, cwd=out.parent)
 
 
-def printed(done):
+def printed(*args, **more):
+    done = run(*args, **more)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
-
-
-@pytest.fixture(params=[SMALL, {}], ids=["small", "full"])
-def commands(request, tmp_path):
-    (tmp_path / "rows.jsonl").touch()
-    return printed(run(tmp_path / "out", "rows.jsonl", **request.param))
 
 
 def options(command):
@@ -60,11 +55,14 @@ def accept(commands):
     return others
 
 
-def test_every_command_is_accepted(commands):
+@pytest.fixture(params=[SMALL, {}], ids=["small", "full"])
+def commands(request, tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    return printed(tmp_path / "out", "rows.jsonl", **request.param)
+
+
+def test_a_command_is_accepted_and_reads_what_an_earlier_one_wrote(commands, tmp_path):
     assert {words[1] for words in accept(commands)} == {"hps.evaluate.export", "hps.evaluate.compare"}
-
-
-def test_a_command_reads_what_an_earlier_one_wrote(commands, tmp_path):
     made = {str(tmp_path / "rows.jsonl")}
     assert commands[-1][:2] == ["-m", "hps.evaluate.compare"]
     for command in commands[:-1]:
@@ -107,7 +105,7 @@ def test_a_folder_serves_one_choice_of_sizes(tmp_path):
 def test_the_paper_on_several_gpus_and_its_smaller_form(tmp_path):
     """As it stands, nothing run: accepted, spread over the GPUs, each policy tested on what its table says."""
     for recipe, rows in (("paper.sh", 15), ("one_gpu.sh", 3)):
-        commands = printed(run(tmp_path / recipe, recipe=recipe, HH="Anthropic/hh-rlhf"))
+        commands = printed(tmp_path / recipe, recipe=recipe, HH="Anthropic/hh-rlhf")
         spread = [words for words in commands if "torch.distributed.run" in words]
         plain = [words[words.index("--") + 1 :] if words in spread else words for words in commands]
         asked = {words[1] for words in accept(plain)}
@@ -120,27 +118,21 @@ def test_the_paper_on_several_gpus_and_its_smaller_form(tmp_path):
             target = table.split("-to-")[-1].replace("beta", "hh").replace("n", "hh")
             assert Path(found["data"]).name == f"{target}-test-scored.jsonl", found
         trained = [options(words) for words in plain if words[0] == "train.py"]
-        assert (
-            len({found["out"] for found in trained})
-            == len(trained)
-            == len(tables) - tables.count("hh-to-pku") * 2 - (tables.count("n-to-pku") + 2)
-        )
+        tested_twice = tables.count("hh-to-pku") * 2 + tables.count("n-to-pku")
+        assert len({found["out"] for found in trained}) == len(trained) == len(tables) - tested_twice - 2
 
 
-def call(monkeypatch, name, *words):
-    """The main function of a script or module, in this process."""
-    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-    importlib.import_module(name.removesuffix(".py").replace("/", ".")).main()
-
-
-def call_all(monkeypatch, commands):
+def call(monkeypatch, *commands):
+    """The main functions of scripts and modules, in this process."""
     for words in commands:
-        call(monkeypatch, *(words[1:] if words[0] == "-m" else words))
+        name, *argv = words[1:] if words[0] == "-m" else words
+        monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+        importlib.import_module(name.removesuffix(".py").replace("/", ".")).main()
 
 
 def test_every_line_of_the_paper_runs(tmp_path, monkeypatch):
     """With random models in each role; every table is there with every column of the paper's."""
-    call_all(monkeypatch, printed(run(tmp_path / "out", recipe="paper.sh", TINY="1")))
+    call(monkeypatch, *printed(tmp_path / "out", recipe="paper.sh", TINY="1"))
     out = tmp_path / "out-tiny"
     table = ["rm_dpo", "rm_rdpo_chars", "rm_rdpo_tokens", "bleu_char", "best_of_k_reward", "win", "kl_exact", "rm10"]
     for name, rows in {"hh": 16, "pku": 16, "hh-to-pku": 16, "pku-to-hh": 16, "n": 4, "n-to-pku": 4, "beta": 2}.items():
@@ -156,7 +148,7 @@ def test_every_line_of_the_paper_runs(tmp_path, monkeypatch):
 def test_the_lists_recipe(tmp_path):
     """Settings are chosen on validation prompts by runs of another seed; what is reported chose nothing."""
     (tmp_path / "lists.jsonl").touch()
-    commands = printed(run(tmp_path / "out", recipe="lists.sh", LISTS="lists.jsonl", SEEDS="2"))
+    commands = printed(tmp_path / "out", recipe="lists.sh", LISTS="lists.jsonl", SEEDS="2")
     asked = [words for words in commands if words[0] not in ("recipes/split_lists.py", "recipes/best.py")]
     assert accept(asked)[0][1] == "hps.evaluate.compare"
     trained = [options(words) for words in commands if words[0] == "train.py"]
@@ -168,16 +160,17 @@ def test_the_lists_recipe(tmp_path):
 
 
 def rated_lists(n=20):
-    draw, question = np.random.default_rng(0), {"role": "user", "content": "why tea?"}
-    return [Row(f"r{i}", ({**question, "content": f"{i}?"},), tuple("abcde"), tuple(draw.random(5))) for i in range(n)]
+    draw = np.random.default_rng(0)
+    asked = [({"role": "user", "content": f"{i}?"},) for i in range(n)]
+    return [Row(f"r{i}", prompt, tuple("abcde"), tuple(draw.random(5))) for i, prompt in enumerate(asked)]
 
 
 def test_every_line_of_the_lists_recipe_runs(tmp_path, monkeypatch):
     """On a random model; the table has a row of each method, with the margins of its best answer and of a pair."""
     listwise.write(tmp_path / "lists.jsonl", rated_lists())
-    call(monkeypatch, "recipes/tiny_models.py", tmp_path)
+    call(monkeypatch, ("recipes/tiny_models.py", tmp_path))
     how = dict(LISTS="lists.jsonl", MODEL=str(tmp_path / "policy"), SMALL="1")
-    call_all(monkeypatch, printed(run(tmp_path / "out", recipe="lists.sh", **how)))
+    call(monkeypatch, *printed(tmp_path / "out", recipe="lists.sh", **how))
     rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
     assert len(rows) == 7
     for row in rows:
@@ -189,7 +182,7 @@ def test_lists_are_split_by_prompts(tmp_path, monkeypatch):
     flat = Row("flat", "p", ("a", "b"), (0.5, 0.5))
     listwise.write(tmp_path / "lists.jsonl", [*rows, flat])
     split = ("recipes/split_lists.py", tmp_path / "lists.jsonl", tmp_path)
-    call(monkeypatch, *split, 10, 4, 6, 4)
+    call(monkeypatch, (*split, 10, 4, 6, 4))
     found = {name: listwise.read(tmp_path / f"{name}.jsonl") for name in ("train", "valid", "test")}
     ids = [row.id for some in found.values() for row in some]
     assert sorted(ids) == sorted(row.id for row in rows) and ids != [row.id for row in rows]
@@ -200,11 +193,11 @@ def test_lists_are_split_by_prompts(tmp_path, monkeypatch):
         assert row.rewards[row.chosen] == max(row.rewards) > row.rewards[row.rejected]
     assert len({np.argsort(row.rewards)[::-1].tolist().index(row.rejected) for row in held_out}) > 1  # not the worst
     with pytest.raises(ValueError, match="20 prompts whose answers can be ranked, and 21 are asked for"):
-        call(monkeypatch, *split, 10, 5, 6)
+        call(monkeypatch, (*split, 10, 5, 6))
     spreads = sorted(max(row.rewards) - min(row.rewards) for row in rows)
-    call(monkeypatch, *split, 2, 1, 1, 0, spreads[15])
+    call(monkeypatch, (*split, 2, 1, 1, 0, spreads[15]))
     with pytest.raises(ValueError, match="has 4 prompts"):
-        call(monkeypatch, *split, 2, 2, 1, 0, spreads[15])
+        call(monkeypatch, (*split, 2, 2, 1, 0, spreads[15]))
 
 
 def test_the_best_setting_is_one_within_the_budget(tmp_path):
