@@ -70,7 +70,8 @@ def restore(record: Results) -> Results:
     for a, b, lead in record["pairs"]:
         of_a, of_b = record["rows"][a], record["rows"][b]
         for metric in COMPARED:
-            values = lead if metric == "lead" else minus(of_a.get(metric), of_b.get(metric))
+            both = zip(of_a.get(metric, []), of_b.get(metric, []))
+            values = lead if metric == "lead" else [None if None in pair else pair[0] - pair[1] for pair in both]
             if values and any(value is not None for value in values):
                 difference, numbers = item(values)
                 comparisons.append({"a": a, "b": b, "metric": metric, **difference, "p": metrics.world_p(numbers)})
@@ -83,11 +84,6 @@ def restore(record: Results) -> Results:
 def item(values: list[float | None]) -> tuple[dict[str, Any], list[float]]:
     """The worlds' values with their mean and its interval, and those that there are."""
     return measured([{} if value is None else {"": value} for value in values])
-
-
-def minus(a: list[float | None] | None, b: list[float | None] | None) -> list[float | None]:
-    """a - b world by world, None where either has none."""
-    return [None if x is None or y is None else x - y for x, y in zip(a or [], b or [])]
 
 
 def keep(out: Path, name: str) -> list[Path]:

@@ -29,7 +29,7 @@ Keys = list[tuple[str, str, str]]  # (a, b, metric) of each difference
 @dataclass
 class Options:
     first: str  # results.json of a suite
-    second: str = ""  # of the same suite on other worlds; empty: the first half of the first one's worlds and the rest
+    second: str  # of the same suite on other worlds
     draws: int = 1000  # pairs of records that are dealt or drawn
 
 
@@ -84,8 +84,8 @@ def independent_looks(values: Floats) -> float:
     return float(np.clip(size**2 / max(squares, size), 1, size))
 
 
-def compare(first: dict[str, Any], second: dict[str, Any] | None, *, draws: int) -> dict[str, Any]:
-    """What is counted between two results (of one, its halves) and, by the same judge, what is to be expected.
+def compare(first: dict[str, Any], second: dict[str, Any], *, draws: int) -> dict[str, Any]:
+    """What is counted between two results and, by the same judge, what is to be expected.
 
     Returns:
         "pairs": {title: `count`}, "expected": {title: {count: [mean, 5 %, 95 %]}}, "differences": how many,
@@ -95,18 +95,15 @@ def compare(first: dict[str, Any], second: dict[str, Any] | None, *, draws: int)
 
     ValueError: other suites, fewer than four worlds, or no difference that all worlds have.
     """
-    records = [first, second or first]
-    if any("comparisons" not in one for one in records):
+    if not first.keys() & second.keys() >= {"comparisons"}:
         raise ValueError("no comparisons there: give the results.json of a sweep, not a record of docs/results")
-    if records[0]["suite"] != records[1]["suite"]:
-        raise ValueError(f"the first is of suite {records[0]['suite']}, the second of {records[1]['suite']}")
-    found = [{(x["a"], x["b"], x["metric"]): x["values"] for x in of["comparisons"]} for of in records]
+    if first["suite"] != second["suite"]:
+        raise ValueError(f"the first is of suite {first['suite']}, the second of {second['suite']}")
+    found = [{(x["a"], x["b"], x["metric"]): x["values"] for x in of["comparisons"]} for of in (first, second)]
     keys = [key for key in found[0] if all(key in of and None not in of[key] for of in found)]
-    if min(of["worlds"] for of in records) < 4 or not keys:
+    if min(first["worlds"], second["worlds"]) < 4 or not keys:
         raise ValueError(f"suite {first['suite']}: need four worlds and one comparison that all of them have")
     one, two = (np.array([of[key] for key in keys]).T for of in found)
-    if second is None:
-        one, two = np.array_split(one, 2)
     pooled, rng, own = np.concatenate([one, two]), np.random.default_rng(0), again(keys)
     dealt = [np.split(rng.permutation(pooled), [len(one)]) for _ in range(draws)]
     pairs: dict[str, list[Any]] = {f"dealt, {len(one)} and {len(two)} worlds": dealt}
@@ -145,8 +142,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     c, _ = config.parse(Options, prog="python -m hps.lab.replication", description=str(__doc__).split("\n")[0])
-    second = files.read_json(Path(c.second)) if c.second else None
-    print(table(compare(files.read_json(Path(c.first)), second, draws=c.draws)))
+    print(table(compare(files.read_json(Path(c.first)), files.read_json(Path(c.second)), draws=c.draws)))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (r_theta, r_est), both (P, n) in ra
 Bound = Callable[[int, int], float]  # (m, n) -> the paper's bound with its constant set to 1
 Row = dict[str, Any]
 Statement = dict[str, Any]  # verdict, rows, and what else theory.toml names; in the report also its texts
+WORDS = {True: "holds", False: "does not hold"}
 TEXTS = tomllib.loads(Path(__file__).with_name("theory.toml").read_text(encoding="utf-8"))
 
 
@@ -96,9 +97,8 @@ def ranked_prompts(replicates: int, m: int, n: int, *, generator: torch.Generato
 def fit(loss: Loss, phi: Tensor, r_est: Tensor) -> Tensor:
     """theta of least mean loss (Eq. 11), (R, D), of each replicate phi (R, m, n, D), r_est (R, m, n)."""
     R, m, n, _ = phi.shape
-    theta = torch.zeros(R, D, dtype=torch.float64)
-    theta[:, 0] = 1.0  # theta*: near the answer, and the losses are convex in theta, so it does not sway it
-    theta.requires_grad_()
+    # From theta*: near the answer, and the losses are convex in theta, so it does not sway it.
+    theta = torch.eye(D, dtype=torch.float64)[:1].repeat(R, 1).requires_grad_()
     stops = dict(max_iter=300, tolerance_grad=1e-9, tolerance_change=1e-14)
     solver = torch.optim.LBFGS([theta], line_search_fn="strong_wolfe", **stops)
 
@@ -123,14 +123,11 @@ def semi_norm(delta: Tensor, phi: Tensor) -> Tensor:
 
 
 def measure(loss: Loss, *, m: int, n: int, replicates: int, seed: int, by_scores: bool = False) -> dict[str, float]:
-    """Estimates of theta from `replicates` data sets of m prompts with n responses; the same data for every loss.
+    """Estimates of theta from `replicates` data sets of m prompts with n responses; the same data for every loss. q is
+    built from r* or, `by_scores`, from the scores that were sorted into the ranking.
 
-    Args:
-        by_scores: q is built from the scores that were sorted into the ranking, not from r*.
-
-    Returns:
-        error, error_se: root mean square of |theta - theta*|_Sigma_D, with its standard error.
-        c, c_se: mean of <theta, theta*>.
+    Returns error and error_se, root mean square of |theta - theta*|_Sigma_D with its standard error; c and c_se, mean
+    of <theta, theta*>.
     """
     generator = torch.Generator().manual_seed(seed + 7919 * n + 104729 * m)
     squares, along = [], []
@@ -141,16 +138,9 @@ def measure(loss: Loss, *, m: int, n: int, replicates: int, seed: int, by_scores
         along.append(theta[:, 0])
         squares.append(semi_norm(theta - torch.eye(D, dtype=theta.dtype)[0], phi) ** 2)
     square, c = torch.cat(squares), torch.cat(along)
-    values = {"error": square.mean().sqrt(), "c": c.mean(), "c_se": c.std() / math.sqrt(replicates)}
-    values["error_se"] = square.std() / math.sqrt(replicates) / (2 * values["error"])
-    return {key: float(values[key]) for key in ("error", "error_se", "c", "c_se")}
-
-
-def exponent(x: Sequence[float], y: Sequence[float], y_se: Sequence[float]) -> tuple[float, float]:
-    """a of the power law y ~ x^a, with its standard error: least squares in logs, weighted by the errors of log y."""
-    weights = np.asarray(y) / np.asarray(y_se)
-    (slope, _), covariance = np.polyfit(np.log(x), np.log(y), 1, w=weights, cov="unscaled")
-    return float(slope), float(covariance[0, 0] ** 0.5)
+    error, root = square.mean().sqrt(), math.sqrt(replicates)
+    values = {"error": error, "error_se": square.std() / root / (2 * error), "c": c.mean(), "c_se": c.std() / root}
+    return {key: float(value) for key, value in values.items()}
 
 
 def _rates(cells: list[dict[str, int]], losses: dict[str, tuple[Loss, Bound | None]], **draw: int) -> list[Row]:
@@ -164,11 +154,14 @@ def _rates(cells: list[dict[str, int]], losses: dict[str, tuple[Loss, Bound | No
 
 
 def exponents(rows: list[Row], axis: str) -> tuple[dict[str, tuple[float, float]], str]:
-    """`exponent` of the error over m or n (`axis`) of each method, and these as a text."""
+    """Of each method a of the power law error ~ axis^a, m or n, with its standard error, and these as a text: least
+    squares in logs, weighted by the errors of the logs."""
     found = {}
     for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
-        found[method] = exponent(*([row[key] for row in mine] for key in (axis, "error", "error_se")))
+        mine = [[row[key] for key in (axis, "error", "error_se")] for row in rows if row["method"] == method]
+        x, y, y_se = np.array(mine).T
+        (slope, _), covariance = np.polyfit(np.log(x), np.log(y), 1, w=y / y_se, cov="unscaled")
+        found[method] = float(slope), float(covariance[0, 0] ** 0.5)
     return found, ", ".join(f"{method} {value:.3f} +- {se:.3f}" for method, (value, se) in found.items())
 
 
@@ -178,7 +171,7 @@ def theorem1_in_m(*, ms: Sequence[int], n: int, replicates: int, seed: int) -> S
     rows = _rates([{"m": m, "n": n} for m in ms], losses, replicates=replicates, seed=seed)
     found, text = exponents(rows, "m")
     right = [abs(found[name][0] + 0.5) < 0.02 + 3 * found[name][1] for name in ("Eq. 6", "PL")]  # 0.02: m is finite
-    return {"verdict": "holds" if all(right) else "does not hold", "rows": rows, "exponents": text}
+    return {"verdict": WORDS[all(right)], "rows": rows, "exponents": text}
 
 
 def theorem1_in_n(*, m: int, ns: Sequence[int], replicates: int, seed: int) -> Statement:
@@ -186,17 +179,15 @@ def theorem1_in_n(*, m: int, ns: Sequence[int], replicates: int, seed: int) -> S
     losses: dict[str, tuple[Loss, Bound | None]] = {"Eq. 6": (hps(0), bound_hps), "PL": (pl, bound_pl)}
     rows = _rates([{"m": m, "n": n} for n in ns], losses, replicates=replicates, seed=seed)
     closer = all(eq6["error"] < full["error"] for eq6, full in zip(rows, rows[len(ns) :]))
-    verdict = "holds" if closer else "does not hold"
-    return {"verdict": verdict, "rows": rows, "exponents": exponents(rows, "n")[1]}
+    return {"verdict": WORDS[closer], "rows": rows, "exponents": exponents(rows, "n")[1]}
 
 
 def theorem1_consistency(*, m: int, n: int, replicates: int, seed: int) -> Statement:
     """Theorem 1's premise that the expected loss is least at theta* (its proof: E[V] = 0): so for Eq. 6 and PL only."""
     methods: list[tuple[str, str, Loss]] = [("Eq. 6", "", hps(0)), ("PL", "", pl), ("BT", "", bt)]
     methods.append(("gamma 0, kappa 1", "", hps(0, kappa_n=False)))
-    for source, gamma in product(("r*", "scores"), (1, 2, 5)):
-        methods.append((f"gamma {gamma}, kappa N", source, hps(gamma)))
-        methods.append((f"gamma {gamma}, kappa 1", source, hps(gamma, kappa_n=False)))
+    for source, gamma, kappa in product(("r*", "scores"), (1, 2, 5), "N1"):
+        methods.append((f"gamma {gamma}, kappa {kappa}", source, hps(gamma, kappa_n=kappa == "N")))
     rows = []
     for method, source, loss in methods:
         found = measure(loss, m=m, n=n, replicates=replicates, seed=seed, by_scores=source == "scores")
@@ -230,9 +221,8 @@ def theorem1_curvature(*, m: int, ns: Sequence[int], gammas: Sequence[float], th
         root = torch.linalg.cholesky(2 * torch.einsum("mnd,mne->de", off, off) / (m * (n - 1))).inverse()  # of Sigma_D
         c = float(torch.linalg.eigvalsh(root @ (X.T @ X / m) @ root.T)[0])
         rows.append({"n": n, "gamma": float(gamma), "smallest eigenvalue": min(excess), "c": c})
-    words = {True: "holds", False: "does not hold"}
     first, then = all(row["smallest eigenvalue"] > 0 for row in rows), all(row["c"] >= 1 for row in rows)
-    return {"verdict": f"Eq. 20 {words[first]}, X'X / m >= Sigma_D {words[then]}", "rows": rows}
+    return {"verdict": f"Eq. 20 {WORDS[first]}, X'X / m >= Sigma_D {WORDS[then]}", "rows": rows}
 
 
 # ---- Theorem 2: gamma to infinity -----------------------------------------------------------------
@@ -260,8 +250,8 @@ def theorem2_own_reward(*, gammas: Sequence[float], prompts: int, n: int, seed: 
         {"gamma": float(g), "loss": float(x.mean()), "gap": float(gap.mean()), "largest gap": float(gap.max())}
         for g, x, gap in zip(gammas, losses, gaps)
     ]
-    verdict = "holds" if rises and gaps[-1].abs().max() < 1e-9 else "does not hold"
-    return {"verdict": verdict, "rows": rows, "rises": "yes" if rises else "no"}
+    reached = bool(gaps[-1].abs().max() < 1e-9)
+    return {"verdict": WORDS[rises and reached], "rows": rows, "rises": "yes" if rises else "no"}
 
 
 def theorem2_other_reward(*, correlations: Sequence[float], prompts: int, n: int, seed: int) -> Statement:
