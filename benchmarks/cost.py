@@ -26,13 +26,12 @@ from hps.prepare import importers
 class Options:
     data: str  # HH-RLHF rows (.jsonl, .gz)
     model: str = "runs/models/smollm2-135m-instruct"  # a model folder, the one of `make model`
-    dtype: str = "fp32"  # fp32 or bf16
     threads: int = 2  # OpenMP threads
     prompts: int = 16  # of a run
     rounds: int = 3  # in which all contestants take their turn
-    prompts_per_step: int = 8  # of an optimizer step
 
 
+STEP = 8  # prompts of an optimizer step
 # name -> (candidates of a prompt, options of train.py)
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "BT": (100, {"method": "dpo-bt"}),
@@ -75,8 +74,7 @@ def measure(c: Options, name: str) -> dict[str, float]:
         listwise.write(Path(folder) / "data.jsonl", candidates(c, n))
         paths = {"data": f"{folder}/data.jsonl", "out": f"{folder}/run"}
         paths |= {"token_cache": f"{folder}/tokens", "reference_cache": f"{folder}/cache"}
-        common = dict(model=c.model, dtype=c.dtype, epochs=1, prompts_per_step=c.prompts_per_step)
-        found = harness.train(**paths, **common, **options)
+        found = harness.train(**paths, model=c.model, epochs=1, prompts_per_step=STEP, **options)
     return {"seconds": found["seconds"] / found["steps"], "tokens": found["tokens"] / found["steps"] / 1000}
 
 
@@ -84,14 +82,11 @@ def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/cost.py", description=str(__doc__).split("\n")[0])
     found = harness.take_turns(RUNS, c.rounds, lambda name, r: harness.alone(measure, c, name))
     median = harness.medians(found)
-    table = []
-    for name, m in median.items():
-        over = {key: m[key] / median["BT"][key] for key in m}
-        table.append([name, m["seconds"], over["seconds"], m["tokens"], over["tokens"]])
-    title = f"a step of {c.prompts_per_step} prompts, {c.dtype}, {c.threads} threads, medians of {c.rounds} rounds"
+    table = [[name, *(x for key in m for x in (m[key], m[key] / median["BT"][key]))] for name, m in median.items()]
+    title = f"a step of {STEP} prompts, fp32, {c.threads} threads, medians of {c.rounds} rounds"
     harness.print_table(["", "seconds", "x BT", "k tokens", "x BT"], table, title)
     ratios = {key: round(harness.ratio(found, a, b, "seconds"), 3) for key, (a, b) in RATIOS.items()}
-    harness.finish({"dtype": c.dtype, "threads": c.threads, "prompts": c.prompts} | ratios | {"medians": median})
+    harness.finish({"dtype": "fp32", "threads": c.threads, "prompts": c.prompts} | ratios | {"medians": median})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from hps.data.rows import Row
 from hps.lab import world
 from hps.prepare import generate, importers
 
-TEMPERATURE = 0.9
+TEMPERATURE, ROWS = 0.9, 1024  # sequences that ours decodes at once
 WORLD = ((8, 128, 48), (100, 40, 48))  # n, prompts, max_new_tokens
 SMOLLM2 = ((8, 8, 96), (100, 2, 96))
 
@@ -39,10 +39,8 @@ SMOLLM2 = ((8, 8, 96), (100, 2, 96))
 class Options:
     data: str = ""  # HH-RLHF rows (.jsonl, .gz) for SmolLM2; without them that part is left out
     smollm2: str = "runs/models/smollm2-135m-instruct"  # the folder of `make model`
-    dtype: str = "fp32"  # fp32 or bf16
     threads: int = 1  # OpenMP threads
     rounds: int = 3  # in which all contestants take their turn
-    max_rows: int = 1024  # sequences that ours decodes at once
     share: float = 1.0  # of the prompts, for a quick look
 
 
@@ -57,16 +55,14 @@ def make_world(folder: Path) -> tuple[str, list[Row]]:
     return str(folder / "sft/policy"), listwise.read(folder / "world/test.jsonl")
 
 
-def contestants(
-    c: Options, path: str, prompts: list[list[int]], n: int, limit: int
-) -> dict[str, Callable[[], list[int]]]:
+def contestants(path: str, prompts: list[list[int]], n: int, limit: int) -> dict[str, Callable[[], list[int]]]:
     """Functions that draw n responses to each prompt and return the responses' lengths in tokens."""
-    ours, theirs = (model.load_causal_lm(path, dtype=model.DTYPES[c.dtype]) for _ in range(2))
+    ours, theirs = (model.load_causal_lm(path, dtype=torch.float32) for _ in range(2))
     eos = tokens.load_tokenizer(path).eos_token_id
     named, seeds = [(str(i), ids) for i, ids in enumerate(prompts)], itertools.count()
 
     def of_hps() -> list[int]:
-        settings = dict(n=n, eos_token_id=eos, max_new_tokens=limit, temperature=TEMPERATURE, max_rows=c.max_rows)
+        settings = dict(n=n, eos_token_id=eos, max_new_tokens=limit, temperature=TEMPERATURE, max_rows=ROWS)
         settings |= dict(as_drawn=True, progress=False, seed=next(seeds))
         groups = generate.generate(ours, named, counts=Counter(), **settings)
         return [len(one.token_ids) for _, group in groups for one in group]
@@ -89,8 +85,7 @@ def contestants(
         return lengths
 
     found = {"ours": of_hps, "generate": lambda: of_transformers(1)}
-    per_call = max(1, c.max_rows // n)
-    return found | ({"padded": lambda: of_transformers(per_call)} if len(prompts) > 2 else {})
+    return found | ({"padded": lambda: of_transformers(max(1, ROWS // n))} if len(prompts) > 2 else {})
 
 
 def measure(c: Options, name: str, path: str, rows: list[Row], n: int, P: int, limit: int) -> dict[str, Any]:
@@ -104,7 +99,7 @@ def measure(c: Options, name: str, path: str, rows: list[Row], n: int, P: int, l
         lengths.setdefault(who, []).extend(drawn)
         return {"rate": len(drawn) / taken}
 
-    draws = contestants(c, path, prompts, n, limit)
+    draws = contestants(path, prompts, n, limit)
     found = harness.take_turns(draws, c.rounds, lambda who, r: rate(who, draws[who]))
     result = dict(model=name, n=n, prompts=len(prompts), max_new_tokens=limit)
     result["prompt_tokens"] = round(statistics.mean(map(len, prompts)), 1)
@@ -133,8 +128,8 @@ def main() -> None:
     table = [[r.get(key, "-") for key in columns] for r in results]
     harness.print_table(list(columns.values()), table, "samples a second, and ours over theirs")
     over = {f"{r['model']}, n = {r['n']}": r["over_generate"] for r in results}
-    summary = {"over_hf_generate": over["world, n = 100"], "over_hf_generate_by_case": over, "dtype": c.dtype}
-    harness.finish(summary | {"max_rows": c.max_rows, "threads": c.threads, "results": results})
+    summary = {"over_hf_generate": over["world, n = 100"], "over_hf_generate_by_case": over, "dtype": "fp32"}
+    harness.finish(summary | {"max_rows": ROWS, "threads": c.threads, "results": results})
 
 
 if __name__ == "__main__":
