@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import math
 import os
 import random
@@ -10,9 +9,8 @@ import re
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +21,7 @@ import pytest
 from helpers import fork, jsonl, redirect, run_script
 
 import train
-from hps import batches, checkpoint, dist, reference, sharding
+from hps import checkpoint, dist, reference, sharding
 from hps.io import files
 from hps.options import Config, settings
 
@@ -60,19 +58,15 @@ class Fault(NamedTuple):
     step: int | None = None
 
 
-# ------------------------------------------------------------------------------------------- in the child
+# -- in the child --
 
 
-def install(fault: Fault | None, journal: Path | None) -> None:
-    """Put a fault, and a journal of what is trained on, into the modules."""
+def install(fault: Fault | None) -> None:
+    """Put a fault into the modules."""
     step: list[int | None] = [None]
     if fault:
         put(fault, step)
     before(train, "lr_at", lambda c, now, steps: step.__setitem__(0, now))
-    if journal:
-        journal.mkdir(parents=True, exist_ok=True)
-        file = journal / f"{os.getpid()}.jsonl"
-        before(batches.Run, "micro_batches", lambda *args, **more: write_visits(file, *args))
 
 
 def before(module: Any, name: str, do: Callable[..., Any], patch: Any = None, *, call: int | None = None) -> None:
@@ -84,7 +78,7 @@ def before(module: Any, name: str, do: Callable[..., Any], patch: Any = None, *,
 
     def wrapped(*args: Any, **more: Any) -> Any:
         if call in (None, next(calls)):
-            do(*args, **more)
+            do(*args)
         return real(*args, **more)
 
     (patch or pytest.MonkeyPatch()).setattr(module, name, wrapped)
@@ -95,31 +89,27 @@ def put(fault: Fault, step: list[int | None]) -> None:
         mine = fault.rank in (None, int(os.environ.get("RANK", 0)))
         return mine and fault.step in (None, step[0]) and not fault.mark.exists()
 
-    def strike(*args: Any, **more: Any) -> None:
+    def strike(*args: Any) -> None:
         if not now():
             return
         fault.mark.with_suffix(".part").write_text(str(os.getpid()))
         fault.mark.with_suffix(".part").rename(fault.mark)
         if fault.do == "wait":
             wait(fault.mark.with_suffix(".go"))
+        elif fault.do == "nan" and fault.where == "loss":
+            args[0].register_hook(lambda gradient: gradient * math.nan)
         elif fault.do == "nan":
             for p in args[0]:
                 getattr(p.grad, "_local_tensor", p.grad).fill_(math.nan)
         else:
             os.kill(os.getpid(), signal.SIGKILL if fault.do == "kill" else signal.SIGSTOP)
 
-    def spoil(per_prompt: Any) -> Any:
-        if now():
-            fault.mark.write_text(str(os.getpid()))
-            per_prompt.register_hook(lambda gradient: gradient * math.nan)
-        return per_prompt
-
     if fault.where == "loss":
         real = train.batches.objective
 
         def objective(c: Any) -> Callable[..., Any]:
             loss = real(c)
-            return lambda *args: spoil(loss(*args))
+            return lambda *args: (per_prompt := loss(*args), strike(per_prompt))[0]
 
         train.batches.objective = objective
     else:
@@ -141,22 +131,11 @@ def wait(go: Path) -> None:
     signal.signal(signal.SIGTERM, handler)
 
 
-def write_visits(file: Path, run: batches.Run, step: int, blocks: list) -> None:
-    """Write down each visit by the rank and in the step that trains on it: epoch, prompt, responses."""
-    visits, plan = run.plan.step(step), run.plan
-    mine = [visits[i] for members in run.shares(blocks) for i in members]
-    with file.open("a") as journal:
-        for v in mine:
-            about = {"epoch": int(plan.epoch[v]), "id": run.examples.id(plan.row[v]), "step": step}
-            about |= {"responses": plan.responses[v].tolist(), "rank": run.ranks.rank}
-            journal.write(json.dumps(about) + "\n")
-
-
-def work(script: str, argv: list[str], setup: str, fault: Fault | None, journal: Path | None) -> None:
+def work(script: str, argv: list[str], setup: str, fault: Fault | None) -> None:
     """A script with what is put into it; `setup` is code that runs before it."""
     exec(setup, {})
     if script == "train":
-        install(fault, journal)
+        install(fault)
     run_script(script, argv)
 
 
@@ -167,7 +146,7 @@ def work_of_a_rank(log: str, *args: Any) -> None:
 
 
 def agent(
-    words: list[str], server: str, log: str, environment: dict[str, str], script: str, argv: list, setup: str, *more
+    words: Sequence[str], server: str, log: str, environment: dict[str, str], script: str, argv: list, setup: str, *more
 ):
     """torchrun itself, but its workers come from the server of forks too, instead of importing everything anew."""
     from torch.distributed import run
@@ -181,22 +160,34 @@ def agent(
     run.main(["--start_method=forkserver", *words, "worker"])
 
 
-# ---------------------------------------------------------------------------------------------- a command
+# -- a command --
 
 
 class Job:
-    """A script in one process, or train.py's workers under torchrun."""
+    """A script in one process, or train.py's workers under torchrun, for the length of a with block: nothing of it is
+    left behind. More than one rank: under torchrun."""
 
-    def __init__(self, log: Path, torchrun: list[str], environment: dict[str, str], *args: Any) -> None:
-        self.log = log
+    def __init__(
+        self, argv: list[str], log: Path, *, script: str = "train", ranks: int = 1, torchrun: Sequence[str] = (),
+        fault: Fault | None = None, env: dict[str, str] | None = None, setup: str = "",
+    ) -> None:  # fmt: skip
+        self.log, args, environment = log, (script, argv, setup, fault), env or {}
         for path in (log, *log.parent.glob(f"{log.name}.rank-*")):
             path.unlink(missing_ok=True)
+        if ranks > 1:
+            torchrun = ["--standalone", f"--nproc_per_node={ranks}", *torchrun]
         if torchrun:
             forkserver.ensure_running()
             server = forkserver._forkserver._forkserver_address
             self.process = fork(agent, (torchrun, server, str(log), environment, *args), log, environment)
         else:
             self.process = fork(work, args, log, environment)
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     @property
     def pid(self) -> int:
@@ -239,65 +230,36 @@ class Job:
             time.sleep(0.02)
 
 
-@contextmanager
-def job(
-    argv: list[str],
-    log: Path,
-    *,
-    script: str = "train",
-    ranks: int = 1,
-    torchrun: list[str] | None = None,
-    fault: Fault | None = None,
-    journal: Path | None = None,
-    env: dict[str, str] | None = None,
-    setup: str = "",
-) -> Iterator[Job]:
-    """A command for the length of a block; nothing of it is left behind. More than one rank: under torchrun."""
-    if ranks > 1:
-        torchrun = ["--standalone", f"--nproc_per_node={ranks}", *(torchrun or [])]
-    made = Job(log, torchrun or [], env or {}, script, argv, setup, fault, journal)
-    try:
-        yield made
-    finally:
-        made.kill()
-
-
 def run(argv: list[str], log: Path, **how: Any) -> float:
-    """To a good end; the seconds it took. `how` as in `job`."""
+    """To a good end; the seconds it took. `how` as of `Job`."""
     began = time.perf_counter()
-    with job(argv, log, **how) as made:
+    with Job(argv, log, **how) as made:
         assert made.end(300) == 0, made.text()[-4000:]
     return time.perf_counter() - began
 
 
-def kill_until_done(
-    argv: list[str], log: Path, *, seconds: float, rng: random.Random, state: Callable[[], str], **how: Any
-) -> Counter[str]:
-    """The same command again and again, each time killed at a random moment of its length, until one comes through.
-
-    Returns how often it was killed in which `state`, as the disk shows it.
-    """
-    killed: Counter[str] = Counter()
-    while True:
-        with job(argv, log, **how) as made:
+def kill_until_done(argv: list[str], log: Path, *, seconds: float, rng: random.Random, **how: Any) -> int:
+    """The same command again and again, each time killed at a random moment of its length, until one comes through;
+    how often it was killed."""
+    for killed in itertools.count():
+        with Job(argv, log, **how) as made:
             made.process.join(rng.uniform(0.0, 1.1 * seconds))
-            if made.process.exitcode is None:
-                os.kill(made.pid, signal.SIGKILL)
-                made.process.join()
-                killed[state()] += 1
-                continue
-            assert made.process.exitcode == 0, made.text()[-3000:]
-            return killed
+            if made.process.exitcode is not None:
+                assert made.process.exitcode == 0, made.text()[-3000:]
+                return killed
+            os.kill(made.pid, signal.SIGKILL)
+            made.process.join()
+    raise AssertionError
 
 
-# ----------------------------------------------------------------------------------- what a command leaves
+# -- what a command leaves --
 
 CONFIG = Config("a/b", "d.jsonl", "o", lr=1e-4)
 RUN = {"config": settings(CONFIG), "changed": ["lr"], "inputs": {"model": "ab", "tokenizer": "cd", "data": "ef"},
        "world_size": 1, "argv": []}  # fmt: skip
 SUMMARY = {"steps": 6, "seconds": 1.5, "tokens": 900, "counts": {"rows_read": 9, "rows_kept": 8}}
-RESULT = {"mean": 0.1, "low": 0.0, "high": 0.2, "prompts": 3}
-EVALUATION = {"config": {"model": "policy", "data": "t.jsonl", "reference": "a/b"}, "metrics": {"rm2": RESULT}}
+EVALUATION = {"config": {"model": "policy", "data": "t.jsonl", "reference": "a/b"},
+              "metrics": {"rm2": {"mean": 0.1, "low": 0.0, "high": 0.2, "prompts": 3}}}  # fmt: skip
 
 
 def records(out: Path) -> list[dict]:
@@ -336,9 +298,3 @@ def check_follows(out: Path, calm: Path, tolerance: float = 1e-5) -> float:
     apart = float(np.abs(np.subtract(*losses)).max())
     assert apart < tolerance
     return apart
-
-
-def visits(journal: Path) -> list[dict[str, Any]]:
-    """All visits of the processes that kept a journal there, in the order of the steps."""
-    lines = [visit for path in journal.iterdir() for visit in jsonl(path)]
-    return sorted(lines, key=lambda visit: (visit["step"], visit["id"]))

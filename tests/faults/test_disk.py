@@ -3,6 +3,7 @@ the same command goes on once there is room. The disk is a tmpfs that the test m
 """
 
 import contextlib
+import functools
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,14 +59,12 @@ def disk(tmp_path) -> Iterator[Disk]:
 @pytest.fixture(scope="module")
 def calm(tiny_world, tmp_path_factory):
     """calm(options): the log and the weights of a run that nothing disturbs, with caches of its own."""
-    found: dict[str, object] = {}
 
+    @functools.cache
     def run(**options):
-        if str(options) not in found:
-            out = tmp_path_factory.mktemp("calm")
-            train.main(arguments(tiny_world, out / "run", reference_cache=out / "cache", **options))
-            found[str(options)] = harness.outcome(out / "run")
-        return found[str(options)]
+        out = tmp_path_factory.mktemp("calm")
+        train.main(arguments(tiny_world, out / "run", reference_cache=out / "cache", **options))
+        return harness.outcome(out / "run")
 
     return run
 
@@ -73,9 +72,8 @@ def calm(tiny_world, tmp_path_factory):
 @pytest.mark.parametrize("what", ["checkpoint", "metrics", "policy"])
 def test_a_full_disk_under_a_run(tiny_world, tmp_path, disk, monkeypatch, calm, what):
     """From step 4 of 24 on: under a checkpoint, the log (a line of which it cuts), or the export."""
-    options = dict(prompts_per_step=2)
-    out, cache = disk.folder / "run", tmp_path / "cache"
-    argv = arguments(tiny_world, out, reference_cache=cache, **options)
+    out = disk.folder / "run"
+    argv = arguments(tiny_world, out, reference_cache=tmp_path / "cache", prompts_per_step=2)
     train.main([*argv, "--stop_after=2"])
     if what == "policy":
         harness.before(sharding, "export", disk.fill, monkeypatch, call=0)
@@ -90,7 +88,7 @@ def test_a_full_disk_under_a_run(tiny_world, tmp_path, disk, monkeypatch, calm, 
     assert not (out / "policy").exists()
     disk.empty()
     train.main(argv)
-    assert harness.outcome(out) == calm(**options)
+    assert harness.outcome(out) == calm(prompts_per_step=2)
 
 
 @pytest.mark.parametrize("what", ["out", "reference_cache", "token_cache"])

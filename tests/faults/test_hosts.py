@@ -80,27 +80,25 @@ def test_hosts_without_a_shared_disk_end_in_a_line(tiny_world, tmp_path):
     world, model = tiny_world, tiny_world / "model"
     evaluation = dict(model=model, reference=model, data=world / "test.jsonl", reference_cache=world / "cache")
     prepared = dict(input=world / "train.jsonl", output="new/out.jsonl")
-    commands = {
-        "train": (arguments(world, Path("run")), "out"),
-        "eval": (flags(**evaluation, out="run"), "out"),
-        "generate": (["generate", *flags(**prepared, model=model)], "output"),
-        "annotate": (["annotate", *flags(**prepared, scorer="world-true")], "output"),
-    }
-    for name, (argv, option) in commands.items():
+    commands = [
+        ("train", arguments(world, Path("run")), "out"),
+        ("eval", flags(**evaluation, out="run"), "out"),
+        ("data_prep", ["generate", *flags(**prepared, model=model)], "output"),
+        ("data_prep", ["annotate", *flags(**prepared, scorer="world-true")], "output"),
+    ]
+    for number, (script, argv, option) in enumerate(commands):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         jobs = []
         with contextlib.ExitStack() as stack:
             for host in range(2):
-                there = tmp_path / name / str(host)
+                there = tmp_path / str(number) / str(host)
                 there.mkdir(parents=True)
                 words = ["--nnodes=2", "--nproc_per_node=1", f"--node_rank={host}", "--master_addr=127.0.0.1"]
                 words += [f"--master_port={port}"]
-                setup = f"import os\nos.chdir({str(there)!r})"
-                script = name if name in ("train", "eval") else "data_prep"
-                how: dict[str, Any] = dict(script=script, torchrun=words, setup=setup)
-                jobs.append(stack.enter_context(harness.job(argv, there / "log", **how)))
+                how: dict[str, Any] = dict(torchrun=words, setup=f"import os\nos.chdir({str(there)!r})")
+                jobs.append(stack.enter_context(harness.Job(argv, there / "log", script=script, **how)))
             for job in jobs:
                 assert job.end(60) != 0
                 message = rf"error: \S+ \(rank 1\) does not see the --{option} of \S+ \(rank 0\)\. All hosts must "
@@ -111,7 +109,7 @@ def test_a_host_that_never_comes_ends_in_a_line(tiny_world, tmp_path):
     place = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     words = dict(model=tiny_world / "model", input=tiny_world / "train.jsonl", output=tmp_path / "out.jsonl")
     argv = ["generate", *flags(**words, timeout=TIMEOUT)]
-    with harness.job(argv, tmp_path / "log", script="data_prep", env=place) as job:
+    with harness.Job(argv, tmp_path / "log", script="data_prep", env=place) as job:
         assert job.end(60) == 1
         assert re.search(LOST, job.text()), job.text()[-3000:]
 
@@ -131,27 +129,21 @@ class Hosts:
             # IPv6 off, or gloo may choose an address of that kind. tcp_retries2: torchrun on the host without the store
             # asks it again and again, with no timeout of its own but TCP's; as Linux sets it, 15 minutes can pass
             # after the worker has ended before torchrun does. With 3 it is about 3 s.
-            for value, setting in (("1", "ipv6/conf/all/disable_ipv6"), ("3", "ipv4/tcp_retries2")):
-                set_it = f"echo {value} > /proc/sys/net/{setting}"
-                ip("netns", "exec", name, "sh", "-c", set_it, check=False)
+            for words in ("1 > /proc/sys/net/ipv6/conf/all/disable_ipv6", "3 > /proc/sys/net/ipv4/tcp_retries2"):
+                ip("netns", "exec", name, "sh", "-c", f"echo {words}", check=False)
             ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", CABLE)
             ip("-n", name, "link", "set", "lo", "up")
-        self.mend()
+        self.cable("up")
 
-    def cut(self) -> None:
+    def cable(self, state: str) -> None:
         for name in self.names:
-            ip("-n", name, "link", "set", CABLE, "down")
-
-    def mend(self) -> None:
-        for name in self.names:
-            ip("-n", name, "link", "set", CABLE, "up")
+            ip("-n", name, "link", "set", CABLE, state)
 
     def kill(self, host: int) -> None:
         """Everything that runs on a host, at once."""
-        pids = ip("netns", "pids", self.names[host], check=False).split()
-        for pid in map(int, pids):
+        for pid in ip("netns", "pids", self.names[host], check=False).split():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, 9)
+                os.kill(int(pid), 9)
 
     def remove(self) -> None:
         for i, name in enumerate(self.names):
@@ -173,7 +165,7 @@ assert ctypes.CDLL(None).setns(space, {0x40000000}) == 0
         if ":" in nodes:  # or the first host keeps its store's address to itself from the second round on (torch 2.13)
             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
             words.append("--max_restarts=3")
-        return harness.job(argv, log, torchrun=words, env=env, setup=enter, **how)
+        return harness.Job(argv, log, torchrun=words, env=env, setup=enter, **how)
 
 
 @pytest.fixture
@@ -215,18 +207,17 @@ def test_a_cable_that_is_cut(tiny_world, tmp_path, hosts):
     fault = harness.Fault("wait", "gradient", mark, step=5)
     with hosts.job(0, argv, logs[0], **how) as first, hosts.job(1, argv, logs[1], fault=fault, **how) as second:
         second.wait(mark)
-        hosts.cut()
+        hosts.cable("down")
         mark.with_suffix(".go").touch()
         for job in (first, second):
             assert job.end(90) != 0
             assert re.search(LOST, job.text()), job.text()[-3000:]
     assert harness.checkpoint_of(tmp_path / "run") == 4 and not (tmp_path / "run/policy").exists()
-    hosts.mend()
+    hosts.cable("up")
     with hosts.job(0, argv, logs[0], nodes="2") as first, hosts.job(1, argv, logs[1], nodes="2") as second:
         assert f"step-00000004 (4 of {STEPS} steps)" in end(first, second)
-    print(
-        f"\nthe cable was cut; losses apart by at most {harness.check_follows(tmp_path / 'run', tmp_path / 'calm'):.1e}"
-    )
+    apart = harness.check_follows(tmp_path / "run", tmp_path / "calm")
+    print(f"\nthe cable was cut; losses apart by at most {apart:.1e}")
 
 
 def test_a_host_that_dies_and_comes_back(tiny_world, tmp_path, hosts, amount):
