@@ -34,7 +34,7 @@ CONTENTS: dict[str, list[str]] = LANGUAGE["contents"] | {"benefit": list(BENEFIT
 PHRASINGS: dict[str, list[str]] = LANGUAGE["phrasings"]
 ASKS: dict[str, list[str]] = LANGUAGE["asks"]
 
-# ------------------------------------------------------------------------------------ the reward
+# ---- the reward
 
 # (right, wrong) value of each kind of sentence that belongs to a task; every other kind is off topic.
 WORTH = {
@@ -90,19 +90,18 @@ class World:
 
         self.meaning: dict[str, tuple[str, Content]] = {}  # sentence -> kind, content
         claims = [(a, v) for a, values in VALUES.items() for v in values]
-        for kind, phrasings in PHRASINGS.items():
-            for text in phrasings:
-                if kind == "fact":
-                    owners = ENTITIES if "{0}" in text else [""]
-                    self.meaning |= {text.format(e, *c): (kind, (e, *c)) for e in owners for c in claims}
-                else:
-                    self.meaning |= {text.format(c): (kind, c) for c in CONTENTS.get(kind, [""])}
+        for kind, text in ((kind, text) for kind, phrasings in PHRASINGS.items() for text in phrasings):
+            if kind == "fact":
+                owners = ENTITIES if "{0}" in text else [""]
+                self.meaning |= {text.format(e, *c): (kind, (e, *c)) for e in owners for c in claims}
+            else:
+                self.meaning |= {text.format(c): (kind, c) for c in CONTENTS.get(kind, [""])}
         low, high = TASTE
         self.taste = {s: low + (high - low) * _unit(seed, "taste", s) for s in self.meaning}
         asked = [m["content"] for domain in ("help", "safe") for p in self.prompts(domain) for m in p]
         self.words = sorted({word for text in [*self.meaning, *asked] for word in text.split()})
 
-    # -------------------------------------------------------------------------------- prompts
+    # ---- prompts
 
     def prompts(self, domain: str) -> list[Messages]:
         """All prompts of "help" (960, multi-turn) or "safe" (5,760, half of them risky), in a fixed order."""
@@ -144,7 +143,7 @@ class World:
         """Whether a good answer to the prompt is a refusal."""
         return self.task(prompt).kind == "risky"
 
-    # -------------------------------------------------------------------------------- rewards
+    # ---- rewards
 
     def true_reward(self, prompt: Messages, response: str) -> float:
         """r*: the sum of what every sentence is worth as an answer to the prompt (about -8 to 4)."""
@@ -201,16 +200,14 @@ class World:
         said = sentences(response)
         return sum(s not in self.meaning for s in said) / len(said)
 
-    # ------------------------------------------------------------------------- demonstrations
+    # ---- demonstrations
 
     def demonstration(self, prompt: Messages, rng: random.Random, *, quality: str) -> str:
-        """Write one answer of at most 6 sentences and 40 words; ValueError for an unknown `quality`.
+        """Write one answer of at most 6 sentences and 40 words; quality: a key of CARELESSNESS.
 
         One carelessness is drawn per answer and drives every slip in it, so errors come together.
         A clean answer has none: it differs from the best one in phrasing only.
         """
-        if quality not in CARELESSNESS:
-            raise ValueError(f"unknown quality {quality!r}: use one of {', '.join(CARELESSNESS)}")
         task, carelessness = self.task(prompt), rng.uniform(*CARELESSNESS[quality])
 
         def slips(scale: float) -> bool:
@@ -265,7 +262,7 @@ def _unit(*key: str | int) -> float:
     return ((int.from_bytes(digest[:8], "big") >> 12) + 0.5) / 2**52
 
 
-# --------------------------------------------------------------------------- tokenizer and model
+# ---- tokenizer and model
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -285,15 +282,11 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(specials + world.words)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    named = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
     return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        **named,
-        additional_special_tokens=["<user>", "<assistant>"],
-        chat_template=CHAT_TEMPLATE,
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>"], chat_template=CHAT_TEMPLATE, model_max_length=MAX_TOKENS,
         clean_up_tokenization_spaces=False,  # "word ." must not come back as "word."
-        model_max_length=MAX_TOKENS,
-    )
+    )  # fmt: skip
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
@@ -307,7 +300,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausa
         return LlamaForCausalLM(config)
 
 
-# ------------------------------------------------------------------------------------ a data set
+# ---- a data set
 
 
 def write(out: Path, *, seed: int, domain: str, train: int, valid: int, test: int, demonstrations: int) -> dict:
@@ -327,7 +320,7 @@ def write(out: Path, *, seed: int, domain: str, train: int, valid: int, test: in
         raise ValueError(f'unknown domain {domain!r}: use "safe", "help" or "both"')
     world, rng = World(seed), random.Random(f"splits {seed}")
     pools = [_mixed_rows(world, rng, name) for name in domains]
-    rows = list(chain.from_iterable(zip(*pools, strict=False)))
+    rows = list(chain.from_iterable(zip(*pools)))
     if min(test, valid, train, demonstrations) < 0 or test + valid + train > len(rows):
         raise ValueError(
             f"test {test} + valid {valid} + train {train} of the {len(rows)} prompts in domain {domain!r}, "
@@ -363,12 +356,10 @@ def write(out: Path, *, seed: int, domain: str, train: int, valid: int, test: in
 
 def _mixed_rows(world: World, rng: random.Random, domain: str) -> list[dict]:
     """The domain's prompts as rows in random order; of safe, risky and benign in turn."""
-    rows = [
-        {"id": f"{domain}-{i:04d}", "prompt": prompt, "responses": [], "source": f"world-{domain}"}
-        for i, prompt in enumerate(world.prompts(domain))
-    ]
+    empty, asked = {"responses": [], "source": f"world-{domain}"}, enumerate(world.prompts(domain))
+    rows = [{"id": f"{domain}-{i:04d}", "prompt": prompt} | empty for i, prompt in asked]
     rng.shuffle(rows)
-    if domain == "safe":  # risky and benign in turn
+    if domain == "safe":
         by_kind = [[row for row in rows if world.is_risky(row["prompt"]) == risky] for risky in (True, False)]
         rows = list(chain.from_iterable(zip(*by_kind, strict=True)))
     return rows
