@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -46,8 +47,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def options(**changes) -> estimate.Options:
-    return dataclasses.replace(estimate.Options(device="cpu"), **changes)
+options = partial(estimate.Options, device="cpu")
 
 
 def real_steps(folder: Path, name: str, passes: int, changes: dict, out: Path) -> None:
@@ -85,8 +85,8 @@ def test_memory_is_what_the_allocator_gave_out(folder, tmp_path, case):
     name, ranks, passes, changes = STEPS[case]
     what = (folder, name, passes, changes, tmp_path / "bytes")
     on_ranks(ranks, real_steps, what) if ranks > 1 else real_steps(*what)
-    c = options(shape=str(folder / name), world_size=ranks, prompts_per_step=BLOCKS * passes * ranks, **LENGTHS)
-    found = estimate.step(dataclasses.replace(c, **changes))["bytes_per_rank"]
+    sizes = dict(world_size=ranks, prompts_per_step=BLOCKS * passes * ranks) | LENGTHS | changes
+    found = estimate.step(options(shape=str(folder / name), **sizes))["bytes_per_rank"]
     assert found["total"] == sum(size for part, size in found.items() if part != "total")
     assert found["total"] == pytest.approx(json.loads((tmp_path / "bytes").read_text()), rel=0.03)
 
@@ -107,11 +107,9 @@ def test_flops_tokens_and_hours_by_hand(folder, checkpointing):
     """P = 100, two responses of 60, 10 prompts, 2 epochs: 220 tokens a visit. HPS meets 3 responses of a prompt, of
     which micro-batches of 256 tokens hold (256 - 100) // 60 = 2, so 220 + 160 tokens are scored. All weights train:
     each product has two more in the backward, the head's too, of one chunk; checkpointed layers are made again."""
-    c = options(
-        shape=str(folder / "llama"), lora_rank=0, gradient_checkpointing=checkpointing, world_size=5, prompts=10
-    )
-    c = dataclasses.replace(c, prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=256, tflops=2.0, mfu=0.25)
-    work = estimate.estimate(c)["work"]
+    how = dict(lora_rank=0, gradient_checkpointing=checkpointing, world_size=5, prompts=10, tflops=2.0, mfu=0.25)
+    how |= dict(prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=256)
+    work = estimate.estimate(options(shape=str(folder / "llama"), **how))["work"]
     assert (work["tokens"], work["reference_tokens"]) == (20 * 220, 10 * (220 + 160))
 
     def parts(responses: int) -> tuple[int, int, int]:
@@ -129,13 +127,9 @@ def test_flops_tokens_and_hours_by_hand(folder, checkpointing):
 
 
 def test_blocks_that_the_reference_scores():
-    c = options(prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=280)
-    for changes, lengths in (
-        ({}, [280]),
-        (dict(method="dpo-bt"), [220]),
-        (dict(share_prompt=False), [160] * 3),
-    ):
-        assert [len(piece) for piece in estimate.scored_once(dataclasses.replace(c, **changes))] == lengths
+    sizes = dict(prompt_tokens=100, response_tokens=60, tokens_per_micro_batch=280)
+    for changes, lengths in (({}, [280]), (dict(method="dpo-bt"), [220]), (dict(share_prompt=False), [160] * 3)):
+        assert [len(piece) for piece in estimate.scored_once(options(**sizes, **changes))] == lengths
 
 
 def test_what_does_not_fit_is_told_with_a_remedy(folder):
@@ -144,9 +138,8 @@ def test_what_does_not_fit_is_told_with_a_remedy(folder):
     whole = estimate.step(c)
     small = dataclasses.replace(c, gpu_gib=0.8 * whole["bytes_per_rank"]["total"] / 2**30)
     told = estimate.remedy(small, whole | {"fits": False})
-    assert (
-        whole["fits"] and "--shard_frozen true --gradient_checkpointing true make it" in told and "not" not in told[9:]
-    )
+    given = "--shard_frozen true --gradient_checkpointing true"
+    assert whole["fits"] and f"{given} make it" in told and "not" not in told[9:]
     tiny = dataclasses.replace(c, gpu_gib=1e-6, lora_rank=0, tokens_per_micro_batch=900)
     told = estimate.remedy(tiny, estimate.step(tiny))
     given = "--gradient_checkpointing true --tokens_per_micro_batch 112 --lora_rank 8"

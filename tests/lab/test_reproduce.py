@@ -18,33 +18,24 @@ from hps.options import Config, check
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_train_accepts_every_row_of_a_suite(suite, tmp_path):
-    """Options that a method would ignore are errors, so each command's options must belong to its method."""
+def test_rows_of_a_suite(suite, tmp_path):
+    """train.py accepts them: options that a method would ignore are errors. Rows named HPS have no reward option; both
+    forms meet BT, PL and uniform; one row meets itself, other seeds."""
     spec = SUITES[suite]()
     stages, _ = reproduce.plan(reproduce.Options(seeds=1), spec, tmp_path)
     commands = [stage.argv[1:] for stage in stages if stage.argv[0] == "train.py"]
     assert len(commands) >= len(spec.rows)
     for argv in commands:
         check(*config.parse(Config, argv, prog="train.py", description=""))
-    assert {name for pair in spec.pairs for name in pair} <= spec.rows.keys() | spec.frontiers.keys()
-    assert {name for _, line in spec.frontiers.values() for name in line} <= spec.rows.keys()
-    assert len(set(spec.pairs)) == len(spec.pairs)
-    assert spec.prompts.keys() in (set(), spec.rows.keys())
     drawn = [name for figure in spec.series.values() for line in figure["lines"].values() for name in line]
-    assert set(drawn) <= spec.rows.keys()
-
-
-@pytest.mark.parametrize("suite", SUITES)
-def test_each_suite_judges_the_papers_method_and_itself(suite):
-    """Rows named HPS have no reward option; both forms meet BT, PL and uniform; one row meets itself, other seeds."""
-    spec = SUITES[suite]()
-    for name, options in spec.rows.items():
-        if "HPS" in name:
-            assert ("reward_norm" in options) == ("scaled (ours)" in name), name
-    for name in [name for name in spec.rows if name.startswith("DPO-HPS") and not name.endswith(("again", "8 draws"))]:
-        view = "HPS scaled (ours)" if "scaled" in name else "HPS"
-        for other in ("BT", "PL-8", "uniform") if suite != "tune" else ():
-            assert (name, name.replace(view, other)) in spec.pairs
+    assert {*drawn, *(name for _, line in spec.frontiers.values() for name in line)} <= spec.rows.keys()
+    assert {name for pair in spec.pairs for name in pair} <= spec.rows.keys() | spec.frontiers.keys()
+    assert len(set(spec.pairs)) == len(spec.pairs) and spec.prompts.keys() in (set(), spec.rows.keys())
+    for name in (name for name in spec.rows if "HPS" in name):
+        assert ("reward_norm" in spec.rows[name]) == ("scaled (ours)" in name), name
+        if name.startswith("DPO-HPS") and not name.endswith(("again", "8 draws")) and suite != "tune":
+            view = "HPS scaled (ours)" if "scaled" in name else "HPS"
+            assert {(name, name.replace(view, other)) for other in ("BT", "PL-8", "uniform")} <= {*spec.pairs}
     (again,) = [name for name in spec.rows if name.endswith(AGAIN)]
     once = again.removesuffix(AGAIN)
     assert (again, once) in spec.pairs and spec.rows[again] == {**spec.rows[once], "seed": 1000}
@@ -55,15 +46,12 @@ def test_tune_climbs_until_the_best_lies_inside(tmp_path, monkeypatch):
     writes what `confirm` reads; on worlds that nobody else uses."""
     top, published = {"beta": 0.1 * 2**4, "lr": 2e-4 * 2**-2}, []
 
+    def height(name):
+        words = re.findall("beta (.*) lr ([^ ]*)", name)
+        return -sum(abs(math.log2(float(x) / y)) for x, y in zip(words[0], top.values())) if words else 9.0  # SFT
+
     def summarise(cells, pairs, frontiers):
-        found = {name: re.findall("beta (.*) lr ([^ ]*)", name) for name in cells}
-        height = {
-            name: -sum(abs(math.log2(float(x) / y)) for x, y in zip(words[0], top.values()))
-            for name, words in found.items()
-            if words
-        }
-        rows = [{"method": x, "metrics": {"true_reward": {"mean": height.get(x, 9.0)}}} for x in cells]  # SFT has none
-        return rows, []
+        return [{"method": name, "metrics": {"true_reward": {"mean": height(name)}}} for name in cells], []
 
     monkeypatch.setattr(reproduce, "summarise", summarise)
     monkeypatch.setattr(reproduce, "run_in_workers", lambda *_: None)
