@@ -361,19 +361,14 @@ def main() -> None:
     T.logging.set_verbosity_error()
     T.utils.logging.disable_progress_bar()
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    with tqdm(total=10 * len(names), unit="cell", file=sys.stderr) as bar:
-        for name in names:
-            with tempfile.TemporaryDirectory() as folder:
-                make_data(Path(folder))
-                found[name] = {}
-                for entrance, run in entrances(Path(folder), make_models(Path(folder), name)).items():
-                    bar.set_description(f"{name}, {entrance}")
-                    found[name][entrance] = one = cell(run)
-                    one["word"] = one["word"].replace(folder, "M")
-                    if one["fault"]:
-                        tqdm.write(f"{name}, {entrance}: {one}", file=sys.stderr)
-                    bar.update()
-            Path(c.out).write_text(page(found), encoding="utf-8")  # a row each quarter of a minute
+    for name in tqdm(names):
+        with tempfile.TemporaryDirectory() as folder:
+            make_data(Path(folder))
+            works = entrances(Path(folder), make_models(Path(folder), name))
+            found[name] = {entrance: cell(run) for entrance, run in works.items()}
+        for one in found[name].values():
+            one["word"] = one["word"].replace(folder, "M")
+        Path(c.out).write_text(page(found), encoding="utf-8")  # a row each quarter of a minute
     print(json.dumps(found))
     sys.exit(int(any(one["fault"] for cells in found.values() for one in cells.values())))
 
