@@ -6,10 +6,9 @@ import json
 
 import numpy as np
 import pytest
-from helpers import byte_tokenizer
+from helpers import byte_tokenizer, save
 from scipy.stats import entropy, spearmanr
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import normalizers
 
 import data_prep
 from hps.data.listwise import write
@@ -283,48 +282,28 @@ def test_a_template_that_ends_answers_otherwise_is_told():
         assert report["counts"]["merges_with_the_prompt"] == 0
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    """A folder with a tokenizer of single letters, without BOS."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate("abcdefxy.?")}, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    folder = tmp_path_factory.mktemp("words")
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=".", unk_token="?").save_pretrained(folder)
-    return folder
-
-
-def run(words, path, capsys, *more):
+def run(model, path, capsys, *more):
     """What the command prints as JSON."""
-    data_prep.main(["doctor", f"--input={path}", f"--model={words}", "--json", *more])
+    data_prep.main(["doctor", f"--input={path}", f"--model={model}", "--json", *more])
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_limit_and_the_exit_status(words, tmp_path, capsys):
-    """Six tokens of prompt; responses of two and four with EOS; five tokens in all."""
-    path = tmp_path / "x.jsonl"
-    write(path, [Row("a", "a b c d e f", ("x", "x y x"), (1.0, 0.0)), Row("b", "a", ("x", "y"), (1.0, 0.0))])
-    whole, prompts = run(words, path, capsys), "tokens of a prompt"
+def test_the_command(tmp_path, capsys):
+    """Six tokens of prompt; responses of two and four with EOS; five tokens in all. Prompts of a test file, and what
+    the manifest of generated samples says."""
+    path, test, model = tmp_path / "x.jsonl", tmp_path / "test.jsonl", save(tmp_path / "model")
+    write(path, [Row("a", "why " * 6, ("tea", "tea is tea"), (1.0, 0.0)), Row("b", "why", ("tea", "is"), (1.0, 0.0))])
+    write(test, [Row("t", "why", ()), Row("u", "tea", ())])
+    about = {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    facts = {"command": "generate", "counts": {"encoded_otherwise": 3}, "output": about}
+    files.write_record(tmp_path / "x.jsonl.manifest.json", facts)
+    whole, prompts = run(model, path, capsys, f"--test={test}"), "tokens of a prompt"
     assert whole["ranges"][prompts] == {"min": 1, "median": 3.5, "max": 6} and whole["counts"]["prompts_cut"] == 0
-    cut = run(words, path, capsys, "--max_length=5", "--truncate=keep_end")
+    assert "1 of the test prompts (50.0%)" in whole["advice"][0] and "3 generated responses" in whole["advice"][2]
+    cut = run(model, path, capsys, "--max_length=5", "--truncate=keep_end")
     # Two tokens of the prompt are kept at the least: the longer response does not fit, three go beside the shorter.
     assert (cut["examples"], cut["counts"]["responses_overlong"], cut["ranges"][prompts]["max"]) == (2, 1, 3)
     assert "1 prompts lose their beginning" in "".join(cut["advice"])
-    write(path, [Row("a", "a", ("x", "y"), (1.0, 1.0))])
+    write(path, [Row("a", "why", ("tea", "is"), (1.0, 1.0))])
     with pytest.raises(SystemExit, match="^1$"):
-        run(words, path, capsys)
-
-
-def test_files_that_doctor_looks_up(words, tmp_path, capsys):
-    """Prompts of a test file; and what the manifest of generated samples, or of their annotation, says of them."""
-    drawn, path, test = (tmp_path / f"{name}.jsonl" for name in ("drawn", "x", "test"))
-    write(path, [Row(id, id, ("x", "y"), (1.0, 0.0)) for id in "ab"])
-    write(test, [Row("t", "a", ()), Row("u", "c", ())])
-    about = {"output": {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
-    for name, facts in (
-        (drawn, {"command": "generate", "counts": {"encoded_otherwise": 3}}),
-        (path, {"command": "annotate", "input": {"path": str(drawn)}, "counts": {"rows": 2}}),
-    ):
-        files.write_record(tmp_path / f"{name}.manifest.json", facts | about)
-    found = run(words, path, capsys, f"--test={test}")
-    assert found["counts"]["test_prompts_in_training"] == 1 and found["counts"]["samples_encoded_otherwise"] == 3
-    assert "1 of the test prompts (50.0%)" in found["advice"][0] and "3 generated responses" in found["advice"][2]
+        run(model, path, capsys)
