@@ -6,11 +6,12 @@ of tokens and the number of candidates. Runs with the same inputs share it; it a
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial as bound
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,10 @@ class Store:
         self._folder, self._data, self._penalty = folder, data, length_penalty
         # What has a number or two per prompt is mapped; the rest is read, since every page of a map that was once
         # touched counts as this process's memory.
+        self._files = {name: (folder / name).open("rb") for name in FILES}
         self._first, self._id_at = self._map("cuts").reshape(-1, 2).T
         self.keys, self.lines = self._map("keys"), self._map("lines")  # (R,) uint64; (R,) int64, of the file, from 1
         self.human = self._map("human").reshape(-1, 2)  # (R, 2) int32: chosen, rejected; -1 where there is none
-        self.rewards = Lazy(len(self), self._rewards)  # (k,) float64 each, NaN where a row has none
-        self.identity = Lazy(len(self), bound(self._per_response, "identity"))  # (k,) int32 each, as in FILES
-        self.kept = Lazy(len(self), bound(self._per_response, "kept"))  # (k,) int32 each, index in the row
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -84,6 +83,12 @@ class Store:
     def sizes(self) -> np.ndarray:
         """(R,) int64: kept responses."""
         return np.diff(self._first)
+
+    # Made when they are asked for: held, they would hold the store, and its files, until Python looks for circles.
+    # Of each row (k,): float64, NaN where it has none; int32, equal numbers for equal tokens; int32, index in the row.
+    rewards = property(lambda self: Lazy(len(self), self._rewards))
+    identity = property(lambda self: Lazy(len(self), bound(self._per_response, "identity")))
+    kept = property(lambda self: Lazy(len(self), bound(self._per_response, "kept")))
 
     def block(self, i: int, ks: Sequence[int] | np.ndarray) -> Block:
         """The prompt of example i with its responses ks."""
@@ -110,26 +115,29 @@ class Store:
         return f"{self._data}:{self.lines[i]}"
 
     def _rewards(self, a: int, b: int) -> list[np.ndarray]:
-        rewards = self._per_response("rewards", a, b)
+        first = self._first[a : b + 1]
+        rewards = self._read("rewards", first[0], first[-1])
         if self._penalty:
-            first = self._first[a : b + 1]
-            offsets = self._read("offsets", first[0] + a, first[-1] + b + 1)
-            begins = first - first[0] + np.arange(b - a + 1)  # of each prompt; its responses follow
-            for r, i, j in zip(rewards, begins[:-1] + 1, begins[1:], strict=True):
-                r -= self._penalty * np.diff(offsets[i : j + 1])
-        return rewards
+            lengths = np.diff(self._read("offsets", first[0] + a, first[-1] + b + 1))
+            rewards = rewards - self._penalty * np.delete(lengths, first[:-1] - first[0] + np.arange(b - a))  # prompts'
+        return _split(rewards, first)
 
     def _per_response(self, name: str, a: int, b: int) -> list[np.ndarray]:
         first = self._first[a : b + 1]
-        return np.split(self._read(name, first[0], first[-1]), first[1:-1] - first[0])[: b - a]
+        return _split(self._read(name, first[0], first[-1]), first)
 
     def _map(self, name: str) -> np.ndarray:
         return np.asarray(np.memmap(self._folder / name, FILES[name], "r"))
 
     def _read(self, name: str, begin: int, end: int) -> np.ndarray:
-        data = np.fromfile(self._folder / name, FILES[name], end - begin, offset=begin * FILES[name].itemsize)
-        assert len(data) == end - begin, f"{self._folder / name} was cut while it was in use"
-        return data
+        dtype = FILES[name]
+        data = os.pread(self._files[name].fileno(), (end - begin) * dtype.itemsize, begin * dtype.itemsize)
+        assert len(data) == (end - begin) * dtype.itemsize, f"{self._folder / name} was cut while it was in use"
+        return np.frombuffer(data, dtype)
+
+
+def _split(values: np.ndarray, first: np.ndarray) -> list[np.ndarray]:
+    return [values[i:j] for i, j in pairwise((first - first[0]).tolist())]
 
 
 def open_store(

@@ -48,7 +48,8 @@ class Found:
     """What is gathered of the rows, one after the other; of a response about 70 bytes are held."""
 
     def __init__(self, gammas: Sequence[float]) -> None:
-        self.counts = Counter(dict.fromkeys(("human_pairs", "human_pairs_identical", "copies_of_other_responses"), 0))
+        shown = ("human_pairs", "human_pairs_identical", "copies_of_other_responses")  # in this order, zeros too
+        self.counts: Counter[str] = Counter(dict.fromkeys(shown, 0))
         self.values: defaultdict[str, array] = defaultdict(lambda: array("d"))
         self.texts, self.prompts = array("Q"), array("Q")  # hashes, of each response
         self.rivals = {kind: Rivals() for kind in WINS}

@@ -71,7 +71,7 @@ def import_file(
         raise ValueError("subset and split are those of a data set by its folder or hub name; leave them out for files")
     columns_read = FORMATS[source].names(order)
     names = _names(columns, columns_read)
-    counts = Counter(dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0))
+    counts: Counter[str] = Counter(dict.fromkeys(("rows_read", "rows_kept", "rows_skipped", *DROPS), 0))
     read = ", ".join(map(str, inputs))
 
     def usable() -> Iterator[tuple[str, Record, Row]]:
@@ -139,7 +139,7 @@ def export_rows(rows: Iterable[Row], *, pair: str = "human") -> Converted:
 
     ValueError without a record left, and for prompts of both kinds, strings and messages: TRL's sets hold one kind.
     """
-    counts = Counter(dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0))
+    counts: Counter[str] = Counter(dict.fromkeys(("rows_read", "rows_written", "responses_left_out", *EXPORT_DROPS), 0))
 
     def records() -> Iterator[Record]:
         kinds: dict[type, str] = {}
