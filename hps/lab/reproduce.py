@@ -160,6 +160,7 @@ def show_samples(evaluations: dict[str, Path], prompts: int = 3) -> None:
         rows = {name: next(of) for name, of in samples.items()}
         print(f"\n> {next(iter(rows.values())).prompt[-1]['content']}")
         for name, row in rows.items():
+            assert row.rewards is not None  # eval.py had the world's own reward
             print(f"{name:>{width}}: {row.responses[0]} (true reward {row.rewards[0]:.2f})")
 
 
