@@ -26,10 +26,9 @@ from hps.lab import estimate, world
 class Options:
     model: str = "runs/models/smollm2-135m-instruct"  # model folder (make model), or world: a new world's
     ways: str = "lora,lora-checkpointed,full,lora-2,lora-sharded-2,full-2"  # comma-separated
-    length: int = 256  # tokens of prompt and response together, half of them the prompt's
-    blocks: int = 1  # prompts with two responses each of a micro-batch
 
 
+TOKENS = 128  # of a prompt, and of each of its two responses: a micro-batch of its own
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> ranks, options of train.py
     "lora": (1, {}),
     "lora-checkpointed": (1, dict(gradient_checkpointing=True)),
@@ -49,24 +48,20 @@ def main() -> None:
         if model == "world":
             world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=1, demonstrations=2)
             model = str(folder / "world" / "model")
-        prompt = c.length // 2
-        packed = c.blocks * (2 * c.length - prompt)
         for way in c.ways.split(","):
             ranks, more = WAYS[way]
-            shared: dict[str, Any] = dict(prompts_per_step=2 * c.blocks * ranks, tokens_per_micro_batch=packed) | more
+            shared: dict[str, Any] = dict(prompts_per_step=2 * ranks, tokens_per_micro_batch=3 * TOKENS) | more
             data, tokenizer = folder / f"{ranks}.jsonl", tokens.load_tokenizer(model)
-            scale.write_texts(data, tokenizer, rows=2 * shared["prompts_per_step"], responses=2, length=c.length)
+            scale.write_texts(data, tokenizer, rows=4 * ranks, responses=2, length=2 * TOKENS)
             options = dict(model=model, data=data, out=folder / way, method="dpo-bt", epochs=1, save_minutes=0)
             options |= dict(token_cache=folder / "tokens", reference_cache=folder / "cache") | shared
             first = harness.on_ranks(ranks, host_memory.watched, options)[0]
-            shape = estimate.Options(
-                shape=model, world_size=ranks, device="cpu", method="dpo-bt", prompt_tokens=prompt,
-                response_tokens=c.length - prompt, **shared,
-            )  # fmt: skip
+            sizes = dict(world_size=ranks, prompt_tokens=TOKENS, response_tokens=TOKENS) | shared
+            shape = estimate.Options(shape=model, device="cpu", method="dpo-bt", **sizes)
             estimated = estimate.step(shape)["bytes_per_rank"]["total"] / 2**20
             found[way] = {"measured": first["step"] + first["mapped"], "estimated": estimated}
     rows = [[way, WAYS[way][0], *of.values(), of["estimated"] / of["measured"]] for way, of in found.items()]
-    title = f"{c.model}: MiB of rank 0, {packed} tokens a micro-batch"
+    title = f"{c.model}: MiB of rank 0, {3 * TOKENS} tokens a micro-batch"
     harness.print_table(["", "ranks", "measured", "estimated", "ratio"], rows, title)
     harness.finish(found)
 
