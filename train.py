@@ -4,33 +4,28 @@
     torchrun --nproc_per_node 2 train.py ...          the same losses, sharded
 
 The same command again goes on from the last checkpoint. Read from `main` down: launch to gradient in one page. What a
-micro-batch holds, and which loss looks at it, is in `hps/batches.py`, log-probs in `hps/model.py`, the losses in
-`hps/losses.py`, the options in `hps/options.py`.
+micro-batch holds, and which loss looks at it, is in `hps/batches.py`, the models in `hps/start.py`, log-probs in
+`hps/model.py`, the losses in `hps/losses.py`, the options in `hps/options.py`.
 """
 
 import gc
 import math
-import resource
 import signal
 import sys
 import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from hps import batches, checkpoint, config, dist, model, reference
 from hps.data import tokens
-from hps.io import files, hub, loggers
+from hps.io import files, loggers
 from hps.options import Config, as_preference, check, form, needs_reference, settings
 from hps.record import RECORD, check_folder, claim
 from hps.statistics import Divergence, Statistics, check_first_loss
-
-if TYPE_CHECKING:
-    from hps.extra import reward_model
 
 STOPPED = 75  # status of a run that left a checkpoint for its next start: EX_TEMPFAIL of sysexits.h
 
@@ -89,7 +84,9 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     # checkpoint is loaded after this.
     longest = max(x.longest for x in (examples, held_out) if x)
     longest = c.max_length if form(c) == "kto" else longest  # KTO puts prompts to each other's responses
-    policy, weights, untrained = load_policy(c, ranks, tokenizer, longest=longest)
+    from hps import start
+
+    policy, weights, untrained = start.load_policy(c, ranks, tokenizer, longest=longest)
     parameters = list(checkpoint.trained(policy).values())
     # Its moments are fp32 as the trained weights are: at lr 5e-7 an update in bf16 would round to nothing.
     betas, fused = (c.adam_beta1, c.adam_beta2), ranks.device.type == "cuda"
@@ -97,7 +94,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": examples.data_hash}
     scorer = policy
     if needs_reference(c) and c.reference:
-        scorer, inputs["reference"] = load_reference(c, ranks, tokenizer, longest=longest)
+        scorer, inputs["reference"] = start.load_reference(c, ranks, tokenizer, longest=longest)
     if held_out and c.keep == "best":
         inputs["eval_data"] = held_out.examples.data_hash
     if not c.dry_run:
@@ -256,60 +253,6 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     say(ranks, f"{out / 'policy'}: trained in {spent['seconds']:.1f} s")
 
 
-def load_policy(
-    c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast, *, longest: int
-) -> tuple["model.PolicyModel | reward_model.RewardModel", str, bool]:
-    """The model that is trained, with its adapter, sharded; the fingerprint of the weights that it starts from; and
-    whether its first loss is known: policy = reference, or a reward model's head of zeros.
-
-    longest: tokens that it must have positions for.
-    """
-    from hps import sharding
-
-    dtype = model.compute_dtype(c.dtype)
-    # Trained weights are fp32, a frozen base is not updated.
-    loaded, cast = (None, torch.float32) if not c.lora_rank or dtype == torch.float32 else (dtype, None)
-    how = dict(dtype=loaded, tokenizer=tokenizer, merged=not c.lora_rank)
-    if c.loss == "reward":
-        from hps.extra import reward_model
-
-        lm, wrapped = reward_model.load_reward_model(c.model, begin=True, **how), reward_model.RewardModel
-    else:
-        lm, wrapped = model.load_causal_lm(c.model, **how), model.PolicyModel
-    weights = dist.from_first(lambda: model.fingerprint(lm, dtype=cast), ranks)  # while they are whole and untouched
-    if c.lora_rank:
-        from hps import adapters
-
-        adapter = dict(rank=c.lora_rank, alpha=c.lora_alpha, kind=c.lora_kind, seed=c.seed)
-        adapter |= dict(targets=c.lora_targets.split(","))
-        more = dict(task="SEQ_CLS" if c.loss == "reward" else "CAUSAL_LM", revision=hub.resolve(c.model)[1])
-        lm = adapters.add_lora(lm, **adapter, **more)
-    if c.gradient_checkpointing:
-        model.checkpoint_layers(lm)
-    # Under FSDP its mixed precision casts the fp32 weights, in one process autocast does.
-    autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
-    policy = wrapped(lm, autocast=autocast)
-    untrained = (
-        not policy.classifier.score.weight.any() if c.loss == "reward" else needs_reference(c) and not c.reference
-    )
-    sharding.place(policy, c, ranks, cast=cast, longest=longest)
-    return policy, weights, untrained
-
-
-def load_reference(
-    c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast, *, longest: int
-) -> tuple[model.PolicyModel, str]:
-    """The model that `--reference` names, sharded, and the fingerprint of its weights."""
-    from hps import sharding
-
-    loaded, cast = (None, torch.float32) if c.dtype == "fp32" else (torch.bfloat16, None)
-    lm = model.load_causal_lm(c.reference, dtype=loaded, tokenizer=tokenizer)
-    weights = dist.from_first(lambda: model.fingerprint(lm, dtype=cast), ranks)
-    scorer = model.PolicyModel(lm)
-    sharding.place(scorer, c, ranks, cast=cast, longest=longest)
-    return scorer, weights
-
-
 def lr_at(c: Config, step: int, steps: int) -> float:
     """Linear warm-up, then a cosine from lr to lr_end * lr."""
     if step < c.warmup_steps:
@@ -319,10 +262,12 @@ def lr_at(c: Config, step: int, steps: int) -> float:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Highest memory so far: the device's, or this process's on a CPU (ru_maxrss is in KiB on Linux)."""
+    """Highest memory so far: the device's, or this process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def say(ranks: dist.Ranks, message: str) -> None:

@@ -23,7 +23,7 @@ import harness
 import torch
 from tqdm import tqdm
 
-from hps import config, limits, sharding
+from hps import config, limits, sharding, start
 from hps.lab import world
 
 
@@ -111,7 +111,7 @@ def watched(options: dict[str, Any], start_only: bool = False) -> dict[str, floa
         return learning_rate(*args)
 
     learning_rate, train.lr_at = train.lr_at, lr_at
-    during(train, "load_policy", "load")
+    during(start, "load_policy", "load")
     during(limits, "check", "check")
     during(train.checkpoint, "save", "checkpoint")
     during(sharding, "export", "export")

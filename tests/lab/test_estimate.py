@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-import train
-from hps import attention_cpu, config, dist
+from hps import attention_cpu, config, dist, start
 from hps.lab import estimate
 from hps.options import Config
 from hps.packing import Block, pack
@@ -54,7 +53,7 @@ def real_steps(folder: Path, name: str, passes: int, changes: dict, out: Path) -
     """Two steps of the model that train.py loads; the most bytes that were alive in the second, in a file of rank 0."""
     ranks = dist.init(timeout=timedelta(minutes=2))
     c = Config(str(folder / name), "", "", **changes)
-    policy, *_ = train.load_policy(c, ranks, None, longest=P + Y)
+    policy, *_ = start.load_policy(c, ranks, None, longest=P + Y)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     draw = np.random.default_rng(0)

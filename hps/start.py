@@ -1,0 +1,66 @@
+"""The models that a run starts from, as the options of train.py name them: loaded, with an adapter, sharded.
+
+Imported when the first one is loaded.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hps import dist, model, sharding
+from hps.data import tokens
+from hps.io import hub
+from hps.options import Config, needs_reference
+
+if TYPE_CHECKING:
+    from hps.extra import reward_model
+
+
+def load_policy(
+    c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast, *, longest: int
+) -> tuple["model.PolicyModel | reward_model.RewardModel", str, bool]:
+    """The model that is trained, with its adapter, sharded; the fingerprint of the weights that it starts from; and
+    whether its first loss is known: policy = reference, or a reward model's head of zeros.
+
+    longest: tokens that it must have positions for.
+    """
+    dtype = model.compute_dtype(c.dtype)
+    # Trained weights are fp32, a frozen base is not updated.
+    loaded, cast = (None, torch.float32) if not c.lora_rank or dtype == torch.float32 else (dtype, None)
+    how = dict(dtype=loaded, tokenizer=tokenizer, merged=not c.lora_rank)
+    if c.loss == "reward":
+        from hps.extra import reward_model
+
+        lm, wrapped = reward_model.load_reward_model(c.model, begin=True, **how), reward_model.RewardModel
+    else:
+        lm, wrapped = model.load_causal_lm(c.model, **how), model.PolicyModel
+    weights = dist.from_first(lambda: model.fingerprint(lm, dtype=cast), ranks)  # while they are whole and untouched
+    if c.lora_rank:
+        from hps import adapters
+
+        adapter = dict(rank=c.lora_rank, alpha=c.lora_alpha, kind=c.lora_kind, seed=c.seed)
+        adapter |= dict(targets=c.lora_targets.split(","))
+        more = dict(task="SEQ_CLS" if c.loss == "reward" else "CAUSAL_LM", revision=hub.resolve(c.model)[1])
+        lm = adapters.add_lora(lm, **adapter, **more)
+    if c.gradient_checkpointing:
+        model.checkpoint_layers(lm)
+    # Under FSDP its mixed precision casts the fp32 weights, in one process autocast does.
+    autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
+    policy = wrapped(lm, autocast=autocast)
+    untrained = (
+        not policy.classifier.score.weight.any() if c.loss == "reward" else needs_reference(c) and not c.reference
+    )
+    sharding.place(policy, c, ranks, cast=cast, longest=longest)
+    return policy, weights, untrained
+
+
+def load_reference(
+    c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast, *, longest: int
+) -> tuple[model.PolicyModel, str]:
+    """The model that `--reference` names, sharded, and the fingerprint of its weights."""
+    loaded, cast = (None, torch.float32) if c.dtype == "fp32" else (torch.bfloat16, None)
+    lm = model.load_causal_lm(c.reference, dtype=loaded, tokenizer=tokenizer)
+    weights = dist.from_first(lambda: model.fingerprint(lm, dtype=cast), ranks)
+    scorer = model.PolicyModel(lm)
+    sharding.place(scorer, c, ranks, cast=cast, longest=longest)
+    return scorer, weights
