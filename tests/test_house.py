@@ -16,6 +16,7 @@ OUTWARDS = {
     ("hps.options", "hps.extra.losses"),
     ("hps.batches", "hps.extra.losses"),
     ("hps.batches", "hps.prepare.importers"),
+    ("hps.start", "hps.extra.reward_model"),
     ("hps.extra.samples", "hps.prepare.generate"),
 }
 
