@@ -7,8 +7,6 @@ import subprocess
 import urllib.error
 import urllib.request
 
-ESCAPE = "\ue00c"
-
 
 class Browser:
     """Headless Chromium by the WebDriver protocol (W3C), which is JSON over HTTP: the standard library speaks it."""
@@ -60,14 +58,6 @@ class Browser:
 
     def open(self, path):
         self.send("POST", "/url", {"url": path.as_uri()})
-        # A busy machine loses keys that come too early, so one that does nothing is pressed until the page hears it.
-        self.js("void addEventListener('keydown', () => { window.heard = true; })")
-        for _ in range(100):
-            self.keys(ESCAPE)
-            if self.js("window.heard"):
-                return
-            self.js("new Promise(done => setTimeout(done, 100))")
-        raise AssertionError(f"{path} hears no keys")
 
     def open_fresh(self, path):
         """A page as on its first visit: nothing is stored, no request and no message stands from before."""
@@ -80,10 +70,14 @@ class Browser:
     def js(self, script, *args):
         return self.send("POST", "/execute/sync", {"script": f"return {script}", "args": args})
 
-    def keys(self, word):
-        """Press the keys of a word one after the other, wherever the focus is."""
-        actions = [{"type": kind, "value": key} for key in word for kind in ("keyDown", "keyUp")]
-        self.send("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+    def press(self, key):
+        self.js("void document.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0]}))", key)
+
+    def enter(self, id, text):
+        """What typing a text into a field, or choosing it, does."""
+        script = "Object.assign(document.getElementById(arguments[0]), {value: arguments[1]})"
+        for event in ("input", "change"):
+            self.js(f"{script}.dispatchEvent(new Event('{event}'))", id, text)
 
     def text(self, id):
         return self.js(f"document.getElementById('{id}').innerText")
