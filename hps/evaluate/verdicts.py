@@ -113,10 +113,8 @@ def length_controlled(difference: Floats, longer: Floats) -> dict[str, Any]:
         return metrics.world_interval(difference) | {"per_100_words": 0.0}
     stats, left = metrics.extra("scipy.stats"), len(difference) - 2  # degrees of freedom; two points fix a line
     line = stats.linregress(longer, difference)
-    mean, low, high = float(line.intercept), None, None
-    if left:
-        half = float(stats.t.ppf(0.975, left) * line.intercept_stderr)
-        low, high = mean - half, mean + half
+    mean, half = float(line.intercept), float(stats.t.ppf(0.975, left) * line.intercept_stderr) if left else np.nan
+    low, high = (None, None) if np.isnan(half) else (mean - half, mean + half)  # scipy has none for equal differences
     return {"mean": mean, "low": low, "high": high, "per_100_words": 100 * float(line.slope)}
 
 

@@ -101,6 +101,8 @@ def test_length_control_is_the_line_of_polyfit():
     assert one == {"mean": 0.5, "low": None, "high": None, "per_100_words": 0}  # one prompt, no spread
     two = length_controlled(np.array([1.0, 0.0]), np.array([1.0, 2.0]))  # lie on every line through them
     assert two["mean"] == pytest.approx(2) and two["low"] is None
+    flat = length_controlled(np.zeros(3), np.array([1.0, 2.0, 4.0]))
+    assert not any(isinstance(x, float) and np.isnan(x) for x in flat.values()) and flat["mean"] == 0
     # Of pairs: prompt 2's second response and prompt 4 have no score, so their lengths do not count either.
     expected = np.polyfit([(0 + 10) / 2, -5, (-6 - 2) / 2], [0.5, -1, 2.5], 1)[1]
     assert summary_of()["comparisons"][0]["at_equal_length"]["mean"] == pytest.approx(expected)
