@@ -163,7 +163,7 @@ def test_a_hub_name_while_offline(tmp_path, folders, monkeypatch):
 TALK_OF_HH = "\n\nHuman: Hi\n\nAssistant: {}"
 
 
-def test_an_output_below_a_file(tmp_path, folders):
+def test_an_output_below_a_file_and_over_a_folder(tmp_path, folders):
     data, file = tmp_path / "x.jsonl", tmp_path / "file"
     file.write_text("tea")
     for name in ("import", "export", "generate", "annotate", "eval", "train"):
@@ -177,12 +177,8 @@ def test_an_output_below_a_file(tmp_path, folders):
     with pytest.raises(ValueError, match=rf"cannot read or write {file}/world: Not a directory"):
         data_prep.main(["world", f"--out={file / 'world'}", *sizes])
     assert file.read_text() == "tea"
-
-
-def test_a_folder_for_an_output(tmp_path, folders):
-    data, folder = tmp_path / "x.jsonl", tmp_path / "folder"
     data.write_bytes(lines(ROW))
-    folder.mkdir()
+    (folder := tmp_path / "folder").mkdir()
     for name in ("export", "annotate"):
         said = refused(name, data, tmp_path, folders, output=folder)
         assert said == f"{folder}: cannot be written (Is a directory); what stood there before is untouched"

@@ -95,16 +95,12 @@ def test_load_tokenizer(tmp_path, bpe, words):
     words.save_pretrained(tmp_path / "words")
     loaded = load_tokenizer(str(tmp_path / "words"))
     assert fingerprint(loaded) == fingerprint(words) and loaded.pad_token == "<pad>"
-    assert encode_prompt(loaded, ({"role": "user", "content": "why tea"},)) == [1, 3, 10, 6, 4]
     bpe.save_pretrained(tmp_path / "bpe")
     loaded = load_tokenizer(str(tmp_path / "bpe"))
-    assert (loaded.pad_token, bpe.pad_token) == ("</s>", None)
-    assert fingerprint(loaded) == fingerprint(bpe)
+    assert fingerprint(loaded) == fingerprint(bpe) and (loaded.pad_token, bpe.pad_token) == ("</s>", None)
     PreTrainedTokenizerFast(tokenizer_object=bpe.backend_tokenizer).save_pretrained(tmp_path / "no-eos")
     with pytest.raises(ValueError, match=r"no-eos.* has no eos_token"):
         load_tokenizer(str(tmp_path / "no-eos"))
-    with pytest.raises(ValueError, match=r"no tokenizer could be loaded from '.*nowhere'"):
-        load_tokenizer(str(tmp_path / "nowhere"))
 
 
 def test_fingerprint_sees_every_content(bpe):
