@@ -153,7 +153,7 @@ def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, Any]:
     from trl import DPOConfig, DPOTrainer
 
     tokenizer = tokens.load_tokenizer(c.model)
-    examples = list(tokens.tokenize(tokenizer, rows, {}, max_length=2048, progress=False))
+    examples = list(tokens.tokenize(tokenizer, rows, {}, max_length=2048))
     records = [{
         "prompt": tokenizer.decode(tokens.Encoder(tokenizer).prompt(row.prompt)),
         "chosen": row.responses[row.chosen],

@@ -206,8 +206,8 @@ class Places:
 
     def add(self, id: str, place: int) -> int | None:
         """Note the place of an id; the one that it has already, which then stays."""
-        if (before := self.get(id)) is None:
-            self._recent[row_key(id)] = place
+        if (before := self._at(key := row_key(id))) is None:
+            self._recent[key] = place
             if len(self._recent) == RECENT:
                 keys = np.concatenate([self._keys, np.fromiter(self._recent, np.uint64)])
                 places = np.concatenate([self._places, np.fromiter(self._recent.values(), np.int64)])
@@ -221,7 +221,9 @@ class Places:
             raise ValueError(f"{where}: id {id!r} is already used at {path}:{first}; ids must be unique")
 
     def get(self, id: str) -> int | None:
-        key = row_key(id)
+        return self._at(row_key(id))
+
+    def _at(self, key: int) -> int | None:
         i = int(np.searchsorted(self._keys, np.uint64(key)))
         return int(self._places[i]) if i < len(self._keys) and self._keys[i] == key else self._recent.get(key)
 

@@ -203,7 +203,6 @@ def tokenize(
     max_length: int,
     truncate: str = "drop",
     closing: bool = False,
-    progress: bool = True,
 ) -> Iterator[Example]:
     """Tokenise rows as they come, under one budget: prompt + response have at most max_length tokens, EOS included.
 
@@ -214,8 +213,7 @@ def tokenize(
     truncate: "drop" leaves out a response that does not fit, "error" raises, "keep_end" cuts the prompt on the left
     (for all its responses alike, down to half the budget, behind its BOS) and leaves out what still does not fit.
     Responses are never cut, so none becomes empty or equal to another. Empty and whitespace-only ones are left out.
-    closing: read messages with their answers as `Template.answered` does. progress: show a bar if it takes over two
-    seconds.
+    closing: read messages with their answers as `Template.answered` does.
     Raises ValueError, with file and line, for what `Encoder` refuses; and if no row is left.
     """
     if truncate not in TRUNCATE:
@@ -224,7 +222,7 @@ def tokenize(
         raise ValueError(f"max_length = {max_length}; it must hold a prompt token, a response token and EOS")
     counts.update(dict.fromkeys(COUNTS, 0))
     encoder = Encoder(tokenizer)
-    for row in tqdm(rows, desc="tokenise", unit="row", delay=2, disable=not progress):
+    for row in tqdm(rows, desc="tokenise", unit="row", delay=2):
         chat = not isinstance(row.prompt, str)
         try:
             if closing and chat and row.responses:
