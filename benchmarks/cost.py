@@ -18,7 +18,7 @@ import torch
 
 from hps import config
 from hps.data import listwise, tokens
-from hps.data.rows import Row
+from hps.data.rows import Row, row_key
 from hps.prepare import importers
 
 
@@ -61,7 +61,7 @@ def candidates(c: Options, n: int) -> list[Row]:
     for row in rows[: c.prompts]:
         at = bisect_left(by_length, lengths[row.responses[0]], key=lengths.__getitem__)
         start = max(0, min(at - n // 2, len(by_length) - n))
-        near = tuple(sorted(by_length[start : start + n], key=tokens.row_key))  # a hash knows nothing of length
+        near = tuple(sorted(by_length[start : start + n], key=row_key))  # a hash knows nothing of length
         found.append(replace(row, responses=near, rewards=tuple(map(float, range(n))), chosen=None, rejected=None))
     return found
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from hps import dist, losses, reference
 from hps import plan as planning
 from hps.data import store
-from hps.data.rows import holds_pairs
 from hps.model import PolicyModel
 from hps.options import Config, form, parts, positive_stages
 from hps.packing import Block, Packed, micro_batches, pack, to_device
@@ -157,8 +156,10 @@ class Run:
 
 def open_examples(c: Config, tokenizer: Any, ranks: dist.Ranks) -> store.Store:
     """The token store of `c.data`, of pairs in TRL's format as of list-wise rows. Collective."""
+    from hps.data import rows
+
     data = c.data
-    if holds_pairs(data):
+    if rows.holds_pairs(data):
         from hps.prepare import importers
 
         data = dist.from_first(lambda: importers.import_pairs(c.data, c.token_cache), ranks)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hps.data import listwise, tokens
-from hps.data.rows import Row, only
+from hps.data import listwise
+from hps.data.rows import Row, only, row_key
 from hps.samplers import counter_uniform
 
 
@@ -23,7 +23,7 @@ def with_pair(row: Row) -> Row:
     """The best response against a random one below it."""
     rewards = np.array(row.rewards)
     below = np.flatnonzero(rewards < rewards.max())
-    drawn = counter_uniform(0, tokens.row_key(row.id), below)
+    drawn = counter_uniform(0, row_key(row.id), below)
     return replace(row, chosen=int(rewards.argmax()), rejected=int(below[drawn.argmin()]))
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     rows = [row for row in rows if row.rewards and max(row.rewards) - min(row.rewards) > spread]
     if sum(sizes) > len(rows):
         raise ValueError(f"{lists} has {len(rows)} prompts whose answers can be ranked, and {sum(sizes)} are asked for")
-    rows.sort(key=lambda row: float(counter_uniform(1, tokens.row_key(row.id), np.zeros(1, int))[0]))
+    rows.sort(key=lambda row: float(counter_uniform(1, row_key(row.id), np.zeros(1, int))[0]))
     begin = 0
     for name, size in zip(("train", "valid", "test"), sizes, strict=True):
         some = rows[begin : begin + size]

@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hps import dist
-from hps.data import rows, tokens
+from hps.data import tokens
 from hps.data.tokens import Example
 from hps.io import files
 from hps.packing import Block
@@ -167,6 +167,8 @@ def open_store(
     how = dict(max_length=max_length, truncate=truncate)
 
     def make() -> str:
+        from hps.data import rows
+
         identity = {"format": FORMAT, "data": files.sha256(data), "tokenizer": tokens.fingerprint(tokenizer)}
         identity |= how | {"candidates": candidates, "closing": closing, "limit": limit}
         folder = root / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
@@ -207,6 +209,8 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
     """
     with files.explain_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
+    from hps.data.rows import row_key
+
     longest, offset, cuts = 0, 0, np.zeros(2, np.int64)
     with files.replacing(folder, over=False) as partial:
         partial.mkdir()
@@ -228,7 +232,7 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
                 put("rewards", np.full(len(e.identity), np.nan) if e.rewards is None else e.rewards)
                 put("identity", e.identity)
                 put("kept", e.kept)
-                put("keys", tokens.row_key(e.id))
+                put("keys", row_key(e.id))
                 put("lines", int(e.where.rpartition(":")[2]))
                 put("human", [-1 if k is None else k for k in (e.chosen, e.rejected)])
                 cuts = cuts + [len(e.response_ids), len(id)]

@@ -10,15 +10,17 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hps.data.rows import Prompt, Row, row_key  # noqa: F401 - which stores and draws take from here
 from hps.io import hub
+
+if TYPE_CHECKING:
+    from hps.data.rows import Prompt, Row
 
 COUNTS = ("rows_read", "rows_kept", "rows_overlong_prompt", "rows_no_responses", "pairs_broken")
 COUNTS += ("prompts_cut", "responses_read", "responses_kept", "responses_overlong", "responses_empty")
@@ -124,7 +126,7 @@ class Encoder:
         inside = {name: _without_blank(rule) for name, rule in rules.items()}
         return whole if inside == rules else Tokenizer.from_str(json.dumps(json.loads(whole.to_str()) | inside))
 
-    def prompt(self, prompt: Prompt) -> list[int]:
+    def prompt(self, prompt: "Prompt") -> list[int]:
         """Of a string verbatim; of messages through the chat template, up to the answer's start.
 
         A string gets a BOS in front if the tokenizer adds one by itself and the text does not have it yet; a template
@@ -197,7 +199,7 @@ def _without_blank(rule: Any) -> Any:
 
 def tokenize(
     tokenizer: PreTrainedTokenizerFast,
-    rows: Iterable[Row],
+    rows: Iterable["Row"],
     counts: dict[str, int],
     *,
     max_length: int,
@@ -242,7 +244,7 @@ def tokenize(
 
 
 def _example(
-    row: Row,
+    row: "Row",
     prompt: np.ndarray,
     responses: list[list[int]],
     max_length: int,

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hps import plan, samplers
 from hps.data import tokens
-from hps.data.rows import Prompt, Row
-from hps.data.tokens import Example, row_key
+from hps.data.rows import Prompt, Row, row_key
+from hps.data.tokens import Example
 from hps.prepare.formats import prompt_repeated
 
 JOINTS = 1000  # rows whose texts are tokenised once more, as one

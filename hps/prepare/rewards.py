@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hps import samplers
 from hps.data import tokens
-from hps.data.rows import Row, only
+from hps.data.rows import Prompt as RowPrompt
+from hps.data.rows import Row, only, row_key
 from hps.packing import Block
 
 Prompt = str | list[dict[str, str]]
@@ -93,7 +94,7 @@ def _encoded(encoder: tokens.Encoder, row: Row) -> tuple[list[tuple[Block, Seque
     return found, refused
 
 
-def encode_answered(encoder: tokens.Encoder, prompt: tokens.Prompt, texts: Sequence[str]) -> Block:
+def encode_answered(encoder: tokens.Encoder, prompt: RowPrompt, texts: Sequence[str]) -> Block:
     """A prompt with its answers as a reward model reads them; errors as `Template.answered`."""
     if isinstance(prompt, str):
         head, answers = encoder.prompt(prompt), encoder.responses(texts, chat=False)
@@ -164,7 +165,7 @@ def random_pair(row: Row) -> Row:
     A row whose rewards are all equal stays without one, for none of its responses is preferred.
     """
     rewards = np.array(row.rewards)
-    order = np.argsort(samplers.counter_uniform(0, tokens.row_key(row.id), np.arange(len(rewards))))
+    order = np.argsort(samplers.counter_uniform(0, row_key(row.id), np.arange(len(rewards))))
     apart = order[rewards[order] != rewards[order[:1]]]
     if not len(apart):
         return row

@@ -12,7 +12,7 @@ from helpers import on_ranks, tokenize_rows
 
 from hps import batches, config, dist
 from hps.data import listwise, store, tokens
-from hps.data.rows import Row, only
+from hps.data.rows import Row, only, row_key
 from hps.options import Config
 
 
@@ -42,7 +42,7 @@ def opened(root: Path, data: Path, tokenizer, **changes) -> store.Store:
 
 def check_equal(found: store.Store, examples: list[tokens.Example]) -> None:
     assert len(found) == len(examples)
-    assert found.keys.tolist() == [tokens.row_key(e.id) for e in examples]
+    assert found.keys.tolist() == [row_key(e.id) for e in examples]
     assert found.longest == max(map(tokens.longest, examples))
     columns = (found.rewards[0 : len(found)], found.identity[0 : len(found)], found.human.tolist())
     for i, (e, rewards, identity, human) in enumerate(zip(examples, *columns, strict=True)):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hps.data.rows import Row
-from hps.data.tokens import COUNTS, Encoder, fingerprint, load_tokenizer, row_key, tokenize
+from hps.data.rows import Row, row_key
+from hps.data.tokens import COUNTS, Encoder, fingerprint, load_tokenizer, tokenize
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>", "tea", "is", "hot", "cold", "why"]
 TEMPLATE = "<bos>{% for m in messages %} <{{ m.role }}> {{ m.content }}{% endfor %} <assistant>"
