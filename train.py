@@ -24,7 +24,7 @@ from hps import batches, checkpoint, config, dist, model, reference
 from hps.data import tokens
 from hps.io import files, loggers
 from hps.options import Config, as_preference, check, form, needs_reference, settings
-from hps.record import RECORD, check_folder, claim
+from hps.record import RECORD, check_files, check_folder, claim
 from hps.statistics import Divergence, Statistics, check_first_loss
 
 STOPPED = 75  # status of a run that left a checkpoint for its next start: EX_TEMPFAIL of sysexits.h
@@ -54,6 +54,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         raise ValueError("--sample_every needs the whole model in one process: leave it out under torchrun")
     out = Path(c.out)
     started = None if c.dry_run else checkpoint.latest(out / "checkpoints")
+    check_files(c)
     check_folder(out, c, started is not None)  # a mistake is told before hours of reading
     if (out / "policy").exists():
         say(ranks, f"{out}: this run is finished; its policy is in {out / 'policy'}")

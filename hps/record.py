@@ -10,11 +10,15 @@ from hps.options import Config, changed_settings, settings
 RECORD = "restore it, or start again in a new --out"
 
 
-def check_folder(out: Path, c: Config, started: bool) -> None:
-    """ValueError where the folder holds a run with other settings, or a file of data is not there."""
+def check_files(c: Config) -> None:
+    """ValueError where a file of data is not there."""
     for option in ("data", "eval_data"):
         if (path := getattr(c, option)) and not Path(path).exists():
             raise ValueError(f"--{option} {path}: there is no such file")
+
+
+def check_folder(out: Path, c: Config, started: bool) -> None:
+    """ValueError where the folder holds a run with other settings."""
     path = out / "run.json"
     if path.exists() and (started or (out / "policy").exists()):
         before = files.read_record(path, RECORD, config=dict)["config"]
