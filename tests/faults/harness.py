@@ -254,7 +254,7 @@ def kill_until_done(argv: list[str], log: Path, *, seconds: float, rng: random.R
 
 # -- what a command leaves --
 
-CONFIG = Config("a/b", "d.jsonl", "o", lr=1e-4)
+CONFIG = Config("a/b", __file__, "o", lr=1e-4)  # data: a file that is there
 RUN = {"config": settings(CONFIG), "changed": ["lr"], "inputs": {"model": "ab", "tokenizer": "cd", "data": "ef"},
        "world_size": 1, "argv": []}  # fmt: skip
 SUMMARY = {"steps": 6, "seconds": 1.5, "tokens": 900, "counts": {"rows_read": 9, "rows_kept": 8}}
