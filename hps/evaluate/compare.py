@@ -163,7 +163,7 @@ def machine() -> str:
 def publish(results: Item, out: Path) -> None:
     """Write a report under `out`, and print its tables and where it is."""
     report.write_report(results, out)
-    print(report.table(results))
+    print("\n".join(report.answer(results)), report.table(results), sep="\n\n")
     if results["comparisons"]:
         print(*report.sections([report.comparisons_table(results)]), sep="\n\n")
     print(f"{results['seconds']:.0f} s; {out / 'RESULTS.md'}, {out / 'report.html'}, {out / 'figures'}")

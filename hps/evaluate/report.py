@@ -6,6 +6,7 @@
  optional "comparisons": [{"a": method, "b": method, "metric": name, ITEM of a - b, "p": of the t test,
                            "p_holm": the same after Holm; not of a row AGAIN}],
  optional "settings": {name: anything JSON},
+ optional "options": {method: the options of train.py that its row has},
  optional "series": {figure name: {"x": {"metric": name} or {"label": str, "values": {method: number}},
                                    "panels": [name], "lines": {line name: [method]}}},   lines through rows
  optional "claims": [{"claim": str, "paper": str, "table": str, "verdict": one of VERDICTS, and if not measured
@@ -32,8 +33,9 @@ MARKS = (
     "that they differ."
 )
 COMPARISONS_NOTE = (
-    "The same prompts on both sides, averaged by world; W: worlds; unresolved: the interval contains 0, so p of the t "
-    "test is above 0.05. After Holm: p adjusted for this table's comparisons of the metric."
+    "The same prompts on both sides, averaged by world; W: worlds; better, worse, larger, smaller: a than b; "
+    "unresolved: the interval contains 0, so p of the t test is above 0.05. After Holm: p adjusted for this table's "
+    "comparisons of the metric."
 )
 AGAIN_NOTE = "Of {0} differences of a row with itself, trained with another seed, {1} are resolved; 5 % are expected."
 CLAIMS_NOTE = (
@@ -109,11 +111,38 @@ def table(results: dict[str, Any]) -> str:
     return f"{markdown(methods_table(results))}\n\n{md.wrapped(legend(results))}\n"
 
 
+def verdict(item: dict[str, Any], p: float) -> str:
+    """What a comparison says of a beside b, in a word, by this p."""
+    words = {1: ("worse", "better"), -1: ("better", "worse"), 0: ("smaller", "larger")}[METRICS[item["metric"]].better]
+    return "unresolved" if p >= 0.05 else words[item["mean"] > 0]
+
+
+def answer(results: dict[str, Any]) -> list[str]:
+    """What came out, in some sentences: the claims, the best text, the first rows that are compared with others."""
+    counts = Counter(item["after_holm"] for item in results.get("claims", []) if "after_holm" in item)
+    told = zip(VERDICTS, ("hold", "do not hold", "are unresolved"), strict=False)
+    told = ", ".join(f"{counts[word]} {many}" for word, many in told if counts[word])
+    found = [f"Of {counts.total()} claims that were measured, adjusted for their number, {told}."] if counts else []
+    rows = {row["method"]: row["metrics"]["true_reward"] for row in results["rows"] if "true_reward" in row["metrics"]}
+    if rows:
+        best = max(rows, key=lambda name: rows[name]["mean"])
+        near = [name for name in rows if name != best and ends(rows[name])[1] >= ends(rows[best])[0]]
+        apart = f"; the intervals of {', '.join(near)} overlap its own" if near else ", apart from all others"
+        found.append(f"The samples of the highest reward are those of {best}: {md.interval(rows[best], 2)}{apart}.")
+    compared = [item for item in results.get("comparisons", []) if "p_holm" in item]
+    for a in list(dict.fromkeys(item["a"] for item in compared))[:2]:
+        for metric in ("true_reward", "rm10"):
+            mine = [item for item in compared if (item["a"], item["metric"]) == (a, metric)]
+            differences = (
+                f"{verdict(x, x['p_holm'])} than {x['b']}, {md.interval(x, METRICS[metric].digits, '+')}" for x in mine
+            )
+            if mine:
+                found.append(f"{METRICS[metric].title} of {a}: {'; '.join(differences)}.")
+    return [sentence.replace("unresolved than", "not told apart from") for sentence in found]
+
+
 def comparisons_table(results: dict[str, Any]) -> Table:
     """The paired differences a - b with verdicts before and after Holm's adjustment."""
-
-    def verdict(item: dict[str, Any], p: float) -> str:
-        return "unresolved" if p >= 0.05 else "a larger" if item["mean"] > 0 else "b larger"
 
     rows, again = [], []
     for item in results["comparisons"]:
@@ -160,8 +189,10 @@ def _parts(results: dict[str, Any]) -> tuple[str, list[tuple[str, str]], list[Ta
     groups = dict.fromkeys(METRICS[name].group for name in present(results["rows"]))
     tables = [methods_table(results, group) for group in groups]
     tables += [comparisons_table(results)] if results.get("comparisons") else []
+    options = [[Cell(name), Cell(words)] for name, words in results.get("options", {}).items()]
+    tables += [Table("What each row was trained with", ["row", "options of train.py"], options)] if options else []
     settings = [(key, json.dumps(value)) for key, value in results.get("settings", {}).items()]
-    return f"Results: {results['suite']}", settings, tables + claims_tables(results.get("claims", []))
+    return f"Results: {results['suite']}", settings, claims_tables(results.get("claims", [])) + tables
 
 
 def page(results: dict[str, Any], drawn: list[tuple[figures.Plan, str]]) -> str:
@@ -170,15 +201,18 @@ def page(results: dict[str, Any], drawn: list[tuple[figures.Plan, str]]) -> str:
     minutes = f"{results['seconds'] / 60:.1f} minutes"
     about = f"Commit {md.code(results['commit'])}, {md.plain(results['machine'])}, {minutes}."
     items = [md.wrapped(f"* {md.plain(key)}: {md.code(value)}") for key, value in settings]
-    parts = [f"# {md.plain(title)}", md.wrapped(about), "\n".join(items), md.wrapped(legend(results))]
-    parts += sections(tables)
-    for plan, address in drawn:
-        parts.append(md.wrapped(f"![{md.plain(plan.alt, also=r'[][]')}]({address})"))
-        parts.append(md.wrapped(md.plain(plan.caption)))
+    images = [
+        [md.wrapped(f"![{md.plain(plan.alt, also=r'[][]')}]({address})"), md.wrapped(md.plain(plan.caption))]
+        for plan, address in drawn
+    ]
+    told = [md.wrapped(f"* {md.plain(sentence)}") for sentence in answer(results)]
+    parts = [f"# {md.plain(title)}", md.wrapped(about), "\n".join(told), *(images[0] if images else [])]
+    parts += [md.wrapped(legend(results)), *sections(tables), *(part for image in images[1:] for part in image)]
     compared = {item["metric"] for item in results.get("comparisons", [])}
     shown = [name for name in METRICS if name in compared or name in present(results["rows"])]
     meanings = (f"* **{METRICS[name].title}** (`{name}`): {METRICS[name].meaning}" for name in shown)
     parts += ["## What the columns mean", "\n".join(map(md.wrapped, meanings))]
+    parts += ["## Settings", "\n".join(items)] if items else []
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -198,5 +232,5 @@ def write_report(results: dict[str, Any], out: Path) -> None:
     about = f"Commit {results['commit']}, {results['machine']}, {results['seconds'] / 60:.1f} minutes."
     images = [b64encode(path.read_bytes()).decode() for path in drawn]
     values = dict(title=title, subtitle=about, settings=settings, tables=tables, figures=list(zip(plans, images)))
-    html = pages.render("report.html", legend=legend(results).replace("`", ""), **values)
+    html = pages.render("report.html", answer=answer(results), legend=legend(results).replace("`", ""), **values)
     files.write_text(out / "report.html", html)

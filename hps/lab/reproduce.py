@@ -147,7 +147,11 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     settings = vars(c) | SIZES[c.small] | {"stage_seconds": stage_seconds(stages, out)}
     results: dict[str, Any] = {"suite": name, "commit": commit(), "machine": machine(), "seconds": time.time() - began}
     results |= {"worlds": seeds, "rows": rows, "comparisons": comparisons, "settings": settings, "series": suite.series}
-    publish(results | {"claims": claims.judge(results)}, folder)
+    options = {row: " ".join(flags({"lr": LR} | given)) for row, given in suite.rows.items()}
+    publish(results | {"claims": claims.judge(results), "options": options}, folder)
+    trained, start = cells[next(iter(suite.rows))][0][0].parent / "policy", stages[1].product
+    print(f"Go on: open {folder / 'report.html'}; make reproduce SUITE=methods; or talk to a policy and its start:")
+    print(f"python -m hps.evaluate.chat --model {trained} --reference {start}")
     if name == "trial":
         show_samples({method: folders[0][0] for method, folders in cells.items()})
 

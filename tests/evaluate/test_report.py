@@ -77,16 +77,31 @@ def test_comparisons_have_a_plain_verdict():
     """By p, before and after Holm, with the number of worlds; those of a row with itself are counted."""
     table = report.comparisons_table(results())
     assert report.markdown(table).splitlines()[2:] == [
-        r"| reward | HPS\|x | DPO-BT | +0.64 [+0.50, +0.80] | 2 | a larger | a larger | 0.003 |",
+        r"| reward | HPS\|x | DPO-BT | +0.64 [+0.50, +0.80] | 2 | better | better | 0.003 |",
         r"| RM_DPO | HPS\|x | DPO-BT | +0.00 [-0.20, +0.20] | 2 | unresolved | unresolved | 0.9 |",
-        r"| harm % | HPS\|x | SFT | -29.1 [-32.0, -26.0] | 2 | b larger | unresolved | 0.03 |",
-        "| harm % | DPO-BT again | DPO-BT | -1.0 [-1.5, -0.5] | 2 | b larger | - | 0.04 |",
+        r"| harm % | HPS\|x | SFT | -29.1 [-32.0, -26.0] | 2 | better | unresolved | 0.03 |",
+        "| harm % | DPO-BT again | DPO-BT | -1.0 [-1.5, -0.5] | 2 | better | - | 0.04 |",
         "| RM_DPO | DPO-BT again | DPO-BT | +0.10 [-0.20, +0.40] | 2 | unresolved | - | 0.4 |",
     ]
     assert table.note.startswith(report.COMPARISONS_NOTE)
     assert table.note.endswith(
         "Of 2 differences of a row with itself, trained with another seed, 1 are resolved; 5 % are expected."
     )
+
+
+def test_the_answer_is_told_in_sentences():
+    """The count of verdicts, the best text with what it is not apart from, and the first rows beside the others."""
+    found = results(hps="HPS")
+    assert report.answer(found) == [
+        "Of 4 claims that were measured, adjusted for their number, 2 hold, 1 do not hold, 1 are unresolved.",
+        "The samples of the highest reward are those of HPS: 1.78 [1.60, 1.90], apart from all others.",
+        "reward of HPS: better than DPO-BT, +0.64 [+0.50, +0.80].",
+    ]
+    found["rows"][1]["metrics"]["true_reward"]["high"] = 1.7
+    found["comparisons"][0]["p_holm"] = 0.2
+    assert report.answer(found)[1].endswith("1.78 [1.60, 1.90]; the intervals of DPO-BT overlap its own.")
+    assert report.answer(found)[2] == "reward of HPS: not told apart from DPO-BT, +0.64 [+0.50, +0.80]."
+    assert report.answer({"rows": [], "worlds": 1}) == []
 
 
 def test_results_md_holds_every_number_and_figure(written):
@@ -100,7 +115,7 @@ def test_results_md_holds_every_number_and_figure(written):
             assert all(f"{value:.{METRICS[name].digits}f}" in text for value in item.values())
             assert f"(`{name}`): {METRICS[name].meaning}" in text
     assert "(`rm10`)" not in text and "(`rm_dpo`)" in text  # only what is in a column or compared
-    comparisons, claims, ours = re.split("## (?:Paired comparisons|Claims|Ours)\n\n", text)[1:]
+    claims, ours, comparisons = re.split("## (?:Paired comparisons|Claims|Ours)\n\n", text)[1:]
     assert comparisons.startswith(report.markdown(report.comparisons_table(results())))
     assert claims.split("\n\n")[0].splitlines()[2:] == [
         "| a < b | Table 2: 1 vs 2 | reward +0.64 | [+0.50, +0.80] | 2 | holds | holds |",
@@ -142,7 +157,8 @@ def test_no_line_of_results_md_is_too_long(tmp_path):
     groups = {metric.group for metric in METRICS.values()}
     assert len(heads) > len(groups) and sum(map(len, heads)) == len(METRICS) + len(groups)  # each has its seeds
     begun = [line for line in lines if re.match(r" *([-+*#>]|\d+\.) ", line)]
-    assert all(line.startswith(("# Results", "* words", "* **")) for line in begun)
+    told = ("* Of 4 claims", "* The samples", "* reward of")
+    assert all(line.startswith(("# Results", "* words", "* **", *told)) for line in begun)
 
 
 # ---- figures --------------------------------------------------------------------------------------
@@ -265,7 +281,7 @@ def test_the_page_says_what_the_markdown_says(browser, written):
     terms = dict(zip(texts(browser, "dt"), texts(browser, "dd"), strict=True))
     assert terms["beta"] == "0.1" and terms["RM2 (rm2)"] == METRICS["rm2"].meaning and "RM10 (rm10)" not in terms
     groups = list(dict.fromkeys(metric.group for metric in METRICS.values()))[:4]
-    assert texts(browser, "h2") == [*groups, "Paired comparisons", "Claims", "Ours", "Figures"]
+    assert texts(browser, "h2") == ["Claims", "Ours", *groups, "Paired comparisons", "Settings"]
     labels = "table => document.getElementById(table.getAttribute('aria-labelledby')).textContent"
     assert browser.js(f"[...document.querySelectorAll('table')].map({labels})") == texts(browser, "h2")[:7]
     alts = texts(browser, "img", "alt")
