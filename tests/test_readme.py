@@ -8,16 +8,26 @@ import pytest
 from helpers import ROOT
 
 from hps import options
+from hps.evaluate.metrics import METRICS
 from hps.losses import LOSSES
+from hps.prepare.formats import FORMATS
 from hps.samplers import SAMPLERS, Sampler
 
-EXAMPLES = {"README.md": {"test_hinge2", "test_window"}, "docs/FORKING.md": {"test_cosine", "test_by_policy"}}
+EXAMPLES = {
+    "README.md": {"test_hinge2", "test_window"},
+    "docs/FORKING.md": {"test_cosine", "test_by_policy", "test_votes"},
+}
 
 
 @pytest.fixture
-def forked(monkeypatch) -> None:
+def forked(monkeypatch, tmp_path) -> None:
     """Each block where its page says that it goes, with what that file has, and nothing else edited; its tests run."""
-    for table, names in ((LOSSES, ("hinge2",)), (SAMPLERS, ("window", "cosine"))):
+    for table, names in (
+        (LOSSES, ["hinge2"]),
+        (SAMPLERS, ["window", "cosine"]),
+        (METRICS, ["questions"]),
+        (FORMATS, ["votes"]),
+    ):
         for name in names:
             monkeypatch.setitem(table, name, None)  # put back at the end
     for page, tests in EXAMPLES.items():
@@ -31,7 +41,7 @@ def forked(monkeypatch) -> None:
             for name in names.keys() - there if module else ():
                 monkeypatch.setattr(module, name, names[name], raising=False)
             for test in sorted(names.keys() & tests):
-                names[test]()
+                names[test](*([tmp_path] if test == "test_votes" else []))
                 seen.add(test)
         assert seen == tests, page
 
