@@ -9,7 +9,7 @@
 
 `python data_prep.py COMMAND --help` lists the options of one. `torchrun --nproc_per_node 2 -- data_prep.py generate`
 shares the prompts out over processes; a killed `generate` or `annotate` goes on when it is started again, with
-torchrun or without.
+torchrun or without, and a finished command does nothing. No file is written over that this program has not made.
 """
 
 import dataclasses
@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hps import config, dist, model
+from hps import config, dist, hosts, model
 from hps.data import listwise, store, tokens
 from hps.data.rows import Row, stream
+from hps.io import files
 from hps.lab import scorers, world
 from hps.prepare import doctor, formats, generate, importers, journal, rewards
 
@@ -112,9 +113,10 @@ def make_world(c: World) -> None:
 
 def import_rows(c: Import) -> None:
     """Turn a foreign file of preferences into list-wise rows, and count what is left out."""
-    check_apart(c)
     config.check_choices(c, source=formats.FORMATS)
     inputs = [importers.located(name) for name in c.input]
+    if stands(c, "import", inputs):
+        return
     options = ("order", "columns", "subset", "split", "skip")
     how: dict[str, Any] = {key: getattr(c, key) for key in options}
     found = importers.import_file(c.source, *(path for path, _ in inputs), limit=c.limit or None, **how)
@@ -126,7 +128,8 @@ def import_rows(c: Import) -> None:
 
 def export_rows(c: Export) -> None:
     """Write the pairs of list-wise rows in TRL's format, which other trainers read, and count what is left out."""
-    check_apart(c)
+    if stands(c, "export"):
+        return
     config.check_choices(c, pair=("human", "rewards"))
     found = importers.export_rows(stream(c.input), pair=c.pair)
     listwise.write_lines(c.output, found.rows)
@@ -135,7 +138,8 @@ def export_rows(c: Export) -> None:
 
 def generate_candidates(c: Generate) -> None:
     """Add n distinct candidates of a model to the responses of each prompt; a killed run goes on, torchrun shares."""
-    check_apart(c)
+    if stands(c, "generate"):
+        return
     config.check_choices(c, dtype=model.DTYPES, engine=("hf", "vllm"))
     if c.limit < 0:
         raise ValueError(f"limit must not be negative, got {c.limit}")
@@ -179,7 +183,8 @@ def generate_candidates(c: Generate) -> None:
 
 def annotate_rows(c: Annotate) -> None:
     """Give every response a reward; a killed run goes on, and torchrun shares the prompts out."""
-    check_apart(c)
+    if stands(c, "annotate"):
+        return
     rows = listwise.Rows(c.input)
     of_world = scorers.load(c.scorer) if scorers.is_world(c.scorer) else None
     of_reward_models = ("dtype", "objectives", "template_options", "tokens_per_micro_batch")
@@ -244,19 +249,41 @@ def diagnose(c: Doctor) -> None:
         sys.exit(1)
 
 
-def check_apart(c: Any) -> None:
-    """Raise ValueError where the output is the input, by whatever name: no command changes its input."""
+def stands(c: Any, command: str, inputs: Sequence[tuple[str, str]] | None = None) -> bool:
+    """Whether the output is there already as this command makes it, which is said then; inputs: as in `tell`.
+
+    Raises:
+        ValueError: the output is the input, by whatever name, or a file that no command of ours has made.
+    """
+    output, manifest = Path(c.output), Path(f"{c.output}.manifest.json")
     for path in map(Path, [c.input] if isinstance(c.input, str) else c.input):
-        if path.exists() and Path(c.output).exists() and path.samefile(c.output):
+        if path.exists() and output.exists() and path.samefile(output):
             raise ValueError(f"--output {c.output} is the input, which would be lost: choose another name")
+    if not output.exists() or journal.journals(output):  # of a run that was killed before its manifest
+        return False
+    types = dict(output=dict, command=str, options=dict)
+    before = files.read_record(manifest, f"delete it, and {output}", **types) if manifest.exists() else {"output": {}}
+    if before["output"].get("sha256") != files.sha256(output):
+        raise ValueError(f"--output {output} is no file that data_prep.py has made: delete it, or choose another name")
+    facts = {"command": command, **told_options(c), "input": importers.described(inputs or [(c.input, c.input)])}
+    if any(before.get(key) != value for key, value in facts.items()):
+        return False
+    print(f"{output}: is finished; delete it to make it again", file=sys.stderr)
+    return True
+
+
+def told_options(c: Any) -> dict[str, Any]:
+    """What a manifest says of a command's options, and of what a model or scorer holds that they name."""
+    options = {key: value for key, value in vars(c).items() if key not in ("input", "output")}
+    models = {key: hosts.behind(key, options[key]) for key in ("model", "scorer") if key in options}
+    return json.loads(json.dumps({"options": options, "models": models}))
 
 
 def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], *, inputs: Any = None, **more: Any) -> None:
     """Print what was left out and why, and write it to the manifest; inputs: as `importers.located` has them."""
     for reason in reasons:
         print(reason, file=sys.stderr)
-    options = {key: value for key, value in vars(c).items() if key not in ("input", "output")}
-    facts = {"command": command, "options": options, "counts": counts, **more, "first_reasons": reasons}
+    facts = {"command": command, **told_options(c), "counts": counts, **more, "first_reasons": reasons}
     importers.write_manifest(inputs or [(c.input, c.input)], c.output, facts)
     print_counts(c.output, counts)
 

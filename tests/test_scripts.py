@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,6 +257,29 @@ def test_import_and_export_leave_a_manifest(tmp_path, capsys):
     chosen = dict(source="pku-saferlhf", order="safe", columns=[], subset="", split="", limit=0, skip=0)
     assert first["options"] == chosen
     assert first["counts"]["rows_equal_responses"] == 1 and len(first["first_reasons"]) == 1
+
+
+def test_a_finished_output_is_made_again_for_a_reason(tiny_world, tmp_path, capsys, policy):
+    """Not by the same command; by another option, input or content of the model; never over what it did not make."""
+    source, out, lm = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "lm"
+    shutil.copy(tiny_world / "test.jsonl", source)
+    shutil.copytree(tiny_world / "model", lm)
+
+    def made(**more) -> bool:
+        before = out.stat().st_ino if out.exists() else 0
+        how = dict(model=lm, input=source, output=out, n=1, max_new_tokens=4, limit=2)
+        data_prep.main(["generate", *flags(**how | more)])
+        assert ("out.jsonl: is finished; delete it" in capsys.readouterr().err) == (out.stat().st_ino == before)
+        return out.stat().st_ino != before
+
+    assert [made(), made(), made(seed=1), made(seed=1)] == [True, False, True, False]
+    source.write_text("".join(source.read_text().splitlines(keepends=True)[1:]))
+    assert [made(seed=1), made(seed=1)] == [True, False]
+    shutil.copy(policy / "model.safetensors", lm / "model.safetensors")
+    assert [made(seed=1), made(seed=1)] == [True, False]
+    out.write_text(out.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"out.jsonl is no file that data_prep.py has made: delete it, or choose"):
+        made(seed=1)
 
 
 def test_data_prep_names_mistakes(tmp_path, tiny_world):

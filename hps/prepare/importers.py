@@ -182,14 +182,18 @@ def write_manifest(inputs: Sequence[tuple[str, str]], output: str | Path, facts:
     inputs: of each the path, and what it is called instead of that, which may be of a cache; a data set's name has its
     commit. Equal files and facts give equal bytes: there is no time in it.
     """
+    record = {"input": described(inputs), "output": described([(str(output), str(output))])} | facts
+    files.write_record(Path(f"{output}.manifest.json"), record)
+
+
+def described(inputs: Sequence[tuple[str, str]]) -> Any:
+    """What identifies files in a manifest; of one file not as a list. inputs: as in `write_manifest`."""
     about = []
-    for path, called in (*inputs, (str(output), str(output))):
+    for path, called in inputs:
         file = Path(path)
         sums = {"bytes": file.stat().st_size, "sha256": files.sha256(file)} if file.is_file() else {}
         about.append({"path": called} | sums)
-    *read, written = about
-    record = {"input": read[0] if len(read) == 1 else read, "output": written} | facts
-    files.write_record(Path(f"{output}.manifest.json"), record)
+    return about[0] if len(about) == 1 else about
 
 
 def _names(columns: Iterable[str], known: set[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ the same command goes on once there is room. The disk is a tmpfs that the test m
 
 import contextlib
 import functools
+import itertools
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,12 +134,16 @@ def test_a_full_disk_under_a_cache(tiny_world, tmp_path, disk, monkeypatch, calm
 def test_results_and_data_survive_a_failed_command(tiny_world, tmp_path, disk):
     """The output that stood there before is what stands there after it, full disk or read-only one."""
     model, data = tiny_world / "model", tiny_world / "test.jsonl"
-    out, shared = disk.folder / "out.jsonl", dict(input=data, output=disk.folder / "out.jsonl")
+    out, minutes = disk.folder / "out.jsonl", itertools.count(5)
+
+    def again() -> dict:  # or there would be nothing to do
+        return dict(input=data, output=out, timeout=next(minutes))
+
     evaluated = dict(model=model, reference=model, data=data, out=disk.folder, samples=0, max_length=128)
     evaluated |= dict(reference_cache=tmp_path / "cache")
     commands = {
-        "annotate": lambda: data_prep.main(["annotate", *flags(scorer="world-est", **shared)]),
-        "generate": lambda: data_prep.main(["generate", *flags(model=model, n=2, max_new_tokens=24, **shared)]),
+        "annotate": lambda: data_prep.main(["annotate", *flags(scorer="world-est", **again())]),
+        "generate": lambda: data_prep.main(["generate", *flags(model=model, n=2, max_new_tokens=24, **again())]),
         "eval": lambda: evaluation.main(flags(**evaluated)),
     }
     ways = [(disk.fill, disk.empty), (lambda: disk.remount("ro"), lambda: disk.remount("rw"))]
