@@ -259,7 +259,7 @@ def stands(c: Any, command: str, inputs: Sequence[tuple[str, str]] | None = None
     for path in map(Path, [c.input] if isinstance(c.input, str) else c.input):
         if path.exists() and output.exists() and path.samefile(output):
             raise ValueError(f"--output {c.output} is the input, which would be lost: choose another name")
-    if not output.exists() or journal.journals(output):  # of a run that was killed before its manifest
+    if not output.is_file() or journal.journals(output):  # of a run that was killed before its manifest
         return False
     types = dict(output=dict, command=str, options=dict)
     before = files.read_record(manifest, f"delete it, and {output}", **types) if manifest.exists() else {"output": {}}
