@@ -9,7 +9,8 @@
 
 `python data_prep.py COMMAND --help` lists the options of one. `torchrun --nproc_per_node 2 -- data_prep.py generate`
 shares the prompts out over processes; a killed `generate` or `annotate` goes on when it is started again, with
-torchrun or without, and a finished command does nothing. No file is written over that this program has not made.
+torchrun or without. A finished command with an --output does nothing, and writes over nothing that is not its like;
+`world` makes its folder anew.
 """
 
 import dataclasses
@@ -249,6 +250,9 @@ def diagnose(c: Doctor) -> None:
         sys.exit(1)
 
 
+HOW = {"max_rows", "tokens_per_micro_batch", "timeout"}  # options that change nothing of what is written
+
+
 def stands(c: Any, command: str, inputs: Sequence[tuple[str, str]] | None = None) -> bool:
     """Whether the output is there already as this command makes it, which is said then; inputs: as in `tell`.
 
@@ -264,9 +268,13 @@ def stands(c: Any, command: str, inputs: Sequence[tuple[str, str]] | None = None
     types = dict(output=dict, command=str, options=dict)
     before = files.read_record(manifest, f"delete it, and {output}", **types) if manifest.exists() else {"output": {}}
     if before["output"].get("sha256") != files.sha256(output):
-        raise ValueError(f"--output {output} is no file that data_prep.py has made: delete it, or choose another name")
-    facts = {"command": command, **told_options(c), "input": importers.described(inputs or [(c.input, c.input)])}
-    if any(before.get(key) != value for key, value in facts.items()):
+        raise ValueError(
+            f"--output {output} is not what a finished data_prep.py left: delete it, or choose another name"
+        )
+    now = {"command": command, **told_options(c), "input": importers.described(inputs or [(c.input, c.input)])}
+    for one in (before, now):
+        one["options"] = {key: value for key, value in one["options"].items() if key not in HOW}
+    if any(before.get(key) != value for key, value in now.items()):
         return False
     print(f"{output}: is finished; delete it to make it again", file=sys.stderr)
     return True

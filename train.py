@@ -8,6 +8,7 @@ micro-batch holds, and which loss looks at it, is in `hps/batches.py`, the model
 `hps/model.py`, the losses in `hps/losses.py`, the options in `hps/options.py`.
 """
 
+import contextlib
 import gc
 import math
 import signal
@@ -16,6 +17,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,7 +25,7 @@ from tqdm import tqdm
 from hps import batches, checkpoint, config, dist, model, reference
 from hps.data import tokens
 from hps.io import files, loggers
-from hps.options import Config, as_preference, check, form, needs_reference, settings
+from hps.options import Config, as_preference, check, form, needs_reference, quiet, settings
 from hps.record import RECORD, check_files, check_folder, claim
 from hps.statistics import Divergence, Statistics, check_first_loss
 
@@ -43,6 +45,9 @@ def main(argv: list[str] | None = None) -> None:
             if passed_over:
                 say(ranks, f"this run has no use for {', '.join(passed_over)} of the --config file")
             train(as_preference(c), ranks)
+        if c.dry_run:
+            with contextlib.suppress(OSError):
+                Path(c.out).rmdir()  # where it is empty
     finally:
         for number, handler in before.items():  # for whoever goes on in this process
             signal.signal(number, handler)
@@ -55,8 +60,11 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     out = Path(c.out)
     started = None if c.dry_run else checkpoint.latest(out / "checkpoints")
     check_files(c)
-    check_folder(out, c, started is not None)  # a mistake is told before hours of reading
-    if (out / "policy").exists():
+    if c.dry_run:
+        c = quiet(c)
+    else:
+        check_folder(out, c, started is not None)  # a mistake is told before hours of reading
+    if (out / "policy").exists() and not c.dry_run:
         say(ranks, f"{out}: this run is finished; its policy is in {out / 'policy'}")
         return
     torch.manual_seed(c.seed)  # of what peft draws; our own draws are counted, not in sequence
@@ -120,7 +128,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     gc.collect()  # and not when Python sees fit: its modules point at each other in circles
 
     # How far the run is, and where its numbers go.
-    spent = {"step": 0, "tokens": 0, "seconds": 0.0}
+    spent: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
     if started is not None:
         spent |= checkpoint.load(started, policy, optimizer, ranks=ranks)
         say(ranks, f"going on from {started} ({spent['step']} of {plan.steps} steps)")
@@ -146,7 +154,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         signal.signal(signal.SIGINT, interrupt)
 
     # The loop: the gradient of each step is the same, whichever way its prompts are split over ranks and micro-batches.
-    loss, divergence = batches.objective(c), Divergence(plan.steps)
+    loss, divergence = batches.objective(c), Divergence(plan.steps, spent.get("first"))
     clock, saved, shown = time.perf_counter() - spent["seconds"], time.monotonic(), ""
     for step in range(done, plan.steps):
         lr = lr_at(c, step, plan.steps)
@@ -211,6 +219,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         stop = asked or step + 1 == c.stop_after
         if stop or last or late or (c.save_every and (step + 1) % c.save_every == 0):
             spent = {"step": step + 1, "tokens": tokens_seen, "seconds": time.perf_counter() - clock}
+            spent |= {"first": divergence.first}
             checkpoint.save(out / "checkpoints", policy, optimizer, spent, ranks=ranks)
             saved = time.monotonic()
         if asked or (stop and not last):
@@ -223,7 +232,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     bar.close()
     if c.dry_run:
         how = dict(step_seconds=(time.perf_counter() - clock) / max(1, plan.steps - 1), scored=computed)
-        say(ranks, dry_run.report(whole, parameters, **how, scoring_seconds=scoring_seconds))
+        how |= dict(scoring_seconds=scoring_seconds, mismatched=z0 is not None)
+        say(ranks, dry_run.report(whole, parameters, **how))
         say(ranks, f"and {peak_gib(ranks.device):.2f} GiB of memory per rank")
         return
 

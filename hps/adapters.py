@@ -49,6 +49,8 @@ def add_lora(
     linear = [n for n, m in lm.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
     names = {name.rsplit(".", 1)[-1] for name in linear} - OUTPUT_HEADS
     targets = sorted(names) if list(targets) == ["all-linear"] else targets
+    if "all-linear" in targets:
+        raise ValueError("lora_targets all-linear stands for all of them: name it alone")
     if wrong := [t for t in targets if t not in names]:
         raise ValueError(f"lora_targets {wrong} cannot be used; this model has {sorted(names)}, or all-linear")
     sizes: dict[str, Any] = dict(r=rank, lora_alpha=alpha, use_rslora=kind == "rslora", use_dora=kind == "dora")

@@ -158,15 +158,17 @@ def open_examples(c: Config, tokenizer: Any, ranks: dist.Ranks) -> store.Store:
     """The token store of `c.data`, of pairs in TRL's format as of list-wise rows. Collective."""
     from hps.data import rows
 
-    data = c.data
+    data, counts = c.data, {}
     if rows.holds_pairs(data):
         from hps.prepare import importers
 
-        data = dist.from_first(lambda: importers.import_pairs(c.data, c.token_cache), ranks)
+        data, counts = dist.from_first(lambda: importers.import_pairs(c.data, c.token_cache), ranks).values()
     how = {key: getattr(c, key) for key in ("max_length", "truncate", "candidates", "length_penalty")}
     how |= {"closing": c.loss == "reward", "ranks": ranks}
     need_rewards = c.loss != "sft" and (parts(c)[1] != "human" or form(c) == "list")
-    return store.open_store(c.token_cache, data, tokenizer, need_rewards=need_rewards, **how)
+    found = store.open_store(c.token_cache, data, tokenizer, need_rewards=need_rewards, **how)
+    found.counts = counts | found.counts
+    return found
 
 
 def make_plan(c: Config, examples: store.Store) -> planning.Plan:

@@ -239,9 +239,6 @@ def check(c: Config, given: dict[str, str]) -> tuple[Config, list[str]]:
         passed_over += [key for key in given if key in unused]
     if c.positives > 1 and c.hps_form != "full":
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
-    if c.dry_run:  # nothing but the caches is left behind
-        quiet = dict(sample_every=0, log_to="", eval_data="", keep="last", save_minutes=0.0, save_every=0, stop_after=0)
-        c = dataclasses.replace(c, **quiet)
     positive_stages(c)
     if c.log_to:
         from hps.io import loggers
@@ -257,6 +254,12 @@ def check(c: Config, given: dict[str, str]) -> tuple[Config, list[str]]:
     if c.lora_rank and c.lr < 1e-6:
         warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
     return c, passed_over
+
+
+def quiet(c: Config) -> Config:
+    """The options of a run that leaves nothing behind but what it puts into the caches."""
+    off = dict(sample_every=0, log_to="", eval_data="", keep="last", save_minutes=0.0, save_every=0, stop_after=0)
+    return dataclasses.replace(c, **off)
 
 
 # Settings that do not decide the result: a run may go on with other values of them.

@@ -38,22 +38,23 @@ class Divergence:
     """Tells once of a run that goes wrong: most losses of the last tenth of its steps are above the first one, or a
     gradient is a thousand times as long as the first."""
 
-    def __init__(self, steps: int) -> None:
-        self._first: tuple[float, float] | None = None
+    def __init__(self, steps: int, first: list[float] | None = None) -> None:
+        """first: loss and norm of the first step, of a run that goes on."""
+        self.first = first
         self._above: deque[bool] = deque(maxlen=max(10, steps // 10))
         self._told = False
 
     def look(self, loss: float, grad_norm: float) -> str:
         """What is to be said after a step of this loss and norm of its gradient, mostly nothing."""
-        self._first = self._first or (loss, grad_norm)
-        self._above.append(loss > self._first[0])
+        self.first = self.first or [loss, grad_norm]
+        self._above.append(loss > self.first[0])
         lost = len(self._above) == self._above.maxlen and 2 * sum(self._above) > len(self._above)
-        torn = grad_norm > 1000 * self._first[1] > 0
+        torn = grad_norm > 1000 * self.first[1] > 0
         if self._told or not (lost or torn):
             return ""
         self._told = True
         what = f"most losses of the last {len(self._above)} steps are above the first one" if lost else ""
-        what = what or f"the gradient's norm is {grad_norm / self._first[1]:,.0f} times that of the first step"
+        what = what or f"the gradient's norm is {grad_norm / self.first[1]:,.0f} times that of the first step"
         return f"{what}: the run may diverge; a lower --lr is the first thing to try"
 
 

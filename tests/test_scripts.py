@@ -272,13 +272,13 @@ def test_a_finished_output_is_made_again_for_a_reason(tiny_world, tmp_path, caps
         assert ("out.jsonl: is finished; delete it" in capsys.readouterr().err) == (out.stat().st_ino == before)
         return out.stat().st_ino != before
 
-    assert [made(), made(), made(seed=1), made(seed=1)] == [True, False, True, False]
+    assert [made(), made(timeout=9), made(seed=1), made(seed=1)] == [True, False, True, False]
     source.write_text("".join(source.read_text().splitlines(keepends=True)[1:]))
     assert [made(seed=1), made(seed=1)] == [True, False]
     shutil.copy(policy / "model.safetensors", lm / "model.safetensors")
     assert [made(seed=1), made(seed=1)] == [True, False]
     out.write_text(out.read_text() + "\n")
-    with pytest.raises(ValueError, match=r"out.jsonl is no file that data_prep.py has made: delete it, or choose"):
+    with pytest.raises(ValueError, match=r"out.jsonl is not what a finished data_prep.py left: delete it, or choose"):
         made(seed=1)
 
 

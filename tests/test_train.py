@@ -124,6 +124,10 @@ def test_a_resumed_run_is_bit_identical(tiny_world, tmp_path, base):
     whole = run(tiny_world, tmp_path / "whole", **ONE)
     assert whole == base  # the loop itself is deterministic
     assert run(tiny_world, tmp_path / "half", stop_after=4, **ONE) == whole[:4]
+    (state,) = (tmp_path / "half/checkpoints").glob("*/state.json")
+    assert json.loads(state.read_text())["first"] == [
+        losses(tmp_path / "half", key)[0] for key in ("loss", "grad_norm")
+    ]
     assert run(tiny_world, tmp_path / "half", **ONE) == whole
     for key in ("grad_norm", "lr", "gamma"):
         assert losses(tmp_path / "half", key) == losses(tmp_path / "whole", key)
@@ -317,6 +321,8 @@ def test_a_diverging_run_is_told_once():
     assert not any(calm.look(loss, 1.0 + i) for i, loss in enumerate([0.8] + [0.9, 0.7] * 100))  # ten of twenty
     told = [bool(lost.look(loss, 1.0)) for loss in [0.7] * 30 + [0.8] * 30]
     assert told.index(True) == 40 and sum(told) == 1
+    resumed = Divergence(200, lost.first)
+    assert not any(resumed.look(0.69, 1.0) for _ in range(40)) and lost.first == [0.7, 1.0]
     told = [bool(torn.look(0.7, norm)) for norm in (0.5, 499.0, 501.0, 9999.0)]
     assert told == [False, False, True, False]
 
@@ -325,7 +331,7 @@ def test_a_dry_run_says_what_the_run_would_take(tiny_world, tmp_path, capsys):
     """Of 6 steps 4 are made, with the reference log-probs of these alone, and nothing is left behind."""
     run_of = partial(arguments, tiny_world, tmp_path / "out", reference_cache=tmp_path / "cache")
     train.main(run_of(dry_run="true", sample_every=1, save_every=1, eval_data=tiny_world / "test.jsonl"))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == []
+    assert not (tmp_path / "out").exists()
     told = capsys.readouterr().err
     found = re.search(r"6 steps of (\S+) s each: (\S+) minutes\nbefore them (\d+) reference log-probs", told)
     assert found and float(found[2]) == pytest.approx(6 * float(found[1]) / 60, abs=0.06)
@@ -336,6 +342,11 @@ def test_a_dry_run_says_what_the_run_would_take(tiny_world, tmp_path, capsys):
     weights = sum(p.numel() for p in load_causal_lm(str(tiny_world / "model"), dtype=torch.float32).parameters())
     assert f"{12 * weights / 2**20:,.1f} MiB per checkpoint" in told
     assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-6)
+    train.main(run_of(dry_run="true", method="kto-bt", lr=1.0))  # other settings than those of the run there
+    kto = re.search(r"before them (\d+) reference log-probs", capsys.readouterr().err)
+    assert kto and int(kto[1]) > 2 * 24  # a mismatched response per visit beside the pairs
+    with pytest.raises(ValueError, match="--eval_data nowhere: there is no such file"):
+        train.main(run_of(dry_run="true", eval_data="nowhere"))
 
 
 def test_a_config_file_serves_several_methods(tiny_world, tmp_path, capsys):
@@ -421,6 +432,9 @@ def test_pairs_of_other_trainers_train_in_one_step(tiny_world, tmp_path, capsys)
         )
         assert found[path.stem] == two_steps and np.std(two_steps[1:]) > 1e-2
     assert found["table"] == found["strings"] != found["messages"]
+    run(tiny_world, tmp_path / "second", data=tmp_path / "strings.jsonl", **how)
+    counts = json.loads((tmp_path / "second/summary.json").read_text())["counts"]
+    assert (counts["pairs_read"], counts["rows_equal_responses"], counts["rows_read"]) == (25, 1, 24)
     with pytest.raises(
         ValueError, match="has no rewards: score the file first .* or train on its pairs, --method dpo-human"
     ):

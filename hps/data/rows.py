@@ -114,7 +114,9 @@ def check_keys(
             raise ValueError(f"{where}: unknown key {reprlib.repr(key)}; {valid}")
     for key in required:
         if key not in record:
-            raise ValueError(f"{where}: the key {key!r} is missing")
+            pairs = "chosen" in record and "responses" not in record
+            advice = "; pairs of texts become rows by data_prep.py import --source trl" if pairs else ""
+            raise ValueError(f"{where}: the key {key!r} is missing{advice}")
     try:  # JSON can express halves of surrogate pairs, and numbers beyond any float
         json.dumps(unknown, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:

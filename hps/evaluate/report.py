@@ -48,7 +48,7 @@ def legend(results: dict[str, Any]) -> str:
     """What the intervals of these results speak of, and what the marks of their tables mean."""
     worlds = results["worlds"]
     many = f"Student's t over {worlds} worlds, one number each: it speaks of other worlds."
-    one = "Student's t over the prompts of one world: it says nothing of other worlds, data or runs."
+    one = "Student's t over the prompts: it says nothing of other data or runs."
     return f"[low, high]: 95 % interval by {many if worlds > 1 else one} {MARKS}"
 
 
@@ -127,18 +127,20 @@ def answer(results: dict[str, Any]) -> list[str]:
     if rows:
         best = max(rows, key=lambda name: rows[name]["mean"])
         near = [name for name in rows if name != best and ends(rows[name])[1] >= ends(rows[best])[0]]
-        apart = f"; the intervals of {', '.join(near)} overlap its own" if near else ", apart from all others"
+        apart = ", apart from all others" if len(rows) > 1 else ""
+        apart = f"; the intervals of {', '.join(near)} overlap its own" if near else apart
         found.append(f"The samples of the highest reward are those of {best}: {md.interval(rows[best], 2)}{apart}.")
     compared = [item for item in results.get("comparisons", []) if "p_holm" in item]
     for a in list(dict.fromkeys(item["a"] for item in compared))[:2]:
         for metric in ("true_reward", "rm10"):
             mine = [item for item in compared if (item["a"], item["metric"]) == (a, metric)]
-            differences = (
-                f"{verdict(x, x['p_holm'])} than {x['b']}, {md.interval(x, METRICS[metric].digits, '+')}" for x in mine
-            )
+            words = [verdict(x, x["p_holm"]) for x in mine]
+            words = ["not told apart from" if word == "unresolved" else f"{word} than" for word in words]
+            numbers = [md.interval(x, METRICS[metric].digits, "+") for x in mine]
+            differences = (f"{word} {x['b']}, {number}" for word, x, number in zip(words, mine, numbers, strict=True))
             if mine:
                 found.append(f"{METRICS[metric].title} of {a}: {'; '.join(differences)}.")
-    return [sentence.replace("unresolved than", "not told apart from") for sentence in found]
+    return found
 
 
 def comparisons_table(results: dict[str, Any]) -> Table:

@@ -60,6 +60,12 @@ def export(c: Export) -> None:
     study["study"] = sha256(json.dumps(study).encode()).hexdigest()[:16]  # of what is shown, so of no method's name
     named = [{"prompt": id, "a": a, "b": b} for id, _, a, b in pairs]
     out = Path(c.out)
+    if (out / "key.json").exists() and (
+        old := files.read_record(out / "key.json", "delete it", study=str)["study"]
+    ) != study["study"]:
+        raise ValueError(
+            f"{out} holds the key of another study, {old}, without which its votes say nothing: choose another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / "survey.html", page.render("survey.html", study=study))
     files.write_record(out / "key.json", {"study": study["study"], "methods": list(samples), "pairs": named})

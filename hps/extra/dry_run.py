@@ -11,21 +11,29 @@ STEPS = 4  # that are made; the first one warms up and is not timed
 
 
 def report(
-    plan: Plan, trained: Sequence[nn.Parameter], *, step_seconds: float, scored: int, scoring_seconds: float
+    plan: Plan,
+    trained: Sequence[nn.Parameter],
+    *,
+    step_seconds: float,
+    scored: int,
+    scoring_seconds: float,
+    mismatched: bool,
 ) -> str:
     """Time and disk of the whole run.
 
     Args:
         plan: that of all its steps. trained: parameters that are trained, or this rank's shards of them.
         step_seconds: of one step. scored: reference log-probs computed for `STEPS` steps, in `scoring_seconds`.
+        mismatched: each visit asks for one more, KTO's.
     """
     visit, column = np.nonzero(plan.responses >= 0)
     responses = plan.row[visit] * (plan.responses.max() + 1) + plan.responses[visit, column]
     lines = [f"{plan.steps:,} steps of {step_seconds:.3g} s each: {plan.steps * step_seconds / 60:,.1f} minutes"]
     if scored:
-        touched = len(np.unique(responses))
+        touched = len(np.unique(responses)) + mismatched * len(plan.row)
         minutes = touched * scoring_seconds / scored / 60
         lines += [f"before them {touched:,} reference log-probs, where none is in the cache: {minutes:,.1f} minutes"]
     checkpoint = 12 * sum(p.numel() for p in trained) / 2**20  # weights and two moments, fp32
     lines += [f"{checkpoint:,.1f} MiB per checkpoint and rank, and twice that while the next one is written"]
-    return "\n".join(["dry run: only the caches were written. The run would take", *lines])
+    told = "dry run: only the caches were written. Without samples and looks at held-out data the run would take"
+    return "\n".join([told, *lines])

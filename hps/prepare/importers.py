@@ -120,16 +120,18 @@ def import_file(
     return found
 
 
-def import_pairs(path: str | Path, folder: str | Path) -> str:
-    """The list-wise file in `folder` of pairs in TRL's format, made if no run before has made it; what it leaves out is
-    said then."""
+def import_pairs(path: str | Path, folder: str | Path) -> dict[str, Any]:
+    """The list-wise file in `folder` of pairs in TRL's format, made if no run before has made it, under `path`; under
+    `counts` how many pairs were read, and what is left out of them, by reason."""
     out = Path(folder) / f"pairs-{files.sha256(Path(path))[:32]}.jsonl"
-    if not out.exists():
+    manifest = Path(f"{out}.manifest.json")
+    if not manifest.exists():
         found = import_file("trl", path)
         write(out, found.rows)
-        counts = ", ".join(f"{key} {count}" for key, count in found.counts.items() if count)
-        print("\n".join([f"{path}: {counts}", *found.reasons]), file=sys.stderr)
-    return str(out)
+        write_manifest([(str(path), str(path))], out, {"counts": dict(found.counts)})
+        print("\n".join([f"{path}: pairs imported", *found.reasons]), file=sys.stderr)
+    counts = files.read_record(manifest, f"delete it, and {out}", counts=dict)["counts"]
+    return {"path": str(out), "counts": {"pairs_read": counts["rows_read"]} | {key: counts[key] for key in DROPS}}
 
 
 def export_rows(rows: Iterable[Row], *, pair: str = "human") -> Converted:

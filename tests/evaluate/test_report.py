@@ -58,7 +58,7 @@ def test_table_marks_the_best_and_what_overlaps_it():
     assert report.legend(results()) in " ".join(text.split()) and "Student's t over 3 worlds" in report.legend(
         results()
     )
-    assert "over the prompts of one world: it says nothing of other worlds" in report.legend({"worlds": 1})
+    assert "over the prompts: it says nothing of other data" in report.legend({"worlds": 1})
 
 
 def test_ties_are_bold_together_equals_not_at_all_and_one_number_alone_is_near():

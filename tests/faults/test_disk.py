@@ -4,7 +4,6 @@ the same command goes on once there is room. The disk is a tmpfs that the test m
 
 import contextlib
 import functools
-import itertools
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import eval as evaluation
 import train
 from hps import reference, sharding
 from hps.data import listwise
+from hps.io import files
 
 ROOM = 64 * 2**20
 
@@ -134,16 +134,14 @@ def test_a_full_disk_under_a_cache(tiny_world, tmp_path, disk, monkeypatch, calm
 def test_results_and_data_survive_a_failed_command(tiny_world, tmp_path, disk):
     """The output that stood there before is what stands there after it, full disk or read-only one."""
     model, data = tiny_world / "model", tiny_world / "test.jsonl"
-    out, minutes = disk.folder / "out.jsonl", itertools.count(5)
-
-    def again() -> dict:  # or there would be nothing to do
-        return dict(input=data, output=out, timeout=next(minutes))
+    out, shared = disk.folder / "out.jsonl", dict(input=data, output=disk.folder / "out.jsonl")
+    manifest = disk.folder / "out.jsonl.manifest.json"
 
     evaluated = dict(model=model, reference=model, data=data, out=disk.folder, samples=0, max_length=128)
     evaluated |= dict(reference_cache=tmp_path / "cache")
     commands = {
-        "annotate": lambda: data_prep.main(["annotate", *flags(scorer="world-est", **again())]),
-        "generate": lambda: data_prep.main(["generate", *flags(model=model, n=2, max_new_tokens=24, **again())]),
+        "annotate": lambda: data_prep.main(["annotate", *flags(scorer="world-est", **shared)]),
+        "generate": lambda: data_prep.main(["generate", *flags(model=model, n=2, max_new_tokens=24, **shared)]),
         "eval": lambda: evaluation.main(flags(**evaluated)),
     }
     ways = [(disk.fill, disk.empty), (lambda: disk.remount("ro"), lambda: disk.remount("rw"))]
@@ -152,6 +150,8 @@ def test_results_and_data_survive_a_failed_command(tiny_world, tmp_path, disk):
         product = disk.folder / "eval.json" if name == "eval" else out
         whole = product.read_bytes()
         for break_it, mend in ways:
+            if manifest.exists():  # one of other options, or there would be nothing to do
+                files.write_record(manifest, files.read_record(manifest, "", output=dict) | {"models": {"other": "x"}})
             break_it()
             with pytest.raises(ValueError, match=f"{disk.folder}.*(free space|make it writable|No space|Read-only)"):
                 command()
