@@ -25,7 +25,7 @@ from tqdm import tqdm
 from hps import batches, checkpoint, config, dist, model, reference
 from hps.data import tokens
 from hps.io import files, loggers
-from hps.options import Config, as_preference, check, form, needs_reference, quiet, settings
+from hps.options import Config, as_preference, check, form, needs_reference, settings
 from hps.record import RECORD, check_files, check_folder, claim
 from hps.statistics import Divergence, Statistics, check_first_loss
 
@@ -61,7 +61,9 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     started = None if c.dry_run else checkpoint.latest(out / "checkpoints")
     check_files(c)
     if c.dry_run:
-        c = quiet(c)
+        from hps.extra import dry_run
+
+        c = dry_run.quiet(c)
     else:
         check_folder(out, c, started is not None)  # a mistake is told before hours of reading
     if (out / "policy").exists() and not c.dry_run:
@@ -79,8 +81,6 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
     whole = plan
     if c.dry_run:
-        from hps.extra import dry_run
-
         plan = plan.first(dry_run.STEPS)
     held_out = None
     if c.eval_data:

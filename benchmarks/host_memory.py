@@ -77,7 +77,8 @@ class EndOfStart(Exception):
 
 def watched(options: dict[str, Any], start_only: bool = False) -> dict[str, float]:
     """Peaks of one rank's anonymous memory by phase, MiB, what it holds between steps, and of weights in `mapped`."""
-    import peft  # noqa: F401  before the line that is drawn here
+    # Imported for what importing takes, which stays on this side of the line that is drawn.
+    import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import train

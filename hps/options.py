@@ -106,7 +106,8 @@ POSITIVE_STAGES = {"positive_lambda", "exclude_positives"}
 # Options that mean something only beside another one.
 NEEDS = {"sample_prompts": "--sample_every", "eval_every": "--eval_data", "keep": "--eval_data"}
 NEEDS |= {"export_dtype": "--lora_rank 0 (an adapter keeps its own dtype)"}
-NEEDS |= dict.fromkeys(("lora_alpha", "lora_kind", "lora_targets", "shard_frozen"), "a --lora_rank above 0")
+OF_LORA = {"lora_alpha", "lora_kind", "lora_targets", "shard_frozen"}
+NEEDS |= dict.fromkeys(OF_LORA, "a --lora_rank above 0")
 
 # What a number must be, and of which options that is asked.
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
@@ -179,7 +180,7 @@ def used_options(c: Config) -> set[str]:
         used -= {"constant": {"gamma_end", "gamma_phases"}, "linear": {"gamma_phases"}}.get(c.gamma_schedule, set())
     used -= {"sample_prompts"} if c.sample_every == 0 else set()
     used -= {"eval_every", "keep"} if not c.eval_data else set()
-    return used - ({"export_dtype"} if c.lora_rank else {"lora_alpha", "lora_kind", "lora_targets", "shard_frozen"})
+    return used - ({"export_dtype"} if c.lora_rank else OF_LORA)
 
 
 def positive_stages(c: Config) -> dict[str, Any]:
@@ -254,12 +255,6 @@ def check(c: Config, given: dict[str, str]) -> tuple[Config, list[str]]:
     if c.lora_rank and c.lr < 1e-6:
         warnings.warn(f"lr {c.lr} moves a LoRA adapter by almost nothing; 1e-5 to 2e-4 is usual", stacklevel=2)
     return c, passed_over
-
-
-def quiet(c: Config) -> Config:
-    """The options of a run that leaves nothing behind but what it puts into the caches."""
-    off = dict(sample_every=0, log_to="", eval_data="", keep="last", save_minutes=0.0, save_every=0, stop_after=0)
-    return dataclasses.replace(c, **off)
 
 
 # Settings that do not decide the result: a run may go on with other values of them.

@@ -405,7 +405,10 @@ def test_pairs_of_other_trainers_train_in_one_step(tiny_world, tmp_path, capsys)
     from pyarrow import parquet
 
     rows = [(row.prompt[-1]["content"], *row.responses[:2]) for row in listwise.read(tiny_world / "train.jsonl")]
-    say = lambda who, text: {"role": who, "content": text}  # noqa: E731
+
+    def say(who: str, text: str) -> dict[str, str]:
+        return {"role": who, "content": text}
+
     forms = {
         "messages": [
             dict(prompt=[say("user", p)], chosen=[say("assistant", a)], rejected=[say("assistant", b)])

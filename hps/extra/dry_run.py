@@ -1,13 +1,21 @@
 """What a run would take, from a few steps of it: the lines of `train.py --dry_run`."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from torch import nn
 
+from hps.options import Config
 from hps.plan import Plan
 
 STEPS = 4  # that are made; the first one warms up and is not timed
+
+
+def quiet(c: Config) -> Config:
+    """The options of a run that leaves nothing behind but what it puts into the caches."""
+    off = dict(sample_every=0, log_to="", eval_data="", keep="last", save_minutes=0.0, save_every=0, stop_after=0)
+    return dataclasses.replace(c, **off)
 
 
 def report(
