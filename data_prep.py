@@ -25,12 +25,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hps import config, dist, hosts, model
+from hps import config, dist, model
 from hps.data import listwise, store, tokens
 from hps.data.rows import Row, stream
-from hps.io import files
 from hps.lab import scorers, world
-from hps.prepare import doctor, formats, generate, importers, journal, rewards
+from hps.prepare import doctor, formats, generate, importers, journal, manifests, rewards
 
 
 @dataclass
@@ -109,14 +108,14 @@ class Doctor:
 def make_world(c: World) -> None:
     """Write a self-made world: an untrained model, demonstrations for SFT, prompts for training, choice and report."""
     about = world.write(Path(c.out), **{k: v for k, v in vars(c).items() if k != "out"})
-    print_counts(c.out, {k: v for k, v in about.items() if isinstance(v, int)})
+    manifests.print_counts(c.out, {k: v for k, v in about.items() if isinstance(v, int)})
 
 
 def import_rows(c: Import) -> None:
     """Turn a foreign file of preferences into list-wise rows, and count what is left out."""
     config.check_choices(c, source=formats.FORMATS)
     inputs = [importers.located(name) for name in c.input]
-    if stands(c, "import", inputs):
+    if manifests.is_finished(c, "import", inputs):
         return
     options = ("order", "columns", "subset", "split", "skip")
     how: dict[str, Any] = {key: getattr(c, key) for key in options}
@@ -124,22 +123,22 @@ def import_rows(c: Import) -> None:
     listwise.write(c.output, found.rows)
     if left_out := sorted(found.columns_left_out):
         print(f"{c.output}: columns left out: {', '.join(left_out)}", file=sys.stderr)
-    tell(c, "import", found.counts, found.reasons, inputs=inputs, columns_left_out=left_out)
+    manifests.finish(c, "import", found.counts, found.reasons, inputs=inputs, columns_left_out=left_out)
 
 
 def export_rows(c: Export) -> None:
     """Write the pairs of list-wise rows in TRL's format, which other trainers read, and count what is left out."""
-    if stands(c, "export"):
+    if manifests.is_finished(c, "export"):
         return
     config.check_choices(c, pair=("human", "rewards"))
     found = importers.export_rows(stream(c.input), pair=c.pair)
     listwise.write_lines(c.output, found.rows)
-    tell(c, "export", found.counts, found.reasons)
+    manifests.finish(c, "export", found.counts, found.reasons)
 
 
 def generate_candidates(c: Generate) -> None:
     """Add n distinct candidates of a model to the responses of each prompt; a killed run goes on, torchrun shares."""
-    if stands(c, "generate"):
+    if manifests.is_finished(c, "generate"):
         return
     config.check_choices(c, dtype=model.DTYPES, engine=("hf", "vllm"))
     if c.limit < 0:
@@ -177,14 +176,14 @@ def generate_candidates(c: Generate) -> None:
     def write(found: Iterator[tuple[Row, list[str]]], more: Counter[str]) -> None:
         drawn = (dataclasses.replace(row, responses=(*row.responses, *texts), rewards=None) for row, texts in found)
         listwise.write(c.output, drawn)
-        tell(c, "generate", {**counts, **more}, [])
+        manifests.finish(c, "generate", {**counts, **more}, [])
 
     journal.in_shares(c, rows, work, write)
 
 
 def annotate_rows(c: Annotate) -> None:
     """Give every response a reward; a killed run goes on, and torchrun shares the prompts out."""
-    if stands(c, "annotate"):
+    if manifests.is_finished(c, "annotate"):
         return
     rows = listwise.Rows(c.input)
     of_world = scorers.load(c.scorer) if scorers.is_world(c.scorer) else None
@@ -204,35 +203,13 @@ def annotate_rows(c: Annotate) -> None:
             found = scorers.load_reward_model(c.scorer, device=ranks.device, counts=counts, **how)(mine)
         yield from tqdm(found, total=len(mine), desc="annotate", unit="prompt", disable=not ranks.first)
 
-    def write(found: Iterator[tuple[Row, rewards.Rewards]], more: Counter[str]) -> None:
-        counts = Counter(dict.fromkeys(("rows", "responses", "responses_left_out"), 0))
-        pairs = Counter(dict.fromkeys(("pairs_equal_rewards", "pairs_made") if c.pairs else (), 0))
-        agreed: Counter[str] = Counter()
+    def write(found: Iterator[tuple[Row, rewards.Rewards]], counts: Counter[str]) -> None:
         lost: dict[str, list[int]] = {}
-
-        def scored() -> Iterator[Row]:
-            for before, given in found:
-                row = rewards.scored(before, given)
-                if places := [k for k, reward in enumerate(given) if reward is None]:
-                    lost[row.id] = places
-                if before.responses and not row.responses:
-                    continue
-                counts.update(rows=1, responses=len(row.responses))
-                agreed.update(rewards.agreement(row))
-                if c.pairs and row.chosen is None:
-                    row = rewards.random_pair(row)
-                    pairs["pairs_equal_rewards" if row.chosen is None else "pairs_made"] += 1
-                yield row
-            counts["responses_left_out"] = sum(map(len, lost.values()))
-            if not counts["rows"]:
-                raise ValueError(f"{c.input}: no response has a reward ({counts | more})")
-
-        listwise.write(c.output, scored())
+        listwise.write(c.output, rewards.scored_rows(found, counts, lost, pairs=c.pairs))
         reasons = [f"{id}: without a reward, left out: responses {places}" for id, places in lost.items()]
-        told = {**counts, **more, **agreed, **pairs}
-        tell(c, "annotate", told, reasons[: importers.MAX_REASONS], responses_left_out=lost)
-        if compared := agreed["human_pairs"]:  # held-out accuracy, where the scorer has not seen these
-            right = (agreed["human_pairs_agree"] + agreed["human_pairs_tied"] / 2) / compared
+        manifests.finish(c, "annotate", counts, reasons[: importers.MAX_REASONS], responses_left_out=lost)
+        if compared := counts["human_pairs"]:  # held-out accuracy, where the scorer has not seen these
+            right = (counts["human_pairs_agree"] + counts["human_pairs_tied"] / 2) / compared
             print(f"{c.output}: the rewards agree with people on {right:.1%} of {compared:,} pairs", file=sys.stderr)
 
     journal.in_shares(c, rows, work, write)
@@ -248,56 +225,6 @@ def diagnose(c: Doctor) -> None:
     print(json.dumps(found, indent=1) if c.json else doctor.format_report(found))
     if found["errors"]:
         sys.exit(1)
-
-
-HOW = {"max_rows", "tokens_per_micro_batch", "timeout"}  # options that change nothing of what is written
-
-
-def stands(c: Any, command: str, inputs: Sequence[tuple[str, str]] | None = None) -> bool:
-    """Whether the output is there already as this command makes it, which is said then; inputs: as in `tell`.
-
-    Raises:
-        ValueError: the output is the input, by whatever name, or a file that no command of ours has made.
-    """
-    output, manifest = Path(c.output), Path(f"{c.output}.manifest.json")
-    for path in map(Path, [c.input] if isinstance(c.input, str) else c.input):
-        if path.exists() and output.exists() and path.samefile(output):
-            raise ValueError(f"--output {c.output} is the input, which would be lost: choose another name")
-    if not output.is_file() or journal.journals(output):  # of a run that was killed before its manifest
-        return False
-    types = dict(output=dict, command=str, options=dict)
-    before = files.read_record(manifest, f"delete it, and {output}", **types) if manifest.exists() else {"output": {}}
-    if before["output"].get("sha256") != files.sha256(output):
-        raise ValueError(
-            f"--output {output} is not what a finished data_prep.py left: delete it, or choose another name"
-        )
-    now = {"command": command, **told_options(c), "input": importers.described(inputs or [(c.input, c.input)])}
-    for one in (before, now):
-        one["options"] = {key: value for key, value in one["options"].items() if key not in HOW}
-    if any(before.get(key) != value for key, value in now.items()):
-        return False
-    print(f"{output}: is finished; delete it to make it again", file=sys.stderr)
-    return True
-
-
-def told_options(c: Any) -> dict[str, Any]:
-    """What a manifest says of a command's options, and of what a model or scorer holds that they name."""
-    options = {key: value for key, value in vars(c).items() if key not in ("input", "output")}
-    models = {key: hosts.behind(key, options[key]) for key in ("model", "scorer") if key in options}
-    return json.loads(json.dumps({"options": options, "models": models}))
-
-
-def tell(c: Any, command: str, counts: dict[str, int], reasons: list[str], *, inputs: Any = None, **more: Any) -> None:
-    """Print what was left out and why, and write it to the manifest; inputs: as `importers.located` has them."""
-    for reason in reasons:
-        print(reason, file=sys.stderr)
-    facts = {"command": command, **told_options(c), "counts": counts, **more, "first_reasons": reasons}
-    importers.write_manifest(inputs or [(c.input, c.input)], c.output, facts)
-    print_counts(c.output, counts)
-
-
-def print_counts(output: str, counts: dict[str, int]) -> None:
-    print(f"{output}: {', '.join(f'{key} {n}' for key, n in counts.items())}", file=sys.stderr)
 
 
 COMMANDS = {

@@ -4,7 +4,7 @@ import hashlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from hps.data.listwise import write
 from hps.data.rows import Places, Row, decode_json, opened, read_lines
 from hps.io import files, hub
-from hps.prepare import formats
+from hps.prepare import formats, manifests
 from hps.prepare.formats import DROPS, FORMATS, Dropped, Record
 
 ALPACA_JUDGE = "weighted_alpaca_eval_gpt4_turbo"  # of AlpacaEval 2; --subset names another
@@ -128,7 +128,7 @@ def import_pairs(path: str | Path, folder: str | Path) -> dict[str, Any]:
     if not manifest.exists():
         found = import_file("trl", path)
         write(out, found.rows)
-        write_manifest([(str(path), str(path))], out, {"counts": dict(found.counts)})
+        manifests.write([(str(path), str(path))], out, {"counts": dict(found.counts)})
         print("\n".join([f"{path}: pairs imported", *found.reasons]), file=sys.stderr)
     counts = files.read_record(manifest, f"delete it, and {out}", counts=dict)["counts"]
     return {"path": str(out), "counts": {"pairs_read": counts["rows_read"]} | {key: counts[key] for key in DROPS}}
@@ -176,26 +176,6 @@ def _pair_of(row: Row, pair: str) -> tuple[int, int]:
     if chosen is None or rejected is None:
         raise Dropped("rows_no_pair", f"row {row.id!r} has no chosen and rejected response")
     return chosen, rejected
-
-
-def write_manifest(inputs: Sequence[tuple[str, str]], output: str | Path, facts: dict[str, Any]) -> None:
-    """Write OUTPUT.manifest.json: `facts` (options, counts) and what identifies the files, as `sha256sum` checks them.
-
-    inputs: of each the path, and what it is called instead of that, which may be of a cache; a data set's name has its
-    commit. Equal files and facts give equal bytes: there is no time in it.
-    """
-    record = {"input": described(inputs), "output": described([(str(output), str(output))])} | facts
-    files.write_record(Path(f"{output}.manifest.json"), record)
-
-
-def described(inputs: Sequence[tuple[str, str]]) -> Any:
-    """What identifies files in a manifest; of one file not as a list. inputs: as in `write_manifest`."""
-    about = []
-    for path, called in inputs:
-        file = Path(path)
-        sums = {"bytes": file.stat().st_size, "sha256": files.sha256(file)} if file.is_file() else {}
-        about.append({"path": called} | sums)
-    return about[0] if len(about) == 1 else about
 
 
 def _names(columns: Iterable[str], known: set[str]) -> dict[str, str]:

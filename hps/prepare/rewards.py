@@ -103,18 +103,37 @@ def encode_answered(encoder: tokens.Encoder, prompt: RowPrompt, texts: Sequence[
     return Block(np.array(head, np.int32), tuple(np.array(ids, np.int32) for ids in answers))
 
 
-def scored(row: Row, rewards: Rewards) -> Row:
-    """The row with its rewards, without the responses that have none."""
-    whole = replace(row, rewards=tuple(reward or 0.0 for reward in rewards))
-    return only(whole, [k for k, reward in enumerate(rewards) if reward is not None])
+def scored_rows(
+    found: Iterable[tuple[Row, Rewards]], counts: Counter[str], lost: dict[str, list[int]], *, pairs: bool
+) -> Iterator[Row]:
+    """Yields the rows with their rewards, without the responses that have none, and without rows of nothing else.
 
-
-def agreement(row: Row) -> dict[str, int]:
-    """Of a row with rewards and a human pair, that it has them, and whether the rewards agree with the pair or tie."""
-    if not row.rewards or row.chosen is None or row.rejected is None:
-        return {}
-    apart = row.rewards[row.chosen] - row.rewards[row.rejected]
-    return {"human_pairs": 1, "human_pairs_agree": int(apart > 0), "human_pairs_tied": int(apart == 0)}
+    Adds to `counts` how many these are, and of rows with a human pair whether the rewards agree with it or tie; to
+    `lost`, by id, which responses are left out. pairs: a row without a human pair gets a `random_pair`. ValueError if
+    no response has a reward.
+    """
+    told = ("rows", "responses", "responses_left_out", *(("pairs_equal_rewards", "pairs_made") if pairs else ()))
+    counts.update(dict.fromkeys(told, 0))  # zeros are told too
+    where = ""
+    for row, given in found:
+        where = where or row.where
+        scored = replace(row, rewards=tuple(reward or 0.0 for reward in given))
+        scored = only(scored, [k for k, reward in enumerate(given) if reward is not None])
+        if places := [k for k, reward in enumerate(given) if reward is None]:
+            lost[row.id] = places
+            counts["responses_left_out"] += len(places)
+        if row.responses and not scored.responses:
+            continue
+        counts.update(rows=1, responses=len(scored.responses))
+        if scored.rewards and scored.chosen is not None and scored.rejected is not None:
+            apart = scored.rewards[scored.chosen] - scored.rewards[scored.rejected]
+            counts.update(human_pairs=1, human_pairs_agree=int(apart > 0), human_pairs_tied=int(apart == 0))
+        if pairs and scored.chosen is None:
+            scored = random_pair(scored)
+            counts["pairs_equal_rewards" if scored.chosen is None else "pairs_made"] += 1
+        yield scored
+    if not counts["rows"]:
+        raise ValueError(f"{where}: no response of this row or of one behind it has a reward ({dict(counts)})")
 
 
 def _finite(rewards: Iterable[float]) -> Rewards:

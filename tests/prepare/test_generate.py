@@ -18,7 +18,7 @@ from hps.data import listwise
 from hps.data.rows import Row
 from hps.data.tokens import Encoder
 from hps.io import hub
-from hps.prepare import decode, importers, journal
+from hps.prepare import decode, journal, manifests
 from hps.prepare import generate as generation
 from hps.prepare.generate import answer, generate, load_vllm, prompt_seed
 
@@ -194,7 +194,7 @@ def test_samples_that_training_encodes_otherwise_are_counted(tmp_path):
     for name, facts in (("drawn", made), ("scored", {"command": "annotate", "counts": {"rows": 1}})):
         (tmp_path / name).write_text(name)
         made_from = str(tmp_path / {"drawn": "in", "scored": "drawn"}[name])
-        importers.write_manifest([(made_from, made_from)], tmp_path / name, facts)
+        manifests.write([(made_from, made_from)], tmp_path / name, facts)
     found = [generation.encoded_otherwise(tmp_path / name) for name in ("in", "drawn", "scored")]
     assert found == [0, 2, 2]
 
