@@ -9,8 +9,8 @@
 
 `python data_prep.py COMMAND --help` lists the options of one. `torchrun --nproc_per_node 2 -- data_prep.py generate`
 shares the prompts out over processes; a killed `generate` or `annotate` goes on when it is started again, with
-torchrun or without. A finished command with an --output does nothing, and writes over nothing that is not its like;
-`world` makes its folder anew.
+torchrun or without. A finished command does nothing when it is started again, and none writes over what no command of
+ours has made.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from hps import config, dist, model
 from hps.data import listwise, store, tokens
 from hps.data.rows import Row, stream
+from hps.io import files
 from hps.lab import scorers, world
 from hps.prepare import doctor, formats, generate, importers, journal, manifests, rewards
 
@@ -107,8 +108,18 @@ class Doctor:
 
 def make_world(c: World) -> None:
     """Write a self-made world: an untrained model, demonstrations for SFT, prompts for training, choice and report."""
-    about = world.write(Path(c.out), **{k: v for k, v in vars(c).items() if k != "out"})
-    manifests.print_counts(c.out, {k: v for k, v in about.items() if isinstance(v, int)})
+    out, options = Path(c.out), vars(c) | {"sft": c.demonstrations}
+    if (out / "world.json").is_file():
+        advice = "delete the folder, or choose another --out"
+        before = files.read_record(out / "world.json", advice, files=dict)
+        if other := files.first_corrupt_file(out, before["files"]):
+            raise ValueError(f"{out}: holds a world that has been changed ({other}): {advice}")
+        if other := [key for key in before if key != "files" and before[key] != options.get(key)]:
+            raise ValueError(f"{out}: holds a world of another {', '.join(other)}: {advice}")
+        print(f"{out}: is finished; delete it to make it again", file=sys.stderr)
+        return
+    about = world.write(out, **{key: value for key, value in vars(c).items() if key != "out"})
+    manifests.print_counts(c.out, {key: n for key, n in about.items() if isinstance(n, int)})
 
 
 def import_rows(c: Import) -> None:
@@ -177,6 +188,10 @@ def generate_candidates(c: Generate) -> None:
         drawn = (dataclasses.replace(row, responses=(*row.responses, *texts), rewards=None) for row, texts in found)
         listwise.write(c.output, drawn)
         manifests.finish(c, "generate", {**counts, **more}, [])
+        if (lost := more["unfinished"]) > more["samples"] / 4:
+            share = f"{lost:,} of {more['samples']:,} samples did not end within {c.max_new_tokens} tokens"
+            advice = "raise --max_new_tokens, or take a model that ends its answers (SFT teaches it)"
+            print(f"{c.output}: {share} and are left out: {advice}", file=sys.stderr)
 
     journal.in_shares(c, rows, work, write)
 

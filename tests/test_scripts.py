@@ -282,6 +282,52 @@ def test_a_finished_output_is_made_again_for_a_reason(tiny_world, tmp_path, caps
         made(seed=1)
 
 
+def test_a_world_is_made_once(tmp_path, capsys):
+    """Not over another one, a changed one, or a folder of other things, all of which stay as they were."""
+    sizes = dict(train=2, valid=1, test=1, demonstrations=2)
+
+    def refused(out: Path, **more) -> str:
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError) as refusal:
+            data_prep.main(["world", *flags(out=out, **sizes | more)])
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        return str(refusal.value)
+
+    out = tmp_path / "world"
+    for said in (f"{out}: seed 0, test 1", f"{out}: is finished; delete it to make it again"):
+        data_prep.main(["world", *flags(out=out, **sizes)])
+        assert said in capsys.readouterr().err
+    (out / "mine.txt").write_text("tea")  # beside it is no change of it
+    data_prep.main(["world", *flags(out=out, **sizes)])
+    assert refused(out, seed=1, train=3).startswith(f"{out}: holds a world of another seed, train: delete the folder")
+    (out / "train.jsonl").write_text((out / "test.jsonl").read_text())
+    assert "holds a world that has been changed (train.jsonl is not what was written" in refused(out)
+    (out / "world.json").unlink()
+    assert refused(out) == f"{out}: holds other files: choose another folder, or delete it"
+
+
+def test_generate_warns_of_samples_without_an_end(tiny_world, tmp_path, capsys, monkeypatch):
+    """Of more than a quarter: an untrained model's; a quarter is passed over."""
+
+    def said(name: str) -> str:
+        how = dict(model=tiny_world / "model", input=tiny_world / "test.jsonl", output=tmp_path / name)
+        data_prep.main(["generate", *flags(**how, n=2, max_new_tokens=4, limit=3)])
+        return capsys.readouterr().err
+
+    told = said("a.jsonl")
+    counts = json.loads((tmp_path / "a.jsonl.manifest.json").read_text())["counts"]
+    assert counts["unfinished"] > counts["samples"] / 4
+    assert f"{counts['unfinished']} of {counts['samples']} samples did not end within 4 tokens" in told
+
+    def ending(lm, prompts, *, counts, **how):
+        for id, _ in prompts:
+            counts.update(samples=4, unfinished=1)
+            yield id, []
+
+    monkeypatch.setattr(data_prep.generate, "generate", ending)
+    assert "unfinished 3" in (told := said("b.jsonl")) and "did not end" not in told
+
+
 def test_data_prep_names_mistakes(tmp_path, tiny_world):
     with pytest.raises(ValueError, match="unknown command 'imports'; choose one of world, import"):
         data_prep.main(["imports"])

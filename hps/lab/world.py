@@ -306,14 +306,15 @@ def new_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausa
 def write(out: Path, *, seed: int, domain: str, train: int, valid: int, test: int, demonstrations: int) -> dict:
     """Write an untrained model, demonstrations to train it on, and three splits of prompts to answer.
 
-    out             folder to hold model/, sft.jsonl, {train,valid,test}.jsonl and, last, world.json
+    out             folder, new or empty, to hold model/, sft.jsonl, {train,valid,test}.jsonl and world.json
     domain          "safe", "help" or "both" (as many prompts of one as of the other; each split then also by
                     domain, as train-help.jsonl)
     train .. test   prompts per split; safe prompts are half risky in each, and no two splits share one
     demonstrations  answers for supervised training: the first half clean, the rest in QUALITY_MIX; their
                     prompts are in neither valid nor test
 
-    Returns what world.json holds. ValueError: unknown domain, or more prompts wanted than there are.
+    Returns what world.json holds: seed, domain, rows per split, and under `files` the sha256 of each file. ValueError:
+    unknown domain, more prompts wanted than there are, or a folder that holds something.
     """
     domains = {"safe": ["safe"], "help": ["help"], "both": ["help", "safe"]}.get(domain)
     if domains is None:
@@ -341,16 +342,21 @@ def write(out: Path, *, seed: int, domain: str, train: int, valid: int, test: in
 
     about = {"seed": seed, "domain": domain, **{name: len(found) for name, found in splits.items()}}
     tokenizer = build_tokenizer(world)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "world.json").unlink(missing_ok=True)  # and back last: where it is, the rest is complete
-    with files.replacing(out / "model") as partial:
-        tokenizer.save_pretrained(partial)
-        new_model(tokenizer, seed=seed).save_pretrained(partial)
-    for name, found in splits.items():
-        listwise.write_lines(out / f"{name}.jsonl", found)
-        for one in domains if len(domains) > 1 and name != "sft" else []:
-            listwise.write_lines(out / f"{name}-{one}.jsonl", (r for r in found if r["source"] == f"world-{one}"))
-    listwise.write_lines(out / "world.json", [about])
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: holds other files: choose another folder, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(out) as folder:
+        with files.replacing(folder / "model") as partial:
+            tokenizer.save_pretrained(partial)
+            new_model(tokenizer, seed=seed).save_pretrained(partial)
+        for name, found in splits.items():
+            listwise.write_lines(folder / f"{name}.jsonl", found)
+            for one in domains if len(domains) > 1 and name != "sft" else []:
+                part = (row for row in found if row["source"] == f"world-{one}")
+                listwise.write_lines(folder / f"{name}-{one}.jsonl", part)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        about |= {"files": {str(path.relative_to(folder)): files.sha256(path) for path in paths}}
+        files.write_record(folder / "world.json", about)
     return about
 
 

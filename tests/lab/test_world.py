@@ -252,12 +252,16 @@ def test_model_is_small_and_follows_its_seed_only():
 def test_written_data(tmp_path, domain):
     sizes = {"train": 60, "valid": 20, "test": 40}
     about = write(tmp_path, seed=5, domain=domain, **sizes, demonstrations=400)
-    assert about == json.loads((tmp_path / "world.json").read_text())
+    told = json.loads((tmp_path / "world.json").read_text())
+    assert about == {key: value for key, value in told.items() if key != "checksum"}
+    sums = about.pop("files")
     assert about == {"seed": 5, "domain": domain, **sizes, "sft": 400}
     parts = ("help", "safe") if domain == "both" else ()
     names = {"model", "world.json"} | {f"{split}.jsonl" for split in (*sizes, "sft")}
     names |= {f"{split}-{part}.jsonl" for split in sizes for part in parts}
     assert {p.name for p in tmp_path.iterdir()} == names  # and no temporary file is left
+    assert {name.split("/")[0] for name in sums} | {"world.json"} == names
+    assert all(sha == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name, sha in sums.items())
 
     world, asked, ids, share = World(5), {}, [], len(parts) / 4  # of rows that are of help
     for split, size in {**sizes, "sft": 400}.items():
