@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hps import config, dist, model
-from hps.data import listwise, store, tokens
+from hps import config, dist, model, pretrained
+from hps.data import listwise, store, tokenizers, tokens
 from hps.data.rows import Row, stream
 from hps.io import files
 from hps.lab import scorers, world
@@ -155,7 +155,7 @@ def generate_candidates(c: Generate) -> None:
     if c.limit < 0:
         raise ValueError(f"limit must not be negative, got {c.limit}")
     rows = listwise.Rows(c.input)
-    tokenizer = tokens.load_tokenizer(c.model, c.template_options)
+    tokenizer = tokenizers.load_tokenizer(c.model, c.template_options)
     encoder = tokens.Encoder(tokenizer)
     lengths = np.fromiter(map(len, rewards.read_prompts(rows, encoder.prompt)), np.int64)
     fitting = np.flatnonzero(lengths <= c.max_prompt_length)
@@ -177,8 +177,8 @@ def generate_candidates(c: Generate) -> None:
             longest = int(lengths[fitting].max())
             lm = generate.load_vllm(c.model, dtype=c.dtype, max_length=longest + c.max_new_tokens)
         else:
-            dtype = model.compute_dtype(c.dtype)
-            lm = model.load_causal_lm(c.model, dtype=dtype, tokenizer=tokenizer).to(ranks.device)
+            dtype = pretrained.compute_dtype(c.dtype)
+            lm = pretrained.load_causal_lm(c.model, dtype=dtype, tokenizer=tokenizer).to(ranks.device)
         how = {key: getattr(c, key) for key in ("n", "max_new_tokens", "temperature", "seed", "max_rows")}
         how |= dict(counts=counts, eos_token_id=tokenizer.eos_token_id, progress=ranks.first)
         for row, (id, samples) in zip(mine, generate.generate(lm, asked, **how), strict=True):
@@ -232,7 +232,7 @@ def annotate_rows(c: Annotate) -> None:
 
 def diagnose(c: Doctor) -> None:
     """Measure what training would see of a file, and say what to change; status 1 where it cannot be trained on."""
-    tokenizer = tokens.load_tokenizer(c.model, c.template_options)
+    tokenizer = tokenizers.load_tokenizer(c.model, c.template_options)
     counts: dict[str, int] = {}
     kept = doctor.kept_rows(tokenizer, stream(c.input), counts, max_length=c.max_length, truncate=c.truncate)
     counts["samples_encoded_otherwise"] = generate.encoded_otherwise(c.input)

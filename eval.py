@@ -21,8 +21,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from hps import checkpoint, config, dist, limits, model, reference
-from hps.data import listwise, store, tokens
+from hps import checkpoint, config, dist, limits, model, pretrained, reference
+from hps.data import listwise, store, tokenizers
 from hps.data.rows import Row, stream
 from hps.evaluate import metrics, report, scoring
 from hps.io import files
@@ -101,7 +101,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     rows = listwise.Rows(c.data)[: c.limit or None]
     for _ in rewards.read_prompts(rows, world.task) if world else ():
         pass  # it refuses what no world has asked
-    tokenizer = tokens.load_common(c.model, c.reference, c.template_options)
+    tokenizer = tokenizers.load_common(c.model, c.reference, c.template_options)
     how = dict(max_length=c.max_length, limit=c.limit, ranks=ranks)
     examples = store.open_store(out / "tokens", c.data, tokenizer, **how)
     human: np.ndarray = (examples.human >= 0).all(1)  # a person's pair of which both responses fit
@@ -111,16 +111,16 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
     if not len(compared):
         raise ValueError(f"{c.data}: no row has rewards that differ, or a human pair (chosen, rejected), that fits")
 
-    dtype = model.compute_dtype(c.dtype)
-    lms = (model.load_causal_lm(path, dtype=dtype, tokenizer=tokenizer) for path in (c.model, c.reference))
+    dtype = pretrained.compute_dtype(c.dtype)
+    lms = (pretrained.load_causal_lm(path, dtype=dtype, tokenizer=tokenizer) for path in (c.model, c.reference))
     policy, ref = (model.PolicyModel(lm).to(ranks.device) for lm in lms)
     limits.check(policy, longest=examples.longest)
     limits.check(ref, longest=examples.longest)
 
     # The same cache as in training: the log-probs of a test set are computed once for all methods and seeds.
     packing = dict(budget=c.tokens_per_micro_batch, pad_id=tokenizer.pad_token_id)
-    weights = dist.from_first(partial(model.fingerprint, ref.lm), ranks)
-    identity = dict(weights=weights, tokenizer=tokens.fingerprint(tokenizer), dtype=c.dtype)
+    weights = dist.from_first(partial(pretrained.fingerprint, ref.lm), ranks)
+    identity = dict(weights=weights, tokenizer=tokenizers.fingerprint(tokenizer), dtype=c.dtype)
     cache = reference.open_cache(c.reference_cache, **identity)
 
     def blocks(of: np.ndarray, chosen: Callable[[int], Sequence[int]]) -> store.Lazy:

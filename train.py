@@ -15,26 +15,38 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from hps import config, options
+
+
+def read_options(argv: Sequence[str] | None = None) -> tuple[options.Config, dict[str, str]]:
+    """The options of a command line, and where each was set: flag or file."""
+    return options.read(argv, description=str(__doc__).split("\n")[0])
+
+
+if __name__ == "__main__":  # --help is shown, and a typo told, before the seconds that torch takes to load
+    config.run_main(read_options)
+
 import torch
 from tqdm import tqdm
 
-from hps import batches, checkpoint, config, dist, model, reference
-from hps.data import tokens
+from hps import batches, checkpoint, dist, model, reference
+from hps.data import tokenizers
 from hps.io import files, loggers
-from hps.options import Config, as_preference, check, form, needs_reference, settings
+from hps.methods import as_preference, check, form, needs_reference
+from hps.options import Config, settings
 from hps.record import RECORD, check_files, check_folder, claim
 from hps.statistics import Divergence, Statistics, check_first_loss
 
 STOPPED = 75  # status of a run that left a checkpoint for its next start: EX_TEMPFAIL of sysexits.h
 
 
-def main(argv: list[str] | None = None) -> None:
-    c, given = config.parse(Config, argv, prog="train.py", description=str(__doc__).split("\n")[0])
-    c, passed_over = check(c, given)
+def main(argv: Sequence[str] | None = None) -> None:
+    c, passed_over = check(*read_options(argv))
     caches = ["token_cache"] + ["reference_cache"] * needs_reference(c)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -72,7 +84,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     torch.manual_seed(c.seed)  # of what peft draws; our own draws are counted, not in sequence
 
     # Data -> the plan of the whole run. No draw is left to the loop, so a run that goes on cannot draw differently.
-    tokenizer = tokens.load_common(c.model, c.reference, c.template_options)
+    tokenizer = tokenizers.load_common(c.model, c.reference, c.template_options)
     examples = batches.open_examples(c, tokenizer, ranks)
     plan = batches.make_plan(c, examples)
     if c.warmup_steps > plan.steps:
@@ -100,7 +112,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     # Its moments are fp32 as the trained weights are: at lr 5e-7 an update in bf16 would round to nothing.
     betas, fused = (c.adam_beta1, c.adam_beta2), ranks.device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=betas, weight_decay=c.weight_decay, fused=fused)
-    inputs = {"model": weights, "tokenizer": tokens.fingerprint(tokenizer), "data": examples.data_hash}
+    inputs = {"model": weights, "tokenizer": tokenizers.fingerprint(tokenizer), "data": examples.data_hash}
     scorer = policy
     if needs_reference(c) and c.reference:
         scorer, inputs["reference"] = start.load_reference(c, ranks, tokenizer, longest=longest)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data_prep
 import eval as evaluation
 import train
-from hps import adapters, attention, config, limits, model
+from hps import adapters, attention, config, limits, model, pretrained
 from hps.data import listwise
 from hps.evaluate import chat, export
 from hps.extra.reward_model import RewardModel
@@ -282,7 +282,7 @@ def entrances(folder: Path, targets: list[str]) -> dict[str, Callable[[], Any]]:
     def given_away() -> list[torch.Tensor]:
         export.main([f"--model={folder / 'LoRA' / 'policy'}", f"--out={folder / 'export'}"])
         merged = T.AutoModelForCausalLM.from_pretrained(folder / "export")
-        beside, found = model.load_causal_lm(str(folder / "LoRA" / "policy"), dtype=torch.float32), []
+        beside, found = pretrained.load_causal_lm(str(folder / "LoRA" / "policy"), dtype=torch.float32), []
         for lm in (merged, beside):
             with eager(lm) as one:
                 found.append(of_sequence(one, torch.arange(3, 27), 12))

@@ -17,7 +17,7 @@ import harness
 import torch
 
 from hps import config
-from hps.data import listwise, tokens
+from hps.data import listwise, tokenizers, tokens
 from hps.data.rows import Row, row_key
 from hps.prepare import importers
 
@@ -53,7 +53,7 @@ RATIOS = {
 def candidates(c: Options, n: int) -> list[Row]:
     """`c.prompts` prompts with n responses of about one length each, rewards in no order of length."""
     rows = list(importers.import_file("hh-rlhf", c.data).rows)
-    tokenizer = tokens.load_tokenizer(c.model)
+    tokenizer = tokenizers.load_tokenizer(c.model)
     texts = sorted({text for row in rows for text in row.responses})
     lengths = {text: len(next(tokens.Encoder(tokenizer).responses([text]))) for text in texts}
     by_length = sorted(texts, key=lengths.__getitem__)

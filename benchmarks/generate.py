@@ -24,8 +24,8 @@ from typing import Any
 import harness
 import torch
 
-from hps import config, model
-from hps.data import listwise, tokens
+from hps import config, pretrained
+from hps.data import listwise, tokenizers, tokens
 from hps.data.rows import Row
 from hps.lab import world
 from hps.prepare import generate, importers
@@ -57,8 +57,8 @@ def make_world(folder: Path) -> tuple[str, list[Row]]:
 
 def contestants(path: str, prompts: list[list[int]], n: int, limit: int) -> dict[str, Callable[[], list[int]]]:
     """Functions that draw n responses to each prompt and return the responses' lengths in tokens."""
-    ours, theirs = (model.load_causal_lm(path, dtype=torch.float32) for _ in range(2))
-    eos = tokens.load_tokenizer(path).eos_token_id
+    ours, theirs = (pretrained.load_causal_lm(path, dtype=torch.float32) for _ in range(2))
+    eos = tokenizers.load_tokenizer(path).eos_token_id
     named, seeds = [(str(i), ids) for i, ids in enumerate(prompts)], itertools.count()
 
     def of_hps() -> list[int]:
@@ -90,7 +90,7 @@ def contestants(path: str, prompts: list[list[int]], n: int, limit: int) -> dict
 
 def measure(c: Options, name: str, path: str, rows: list[Row], n: int, P: int, limit: int) -> dict[str, Any]:
     """Rates and ratios of one case."""
-    tokenizer, lengths = tokens.load_tokenizer(path), {}
+    tokenizer, lengths = tokenizers.load_tokenizer(path), {}
     prompts = [tokens.Encoder(tokenizer).prompt(row.prompt) for row in rows[: max(1, round(P * c.share))]]
 
     def rate(who: str, draw: Callable[[], list[int]]) -> dict[str, float]:

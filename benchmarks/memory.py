@@ -18,7 +18,7 @@ import host_memory
 import scale
 
 from hps import config
-from hps.data import tokens
+from hps.data import tokenizers
 from hps.lab import estimate, world
 
 
@@ -51,7 +51,7 @@ def main() -> None:
         for way in c.ways.split(","):
             ranks, more = WAYS[way]
             shared: dict[str, Any] = dict(prompts_per_step=2 * ranks, tokens_per_micro_batch=3 * TOKENS) | more
-            data, tokenizer = folder / f"{ranks}.jsonl", tokens.load_tokenizer(model)
+            data, tokenizer = folder / f"{ranks}.jsonl", tokenizers.load_tokenizer(model)
             scale.write_texts(data, tokenizer, rows=4 * ranks, responses=2, length=2 * TOKENS)
             options = dict(model=model, data=data, out=folder / way, method="dpo-bt", epochs=1, save_minutes=0)
             options |= dict(token_cache=folder / "tokens", reference_cache=folder / "cache") | shared

@@ -36,7 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from hps import config, dist, reference
 from hps.batches import make_plan, touched_blocks
-from hps.data import listwise, store, tokens
+from hps.data import listwise, store, tokenizers, tokens
 from hps.lab import world
 from hps.options import Config
 
@@ -130,7 +130,7 @@ def write_texts(path: Path, tokenizer: PreTrainedTokenizerFast, *, rows: int, re
 
 def opened(folder: Path, data: Path, model: str) -> dict[str, float]:
     """Seconds and peak memory of opening (or making) a store and reading 1,000 prompts."""
-    tokenizer = tokens.load_tokenizer(model)
+    tokenizer = tokenizers.load_tokenizer(model)
 
     def read() -> None:
         examples = store.open_store(folder, data, tokenizer, max_length=2048)
@@ -147,7 +147,7 @@ def ran(script: str, argv: list[str]) -> dict[str, float]:
 
 def commands(rows: int, folder: Path, model: str) -> dict[str, dict[str, float]]:
     """What each command takes, of which one reads what another wrote."""
-    tokenizer = tokens.load_tokenizer(model)
+    tokenizer = tokenizers.load_tokenizer(model)
     write_texts(folder / "texts.jsonl", tokenizer, rows=rows, responses=2, length=16)
     with (folder / "texts.jsonl").open(encoding="utf-8") as file:
         texts = ((row["prompt"], *row["responses"]) for row in map(json.loads, file))
@@ -179,7 +179,7 @@ def commands(rows: int, folder: Path, model: str) -> dict[str, dict[str, float]]
 def stepped(folder: Path, model: str, length: int, responses: int, ranks: int) -> dict[str, Any]:
     """Seconds of a step and peak memory of the first rank, as train.py writes them."""
     data, out = folder / f"{length}-{responses}.jsonl", folder / f"{length}-{responses}-{ranks}"
-    write_texts(data, tokens.load_tokenizer(model), rows=STEP * (STEPS + 1), responses=responses, length=length)
+    write_texts(data, tokenizers.load_tokenizer(model), rows=STEP * (STEPS + 1), responses=responses, length=length)
     options = dict(model=model, data=data, out=out, method="dpo-pl", pl_responses=responses, epochs=1, lr=1e-4)
     options |= dict(prompts_per_step=STEP, tokens_per_micro_batch=2048)
     options |= dict(token_cache=folder / "tokens", reference_cache=folder / "cache")
@@ -213,7 +213,7 @@ def main() -> None:
             found["rows"] = []
             for rows in numbers(c.rows):
                 data = folder / f"{rows}.jsonl"
-                write_texts(data, tokens.load_tokenizer(model), rows=rows, responses=4, length=64)
+                write_texts(data, tokenizers.load_tokenizer(model), rows=rows, responses=4, length=64)
                 size: dict[str, float] = {"prompts": rows, "file_mb": data.stat().st_size / 1e6}
                 for way in ("make", "open"):
                     taken = harness.alone(opened, folder / "tokens", data, model)

@@ -20,8 +20,8 @@ from typing import Any
 import harness
 import torch
 
-from hps import config, model, reference
-from hps.data import tokens
+from hps import config, model, pretrained, reference
+from hps.data import tokenizers, tokens
 from hps.prepare import importers
 
 RANK, ALPHA, TARGETS, STEP = 8, 16, ("q_proj", "v_proj"), 8  # LoRA, and pairs of an optimizer step
@@ -67,7 +67,7 @@ def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
 
     listwise.write(folder / "pairs.jsonl", rows)
     before, shapes = [], []
-    load, forward = model.load_causal_lm, model.PolicyModel.forward
+    load, forward = pretrained.load_causal_lm, model.PolicyModel.forward
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
         lm = load(*args, **kwargs)
@@ -79,7 +79,7 @@ def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
             shapes.append((packed.input_ids.numel(), len(packed.targets)))
         return forward(self, packed)
 
-    model.load_causal_lm, model.PolicyModel.forward = loaded, watched
+    pretrained.load_causal_lm, model.PolicyModel.forward = loaded, watched
     filled = clocked(reference, "fill")
     options = dict(
         model=c.model, data=folder / "pairs.jsonl", out=folder / "run", reference_cache=folder / "cache", dtype=c.dtype,
@@ -101,7 +101,7 @@ def products(c: Options, shapes: list[tuple[int, int]]) -> dict[str, dict[str, f
     Of each kind: how many, their GFLOP, the GB of operands and results, and seconds. Weights take turns as in a step,
     so that none is still in a cache.
     """
-    lm = model.load_causal_lm(c.model, dtype=model.DTYPES[c.dtype])
+    lm = pretrained.load_causal_lm(c.model, dtype=model.DTYPES[c.dtype])
     layers = [m.weight for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
     head, found = lm.get_output_embeddings().weight, {}
 
@@ -152,7 +152,7 @@ def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    tokenizer = tokens.load_tokenizer(c.model)
+    tokenizer = tokenizers.load_tokenizer(c.model)
     examples = list(tokens.tokenize(tokenizer, rows, {}, max_length=2048))
     records = [{
         "prompt": tokenizer.decode(tokens.Encoder(tokenizer).prompt(row.prompt)),

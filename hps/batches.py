@@ -16,8 +16,9 @@ from torch import Tensor
 from hps import dist, losses, reference
 from hps import plan as planning
 from hps.data import store
+from hps.methods import form, parts, positive_stages
 from hps.model import PolicyModel
-from hps.options import Config, form, parts, positive_stages
+from hps.options import Config
 from hps.packing import Block, Packed, micro_batches, pack, to_device
 from hps.samplers import sampler_options
 

@@ -13,9 +13,6 @@ import numpy as np
 
 from hps.samplers import DRAW_STREAM, ORDER_STREAM, SAMPLERS, Visits, counter_uniform, to_the_left
 
-SHUFFLES = ("epochs", "together", "no")
-FORMS = ("sample", "full")
-N_FACTORS = ("one", "n_minus_one")
 PROMPTS_PER_CHUNK = 4096  # what is as wide as the candidates is held of so many prompts at a time
 
 
@@ -85,7 +82,6 @@ def plan(
     Raises:
         ValueError: no prompt has a response that may be contrasted with the preferred ones.
     """
-    assert shuffle in SHUFFLES and n_factor in N_FACTORS and hps_form in FORMS
     assert min(epochs, prompts_per_step, hps_samples, positives) >= 1
     way = SAMPLERS[sampler]
     assert positives == 1 or (way.log_q and hps_form == "full"), "several winners are contrasted with all below them"

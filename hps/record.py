@@ -5,7 +5,8 @@ from pathlib import Path
 
 from hps import dist
 from hps.io import files
-from hps.options import Config, changed_settings, settings
+from hps.methods import changed_settings
+from hps.options import Config, settings
 
 RECORD = "restore it, or start again in a new --out"
 

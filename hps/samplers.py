@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SCHEDULES = ("left_knots", "inclusive", "linear", "constant", "mixture")
 REWARD_NORMS = ("none", "zscore")
 
 # The first counter of each kind of random number, so that no two kinds share numbers; draw d of a visit has 2 + 16 d.

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hps import dist, model, sharding
+from hps import dist, model, pretrained, sharding
 from hps.data import tokens
 from hps.io import hub
-from hps.options import Config, needs_reference
+from hps.methods import needs_reference
+from hps.options import Config
 
 if TYPE_CHECKING:
     from hps.extra import reward_model
@@ -24,7 +25,7 @@ def load_policy(
 
     longest: tokens that it must have positions for.
     """
-    dtype = model.compute_dtype(c.dtype)
+    dtype = pretrained.compute_dtype(c.dtype)
     # Trained weights are fp32, a frozen base is not updated.
     loaded, cast = (None, torch.float32) if not c.lora_rank or dtype == torch.float32 else (dtype, None)
     how = dict(dtype=loaded, tokenizer=tokenizer, merged=not c.lora_rank)
@@ -33,8 +34,9 @@ def load_policy(
 
         lm, wrapped = reward_model.load_reward_model(c.model, begin=True, **how), reward_model.RewardModel
     else:
-        lm, wrapped = model.load_causal_lm(c.model, **how), model.PolicyModel
-    weights = dist.from_first(lambda: model.fingerprint(lm, dtype=cast), ranks)  # while they are whole and untouched
+        lm, wrapped = pretrained.load_causal_lm(c.model, **how), model.PolicyModel
+    # While they are whole and untouched.
+    weights = dist.from_first(lambda: pretrained.fingerprint(lm, dtype=cast), ranks)
     if c.lora_rank:
         from hps import adapters
 
@@ -43,7 +45,7 @@ def load_policy(
         more = dict(task="SEQ_CLS" if c.loss == "reward" else "CAUSAL_LM", revision=hub.resolve(c.model)[1])
         lm = adapters.add_lora(lm, **adapter, **more)
     if c.gradient_checkpointing:
-        model.checkpoint_layers(lm)
+        pretrained.checkpoint_layers(lm)
     # Under FSDP its mixed precision casts the fp32 weights, in one process autocast does.
     autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
     policy = wrapped(lm, autocast=autocast)
@@ -59,8 +61,8 @@ def load_reference(
 ) -> tuple[model.PolicyModel, str]:
     """The model that `--reference` names, sharded, and the fingerprint of its weights."""
     loaded, cast = (None, torch.float32) if c.dtype == "fp32" else (torch.bfloat16, None)
-    lm = model.load_causal_lm(c.reference, dtype=loaded, tokenizer=tokenizer)
-    weights = dist.from_first(lambda: model.fingerprint(lm, dtype=cast), ranks)
+    lm = pretrained.load_causal_lm(c.reference, dtype=loaded, tokenizer=tokenizer)
+    weights = dist.from_first(lambda: pretrained.fingerprint(lm, dtype=cast), ranks)
     scorer = model.PolicyModel(lm)
     sharding.place(scorer, c, ranks, cast=cast, longest=longest)
     return scorer, weights

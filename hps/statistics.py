@@ -7,7 +7,8 @@ from torch import Tensor
 
 from hps import dist
 from hps.batches import Batch, logratios_of
-from hps.options import Config, parts
+from hps.methods import parts
+from hps.options import Config
 
 # Per-prompt values of the log, in the order of `Statistics.sums`; names are the field's.
 METRICS = ("loss", *(f"rewards/{which}" for which in ("chosen", "rejected", "margins", "accuracies")))

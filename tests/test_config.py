@@ -1,10 +1,13 @@
 """The option parser: both sources, every type, and every mistake with the place where it stands."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -221,3 +224,10 @@ def test_run_main_reports_a_mistake_without_a_traceback(capsys):
     assert caught.value.code == 2 and capsys.readouterr() == ("", "error: a.jsonl:3: fix it\n")
     with pytest.raises(KeyError):  # a bug
         run_main(lambda: fail(KeyError("x")))
+
+
+def test_a_typo_is_told_before_torch_is_loaded(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was loaded')")
+    command = [sys.executable, str(ROOT / "train.py"), "--datta=x"]
+    found = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and "the nearest is --data;" in found.stderr

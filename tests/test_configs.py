@@ -3,13 +3,13 @@
 import pytest
 from helpers import ROOT
 
-from hps import config
-from hps.options import Config, check
+from hps import options
+from hps.methods import check
 
 
-def load(path, *more: str) -> Config:
+def load(path, *more: str) -> options.Config:
     argv = ["--config", str(path), "--model", "m", "--data", "d", "--out", "o", *more]
-    c, passed_over = check(*config.parse(Config, argv, prog="train.py", description=""))
+    c, passed_over = check(*options.read(argv))
     assert not passed_over
     return c
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaForSequenceClassification
 
-from hps import checkpoint, dist, limits, model, sharding
+from hps import checkpoint, dist, limits, pretrained, sharding
 from hps.extra.reward_model import RewardModel
 from hps.model import PolicyModel, layers_of
 from hps.options import Config
@@ -235,7 +235,7 @@ def test_a_base_that_is_whole_gives_the_bits_of_a_sharded_one(tiny_world, tmp_pa
 
 def run_where_the_first_rank_alone_may_hash(argv: list[str]) -> None:
     if int(os.environ["RANK"]):
-        model.fingerprint = None
+        pretrained.fingerprint = None
     run_script("train", argv)
 
 

@@ -17,7 +17,7 @@ from hps import options
 from hps.evaluate.metrics import METRICS
 from hps.lab.suites import SUITES
 from hps.losses import LOSSES
-from hps.samplers import SAMPLERS, SCHEDULES
+from hps.samplers import SAMPLERS
 
 PAGES = {"README.md": ROOT / "README.md"} | {f"docs/{path.name}": path for path in (ROOT / "docs").glob("*.md")}
 PRESENT = {name: path for name, path in PAGES.items() if name != "docs/LOG.md"}  # the log names what once was
@@ -193,7 +193,15 @@ def exists(reference: str) -> bool:
     if re.fullmatch(r"[\w/.-]+\.(py|md|toml)", reference):
         return (ROOT / reference).exists()
     if re.fullmatch(r"[\w/]+", reference):
-        named = {*SUITES, "theory", *SAMPLERS, *SCHEDULES, *LOSSES, *METRICS, *options_of("train.py")}
+        named = {
+            *SUITES,
+            "theory",
+            *SAMPLERS,
+            *options.CHOICES["gamma_schedule"],
+            *LOSSES,
+            *METRICS,
+            *options_of("train.py"),
+        }
         return reference in named or f'"{reference}"' in (ROOT / "train.py").read_text()  # a key of metrics.jsonl
     return True
 

@@ -16,8 +16,9 @@ from transformers import Gemma3Config, Gemma3ForSequenceClassification
 from hps import dist, loading, sharding
 from hps.adapters import add_lora
 from hps.extra.reward_model import RewardModel, load_reward_model
-from hps.model import PolicyModel, fingerprint, load_causal_lm
+from hps.model import PolicyModel
 from hps.packing import pack
+from hps.pretrained import fingerprint, load_causal_lm
 
 ALONE = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
 FP32 = dict(dtype=torch.float32)

@@ -5,15 +5,9 @@ import torch
 from helpers import blocks_of, separate_logps, tiny
 
 from hps.adapters import add_lora
-from hps.model import (
-    PolicyModel,
-    checkpoint_layers,
-    compute_dtype,
-    fingerprint,
-    layers_of,
-    load_causal_lm,
-)
+from hps.model import PolicyModel, layers_of
 from hps.packing import pack
+from hps.pretrained import checkpoint_layers, compute_dtype, fingerprint, load_causal_lm
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])

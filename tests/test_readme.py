@@ -7,7 +7,7 @@ import runpy
 import pytest
 from helpers import ROOT
 
-from hps import options
+from hps import methods, options
 from hps.evaluate.metrics import METRICS
 from hps.losses import LOSSES
 from hps.prepare.formats import FORMATS
@@ -49,12 +49,12 @@ def forked(monkeypatch, tmp_path) -> None:
 def test_the_examples_of_the_pages_work(forked):
     """A loss and a sampler go together, and a sampler's arguments are options, of which the run uses no others."""
     c = options.Config("m", "d", "o", method="hinge2-window")
-    options.check(c, dict.fromkeys(("method", "beta", "hps_samples", "n_factor"), "flag"))
+    methods.check(c, dict.fromkeys(("method", "beta", "hps_samples", "n_factor"), "flag"))
     with pytest.raises(ValueError, match="does not use gamma_end"):
-        options.check(c, {"gamma_end": "flag"})
+        methods.check(c, {"gamma_end": "flag"})
     c = options.Config("m", "d", "o", method="dpo-cosine")
-    options.check(c, dict.fromkeys(("gamma_end", "reward_norm"), "flag"))
+    methods.check(c, dict.fromkeys(("gamma_end", "reward_norm"), "flag"))
     window = SAMPLERS["window"].log_q
     SAMPLERS["window"] = Sampler(log_q=lambda v, *, width=0.15: window(v))
     with pytest.raises(ValueError, match="without a field of options.Config, with help text: {'width'}"):
-        options.check(c, {})
+        methods.check(c, {})

@@ -124,7 +124,7 @@ def options_of(path: Path) -> set[str]:
 def test_every_option_is_read():
     """Somewhere, as an attribute, by its name in a string, or as the argument of a loss or of what writes a world."""
     from hps.lab import world
-    from hps.options import all_losses
+    from hps.methods import all_losses
     from hps.samplers import SAMPLERS, sampler_options
 
     paths = [*MODULES.values(), *(ROOT / "benchmarks").glob("*.py")]

@@ -17,10 +17,10 @@ import eval as evaluation
 from hps import config, dist
 from hps.data import listwise
 from hps.data.rows import Row
-from hps.data.tokens import load_tokenizer
+from hps.data.tokenizers import load_tokenizer
 from hps.io import files
 from hps.lab.world import World
-from hps.model import load_causal_lm
+from hps.pretrained import load_causal_lm
 
 
 @pytest.fixture(scope="module")

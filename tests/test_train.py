@@ -19,12 +19,12 @@ from peft import AutoPeftModelForCausalLM
 
 import data_prep
 import train
-from hps import batches, reference
+from hps import batches, pretrained, reference
 from hps.batches import Batch, objective
-from hps.data import listwise, tokens
+from hps.data import listwise, tokenizers
 from hps.data.rows import Row
-from hps.model import load_causal_lm
 from hps.options import Config
+from hps.pretrained import load_causal_lm
 from hps.statistics import Divergence, Statistics, check_first_loss
 
 LORA = dict(lora_rank=4, lora_alpha=8, lr=3e-2)
@@ -183,7 +183,7 @@ def test_an_adapter_on_an_adapter_is_refused(tiny_world, tmp_path):
 def test_another_reference_is_gone_before_the_first_step(tiny_world, tmp_path, monkeypatch):
     """It has been scored by then, and its memory is as much as the policy's."""
     loaded, alive = [], []
-    real, lr_at = train.model.load_causal_lm, train.lr_at
+    real, lr_at = pretrained.load_causal_lm, train.lr_at
 
     def load(path, **how):
         lm = real(path, **how)
@@ -194,7 +194,7 @@ def test_another_reference_is_gone_before_the_first_step(tiny_world, tmp_path, m
         alive.append([lm() is not None for lm in loaded])
         return lr_at(c, step, steps)
 
-    monkeypatch.setattr(train.model, "load_causal_lm", load)
+    monkeypatch.setattr(pretrained, "load_causal_lm", load)
     monkeypatch.setattr(train, "lr_at", count)
     run(tiny_world, tmp_path, reference=tiny_world / "model", method="dpo-bt", stop_after=1)
     assert alive == [[True, False]]
@@ -369,7 +369,7 @@ def test_differences_that_cancel_in_the_first_loss_are_seen():
 
 def penalised_rewards(world: Path, penalty: float) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each prompt r_k - penalty L_k and L_k, the scored tokens with the end token."""
-    tokenizer = tokens.load_tokenizer(str(world / "model"))
+    tokenizer = tokenizers.load_tokenizer(str(world / "model"))
     examples, _ = tokenize_rows(tokenizer, listwise.read(world / "train.jsonl"), max_length=128)
     lengths = [np.array([len(ids) for ids in e.response_ids]) for e in examples]
     return [(e.rewards - penalty * L, L) for e, L in zip(examples, lengths, strict=True)]

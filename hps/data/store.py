@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from functools import partial as bound
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hps import dist
-from hps.data import tokens
-from hps.data.tokens import Example
+from hps.data import tokenizers
 from hps.io import files
 from hps.packing import Block
+
+if TYPE_CHECKING:
+    from hps.data.tokens import Example
 
 # Decides a store's name: raise it when the files below, or what becomes of a row, change.
 FORMAT = 6
@@ -167,9 +169,9 @@ def open_store(
     how = dict(max_length=max_length, truncate=truncate)
 
     def make() -> str:
-        from hps.data import rows
+        from hps.data import rows, tokens
 
-        identity = {"format": FORMAT, "data": files.sha256(data), "tokenizer": tokens.fingerprint(tokenizer)}
+        identity = {"format": FORMAT, "data": files.sha256(data), "tokenizer": tokenizers.fingerprint(tokenizer)}
         identity |= how | {"candidates": candidates, "closing": closing, "limit": limit}
         folder = root / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
         about: dict[str, Any] = {"identity": identity, "counts": {}}
@@ -202,7 +204,7 @@ def _without_rewards(id: str, where: str) -> ValueError:
     return ValueError(f"{where}: row {id!r} has no rewards: {advice}")
 
 
-def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> None:
+def write(folder: Path, examples: Iterable["Example"], about: dict[str, Any]) -> None:
     """Write a store, whole or not at all; one that another process has put there meanwhile stays.
 
     about: `identity` and `counts` for the header, looked at after the last example.
@@ -210,6 +212,7 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
     with files.explain_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     from hps.data.rows import row_key
+    from hps.data.tokens import longest as longest_of
 
     longest, offset, cuts = 0, 0, np.zeros(2, np.int64)
     with files.replacing(folder, over=False) as partial:
@@ -237,7 +240,7 @@ def write(folder: Path, examples: Iterable[Example], about: dict[str, Any]) -> N
                 put("human", [-1 if k is None else k for k in (e.chosen, e.rejected)])
                 cuts = cuts + [len(e.response_ids), len(id)]
                 put("cuts", cuts)
-                longest = max(longest, tokens.longest(e))
+                longest = max(longest, longest_of(e))
         sums = {name: files.sha256(partial / name) for name in FILES}
         files.write_record(partial / "store.json", about | {"longest": longest, "files": sums})
 

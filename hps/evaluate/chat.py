@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from hps import config, model
-from hps.data import tokens
+from hps import config, model, pretrained
+from hps.data import tokenizers, tokens
 from hps.data.rows import Prompt
 from hps.prepare import generate
 
@@ -70,13 +70,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def load(path: str, dtype: str, options: str = "") -> tuple[Any, Any]:
     """A model and its tokenizer; ValueError for one that has no chat template."""
-    tokenizer = tokens.load_tokenizer(path, options)
+    tokenizer = tokenizers.load_tokenizer(path, options)
     try:
         tokens.Encoder(tokenizer).prompt(said("a"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be talked to: {error}; take a model that was trained to chat") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lm = model.load_causal_lm(path, dtype=model.compute_dtype(dtype), tokenizer=tokenizer)
+    lm = pretrained.load_causal_lm(path, dtype=pretrained.compute_dtype(dtype), tokenizer=tokenizer)
     return lm.to(device), tokenizer
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from hps import config, dist, model, sharding
-from hps.data import tokens
+from hps import config, dist, model, pretrained, sharding
+from hps.data import tokenizers
 from hps.evaluate.metrics import METRICS
 from hps.extra import reward_model
 from hps.io import card, files
@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     if not same:
         raise ValueError(f"--eval_json {c.eval_json} is about {about}: run eval.py on {c.model}")
 
-    load, tokenizer = reward_model.load_reward_model if reward else model.load_causal_lm, tokens.load_tokenizer(c.model)
+    load = reward_model.load_reward_model if reward else pretrained.load_causal_lm
+    tokenizer = tokenizers.load_tokenizer(c.model)
     lost = rounding(load(c.model, dtype=torch.float32)) if c.dtype == "bf16" else ""
     lm = load(c.model, dtype=torch.float32, tokenizer=tokenizer, merged=True).to(model.DTYPES[c.dtype])
     alone = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from hps import config, limits, model
-from hps.data import listwise, tokens
+from hps import config, limits, model, pretrained
+from hps.data import listwise, tokenizers, tokens
 from hps.data.rows import Prompt, Row, read_lines
 from hps.evaluate import chat, verdicts
 from hps.evaluate.endpoint import Endpoint, Reply
@@ -263,7 +263,7 @@ def local_judge(c: Options) -> Judge:
         found = generate.answer(lm, tokenizer, fitting, counts=Counter(), progress=False, **how) if fitting else ()
         yield from ((key, Reply(text, c.model)) for key, [text] in found)
 
-    weights = {"weights": model.fingerprint(lm), "tokenizer": tokens.fingerprint(tokenizer)}
+    weights = {"weights": pretrained.fingerprint(lm), "tokenizer": tokenizers.fingerprint(tokenizer)}
     return Judge({"model": c.model, **weights, "dtype": c.dtype}, ask)
 
 

@@ -12,8 +12,9 @@ from hps import batches, checkpoint, dist
 from hps.data import tokens
 from hps.extra import kto
 from hps.io import files
+from hps.methods import form
 from hps.model import PolicyModel
-from hps.options import Config, form
+from hps.options import Config
 from hps.statistics import Statistics
 
 

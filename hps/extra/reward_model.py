@@ -105,7 +105,7 @@ def load_reward_model(
     """A sequence classifier from a local folder or the hub, in evaluation mode; an adapter stays beside its base.
 
     Args:
-        dtype, tokenizer, merged: as in model.load_causal_lm.
+        dtype, tokenizer, merged: as in pretrained.load_causal_lm.
         objectives: one, or of a head with several mean, score (ArmoRM's gate) or the name of one.
         begin: a causal LM is welcome too, and gets a head of zeros: every reward is 0 then, and the first loss log 2.
 

@@ -25,8 +25,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from hps import adapters, attention_cpu, config, dist, loading, logps, model, sharding
-from hps.options import Config, check_method
+from hps import adapters, attention_cpu, config, dist, loading, logps, model, pretrained, sharding
+from hps.methods import check_method
+from hps.options import Config
 from hps.packing import Block, micro_batches, pack, pieces
 
 
@@ -122,7 +123,7 @@ def build(c: Options, ranks: dist.Ranks, fake: FakeTensorMode) -> model.PolicyMo
         if c.lora_rank:
             lm = adapters.add_lora(lm, rank=c.lora_rank, alpha=16, targets=c.lora_targets.split(","), seed=0)
     if c.gradient_checkpointing:
-        model.checkpoint_layers(lm)
+        pretrained.checkpoint_layers(lm)
     autocast = dtype if not c.lora_rank and not ranks.sharded and dtype != torch.float32 else None
     policy = model.PolicyModel(lm, autocast=autocast)
     with fake:

@@ -21,7 +21,7 @@ from hps.io import files
 from hps.lab import claims, suites
 from hps.lab.suites import LR, SUITES, Row, Suite
 from hps.lab.sweep import Stage, flags, run_in_workers, stage_seconds
-from hps.options import all_losses
+from hps.methods import all_losses
 
 
 @dataclass

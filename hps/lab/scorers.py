@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hps import limits, model
-from hps.data import tokens
+from hps import limits, pretrained
+from hps.data import tokenizers
 from hps.data.rows import Row
 from hps.evaluate.scoring import score
 from hps.extra import reward_model
@@ -56,9 +56,9 @@ def load_reward_model(
     It goes to its device with the first rows, when eval.py has let go of another model. template_options: of its chat
     template. counts: what was cut and what could not be scored.
     """
-    tokenizer = tokens.load_tokenizer(path, template_options)
+    tokenizer = tokenizers.load_tokenizer(path, template_options)
     device, counts = device or torch.device("cpu"), Counter() if counts is None else counts
-    how = dict(dtype=model.compute_dtype(dtype), tokenizer=tokenizer, objectives=objectives)
+    how = dict(dtype=pretrained.compute_dtype(dtype), tokenizer=tokenizer, objectives=objectives)
     lm = reward_model.load_reward_model(path, **how)
     begins = None
     if objectives == "score":

@@ -11,14 +11,14 @@ import torch
 from helpers import on_ranks, tokenize_rows
 
 from hps import batches, config, dist
-from hps.data import listwise, store, tokens
+from hps.data import listwise, store, tokenizers, tokens
 from hps.data.rows import Row, only, row_key
 from hps.options import Config
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_world):
-    return tokens.load_tokenizer(str(tiny_world / "model"))
+    return tokenizers.load_tokenizer(str(tiny_world / "model"))
 
 
 def odd_rows(world: Path) -> list[Row]:
@@ -137,7 +137,7 @@ def test_only_equal_inputs_share_a_store(tiny_world, tmp_path, tokenizer):
     for n, change in enumerate(changes, 2):
         opened(stores, data, tokenizer, **change)
         assert count() == n
-    opened(stores, data, tokens.load_tokenizer(str(other)))
+    opened(stores, data, tokenizers.load_tokenizer(str(other)))
     assert count() == 5
     copy.write_text(copy.read_text().replace('"id": "', '"id": "z', 1))
     assert opened(stores, copy, tokenizer).id(0).startswith("z") and count() == 6
@@ -179,7 +179,7 @@ def test_of_two_that_make_a_store_the_first_stays(tiny_world, tmp_path, tokenize
 
 def rank_of_two(folder: Path, data: Path, model: str) -> None:
     """Open stores as one of two ranks and note what was hashed and what came of it."""
-    tokenizer, hashed, found = tokens.load_tokenizer(model), [], {}
+    tokenizer, hashed, found = tokenizers.load_tokenizer(model), [], {}
     sha256 = store.files.sha256
     store.files.sha256 = lambda path: hashed.append(path.name) or sha256(path)
     with dist.session(timeout=timedelta(minutes=2)) as ranks:

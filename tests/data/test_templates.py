@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hps.data.rows import Row, parse_row
 from hps.data.templates import DATE
-from hps.data.tokens import Encoder, fingerprint, load_tokenizer
+from hps.data.tokenizers import fingerprint, load_tokenizer
+from hps.data.tokens import Encoder
 
 CHAT = "{% for m in messages %}<|tool|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<|tool|>assistant\n{% endif %}"

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hps.data.rows import Row, row_key
-from hps.data.tokens import COUNTS, Encoder, fingerprint, load_tokenizer, tokenize
+from hps.data.tokenizers import fingerprint, load_tokenizer
+from hps.data.tokens import COUNTS, Encoder, tokenize
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>", "tea", "is", "hot", "cold", "why"]
 TEMPLATE = "<bos>{% for m in messages %} <{{ m.role }}> {{ m.content }}{% endfor %} <assistant>"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from helpers import encode_prompt, flags
 
-from hps.data import tokens
+from hps.data import tokenizers
 from hps.evaluate import chat
-from hps.model import load_causal_lm
 from hps.prepare import generate
+from hps.pretrained import load_causal_lm
 
 WIDE = 120
 
@@ -45,7 +45,7 @@ def other(tiny_world, tmp_path_factory):
 
 def expected(path, history: list[tuple[str, str]], turn: int, seed: int = 0, temperature: float = 0.9) -> str:
     """generate's own sample of a conversation given as (role, text), 12 tokens at most."""
-    lm, tokenizer = load_causal_lm(str(path), dtype=torch.float32), tokens.load_tokenizer(str(path))
+    lm, tokenizer = load_causal_lm(str(path), dtype=torch.float32), tokenizers.load_tokenizer(str(path))
     ids = encode_prompt(tokenizer, tuple({"role": role, "content": text} for role, text in history))
     how = dict(n=1, counts=Counter(), eos_token_id=tokenizer.eos_token_id, max_new_tokens=12, seed=~seed)
     how |= dict(temperature=temperature, as_drawn=True, progress=False)

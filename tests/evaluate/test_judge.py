@@ -15,12 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hps.data import listwise
 from hps.data.rows import Row
-from hps.data.tokens import fingerprint as fingerprint_of
-from hps.data.tokens import load_tokenizer
+from hps.data.tokenizers import fingerprint as fingerprint_of
+from hps.data.tokenizers import load_tokenizer
 from hps.evaluate import endpoint, judge
 from hps.evaluate.judge import CRITERIA, REMINDER, as_data, parse_scores, question
 from hps.io import files
-from hps.model import fingerprint
+from hps.pretrained import fingerprint
 
 CHAT = ({"role": "user", "content": "Name a bird."}, {"role": "assistant", "content": "Crow."})
 CHAT += ({"role": "user", "content": "Another?"},)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaModel
 
-from hps.data import tokens
+from hps.data import tokenizers
 from hps.data.rows import Row
 from hps.extra import armorm
 from hps.lab import scorers
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 def by_formulas(folder, rows) -> dict[str, list[float]]:
     """Of every response the score, and the 19 objectives, in float64 but for the decoder's states."""
-    lm, words = LlamaModel.from_pretrained(folder).eval(), tokens.load_tokenizer(str(folder))
+    lm, words = LlamaModel.from_pretrained(folder).eval(), tokenizers.load_tokenizer(str(folder))
     w = {name: tensor.double().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
     begins = words.convert_tokens_to_ids(["<|eot_id|>", "<|start_header_id|>"])
     found = {"score": [], "rewards": []}

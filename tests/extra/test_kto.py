@@ -7,10 +7,10 @@ from helpers import SFT, distinct, losses, plain_logp, rewrite, run, run_ranks, 
 
 from hps import batches, dist
 from hps.batches import make_plan
-from hps.data import listwise, store, tokens
+from hps.data import listwise, store, tokenizers
 from hps.extra.kto import Mismatched
-from hps.model import load_causal_lm
 from hps.options import Config
+from hps.pretrained import load_causal_lm
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_z0_and_loss_of_a_step_by_plain_forwards(tiny_world, tmp_path, taught, s
     models = [taught, tiny_world / "model"]
     policy, ref = (load_causal_lm(str(path), dtype=torch.float32) for path in (models[::-1] if swapped else models))
     data = rewrite(tiny_world, tmp_path, distinct)
-    tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
+    tokenizer = tokenizers.load_tokenizer(str(tiny_world / "model"))
     examples, _ = tokenize_rows(tokenizer, listwise.read(data)[:8], max_length=128)
     order = [np.argsort(e.rewards) for e in examples]
     pairs = [(e.prompt_ids, e.response_ids[o[-1]], e.response_ids[o[0]]) for e, o in zip(examples, order, strict=True)]
@@ -53,7 +53,7 @@ def test_z0_and_loss_of_a_step_by_plain_forwards(tiny_world, tmp_path, taught, s
 
 def test_mismatched_pairs_are_cut_at_max_length(tiny_world):
     """Each is the visit's prompt and the start of the next one's best response, as much of it as max_length leaves."""
-    data, tokenizer = tiny_world / "train.jsonl", tokens.load_tokenizer(str(tiny_world / "model"))
+    data, tokenizer = tiny_world / "train.jsonl", tokenizers.load_tokenizer(str(tiny_world / "model"))
     examples, _ = tokenize_rows(tokenizer, listwise.read(data), max_length=128)
     longest = max(map(len, (e.prompt_ids for e in examples)))
     c = Config("m", "d", "o", method="kto-bt", prompts_per_step=24, epochs=1, max_length=longest + 5)

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 import train
 from hps import limits
 from hps.adapters import add_lora
-from hps.data import listwise, tokens
+from hps.data import listwise, tokenizers, tokens
 from hps.data.rows import Row
 from hps.extra.reward_model import RewardModel, load_reward_model
 from hps.packing import Block, pack
@@ -124,7 +124,7 @@ def reward_run(**changes) -> dict:
 
 def conversations(folder) -> list[Block]:
     """Chosen and rejected of every row as its template writes them, prompt apart."""
-    encoder = tokens.Encoder(tokens.load_tokenizer(str(folder / "model")))
+    encoder = tokens.Encoder(tokenizers.load_tokenizer(str(folder / "model")))
     rows = listwise.read(folder / "train.jsonl")
     pair = [[row.responses[k] for k in (row.chosen, row.rejected)] for row in rows]
     return [encode_answered(encoder, row.prompt, texts) for row, texts in zip(rows, pair, strict=True)]
@@ -163,7 +163,7 @@ def test_the_loss_is_bradley_terry(pairs, tmp_path):
     lm = load_reward_model(str(pairs / "model"), **FP32, begin=True)
     nn.init.normal_(lm.score.weight, generator=torch.Generator().manual_seed(0))
     lm.save_pretrained(start)
-    tokens.load_tokenizer(str(pairs / "model")).save_pretrained(start)
+    tokenizers.load_tokenizer(str(pairs / "model")).save_pretrained(start)
     train.main(arguments(pairs, tmp_path / "out", **reward_run(model=start, prompts_per_step=24, epochs=1)))
     with torch.no_grad():
         rewards = alone(lm, conversations(pairs))

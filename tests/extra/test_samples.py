@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from hps import config, dist
-from hps.data import listwise, tokens
+from hps.data import listwise, tokenizers
 from hps.extra import samples as samples_module
 from hps.options import Config
 
@@ -39,7 +39,7 @@ def test_they_are_the_greedy_answers_of_the_policy_at_each_step(tiny_world, tmp_
     found = jsonl(tmp_path / "samples.jsonl")
     first = listwise.read(data)[:3]
     assert [(s["step"], s["id"]) for s in found] == [(t, row.id) for t in (0, 2, 4, 6, 8) for row in first]
-    tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
+    tokenizer = tokenizers.load_tokenizer(str(tiny_world / "model"))
     prompts = [encode_prompt(tokenizer, row.prompt) for row in first]
     assert [s["prompt"] for s in found] == [tokenizer.decode(ids) for ids in prompts] * 5
     start = [greedy(tiny_world / "model", ids) for ids in prompts]

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file
 import data_prep
 import train
 from hps import checkpoint, config, dist, reference
-from hps.data import listwise, store, tokens
+from hps.data import listwise, store, tokenizers
 from hps.data.rows import check_manifest
 from hps.io import files
-from hps.model import load_causal_lm
 from hps.options import Config
+from hps.pretrained import load_causal_lm
 from hps.record import check_folder
 
 
@@ -66,7 +66,7 @@ def whole(tiny_world, tmp_path_factory) -> dict[str, tuple[list[Path], Callable[
         moments = [optimizer.state[p]["exp_avg_sq"].clone() for p in weights]
         return about, [p.detach().clone() for p in weights], moments
 
-    tokenizer = tokens.load_tokenizer(str(tiny_world / "model"))
+    tokenizer = tokenizers.load_tokenizer(str(tiny_world / "model"))
 
     def open_tokens() -> object:
         examples = store.open_store(root / "tokens", rows, tokenizer, max_length=128, need_rewards=True)

@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from hps import config, dist, options, reference
+from hps import dist, methods, options, reference
 from hps.data import listwise, store
 from hps.data.rows import Row, check_manifest, parse_row
 from hps.evaluate import export, judge, survey
@@ -80,12 +80,12 @@ def imported(source: str, order: str) -> Callable[[Path], None]:
 
 def training_options(path: Path) -> None:
     argv = ["--model=m", "--data=d", "--out=o", "--config", str(path)]
-    c, given = config.parse(options.Config, argv, prog="x", description="x")
+    c, given = options.read(argv)
     finite(vars(c))
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         assert type(value) is field.type and (field.type is not int or abs(value) <= 2**63), (field.name, value)
-    options.check(c, given)
+    methods.check(c, given)
     json.dumps(options.settings(c), allow_nan=False)
 
 
@@ -119,7 +119,7 @@ def exported(path: Path) -> None:
         path.with_name(name).write_bytes(part)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.tokens, "load_tokenizer", lambda _: None)
-        patch.setattr(export.model, "load_causal_lm", stop)
+        patch.setattr(export.pretrained, "load_causal_lm", stop)
         patch.setattr(export.reward_model, "load_reward_model", stop)
         words = {"model": "policy", "out": "out", "eval_json": "eval.json"}
         try:

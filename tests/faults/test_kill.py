@@ -19,7 +19,7 @@ from helpers import arguments, classifier, flags
 from safetensors.numpy import load_file
 
 import train
-from hps.data import listwise, tokens
+from hps.data import listwise, tokenizers
 from hps.data.rows import Row
 
 SMALL_SHARDS = "from hps import reference; reference.MICRO_BATCHES_PER_SHARD = 1"  # so that the cache fills in pieces
@@ -80,7 +80,7 @@ def test_killed_at_any_moment_and_started_again(tiny_world, tmp_path, amount, na
         listwise.write(tmp_path / "in.jsonl", bare)
         options: dict[str, Any] = dict(model=tiny_world / "model", n=2, max_new_tokens=amount(12, 24), max_rows=4)
         if name == "annotate":
-            rm = classifier(tokens.load_tokenizer(str(tiny_world / "model")), tmp_path / "rm")
+            rm = classifier(tokenizers.load_tokenizer(str(tiny_world / "model")), tmp_path / "rm")
             options = dict(scorer=rm, tokens_per_micro_batch=64)
         work = making(name, len(rows), input=tmp_path / "in.jsonl", **options)
     log, how = tmp_path / "log", dict(script=work.script, setup=SMALL_SHARDS)

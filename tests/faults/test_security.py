@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data_prep
 import eval as evaluation
 import train
-from hps import adapters, checkpoint, model
+from hps import adapters, checkpoint, pretrained
 from hps.data import listwise
 from hps.data.rows import Row
 from hps.evaluate import endpoint, export, judge, report, survey
@@ -90,7 +90,7 @@ def models(tiny_world, tmp_path_factory) -> dict[str, Path]:
     shutil.copytree(tiny_world / "model", root / "policy")
     classifier(AutoTokenizer.from_pretrained(tiny_world / "model"), root / "reward")
     made = dict(rank=2, alpha=4, targets=["q_proj"], seed=0)
-    for kind, load, task in (("policy", model.load_causal_lm, "CAUSAL_LM"),
+    for kind, load, task in (("policy", pretrained.load_causal_lm, "CAUSAL_LM"),
                              ("reward", reward_model.load_reward_model, "SEQ_CLS")):  # fmt: skip
         lm = adapters.add_lora(load(str(root / kind), **FP32), task=task, **made)
         lm.peft_config["default"].base_model_name_or_path = str(root / kind)
@@ -99,7 +99,7 @@ def models(tiny_world, tmp_path_factory) -> dict[str, Path]:
 
 
 def loader(kind: str):
-    return reward_model.load_reward_model if kind.startswith("reward") else model.load_causal_lm
+    return reward_model.load_reward_model if kind.startswith("reward") else pretrained.load_causal_lm
 
 
 @pytest.mark.parametrize("kind", ["policy", "reward", "policy adapter", "reward adapter"])
@@ -123,10 +123,10 @@ def test_an_adapter_of_an_adapter_and_one_without_a_base_are_refused(models, tmp
     for base in (str(folder), None, 3):  # its own base: loading would never end
         (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
         with pytest.raises(ValueError, match="adapter_config.json: base_model_name_or_path must be a model, not"):
-            model.load_causal_lm(str(folder), **FP32)
+            pretrained.load_causal_lm(str(folder), **FP32)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="adapter_config.json: cannot be read"):
-        model.load_causal_lm(str(folder), **FP32)
+        pretrained.load_causal_lm(str(folder), **FP32)
 
 
 def test_code_of_a_model_does_not_run(models, tiny_world, tmp_path, monkeypatch):
@@ -147,7 +147,7 @@ def test_code_of_a_model_does_not_run(models, tiny_world, tmp_path, monkeypatch)
     named, data = str(folder), tiny_world / "train.jsonl"
     shared = dict(model=named, reference=named, data=data, samples=0, reference_cache=tmp_path / "cache")
     calls = [
-        lambda: model.load_causal_lm(named, **FP32),
+        lambda: pretrained.load_causal_lm(named, **FP32),
         lambda: reward_model.load_reward_model(named, **FP32),
         lambda: reward_model.load_reward_model(named, begin=True, **FP32),
         lambda: train.main(arguments(tiny_world, tmp_path / "run", model=named)),

@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import data_prep
 from hps.adapters import add_lora
-from hps.data.tokens import load_tokenizer
+from hps.data.tokenizers import load_tokenizer
 from hps.dist import Ranks
 from hps.extra.reward_model import load_reward_model
 from hps.io import hub
-from hps.model import fingerprint, load_causal_lm
+from hps.pretrained import fingerprint, load_causal_lm
 from hps.sharding import export
 
 FIRST, SECOND = "1" * 40, "2" * 40  # the branch stands at SECOND

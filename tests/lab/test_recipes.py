@@ -15,10 +15,10 @@ from helpers import ROOT
 
 import data_prep
 import eval as evaluation
-from hps import config
+from hps import config, options
 from hps.data import listwise
 from hps.data.rows import Row
-from hps.options import Config, check
+from hps.methods import check
 from recipes import best
 
 SMALL = {"SMALL": "1", "SEEDS": "2"}
@@ -36,7 +36,7 @@ def printed(*args, **more):
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
-def options(command):
+def options_of(command):
     return dict(word[2:].split("=", 1) for word in command if word.startswith("--"))
 
 
@@ -45,7 +45,7 @@ def accept(commands):
     others = []
     for script, *argv in commands:
         if script == "train.py":
-            check(*config.parse(Config, argv, prog="", description=""))
+            check(*options.read(argv))
         elif script == "eval.py":
             config.parse(evaluation.Config, argv, prog="", description="")
         elif script == "data_prep.py":
@@ -66,7 +66,7 @@ def test_a_command_is_accepted_and_reads_what_an_earlier_one_wrote(commands, tmp
     made = {str(tmp_path / "rows.jsonl")}
     assert commands[-1][:2] == ["-m", "hps.evaluate.compare"]
     for command in commands[:-1]:
-        found = options(command)
+        found = options_of(command)
         for key in ("data", "input", "scorer", "reference", "baseline", "model"):
             path = found.get(key, "").removesuffix("/policy")
             assert path in made or not path.startswith(str(tmp_path)), command
@@ -75,17 +75,17 @@ def test_a_command_is_accepted_and_reads_what_an_earlier_one_wrote(commands, tmp
 
 def test_splits_and_reward_models_stay_apart(commands):
     """Model a scores what is trained on, b what is reported; neither has seen the pairs that both are tried on."""
-    spans = sorted((int(o["skip"]), int(o["limit"])) for o in map(options, commands) if "skip" in o)
+    spans = sorted((int(o["skip"]), int(o["limit"])) for o in map(options_of, commands) if "skip" in o)
     assert len(spans) == 5 and all(a[0] + a[1] == b[0] for a, b in pairwise(spans))
     scored = {}
-    for found in map(options, commands):
+    for found in map(options_of, commands):
         if "scorer" in found:
             model = found["scorer"].split("/")[-2]
             scored.setdefault(model, []).append((found.get("output") or found["out"]).split("/out/")[1])
     assert scored.pop("reward-a") == ["heldout-a.jsonl", "train-scored.jsonl"]
     assert scored["reward-b"][:2] == ["heldout-b.jsonl", "test-scored.jsonl"] and len(scored) == 1
     assert all(name.endswith("/test") for name in scored["reward-b"][2:])
-    trained_on = {options(c)["data"].split("/")[-1] for c in commands if "--loss=reward" in c}
+    trained_on = {options_of(c)["data"].split("/")[-1] for c in commands if "--loss=reward" in c}
     assert trained_on == {"reward-a.jsonl", "reward-b.jsonl"}
 
 
@@ -111,13 +111,13 @@ def test_the_paper_on_several_gpus_and_its_smaller_form(tmp_path):
         asked = {words[1] for words in accept(plain)}
         assert asked == {"hps.lab.estimate", "hps.evaluate.compare"}
         assert bool(spread) == (recipe == "paper.sh") and all("--nproc_per_node=4" in words for words in spread)
-        evaluated = [options(words) for words in plain if words[0] == "eval.py"]
+        evaluated = [options_of(words) for words in plain if words[0] == "eval.py"]
         tables = [found["out"].split("/")[-4] for found in evaluated]
         assert tables.count("hh") == tables.count("pku") == rows + 1 and tables.count("hh-to-pku") == rows
         for found, table in zip(evaluated, tables, strict=True):
             target = table.split("-to-")[-1].replace("beta", "hh").replace("n", "hh")
             assert Path(found["data"]).name == f"{target}-test-scored.jsonl", found
-        trained = [options(words) for words in plain if words[0] == "train.py"]
+        trained = [options_of(words) for words in plain if words[0] == "train.py"]
         tested_twice = tables.count("hh-to-pku") * 2 + tables.count("n-to-pku")
         assert len({found["out"] for found in trained}) == len(trained) == len(tables) - tested_twice - 2
 
@@ -151,11 +151,11 @@ def test_the_lists_recipe(tmp_path):
     commands = printed(tmp_path / "out", recipe="lists.sh", LISTS="lists.jsonl", SEEDS="2")
     asked = [words for words in commands if words[0] not in ("recipes/split_lists.py", "recipes/best.py")]
     assert accept(asked)[0][1] == "hps.evaluate.compare"
-    trained = [options(words) for words in commands if words[0] == "train.py"]
+    trained = [options_of(words) for words in commands if words[0] == "train.py"]
     tuned, final = ([t for t in trained if ("/tune/" in t["out"]) is where] for where in (True, False))
     assert len(tuned) == 6 * 4 and {t["seed"] for t in tuned} == {"1000"}
     assert len(final) == 6 * 2 and {t["seed"] for t in final} == {"0", "1"}
-    for found in (options(words) for words in commands if words[0] == "eval.py"):
+    for found in (options_of(words) for words in commands if words[0] == "eval.py"):
         assert Path(found["data"]).stem == ("valid" if "/tune/" in found["out"] else "test")
 
 

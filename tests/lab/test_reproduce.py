@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from hps import config
+from hps import options
 from hps.data import listwise
 from hps.data.rows import Row
 from hps.evaluate.metrics import AGAIN
 from hps.lab import reproduce
 from hps.lab.suites import LOSSES, SETTINGS, SUITES, VIEWS, row
-from hps.options import Config, check
+from hps.methods import check
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -26,7 +26,7 @@ def test_rows_of_a_suite(suite, tmp_path):
     commands = [stage.argv[1:] for stage in stages if stage.argv[0] == "train.py"]
     assert len(commands) >= len(spec.rows)
     for argv in commands:
-        check(*config.parse(Config, argv, prog="train.py", description=""))
+        check(*options.read(argv))
     drawn = [name for figure in spec.series.values() for line in figure["lines"].values() for name in line]
     assert {*drawn, *(name for _, line in spec.frontiers.values() for name in line)} <= spec.rows.keys()
     assert {name for pair in spec.pairs for name in pair} <= spec.rows.keys() | spec.frontiers.keys()

@@ -12,7 +12,7 @@ from helpers import classifier, encode_prompt, encode_response
 from transformers import AutoModelForSequenceClassification
 
 import data_prep
-from hps.data import listwise, tokens
+from hps.data import listwise, tokenizers
 from hps.data.rows import Row
 from hps.lab import scorers
 from hps.prepare import journal, rewards
@@ -20,7 +20,7 @@ from hps.prepare import journal, rewards
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_world):
-    return tokens.load_tokenizer(str(tiny_world / "model"))
+    return tokenizers.load_tokenizer(str(tiny_world / "model"))
 
 
 @pytest.fixture(scope="module")

@@ -364,5 +364,5 @@ def test_vllm_through_the_script(task, vllm, tmp_path, monkeypatch, tiny_world):
     monkeypatch.setattr(LLM, "_one", one)
     data_prep.main(["generate", *task.flags, f"--output={tmp_path / 'out.jsonl'}", "--engine=vllm"])
     written = listwise.read(tmp_path / "out.jsonl")
-    tokenizer = data_prep.tokens.load_tokenizer(str(tiny_world / "model"))
+    tokenizer = data_prep.tokenizers.load_tokenizer(str(tiny_world / "model"))
     assert all(r.responses[2:] == tuple(tokenizer.convert_ids_to_tokens([10, 11, 12, 13])) for r in written)
