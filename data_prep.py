@@ -30,7 +30,7 @@ from hps.data import listwise, store, tokenizers, tokens
 from hps.data.rows import Row, stream
 from hps.io import files
 from hps.lab import scorers, world
-from hps.prepare import doctor, formats, generate, importers, journal, manifests, rewards
+from hps.prepare import commands, doctor, formats, generate, importers, journal, manifests, rewards
 
 
 @dataclass
@@ -254,7 +254,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        config.run_command(COMMANDS, argv, prog="data_prep.py", page=str(__doc__))
+        commands.run(COMMANDS, argv, prog="data_prep.py", page=str(__doc__))
     except OSError as error:  # a folder that takes no files, a full disk
         where = error.filename2 or error.filename or "the output"
         raise ValueError(f"cannot read or write {where}: {error.strerror or error}") from error

@@ -8,9 +8,9 @@ micro-batch holds, and which loss looks at it, is in `hps/batches.py`, the model
 `hps/model.py`, the losses in `hps/losses.py`, the options in `hps/options.py`.
 """
 
-import contextlib
 import gc
 import math
+import shutil
 import signal
 import sys
 import threading
@@ -47,6 +47,11 @@ STOPPED = 75  # status of a run that left a checkpoint for its next start: EX_TE
 
 def main(argv: Sequence[str] | None = None) -> None:
     c, passed_over = check(*read_options(argv))
+    check_files(c)
+    if c.dry_run:
+        from hps.extra import dry_run
+
+        c = dry_run.apart(c)
     caches = ["token_cache"] + ["reference_cache"] * needs_reference(c)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -57,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if passed_over:
                 say(ranks, f"this run has no use for {', '.join(passed_over)} of the --config file")
             train(as_preference(c), ranks)
-        if c.dry_run:
-            with contextlib.suppress(OSError):
-                Path(c.out).rmdir()  # where it is empty
     finally:
+        if c.dry_run:
+            shutil.rmtree(c.out, ignore_errors=True)
         for number, handler in before.items():  # for whoever goes on in this process
             signal.signal(number, handler)
 
@@ -70,15 +74,9 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     if c.sample_every and ranks.sharded:
         raise ValueError("--sample_every needs the whole model in one process: leave it out under torchrun")
     out = Path(c.out)
-    started = None if c.dry_run else checkpoint.latest(out / "checkpoints")
-    check_files(c)
-    if c.dry_run:
-        from hps.extra import dry_run
-
-        c = dry_run.quiet(c)
-    else:
-        check_folder(out, c, started is not None)  # a mistake is told before hours of reading
-    if (out / "policy").exists() and not c.dry_run:
+    started = checkpoint.latest(out / "checkpoints")
+    check_folder(out, c, started is not None)  # a mistake is told before hours of reading
+    if (out / "policy").exists():
         say(ranks, f"{out}: this run is finished; its policy is in {out / 'policy'}")
         return
     torch.manual_seed(c.seed)  # of what peft draws; our own draws are counted, not in sequence
@@ -93,6 +91,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
     whole = plan
     if c.dry_run:
+        from hps.extra import dry_run
+
         plan = plan.first(dry_run.STEPS)
     held_out = None
     if c.eval_data:
@@ -118,8 +118,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         scorer, inputs["reference"] = start.load_reference(c, ranks, tokenizer, longest=longest)
     if held_out and c.keep == "best":
         inputs["eval_data"] = held_out.examples.data_hash
-    if not c.dry_run:
-        claim(out, c, inputs, started is not None, ranks)
+    claim(out, c, inputs, started is not None, ranks)
     run = batches.Run(c, plan, examples, ranks, pad_id=tokenizer.pad_token_id, packs=not policy.padded)
     z0, computed, began = None, 0, time.perf_counter()  # z0 is KTO's alone
     if needs_reference(c):
@@ -145,7 +144,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         spent |= checkpoint.load(started, policy, optimizer, ranks=ranks)
         say(ranks, f"going on from {started} ({spent['step']} of {plan.steps} steps)")
     done, tokens_seen = spent["step"], spent["tokens"]
-    log = loggers.open_log(out, c.log_to, done=done, settings=settings(c)) if ranks.first and not c.dry_run else None
+    log = loggers.open_log(out, c.log_to, done=done, settings=settings(c)) if ranks.first else None
     bar = tqdm(
         total=plan.steps, initial=done, desc=c.method if c.loss == "preference" else c.loss, disable=not ranks.first
     )

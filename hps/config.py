@@ -170,22 +170,6 @@ def check_choices(config: Any, **known: Collection[str]) -> None:
             raise ValueError(f"{name} = {value!r} does not exist; choose one of {', '.join(values)}")
 
 
-def run_command(
-    commands: dict[str, tuple[type, Callable[[Any], None]]], argv: Sequence[str] | None, *, prog: str, page: str
-) -> None:
-    """Run the sub-command that the first word of `argv` names (command -> dataclass of its options, and function of
-    them) on the options behind it; print `page` if there is none. ValueError: unknown, or as `parse`."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(page)
-        return
-    if argv[0] not in commands:
-        raise ValueError(f"unknown command {argv[0]!r}; choose one of {', '.join(commands)}")
-    options, run = commands[argv[0]]
-    c, _ = parse(options, argv[1:], prog=f"{prog} {argv[0]}", description=run.__doc__ or page)
-    run(c)
-
-
 def run_main(main: Callable[[], None]) -> None:
     """Run `main`; a ValueError, which is a user's mistake, ends it with its message and status 2, Ctrl-C with 130."""
     try:

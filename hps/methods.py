@@ -134,9 +134,9 @@ def check(c: Config, given: dict[str, str]) -> tuple[Config, list[str]]:
         raise ValueError(f"positives = {c.positives} are set against all responses below them: add --hps_form full")
     positive_stages(c)
     if c.log_to:
-        from hps.io import loggers
+        from hps.extra import boards
 
-        loggers.check_names(c.log_to)
+        boards.check_names(c.log_to)
     if form(c) == "kto" and c.prompts_per_step < 2:
         raise ValueError("KTO puts the prompts of a step to each other's responses: prompts_per_step must be >= 2")
     if c.lora_rank and (Path(c.model) / "adapter_config.json").exists():

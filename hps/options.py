@@ -131,10 +131,8 @@ def read(argv: Sequence[str] | None = None, *, description: str = "") -> tuple[C
 
 
 # Settings that do not decide the result: a run may go on with other values of them.
-FREE = {
-    *"out token_cache reference_cache tokens_per_micro_batch shard_frozen shard_ranks reshard_after_forward".split()
-}
-FREE |= {*"save_every save_minutes stop_after sample_every sample_prompts log_to timeout dry_run".split()}
+FREE = {*"out token_cache reference_cache tokens_per_micro_batch shard_frozen shard_ranks log_to timeout".split()}
+FREE |= {*"reshard_after_forward save_every save_minutes stop_after sample_every sample_prompts dry_run".split()}
 
 
 def settings(c: Config) -> dict[str, object]:

@@ -11,7 +11,8 @@ from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hps.config import check_choices, check_used, parse, run_command, run_main
+from hps.config import check_choices, check_used, parse, run_main
+from hps.prepare import commands
 
 
 @dataclass
@@ -207,12 +208,12 @@ def test_used_options_and_choices():
 def test_a_command_by_its_name(capsys):
     seen: list[Options] = []
     for argv in ([], ["--help"]):
-        run_command({"do": (Options, seen.append)}, argv, prog="p", page="The page.")
+        commands.run({"do": (Options, seen.append)}, argv, prog="p", page="The page.")
         assert capsys.readouterr().out == "The page.\n" and not seen
-    run_command({"do": (Options, seen.append)}, ["do", "--data=a"], prog="p", page="The page.")
+    commands.run({"do": (Options, seen.append)}, ["do", "--data=a"], prog="p", page="The page.")
     assert seen[0].data == "a"
     with pytest.raises(ValueError, match="unknown command 'don'; choose one of do"):
-        run_command({"do": (Options, seen.append)}, ["don"], prog="p", page="The page.")
+        commands.run({"do": (Options, seen.append)}, ["don"], prog="p", page="The page.")
 
 
 def test_run_main_reports_a_mistake_without_a_traceback(capsys):

@@ -23,6 +23,7 @@ from hps import config
 from hps.data.rows import Prompt, check_keys, decode_json, opened
 from hps.evaluate import md, metrics, page, verdicts
 from hps.io import files
+from hps.prepare import commands
 
 SIGNS = {"a": 1, "tie": 0, "b": -1}  # what a vote says of the answer shown as A
 
@@ -158,7 +159,7 @@ COMMANDS = {"export": (Export, export), "aggregate": (Aggregate, aggregate)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    config.run_command(COMMANDS, argv, prog="python -m hps.evaluate.survey", page=str(__doc__))
+    commands.run(COMMANDS, argv, prog="python -m hps.evaluate.survey", page=str(__doc__))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from hps.plan import Plan
 STEPS = 4  # that are made; the first one warms up and is not timed
 
 
-def quiet(c: Config) -> Config:
-    """The options of a run that leaves nothing behind but what it puts into the caches."""
+def apart(c: Config) -> Config:
+    """The options of a run in a folder of its own, which keeps nothing there."""
     off = dict(sample_every=0, log_to="", eval_data="", keep="last", save_minutes=0.0, save_every=0, stop_after=0)
-    return dataclasses.replace(c, **off)
+    return dataclasses.replace(c, out=f"{c.out}.dry_run", **off)
 
 
 def report(

@@ -12,6 +12,7 @@ import pytest
 from helpers import jsonl, run
 
 import train
+from hps.extra import boards
 from hps.io import loggers
 
 
@@ -125,4 +126,4 @@ def test_names_are_checked_before_training(tiny_world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     for names in ("tensorbord", "wandb,wandb"):
         with pytest.raises(ValueError, match="give each of tensorboard, wandb at most once"):
-            loggers.check_names(names)
+            boards.check_names(names)
