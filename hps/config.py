@@ -30,7 +30,8 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 FIELD = re.compile(r"^    (\w+): .*?  # (.+)$")
 GROUP = re.compile(r"^    # -- (.+) --$")
-EXPECTED = {str: "a string", int: "an int of 64 bits", float: "a finite float", bool: "true or false", tuple: "strings"}
+EXPECTED = {str: "a string", int: "a whole number of 64 bits", float: "a finite number"}
+EXPECTED |= {bool: "true or false", tuple: "strings"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -159,8 +160,7 @@ def nearest(name: str, names: Collection[str]) -> str:
 def check_used(set_keys: Collection[str], used: Collection[str], *, what: str) -> None:
     """Raise ValueError when an option that the user set, `set_keys`, is none that `what` (say "method dpo-bt") uses."""
     if unused := sorted(set(set_keys) - set(used)):
-        uses = ", ".join(sorted(used)) or "none of these options"
-        raise ValueError(f"{what} does not use {', '.join(unused)}: remove that. It uses {uses}")
+        raise ValueError(f"{what} does not use {', '.join(unused)}: remove that")
 
 
 def check_choices(config: Any, **known: Collection[str]) -> None:

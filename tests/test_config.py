@@ -94,10 +94,10 @@ def test_flags_give_back_any_value(number, whole, text):
         (["--learning_rate", "x"], "--learning_rate: the nearest is --lr;"),
         (["--METHOD", "x"], "--METHOD: the nearest is --method"),
         (["--zzz", "x"], "unknown option --zzz; options are written"),  # no absurd guess
-        (["--max_length", "5.0"], "--max_length 5.0: expected an int of 64 bits"),
-        (["--max_length", str(2**63)], f"--max_length {2**63}: expected an int of 64 bits"),
-        (["--lr", "nan"], "--lr nan: expected a finite float"),
-        (["--lr", "1e999"], "--lr 1e999: expected a finite float"),
+        (["--max_length", "5.0"], "--max_length 5.0: expected a whole number of 64 bits"),
+        (["--max_length", str(2**63)], f"--max_length {2**63}: expected a whole number of 64 bits"),
+        (["--lr", "nan"], "--lr nan: expected a finite number"),
+        (["--lr", "1e999"], "--lr 1e999: expected a finite number"),
         (["--shuffle", "1"], "--shuffle 1: expected true or false"),
         (["--method", "--lr", "1"], "--method: expected one argument (--key=VALUE when it begins with -)"),
         (["--files"], "--files: expected at least one argument"),
@@ -116,14 +116,14 @@ def test_mistakes_on_the_command_line(argv, words):
     ("text", "place", "words"),
     [
         ("lr = 1\n\nmax_lenght = 5\n", "3: max_lenght = 5", "unknown key max_lenght: the nearest is --max_length"),
-        ("# lr = 3\nlr = 'max_length'\n", "2: lr = 'max_length'", "expected a finite float"),
-        ("lr = nan\n", "1: lr = nan", "expected a finite float"),
-        ("lr = " + "9" * 400, "1: lr = 999", "expected a finite float"),
-        ("lr = true\n", "1: lr = true", "expected a finite float"),
-        ("max_length = true\n", "1: max_length = true", "expected an int of 64 bits"),
-        ("max_length = 1.0\n", "1: max_length = 1.0", "expected an int of 64 bits"),
-        ('lr = 1\n\n"max_length" = "5"\n', '3: "max_length" = "5"', "expected an int of 64 bits"),
-        (f"max_length = 0x{'f' * 5000}", "1: max_length = 0xff", "expected an int of 64 bits"),
+        ("# lr = 3\nlr = 'max_length'\n", "2: lr = 'max_length'", "expected a finite number"),
+        ("lr = nan\n", "1: lr = nan", "expected a finite number"),
+        ("lr = " + "9" * 400, "1: lr = 999", "expected a finite number"),
+        ("lr = true\n", "1: lr = true", "expected a finite number"),
+        ("max_length = true\n", "1: max_length = true", "expected a whole number of 64 bits"),
+        ("max_length = 1.0\n", "1: max_length = 1.0", "expected a whole number of 64 bits"),
+        ('lr = 1\n\n"max_length" = "5"\n', '3: "max_length" = "5"', "expected a whole number of 64 bits"),
+        (f"max_length = 0x{'f' * 5000}", "1: max_length = 0xff", "expected a whole number of 64 bits"),
         ("method = 5\n", "1: method = 5", "expected a string"),
         ("shuffle = 'true'\r\n", "1: shuffle = 'true'", "expected true or false"),
         ("files = 'a'\n", "1: files = 'a'", "expected strings"),
@@ -197,7 +197,7 @@ def test_an_option_without_help_is_our_bug():
 
 def test_used_options_and_choices():
     check_used({"beta"}, {"beta", "gamma"}, what="method hps")
-    with pytest.raises(ValueError, match="method dpo-bt does not use gamma, kappa: .* It uses beta, smoothing$"):
+    with pytest.raises(ValueError, match="method dpo-bt does not use gamma, kappa: remove that$"):
         check_used(frozenset({"kappa", "gamma", "beta"}), ["smoothing", "beta"], what="method dpo-bt")
     c, _ = run("--data", "a", "--method", "bt")
     check_choices(c, data=("a", "b"), method=("hps", "bt"))

@@ -80,7 +80,7 @@ def parse_row(obj: object, where: str) -> Row:
         values = _typed(row["rewards"], f"{where}: rewards", "a list", list)
         rewards = tuple(_finite(value, f"{where}: rewards[{i}]") for i, value in enumerate(values))
         if len(rewards) != len(texts):
-            raise ValueError(f"{where}: {len(texts)} responses but {len(rewards)} rewards; give one reward a response")
+            raise ValueError(f"{where}: {len(texts)} responses but {len(rewards)} rewards: give one per response")
     pair: dict[str, int | None] = {"chosen": None, "rejected": None}
     for key in [key for key in pair if key in row]:
         k = pair[key] = _typed(row[key], f"{where}: {key}", "the index of a response", int)
@@ -255,7 +255,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
                 if number > 1:
                     raise
                 guess = next((f"this is {what}" for begin, what in BEGINNINGS.items() if line.startswith(begin)), "")
-                raise ValueError(f"{error}; {guess or 'is this JSON Lines, one object a line?'}") from error
+                raise ValueError(f"{error}; {guess or 'is this JSON Lines, one object per line?'}") from error
             yield where, value
     if number == 0:
         raise ValueError(f"{path}: the file is empty")

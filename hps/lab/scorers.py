@@ -3,6 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,5 +93,8 @@ def world_of(name: str) -> World | None:
 
 
 def is_world(name: str) -> bool:
-    """Whether a scorer's name is a world's."""
-    return name.partition(":")[0] in ("world-true", "world-est")
+    """Whether a scorer's name is a world's; ValueError where it looks like one and is neither that nor a folder."""
+    of_world = name.partition(":")[0] in ("world-true", "world-est")
+    if name.startswith("world-") and not of_world and not Path(name).exists():
+        raise ValueError(f"scorer {name!r} does not exist: a world's are world-true[:SEED] and world-est[:SEED]")
+    return of_world

@@ -106,7 +106,7 @@ def generate(
         ValueError: an empty prompt or none but too long ones, settings out of range; and as `decode`.
     """
     if n < 1 or max_rows < 1 or max_new_tokens < 1:
-        raise ValueError("generate() needs n, max_rows and max_new_tokens of at least 1")
+        raise ValueError("n, max_rows and max_new_tokens must be at least 1")
     if temperature != 0 and not 0.01 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or at least 0.01, not {temperature}")
     if temperature == 0 and n > 1:

@@ -122,7 +122,7 @@ def test_broken_files_name_the_line(tmp_path):
 def test_files_that_are_no_listwise_data(tmp_path):
     rows = gzip.compress(b"".join(json.dumps({**GOOD, "id": str(i)}).encode() + b"\n" for i in range(99)))
     half, one = len(rows) // 2, json.dumps(GOOD).encode()
-    no_value, guess = ":1: broken JSON at character 1: Expecting value; ", "is this JSON Lines, one object a line?"
+    no_value, guess = ":1: broken JSON at character 1: Expecting value; ", "is this JSON Lines, one object per line?"
     for name, content, message in (
         ("none.jsonl", None, ": cannot be read: No such file or directory"),
         ("", None, ": cannot be read: Is a directory"),
