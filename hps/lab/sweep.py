@@ -129,8 +129,11 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
             path[need] = max(path.get(need, 0.0), path[stage.product])
     done = finished(stages, keys)
     bar.update(sum(todo.pop(product).weight for product in done))
-    kept, running = len(done), {}
+    kept, running, took, made = len(done), {}, 0.0, 0.0
     while todo or running:
+        # By what the stages of this start took, if any is done: tqdm's own guess would follow the last one's size.
+        left = (bar.total - bar.n) / jobs * (took / made if made else 1.0)
+        bar.set_postfix_str(f"{tqdm.format_interval(left)} left")
         ready = [stage for stage in todo.values() if done.issuperset(stage.needs)]
         ready.sort(key=lambda stage: -path[stage.product])
         for stage in ready[: jobs - len(running)]:
@@ -147,6 +150,7 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
             with (out / "seconds.jsonl").open("a") as log:
                 log.write(json.dumps({"product": str(stage.product.relative_to(out)), "seconds": seconds}) + "\n")
             done.add(stage.product)
+            took, made = took + seconds, made + stage.weight
             bar.update(stage.weight)
     return kept
 
@@ -154,7 +158,7 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
 def run_in_workers(stages: list[Stage], jobs: int, out: Path, name: str) -> None:
     """`run_stages` with a bar, in `jobs` processes, or one per core; ValueError where a stage fails."""
     jobs, total = jobs or os.cpu_count() or 1, round(sum(stage.weight for stage in stages))
-    shown = "{l_bar}{bar}| {elapsed}<{remaining}"
+    shown = "{l_bar}{bar}| {elapsed}{postfix}"
     with workers(jobs) as pool, tqdm(total=total, desc=name, bar_format=shown) as bar:
         try:
             run_stages(pool, jobs, stages, out, bar)

@@ -25,12 +25,12 @@ open(options["order"], "a").write(out.name)
 
 @pytest.fixture
 def sweeping(tmp_path, monkeypatch):
-    """stage(name, weight, *needs, **options) and run(stages): how many were kept; what ran is in tmp_path/order."""
+    """stage(name, weight, *needs, **options); run(stages): how many were kept, and what ran; the times left as told."""
     out = tmp_path / "out"
     out.mkdir()
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "order").touch()
-    run_command = sweep.run_command
+    told, run_command = [], sweep.run_command
     monkeypatch.setattr(sweep, "run_command", lambda argv, log: run_command(argv, log) * 0 + 10.0)
 
     def stage(name, weight=1.0, *needs, **options):
@@ -40,21 +40,25 @@ def sweeping(tmp_path, monkeypatch):
 
     def run(*stages):
         with ThreadPoolExecutor(1) as pool, tqdm(total=10, disable=False) as bar:
+            told.clear()
+            bar.set_postfix_str = told.append
             kept = sweep.run_stages(pool, 1, list(stages), out, bar)
             assert bar.n == sum(stage.weight for stage in stages)
         order = (tmp_path / "order").read_text()
         (tmp_path / "order").write_text("")
         return kept, order
 
-    return stage, run
+    return stage, run, told
 
 
 def test_stages_run_once_after_what_they_need(sweeping, tmp_path):
     """The longest chain first; a failure has its last words, and ends the rest."""
-    stage, run = sweeping
+    stage, run, told = sweeping
     out = tmp_path / "out"
     four = [stage("a", 1), stage("b", 3), stage("c", 5, "a"), stage("d", 1, "b", "c")]
     assert run(*four) == (0, "acbd")  # a before b: c waits for it
+    # All took 10 seconds: 10 per unit of weight after the first, 20 / 6 after the second, and so on.
+    assert told == ["00:10 left", "01:30 left", "00:13 left", "00:03 left"]
     (out / "c/product").unlink()
     assert run(*four) == (3, "c")
     assert sweep.stage_seconds(four, out) == 40
@@ -66,7 +70,7 @@ def test_stages_run_once_after_what_they_need(sweeping, tmp_path):
 
 def test_other_commands_and_files_are_made_anew(sweeping, tmp_path, capsys):
     """A small run first and the full one afterwards: the change reaches all that is made from it, and nothing else."""
-    stage, run = sweeping
+    stage, run, _ = sweeping
     config = tmp_path / "config.toml"
     config.write_text("lr = 1")
 
@@ -90,7 +94,7 @@ def test_other_commands_and_files_are_made_anew(sweeping, tmp_path, capsys):
 
 def test_its_own_command_takes_up_what_was_killed(sweeping, tmp_path):
     """An output without its product stays for the same command, with what is in it, and goes for another."""
-    stage, run = sweeping
+    stage, run, _ = sweeping
     run(stage("a", size=1))
     half = tmp_path / "out/a"
     (half / "product").rename(half / "checkpoint")
