@@ -46,7 +46,7 @@ class World:
 
 @dataclass
 class Import:
-    source: str  # hh-rlhf, pku-saferlhf, ultrafeedback, nectar, alpaca-eval, trl, simpo or authors
+    source: str  # listwise, hh-rlhf, pku-saferlhf, ultrafeedback, nectar, alpaca-eval, trl, simpo or authors
     input: tuple[str, ...]  # files: .jsonl, .json (.gz, .xz), .parquet, .csv, hf://...; data sets: OWNER/NAME@REVISION
     output: str  # list-wise JSON Lines to write, and OUTPUT.manifest.json beside it
     order: str = ""  # pku-saferlhf: helpful or safe; ultrafeedback: overall or fine-grained
@@ -55,6 +55,7 @@ class Import:
     split: str = ""  # of a data set by its hub name, if it has several
     limit: int = 0  # rows to keep at most; 0 means all
     skip: int = 0  # usable rows to leave out first, so that splits are disjoint
+    chat: bool = False  # make a user's turn of a prompt that is a string, for a model with a chat template
 
 
 @dataclass
@@ -128,7 +129,7 @@ def import_rows(c: Import) -> None:
     inputs = [importers.located(name) for name in c.input]
     if manifests.is_finished(c, "import", inputs):
         return
-    options = ("order", "columns", "subset", "split", "skip")
+    options = ("order", "columns", "subset", "split", "skip", "chat")
     how: dict[str, Any] = {key: getattr(c, key) for key in options}
     found = importers.import_file(c.source, *(path for path, _ in inputs), limit=c.limit or None, **how)
     listwise.write(c.output, found.rows)
@@ -166,8 +167,7 @@ def generate_candidates(c: Generate) -> None:
     if not len(fitting):
         raise ValueError(f"{c.input}: no prompt fits into max_prompt_length = {c.max_prompt_length}")
     rows = rows[fitting]
-    if dropped := sum(encoder.template.drops_thoughts(row.prompt) for row in rows):
-        counts["rows_thoughts_dropped"] = dropped
+    counts.update(note for row in rows for note in encoder.template.notes(row.prompt))
 
     def work(mine: Sequence[Row], counts: Counter[str], ranks: dist.Ranks) -> journal.Found:
         asked = store.Lazy(len(mine), lambda a, b: [(row.id, encoder.prompt(row.prompt)) for row in mine[a:b]])

@@ -425,9 +425,10 @@ def test_pairs_of_other_trainers_train_in_one_step(tiny_world, tmp_path, capsys)
     found = {}
     for path in sorted(tmp_path.glob("*.[jp]*")):
         found[path.stem] = run(tiny_world, tmp_path / path.stem, data=path, **how)
-        assert (f"{path}" in (told := capsys.readouterr().err)) and ("rows_equal_responses 1" in told) == (
-            path.stem in ("strings", "table")
-        )
+        told = capsys.readouterr().err
+        assert str(path) in told and ("rows_equal_responses 1" in told) == (path.stem in ("strings", "table"))
+        outside = re.search(rf"^{path}: .*prompts_outside_template 24", told, re.MULTILINE)
+        assert bool(outside) == (path.stem != "messages")
         import_argv = flags(source="trl", input=path, output=tmp_path / f"imported/{path.stem}.jsonl")
         data_prep.main(["import", *import_argv])
         two_steps = run(
@@ -435,9 +436,12 @@ def test_pairs_of_other_trainers_train_in_one_step(tiny_world, tmp_path, capsys)
         )
         assert found[path.stem] == two_steps and np.std(two_steps[1:]) > 1e-2
     assert found["table"] == found["strings"] != found["messages"]
+    records = jsonl(tiny_world / "train.jsonl")  # list-wise rows in a table, which keep their ids
+    parquet.write_table(arrow.Table.from_pylist(records), tmp_path / "lists.parquet")
+    assert run(tiny_world, tmp_path / "lists", data=tmp_path / "lists.parquet") == run(tiny_world, tmp_path / "rows")
     run(tiny_world, tmp_path / "second", data=tmp_path / "strings.jsonl", **how)
     counts = json.loads((tmp_path / "second/summary.json").read_text())["counts"]
-    assert (counts["pairs_read"], counts["rows_equal_responses"], counts["rows_read"]) == (25, 1, 24)
+    assert (counts["records_read"], counts["rows_equal_responses"], counts["rows_read"]) == (25, 1, 24)
     with pytest.raises(
         ValueError, match="has no rewards: score the file first .* or train on its pairs, --method dpo-human"
     ):

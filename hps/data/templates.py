@@ -12,6 +12,7 @@ import logging
 import os.path
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import jinja2
@@ -45,7 +46,7 @@ class Template:
     def render(self, turns: Turns) -> str:
         """The text of turns, each of which is found in it; ValueError that names the turn which is not.
 
-        White space around a content may change, and what an earlier answer thought may be left out (`drops_thoughts`).
+        White space around a content may change, and what an earlier answer thought may be left out (`notes`).
         """
         text, at = self.write(turns), 0
         self.shape(turns)  # which misses a turn that is left out whole
@@ -58,14 +59,28 @@ class Template:
             at = at if system else min(ends)
         return text
 
-    def drops_thoughts(self, prompt: str | Turns, texts: Sequence[str] = ()) -> bool:
-        """Whether it leaves out what an earlier answer thought, as the templates of models that think do, so that the
-        policy will not see it when it is asked either; or what one of `texts` thought, as `answered` reads them."""
+    def notes(self, prompt: str | Turns, texts: Sequence[str] = ()) -> list[str]:
+        """Counters that a row adds to. `rows_thoughts_dropped`: it leaves out what an earlier answer thought, as the
+        templates of models that think do, so that the policy will not see it when it is asked either; or what one of
+        `texts` thought, as `answered` reads them. `prompts_outside_template`: a string with nothing of the template
+        in it, of which a chat model may make little."""
         if isinstance(prompt, str):
-            return False
+            outside = bool(self._around) and not any(part in prompt for part in self._around)
+            if outside:
+                advice = "data_prep.py import --chat makes turns of them"
+                _say(f"prompts are strings, without the chat template that this model has: {advice}")
+            return ["prompts_outside_template"] * outside
         read = [[*prompt, said(text)] for text in texts] if texts and self.closing is None else [prompt]
         thoughts = [(turns, thought) for turns in read for turn in turns if (thought := _thought_said(turn)[0])]
-        return any(thought not in self.write(turns) for turns, thought in thoughts)
+        return ["rows_thoughts_dropped"] * any(thought not in self.write(turns) for turns, thought in thoughts)
+
+    @functools.cached_property
+    def _around(self) -> list[str]:
+        """What it writes before and behind a question; nothing where there is no template."""
+        with suppress(ValueError):  # it wants a system's turn before a question
+            shape = self.shape([{"role": "user", "content": ""}])
+            return [part.strip() for part in shape if part.strip() and not MARK.fullmatch(part)]
+        return []
 
     def answered(self, prompt: Turns, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """A prompt, and each answer with all that is written behind it, as a reward model reads a conversation.

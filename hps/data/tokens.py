@@ -154,8 +154,8 @@ def tokenize(
 
     counts: filled as the examples are taken, under the names of COUNTS: responses_read = kept + overlong + empty;
     rows_read = kept + overlong_prompt (the prompt alone leaves no room for one token and EOS) + no_responses (none
-    is left); pairs_broken = kept rows that lost a response of their human pair; rows_thoughts_dropped, where there are
-    any, = those of which the template leaves out what an earlier answer thought.
+    is left); pairs_broken = kept rows that lost a response of their human pair; and, where there are any, what
+    `Template.notes` counts.
     truncate: "drop" leaves out a response that does not fit, "error" raises, "keep_end" cuts the prompt on the left
     (for all its responses alike, down to half the budget, behind its BOS) and leaves out what still does not fit.
     Responses are never cut, so none becomes empty or equal to another. Empty and whitespace-only ones are left out.
@@ -176,8 +176,8 @@ def tokenize(
             else:
                 prompt, responses = encoder.prompt(row.prompt), list(encoder.responses(row.responses, chat=chat))
             example = _example(row, np.array(prompt, np.int32), responses, max_length, truncate, counts, encoder)
-            if encoder.template.drops_thoughts(row.prompt, row.responses if closing else ()):
-                counts["rows_thoughts_dropped"] = counts.get("rows_thoughts_dropped", 0) + 1
+            for note in encoder.template.notes(row.prompt, row.responses if closing else ()):
+                counts[note] = counts.get(note, 0) + 1
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
         if example:

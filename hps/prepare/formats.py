@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
-from hps.data.rows import KEYS, MAX_REWARD, Row, check_keys, parse_row
+from hps.data.rows import KEYS, MAX_REWARD, Row, check_keys, decode_json, parse_row
 
 HH_MARK = re.compile(r"\n\n(Human|Assistant): ?")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -55,7 +55,8 @@ class Format:
 
 
 def read(source: str, record: Record, where: str, *, order: str = "") -> Row:
-    """The row of one record of the format `source`, other columns beside its own; its id hashes prompt and responses.
+    """The row of one record of the format `source`, other columns beside its own; the id that it is given hashes prompt
+    and responses.
 
     Raises:
         Dropped: it cannot be used, or no row may hold its texts (an empty turn, half of a surrogate pair, ...).
@@ -66,8 +67,9 @@ def read(source: str, record: Record, where: str, *, order: str = "") -> Row:
         _check(record, form.columns)
         fields = form.fields(record, form.orders[order])
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    fields |= {"id": source, "source": source}
+        hint = "; it is list-wise already: --source listwise" if {"prompt", "responses"} <= record.keys() else ""
+        raise ValueError(f"{where}: {error}{hint}") from error
+    fields, has_id = {"id": source, "source": source} | fields, "id" in fields
     own = {*KEYS, *form.names(order)}
     others = {key: value for key, value in record.items() if key not in own and _can_stay({key: value}, fields)}
     try:
@@ -75,7 +77,7 @@ def read(source: str, record: Record, where: str, *, order: str = "") -> Row:
     except ValueError as error:
         raise Dropped("rows_malformed", str(error).removeprefix(f"{where}: ")) from error
     content = json.dumps([fields["prompt"], fields["responses"]]).encode()
-    return replace(row, id=f"{source}-{hashlib.blake2b(content, digest_size=8).hexdigest()}")
+    return row if has_id else replace(row, id=f"{source}-{hashlib.blake2b(content, digest_size=8).hexdigest()}")
 
 
 def renamed(record: Record, columns: dict[str, str], where: str) -> Record:
@@ -130,11 +132,18 @@ def hh_rlhf(record: Record, _: str) -> Record:
     return _pair(prompt, chosen["content"], rejected["content"])
 
 
-def authors(record: Record, _: str) -> Record:
-    """The format of the released HPS code: a prompt in its template already, responses, rewards if scored; and its sets
-    of prompts, which are messages with nothing else."""
-    found = {"responses": []} | {key: record[key] for key in ("prompt", "responses", "rewards") if key in record}
-    return found | {"prompt": _messages(record["prompt"], "prompt")}
+def listwise(record: Record, _: str) -> Record:
+    """Rows of our own format out of a table, where what a row lacks is null and CSV has lists as JSON; an id is made
+    where there is none. And the format of the released HPS code: a prompt in its template already, responses, rewards
+    if scored; its sets of prompts are messages with nothing else."""
+    row = {key: x for key in KEYS if (x := record.get(key)) not in (None, "") and x == x}  # NaN: a null of pandas'
+    for key in {"responses", "rewards"} & row.keys():
+        row[key] = decode_json(row[key].encode(), key) if isinstance(row[key], str) else row[key]
+    for key in {"chosen", "rejected"} & row.keys():
+        row[key] = int(k) if (k := number(row[key])) is not None and k.is_integer() else row[key]
+    row |= {"rewards": _numbers(row["rewards"], "reward")} if isinstance(row.get("rewards"), list) else {}
+    row |= {"id": str(row["id"])} if "id" in row else {}  # of an index, say
+    return {"responses": []} | row | {"prompt": _messages(record["prompt"], "prompt")}
 
 
 def simpo(record: Record, _: str) -> Record:
@@ -352,18 +361,22 @@ def _ranked(prompt: Any, texts: list[Any], scores: list[Any], score: str, *, sig
     """Responses with sign * scores as rewards; an empty one stays: training drops and counts it."""
     if len(texts) < 2:
         raise Dropped("rows_too_few_responses", f"{len(texts)} responses; a preference needs two")
-    rewards = [number(value) for value in scores]
-    if None in rewards:
-        i = rewards.index(None)
-        raise Dropped("rows_no_preference", f"the {score} of response {i} is {reprlib.repr(scores[i])}, not a number")
-    return {"prompt": prompt, "responses": texts, "rewards": [sign * r for r in rewards if r is not None]}
+    return {"prompt": prompt, "responses": texts, "rewards": [sign * r for r in _numbers(scores, score)]}
+
+
+def _numbers(scores: list[Any], score: str) -> list[float]:
+    for i, value in enumerate(scores):
+        if number(value) is None:
+            raise Dropped("rows_no_preference", f"the {score} of response {i} is {reprlib.repr(value)}, not a number")
+    return [cast(float, number(value)) for value in scores]
 
 
 PKU_LABELS = {"helpful": "better_response_id", "safe": "safer_response_id"}
 ULTRAFEEDBACK_SCORES = {"overall": "overall_score", "fine-grained": "fine-grained_score"}
 FORMATS = {
     "hh-rlhf": Format(hh_rlhf, {"chosen": str, "rejected": str}),
-    "authors": Format(authors, {"prompt": TEXT_OR_MESSAGES}, ("responses", "rewards")),
+    "listwise": Format(listwise, {"prompt": TEXT_OR_MESSAGES}, KEYS),
+    "authors": Format(listwise, {"prompt": TEXT_OR_MESSAGES}, KEYS),
     "simpo": Format(simpo, {"prompt": TEXT_OR_MESSAGES, "all_generated_responses": list, "all_rm_scores": list}),
     "pku-saferlhf": Format(pku_saferlhf, {"prompt": str, "response_0": str, "response_1": str}, orders=PKU_LABELS),
     "ultrafeedback": Format(ultrafeedback, {"instruction": str, "completions": list}, orders=ULTRAFEEDBACK_SCORES),

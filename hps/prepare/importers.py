@@ -51,13 +51,15 @@ def import_file(
     split: str = "",
     limit: int | None = None,
     skip: int = 0,
+    chat: bool = False,
 ) -> Converted:
     """Read foreign files as rows: JSON Lines or one JSON list, plain, .gz or .xz; .parquet, .csv, or a data set by its
     folder or hub name (with `datasets`). A row of several inputs says under `origin` where it stood.
 
     source, order: keys of FORMATS and of its orders. columns: NAME=COLUMN, what a column of the file is called in the
     format; `user` and `system` make a prompt of turns. subset, split: of a data set. skip, limit: leave out the first
-    `skip` usable rows, then take at most `limit`, so that (limit=a) and (skip=a) are disjoint.
+    `skip` usable rows, then take at most `limit`, so that (limit=a) and (skip=a) are disjoint. chat: a prompt that is a
+    string becomes a user's turn (`prompts_made_turns`); white space around it and its answers, which joined them, goes.
 
     ValueError for an unknown order or name, a broken file, one of another format, no row left, or many rows whose
     prompt is the little that two answers begin with by chance.
@@ -88,6 +90,10 @@ def import_file(
                 try:
                     record = formats.renamed(record, names, where) if names else record
                     row = formats.read(source, record, where, order=order)
+                    if chat and isinstance(row.prompt, str):
+                        turn = {"role": "user", "content": row.prompt.strip()}
+                        row = replace(row, prompt=(turn,), responses=tuple(text.strip() for text in row.responses))
+                        counts["prompts_made_turns"] += 1
                     first = seen.add(row.id, number * len(inputs) + len(wheres) - 1)
                     if first is not None:
                         before, file = divmod(first, len(inputs))
@@ -110,6 +116,8 @@ def import_file(
                 break
         if not counts["rows_kept"]:
             raise found.nothing_left(f"{read}: no row is left of this {source} file")
+        if chat and not counts["prompts_made_turns"]:
+            raise ValueError(f"{read}: no prompt is a string, of which --chat would make a turn: leave --chat out")
         if (short := counts["prompts_implicit_short"]) >= MANY_SHORT and short > counts["rows_kept"] / 10:
             alike = f"chosen and rejected begin with fewer than {formats.IMPLICIT_CHARACTERS} characters in common"
             advice = "they are answers alone. Name the prompt's column, --columns user=COLUMN or prompt=COLUMN"
@@ -121,17 +129,19 @@ def import_file(
 
 
 def import_pairs(path: str | Path, folder: str | Path) -> dict[str, Any]:
-    """The list-wise file in `folder` of pairs in TRL's format, made if no run before has made it, under `path`; under
-    `counts` how many pairs were read, and what is left out of them, by reason."""
+    """The list-wise file in `folder` of pairs in TRL's format, or of list-wise rows in a table, made if no run before
+    has made it, under `path`; under `counts` how many records were read, and what is left out of them, by reason."""
     out = Path(folder) / f"pairs-{files.sha256(Path(path))[:32]}.jsonl"
     manifest = Path(f"{out}.manifest.json")
     if not manifest.exists():
-        found = import_file("trl", path)
+        first = next(_records("", path, "", "")[1], None)
+        source = "listwise" if isinstance(first, dict) and "responses" in first else "trl"
+        found = import_file(source, path)
         write(out, found.rows)
         manifests.write([(str(path), str(path))], out, {"counts": dict(found.counts)})
-        print("\n".join([f"{path}: pairs imported", *found.reasons]), file=sys.stderr)
+        print("\n".join([f"{path}: {source} records imported", *found.reasons]), file=sys.stderr)
     counts = files.read_record(manifest, f"delete it, and {out}", counts=dict)["counts"]
-    return {"path": str(out), "counts": {"pairs_read": counts["rows_read"]} | {key: counts[key] for key in DROPS}}
+    return {"path": str(out), "counts": {"records_read": counts["rows_read"]} | {key: counts[key] for key in DROPS}}
 
 
 def export_rows(rows: Iterable[Row], *, pair: str = "human") -> Converted:

@@ -65,8 +65,7 @@ def annotate_packed(
             if refused and tokenizer.chat_template is None:  # no fault of a row
                 raise ValueError(f"{row.where}: {refused}") from refused
             why = str(refused or why)
-            if made and encoder.template.drops_thoughts(row.prompt, () if refused else row.responses):
-                counts["rows_thoughts_dropped"] += 1
+            counts.update(encoder.template.notes(row.prompt, () if refused else row.responses) if made else ())
             counts["responses_refused"] += len(row.responses) - sum(len(ks) for _, ks in made)
             fitted = [part for block, ks in made for part in _fitted(block, ks, positions, pad_id, counts)]
             pieces += [(i, _cut(block, positions, tokenizer.bos_token_id, counts), ks) for block, ks in fitted]

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hps.data.rows import Row, parse_row
-from hps.data.templates import DATE
+from hps.data.templates import DATE, _say
 from hps.data.tokenizers import fingerprint, load_tokenizer
 from hps.data.tokens import Encoder
 
@@ -55,6 +55,19 @@ def test_what_only_a_template_could_write_is_refused():
             parse_row(row | {key: value}, "f:1")
         assert parse_row(row | {key: value, "prompt": "a"}, "f:1").others == {key: value}
         assert parse_row(row | {key: []}, "f:1").others == {key: []}
+
+
+def test_strings_outside_the_template_are_counted(caplog):
+    """Of a model with a template, unless the string is written in that; and it is said once."""
+    _say.cache_clear()
+    chat, plain = byte_tokenizer(chat_template=CHAT), byte_tokenizer()
+    inside = Encoder(chat).template.render(turns("tea?", roles=("user",)))
+    rows = [Row(x, x, ("yes",), where="f:1") for x in ("tea?", "hot?", inside, "<|user|> tea? <|assistant|>")]
+    rows.append(Row("turn", turns("tea?", roles=("user",)), ("yes",), where="f:5"))
+    for tokenizer, n in ((chat, 3), (plain, 0)):
+        counts = tokenize_rows(tokenizer, rows if n else rows[:-1], max_length=100)[1]
+        assert counts.get("prompts_outside_template", 0) == n
+    assert caplog.text.count("data_prep.py import --chat makes turns of them") == 1
 
 
 def test_control_tokens_in_a_turn_are_characters():

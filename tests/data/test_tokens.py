@@ -137,7 +137,7 @@ def test_examples_by_hand(words):
     assert row_key(a.id) == int.from_bytes(hashlib.blake2b(b"a", digest_size=8).digest(), "big") != row_key(b.id)
     assert (b.rewards, b.chosen, b.rejected) == (None, None, None)
     read = dict(rows_read=2, rows_kept=2, responses_read=6, responses_kept=4, responses_empty=1, responses_overlong=1)
-    assert counts == dict.fromkeys(COUNTS, 0) | read
+    assert counts == dict.fromkeys(COUNTS, 0) | read | {"prompts_outside_template": 2}
 
 
 def test_the_budget_holds_prompt_response_and_eos(words):
@@ -165,8 +165,9 @@ def test_lost_rows_and_pairs_are_counted(words):
     assert [e.id for e in examples] == ["pair", "fine", "half"]
     assert (examples[0].chosen, examples[0].rejected) == (0, None)
     lost = dict(rows_read=7, rows_kept=3, rows_overlong_prompt=1, rows_no_responses=3, pairs_broken=1, prompts_cut=0)
-    assert counts == lost | dict(responses_read=14, responses_kept=5, responses_overlong=3, responses_empty=6)
-    assert list(counts) == list(COUNTS)
+    lost |= dict(responses_read=14, responses_kept=5, responses_overlong=3, responses_empty=6)
+    assert counts == lost | {"prompts_outside_template": 7}
+    assert list(counts) == [*COUNTS, "prompts_outside_template"]
 
 
 def test_keep_end_cuts_the_prompt_alone(words):

@@ -299,7 +299,7 @@ def test_the_command(tmp_path, capsys):
     files.write_record(tmp_path / "x.jsonl.manifest.json", facts)
     whole, prompts = run(model, path, capsys, f"--test={test}"), "tokens of a prompt"
     assert whole["ranges"][prompts] == {"min": 1, "median": 3.5, "max": 6} and whole["counts"]["prompts_cut"] == 0
-    assert "1 of the test prompts (50.0%)" in whole["advice"][0] and "3 generated responses" in whole["advice"][2]
+    assert "1 of the test prompts (50.0%)" in whole["advice"][0] and "3 generated responses" in whole["advice"][3]
     cut = run(model, path, capsys, "--max_length=5", "--truncate=keep_end")
     # Two tokens of the prompt are kept at the least: the longer response does not fit, three go beside the shorter.
     assert (cut["examples"], cut["counts"]["responses_overlong"], cut["ranges"][prompts]["max"]) == (2, 1, 3)

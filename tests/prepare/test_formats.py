@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import data_prep
 from hps.data.listwise import read, write, write_lines
-from hps.data.rows import Row
+from hps.data.rows import Row, parse_row
 from hps.prepare import formats, importers
 from hps.prepare.formats import DROPS, FORMATS, Dropped
 
@@ -322,6 +322,8 @@ OF_ANOTHER_FORMAT = (  # source, change of a good record, what ends the import
     ("trl", {"chosen": "a"}, "chosen and rejected must both be strings or both be lists"),
     ("trl", {"chosen": [{"by": "gpt", "value": "a"}]}, r"chosen\[0\] must be an object with role and content"),
     ("trl", {"prompt": 3}, "prompt must be a string or a list of messages, not int"),
+    ("trl", {"chosen": ..., "responses": []}, "the key 'chosen' is missing; it is list-wise already: --source listw"),
+    ("authors", {"responses": "['a', 'b']"}, "responses: broken JSON at character 2"),
 )
 
 
@@ -404,6 +406,41 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     assert import_file("hh-rlhf", tmp_path / "z.parquet").rows[0].responses == ("Yes.", "No.")
     (tmp_path / "x.csv").write_text('prompt,chosen,rejected\nWhat?,NA,"no, ""none""\nat all"\n')
     assert import_file("trl", tmp_path / "x.csv").rows[0].responses == ("NA", 'no, "none"\nat all')
+
+
+def test_list_wise_rows_of_a_table(tmp_path):
+    """Equal to the rows that the table was made of, whose ids stay; without ids they get some. Nulls are absent keys,
+    of pandas' columns too, and a CSV has lists as JSON and numbers as texts."""
+    pandas = pytest.importorskip("pandas", reason="comes with datasets, which is optional")
+    whole = {"id": "7", "prompt": "Why?", "responses": ["So.", "No."], "rewards": [1, -0.5], "chosen": 1, "rejected": 0}
+    rows = [whole, {"id": "b", "prompt": "How?", "responses": ["A", "B", "C"], "rewards": [0, 2, 1], "mine": "x"}]
+    write(tmp_path / "rows.jsonl", wanted := [parse_row(row, "") for row in rows])
+    table = pandas.DataFrame(rows)
+    assert table.chosen.dtype == float  # for one is absent
+    table.to_parquet(tmp_path / "rows.parquet")
+    lists = table[["responses", "rewards"]].map(lambda values: json.dumps([*map(str, values)]))
+    table.assign(**lists).to_csv(tmp_path / "rows.csv", index=False)
+    for name in ("rows.parquet", "rows.csv", "rows.jsonl"):
+        found = import_file("listwise", tmp_path / name).rows
+        assert [(r.id, r.prompt, r.responses, r.rewards) for r in found] == [
+            (r.id, r.prompt, r.responses, r.rewards) for r in wanted
+        ]
+        assert [(r.chosen, r.rejected) for r in found] == [(1, 0), (None, None)] and found[1].others["mine"] == "x"
+    table.drop(columns="id").rename(columns={"rewards": "scores"}).to_parquet(tmp_path / "nameless.parquet")
+    found = import_file("listwise", tmp_path / "nameless.parquet", columns=["rewards=scores"]).rows
+    assert [r.rewards for r in found] == [r.rewards for r in wanted]
+    assert len({r.id for r in found}) == 2 and all(r.id.startswith("listwise-") for r in found)
+
+
+def test_a_turn_is_made_of_a_string(tmp_path):
+    """Without the white space that joined prompt and answer; where there is no string it is an error."""
+    found = import_file("trl", FIXTURES / "trl-standard.jsonl", chat=True)
+    plain = import_file("trl", FIXTURES / "trl-standard.jsonl").rows
+    assert [r.prompt for r in found.rows] == [user(r.prompt.strip()) for r in plain] and len(plain) == 3
+    assert found.rows[0].responses == ("blue.", "green.") and found.counts["prompts_made_turns"] == 3
+    assert [r.id for r in found.rows] == [r.id for r in plain]
+    with pytest.raises(ValueError, match="no prompt is a string, of which --chat would make a turn: leave --chat out"):
+        import_file("authors", put(tmp_path / "x.jsonl", {"prompt": list(user("Hi"))}), chat=True)
 
 
 def test_several_inputs_say_where_each_row_is_from(tmp_path):
