@@ -254,7 +254,7 @@ def test_import_and_export_leave_a_manifest(tmp_path, capsys):
     first, second = (json.loads(Path(f"{path}.manifest.json").read_text()) for path in (rows, pairs))
     assert first["input"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert second["input"] == first["output"] and second["counts"]["rows_written"] == 2
-    chosen = dict(source="pku-saferlhf", order="safe", columns=[], subset="", split="", limit=0, skip=0)
+    chosen = dict(source="pku-saferlhf", order="safe", columns=[], subset="", split="", limit=0, skip=0, chat=False)
     assert first["options"] == chosen
     assert first["counts"]["rows_equal_responses"] == 1 and len(first["first_reasons"]) == 1
 

@@ -136,7 +136,7 @@ def listwise(record: Record, _: str) -> Record:
     """Rows of our own format out of a table, where what a row lacks is null and CSV has lists as JSON; an id is made
     where there is none. And the format of the released HPS code: a prompt in its template already, responses, rewards
     if scored; its sets of prompts are messages with nothing else."""
-    row = {key: x for key in KEYS if (x := record.get(key)) not in (None, "") and x == x}  # NaN: a null of pandas'
+    row = {key: x for key in KEYS if (x := record.get(key)) not in (None, "")}
     for key in {"responses", "rewards"} & row.keys():
         row[key] = decode_json(row[key].encode(), key) if isinstance(row[key], str) else row[key]
     for key in {"chosen", "rejected"} & row.keys():
