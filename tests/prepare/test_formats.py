@@ -87,6 +87,7 @@ LOST = {
     ("trl", ""): {"rows_unsupported": 1, "rows_prompts_differ": 1},
     ("trl-standard", ""): {"rows_prompts_differ": 1},
     ("authors", ""): {},
+    ("listwise", ""): {},
     ("simpo", ""): {},
 }
 
