@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hps.evaluate.metrics import MARGINS, METRICS, extra, present
+from hps.evaluate.metrics import AGAIN, MARGINS, METRICS, extra, present
 from hps.io import files
 
 if TYPE_CHECKING:
@@ -47,6 +47,16 @@ def _look(i: int) -> dict[str, Any]:
     """Colour, marker and dashes of the i-th line: no two of the first 21 are alike."""
     dashes = ("-", "--", ":")[i // len(COLOURS) % 3]
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": dashes}
+
+
+def _looks(labels: Iterable[str]) -> list[dict[str, Any]]:
+    """One per label; what is another label and a word more ("DPO-BT tuned") looks like that one, hollow."""
+    found: dict[str, dict[str, Any]] = {}
+    for label in labels:
+        same = found.get(label.rpartition(" ")[0])
+        plain = sum("mfc" not in look for look in found.values())
+        found[label] = same | {"mfc": "white"} if same else _look(plain)
+    return list(found.values())
 
 
 def _numbers(items: Iterable[dict[str, Any] | None]) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +113,8 @@ def _lines(results: dict[str, Any], name: str, series: dict[str, Any]) -> list[P
 
     def draw(figure: "Figure") -> None:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for i, (label, methods) in enumerate(series["lines"].items()):
+            looks = _looks(series["lines"])
+            for look, (label, methods) in zip(looks, series["lines"].items(), strict=True):
                 y, up = _numbers(of[method].get(panel) for method in methods)
                 if needs:
                     x, across = _numbers(of[method].get(over["metric"]) for method in methods)
@@ -111,7 +122,7 @@ def _lines(results: dict[str, Any], name: str, series: dict[str, Any]) -> list[P
                     x, across = np.array([over["values"][method] for method in methods], dtype=np.float64), None
                 y[np.isnan(x)] = x[np.isnan(y)] = math.nan
                 how = {"markersize": 4.5, "elinewidth": 0.8, "label": label}
-                axes.errorbar(x, y, xerr=across, yerr=up, **how, **_look(i))
+                axes.errorbar(x, y, xerr=across, yerr=up, **how, **look)
             axes.set_title(METRICS[panel].title)
             axes.grid(color="0.93", linewidth=0.6)
             axes.set_axisbelow(True)
@@ -141,7 +152,8 @@ def plans(results: dict[str, Any]) -> list[Plan]:
     panels = {name: [items.get(name) for items in of_pair.values()] for name in DIFFERENCES if name in known}
     found += _strips("differences", list(of_pair), panels, "paired difference a - b")
     kl = "kl_exact" if "kl_exact" in present(rows) else "kl_seq"
-    if lines := {row["method"]: [row["method"]] for row in rows if {"true_reward", kl} <= row["metrics"].keys()}:
+    shown = [row["method"] for row in rows if {"true_reward", kl} <= row["metrics"].keys()]
+    if lines := {name: [name] for name in shown if not name.endswith(AGAIN)}:
         reward = {"x": {"metric": kl}, "panels": ["true_reward"], "lines": lines}  # one point per method
         found += [plan._replace(size=(5.6 + _room(lines), 3.6)) for plan in _lines(results, "reward_kl", reward)]
     for name, series in results.get("series", {}).items():

@@ -229,6 +229,12 @@ def test_a_strip_has_the_mean_and_every_worlds_value():
     assert points[0] == [[0.64, 0.0]]
 
 
+def test_a_method_at_its_own_settings_looks_alike_but_hollow():
+    bt, tuned, hps = figures._looks(["DPO-BT", "DPO-BT tuned", "DPO-HPS"])
+    assert tuned == bt | {"mfc": "white"}
+    assert all(bt[key] != hps[key] for key in ("color", "marker"))
+
+
 def test_a_missing_number_breaks_its_line():
     broken = results()
     del broken["rows"][1]["metrics"]["true_reward"]
