@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -87,3 +88,29 @@ def test_help_says_that_pages_are_written(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         record.main()
     assert "without options it writes docs/RESULTS.md, docs/results/*.md" in " ".join(capsys.readouterr().out.split())
+
+
+# What the README says that eight worlds settle: rows, metric, and the sign of their difference.
+SETTLED = [
+    ("DPO-HPS", "DPO-uniform", "true_reward", -1),
+    ("DPO-HPS scaled (ours)", "DPO-BT", "true_reward", 1),
+    ("DPO-HPS tuned", "DPO-BT tuned", "true_reward", 1),
+    ("DPO-HPS tuned", "DPO-BT tuned", "harm", -1),
+    ("DPO-HPS tuned", "DPO-PL-8 tuned", "true_reward", -1),
+]
+
+
+@pytest.mark.parametrize("name", ["headline"])
+def test_what_the_readme_says_of_eight_worlds(name):
+    """Of eight worlds drawn from a record at least four times in five, by the judge as a user's own report has it."""
+    kept = json.loads((record.KEPT / f"{name}.json").read_text())
+    rows = {row: {k: v for k, v in of.items() if k != "runs"} for row, of in kept["rows"].items()}
+    draw, counts = np.random.default_rng(0), np.zeros(len(SETTLED))
+    for _ in range(10):
+        worlds = sorted(draw.choice(kept["worlds"], 8, replace=False))
+        few = {row: {k: [v[w] for w in worlds] for k, v in of.items()} | {"runs": 1} for row, of in rows.items()}
+        pairs = [[a, b, lead and [lead[w] for w in worlds]] for a, b, lead in kept["pairs"]]
+        found = record.restore(kept | {"rows": few, "pairs": pairs, "worlds": 8})
+        of = {(x["a"], x["b"], x["metric"]): record.verdict(x) for x in found["comparisons"] if "p_holm" in x}
+        counts += [of[a, b, metric] == sign for a, b, metric, sign in SETTLED]
+    assert counts.min() >= 8, counts
