@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hps import config, dist, model, pretrained
+from hps import config, dist, methods, model, pretrained
 from hps.data import listwise, store, tokenizers, tokens
-from hps.data.rows import Row, stream
+from hps.data.rows import Row, only, stream
 from hps.io import files
 from hps.lab import scorers, world
+from hps.options import read as read_training
 from hps.prepare import commands, doctor, formats, generate, importers, journal, manifests, rewards
 
 
@@ -230,13 +231,19 @@ def annotate_rows(c: Annotate) -> None:
     journal.in_shares(c, rows, work, write)
 
 
-def diagnose(c: Doctor) -> None:
-    """Measure what training would see of a file, and say what to change; status 1 where it cannot be trained on."""
+def diagnose(c: Doctor, words: Sequence[str]) -> None:
+    """Measure what training would see of a file, and say what to change; status 1 where it cannot be trained on.
+
+    --config is the training's own: its limits are taken from there, and its q is shown."""
+    at = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--config"), len(words))
+    file = words[at : at + 1 + ("=" not in "".join(words[at : at + 1]))]
+    run, _ = methods.check(*read_training([*file, f"--model={c.model}", f"--data={c.input}", "--out=."]))
     tokenizer = tokenizers.load_tokenizer(c.model, c.template_options)
     counts: dict[str, int] = {}
-    kept = doctor.kept_rows(tokenizer, stream(c.input), counts, max_length=c.max_length, truncate=c.truncate)
+    rows = (only(row, range(len(row.responses))[: run.candidates or None]) for row in stream(c.input))
+    kept = doctor.kept_rows(tokenizer, rows, counts, max_length=c.max_length, truncate=c.truncate)
     counts["samples_encoded_otherwise"] = generate.encoded_otherwise(c.input)
-    found = doctor.diagnose(kept, counts, tokenizer=tokenizer, test=stream(c.test) if c.test else ())
+    found = doctor.diagnose(kept, counts, tokenizer=tokenizer, test=stream(c.test) if c.test else (), run=run)
     print(json.dumps(found, indent=1) if c.json else doctor.format_report(found))
     if found["errors"]:
         sys.exit(1)
@@ -254,7 +261,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        commands.run(COMMANDS, argv, prog="data_prep.py", page=str(__doc__))
+        commands.run(COMMANDS, argv, prog="data_prep.py", page=str(__doc__), foreign={"doctor"})
     except OSError as error:  # a folder that takes no files, a full disk
         where = error.filename2 or error.filename or "the output"
         raise ValueError(f"cannot read or write {where}: {error.strerror or error}") from error

@@ -6,16 +6,19 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hps import plan, samplers
+from hps import batches, methods, plan
 from hps.data import tokens
 from hps.data.rows import Prompt, Row, row_key
 from hps.data.tokens import Example
+from hps.options import Config
 from hps.prepare.formats import prompt_repeated
+from hps.samplers import SAMPLERS
 
 JOINTS = 1000  # rows whose texts are tokenised once more, as one
 BEGINNING_WORDS = 5
@@ -25,6 +28,7 @@ CORRELATION, LONGER = 0.25, 0.15  # of reward and length; of the share of longer
 # What may win too often: the share of prompts from which doctor speaks if it is 1.5 times that of chance.
 WINS = {"text": 0.05, "beginning": 0.2, "source": 0.5}
 OVER_CHANCE, WINS_AT_LEAST = 1.5, 3
+ARGMAX = 1.4  # effective negatives; of two, one has nine tenths of the mass then
 RANGES = {
     "responses": "responses per prompt",
     "prompt_tokens": "tokens of a prompt",
@@ -45,16 +49,15 @@ def kept_rows(
 
 
 class Found:
-    """What is gathered of the rows, one after the other; of a response about 70 bytes are held."""
+    """What is gathered of the rows, one after the other; about 90 bytes per response and 350 per row with rewards."""
 
-    def __init__(self, gammas: Sequence[float]) -> None:
+    def __init__(self) -> None:
         shown = ("human_pairs", "human_pairs_identical", "copies_of_other_responses")  # in this order, zeros too
         self.counts: Counter[str] = Counter(dict.fromkeys(shown, 0))
         self.values: defaultdict[str, array] = defaultdict(lambda: array("d"))
         self.texts, self.prompts = array("Q"), array("Q")  # hashes, of each response
         self.rivals = {kind: Rivals() for kind in WINS}
-        # Sums over rows of the negatives, the effective ones, and the mass on the top one.
-        self.weights = {(norm, float(gamma)): np.zeros(3) for norm in samplers.REWARD_NORMS for gamma in gammas}
+        self.scored: list[tuple[np.ndarray, np.ndarray, int]] = []  # rewards, identity and key of rows with rewards
 
 
 def diagnose(
@@ -63,18 +66,20 @@ def diagnose(
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
     test: Iterable[Row] = (),
-    gammas: Sequence[float] = (-5, -3, -1, 1, 3),
+    run: Config | None = None,
 ) -> dict[str, Any]:
     """Measure the data that training would see; every value of the result fits into JSON.
 
     kept, counts: as `kept_rows` gives and fills them; gone through once. tokenizer: the one they come from, to look at
-    where texts meet as well. test: rows whose prompts should not be among these. gammas: hardnesses at which q (Eq. 9)
-    is weighed: by exp of its entropy, the number of negatives it spreads over, and by its largest mass, both averaged
-    over the rows. "errors" in the result lists what makes training impossible, "advice" the rest.
+    where texts meet as well. test: rows whose prompts should not be among these. run: options of a training (default:
+    train.py's own); its plan is drawn to see its q (Eq. 9) at the first, the middle and the last step: gamma, and the
+    number of negatives that q spreads over, exp of its entropy, the mean over the visits at that gamma. "errors" in the
+    result lists what makes training impossible, "advice" the rest.
     """
+    run = run or Config("", "", "")
     wanted = Counter(row_key(_words(row.prompt).casefold()) for row in test)
     met: set[int] = set()
-    found, first, kept = Found(gammas), list[Kept](), iter(kept)
+    found, first, kept = Found(), list[Kept](), iter(kept)
     while some := list(itertools.islice(kept, 256)):
         first += some[: max(JOINTS - len(first), 0)]
         for row, e in some:
@@ -90,7 +95,7 @@ def diagnose(
             found.counts.update(human_pairs=_is_pair(e), human_pairs_identical=same, copies_of_other_responses=copies)
             _texts(row, e, responses, found)
         if scored := [e for _, e in some if e.rewards is not None]:
-            _rewards(scored, found)
+            _rewards(scored, found, run.length_penalty)
     counts = counts | {"test_prompts": wanted.total(), "test_prompts_in_training": sum(wanted[key] for key in met)}
     counts |= found.counts | {"responses_of_several_prompts": _of_several_prompts(found)}
     template = _joints(tokenizer, first, counts) if tokenizer else ""
@@ -105,15 +110,21 @@ def diagnose(
         "reward_length_correlation": float(np.mean(values["correlation"])) if values["correlation"] else None,
         "best_longer": float(np.mean(values["longer"])) if values["longer"] else None,
         "winners": {kind: one.winner() for kind, one in found.rivals.items() if one.prompts},
-        "gammas": [],
+        "method": run.method if run.loss == "preference" else run.loss,
+        "q": [],
     }
-    if rows := counts.get("rows_with_rewards", 0) - counts.get("rows_no_dispreferred", 0):
-        for (norm, gamma), sums in found.weights.items():
-            negatives, effective, mass = (sums / rows).tolist()
-            about = {"gamma": gamma, "reward_norm": norm, "negatives": negatives}
-            report["gammas"].append(about | {"effective_negatives": effective, "top_mass": mass})
+    with_q = run.loss == "preference" and SAMPLERS[methods.parts(run)[1]].log_q is not None
+    if with_q and counts.get("rows_with_rewards", 0) > counts.get("rows_no_dispreferred", 0):
+        rewards, identity, keys = zip(*found.scored, strict=True)
+        columns: Any = SimpleNamespace(rewards=rewards, identity=identity, keys=np.array(keys, np.uint64), human=None)
+        drawn, below = batches.make_plan(run, columns), float(np.mean([n for n in values["dispreferred"] if n]))
+        for step in (0, drawn.steps // 2, drawn.steps - 1):
+            gamma = drawn.gamma[drawn.step(step)]
+            effective = float(drawn.effective[np.isin(drawn.gamma, gamma)].mean())
+            about = {"step": step + 1, "steps": drawn.steps, "gamma": float(gamma.mean())}
+            report["q"].append(about | {"negatives": below, "effective_negatives": effective})
     report["errors"] = _errors(report["examples"], counts)
-    report["advice"] = _advice(report)
+    report["advice"] = _advice(report, run)
     return report
 
 
@@ -128,14 +139,11 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [""] + [f"{key.replace('_', ' '):42}{n:>12,}" for key, n in report["counts"].items() if n]
     shares = {"reward and length, correlation in a row": "reward_length_correlation", "best longer": "best_longer"}
     lines += [f"{label:42}{report[key]:>12.2f}" for label, key in shares.items() if report[key] is not None]
-    if report["gammas"]:
-        norms = "".join(f"{'reward_norm ' + norm:>24}" for norm in samplers.REWARD_NORMS)
-        lines += ["", f"{'effective negatives (mass on the top one)':42}{norms}"]
-        for gamma in dict.fromkeys(w["gamma"] for w in report["gammas"]):
-            shown = (
-                f"{w['effective_negatives']:.2f} ({w['top_mass']:.1%})" for w in report["gammas"] if w["gamma"] == gamma
-            )
-            lines += [f"{f'  gamma = {gamma:g}':42}" + "".join(f"{text:>24}" for text in shown)]
+    if report["q"]:
+        lines += ["", f"{'q of ' + report['method']:30}{'gamma':>12}{'negatives':>12}{'effective':>12}"]
+        for q in report["q"]:
+            step = f"  step {q['step']:,} of {q['steps']:,}"
+            lines += [f"{step:30}{q['gamma']:>12.4g}{q['negatives']:>12.2f}{q['effective_negatives']:>12.2f}"]
     return "\n".join(lines)
 
 
@@ -223,11 +231,12 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return np.searchsorted(ordered, values) + np.searchsorted(ordered, values, side="right")
 
 
-def _rewards(scored: list[Example], found: Found) -> None:
+def _rewards(scored: list[Example], found: Found, length_penalty: float) -> None:
     rewards = [cast(np.ndarray, e.rewards) for e in scored]
-    r = plan.padded(rewards, -np.inf, np.float64)
-    _, below, left_out = plan.dispreferred(r, plan.padded([e.identity for e in scored], -1, np.int64))
-    some = below.any(1)
+    rewards = [r - length_penalty * np.array([*map(len, e.response_ids)]) for r, e in zip(rewards, scored, strict=True)]
+    found.scored += [(r, e.identity, row_key(e.id)) for r, e in zip(rewards, scored, strict=True)]
+    r, identity = plan.padded(rewards, -np.inf, np.float64), plan.padded([e.identity for e in scored], -1, np.int64)
+    _, below, left_out = plan.dispreferred(r, identity)
     pairs = [r[e.chosen] - r[e.rejected] for r, e in zip(rewards, scored, strict=True) if _is_pair(e)]
     found.values["dispreferred"].extend(below.sum(1).tolist())
     found.values["reward_range"].extend(float(np.ptp(r)) for r in rewards)
@@ -235,19 +244,10 @@ def _rewards(scored: list[Example], found: Found) -> None:
         copies_of_best=int(left_out["copies_of_best"].sum()),
         rows_with_rewards=len(scored),
         rows_with_top_tie=int((left_out["ties_with_best"] > 0).sum()),
-        rows_no_dispreferred=int((~some).sum()),
+        rows_no_dispreferred=int((~below.any(1)).sum()),
         human_pairs_with_rewards=len(pairs),
         human_pairs_reversed=sum(bool(d < 0) for d in pairs),
     )
-    if not some.any():
-        return
-    for norm in samplers.REWARD_NORMS:
-        scaled = samplers.normalise_rewards(r[some], norm=norm)
-        for gamma in [gamma for name, gamma in found.weights if name == norm]:
-            log_q = samplers.log_q(scaled, gamma, below[some]).numpy()
-            q = np.exp(log_q)
-            effective = np.exp(-(q * np.where(q > 0, log_q, 0.0)).sum(1)).sum()
-            found.weights[norm, gamma] += (below[some].sum(), effective, q.max(1).sum())
 
 
 def _joints(tokenizer: PreTrainedTokenizerFast, kept: list[tuple[Row, Example]], counts: dict[str, int]) -> str:
@@ -288,7 +288,7 @@ def _errors(examples: int, counts: dict[str, int]) -> list[str]:
     return errors
 
 
-def _advice(report: dict[str, Any]) -> list[str]:
+def _advice(report: dict[str, Any], run: Config) -> list[str]:
     counts, advice = report["counts"], []
     for kind, found in report["winners"].items():
         wins, prompts, chance = found["wins"], found["prompts"], found["by_chance"]
@@ -310,14 +310,16 @@ def _advice(report: dict[str, Any]) -> list[str]:
         advice.append(f"the chat template {report['template']}; a policy is trained on prompt, text and eos_token")
     if "rows_with_rewards" not in counts and counts["human_pairs"]:
         advice.append("no rewards: for -human methods and --loss reward; others need data_prep.py annotate first")
-    hardest = max((w for w in report["gammas"] if w["reward_norm"] == "none"), key=lambda w: w["gamma"], default=None)
+    hardest = max(report["q"], key=lambda q: q["gamma"], default=None)
     if hardest and hardest["gamma"] > 0 and hardest["negatives"] >= 2:
-        sharp = hardest["top_mass"] > 0.9
+        sharp = hardest["effective_negatives"] < ARGMAX
         if sharp or hardest["effective_negatives"] > 0.95 * hardest["negatives"]:
             what = "nearly an argmax" if sharp else "hardly different from gamma = 0"
-            mass = f"the top negative has {hardest['top_mass']:.0%} of the mass"
-            told = f"on this reward scale gamma = {hardest['gamma']:g} is {what} ({mass})"
-            advice.append(f"{told}: standardise with --reward_norm zscore")
+            of = f"it spreads over {hardest['effective_negatives']:.2f} of {hardest['negatives']:.2f} negatives"
+            told = f"on this reward scale gamma = {hardest['gamma']:g} is {what} ({of})"
+            mend = f"{'lower' if sharp else 'raise'} --reward_scale ({run.reward_scale:g})"
+            mend = mend if run.reward_norm == "zscore" else "standardise with --reward_norm zscore"
+            advice.append(f"{told}: {mend}")
     return advice
 
 

@@ -15,6 +15,7 @@ from hps.data.listwise import write
 from hps.data.rows import Row
 from hps.data.tokens import COUNTS, Example
 from hps.io import files
+from hps.options import Config
 from hps.prepare.doctor import cut_off, diagnose, format_report, kept_rows
 
 
@@ -67,7 +68,7 @@ def test_counts_by_hand():
     assert (counts["human_pairs"], counts["human_pairs_identical"]) == (3, 0)
     assert ranges["best reward minus worst"] == {"min": 0, "median": 1, "max": 2}
     assert ranges["dispreferred responses per prompt"] == {"min": 0, "median": 1, "max": 2}
-    assert report["gammas"][0]["negatives"] == 1.5
+    assert report["q"][0]["negatives"] == 1.5
     assert (counts["rows_with_top_tie"], counts["copies_of_best"]) == (3, 1)
     assert counts["rows_no_dispreferred"] == 1
     assert (counts["human_pairs_with_rewards"], counts["human_pairs_reversed"]) == (3, 1)
@@ -75,18 +76,29 @@ def test_counts_by_hand():
     assert json.loads(json.dumps(report)) == report
 
 
-def test_weights_of_the_negatives():
-    gammas = (-5.0, -1.0, 0.0, 3.0)
-    weights = {(w["reward_norm"], w["gamma"]): w for w in report_of(*MIXED, gammas=gammas)["gammas"]}
+def test_the_q_of_a_run():
+    """At its first, middle and last step, by hand: first two rows of MIXED, one prompt per step, three phases; of other
+    samplers none."""
     first = np.array([1.0, 2.0])  # below 3.0, without the copy at 2.5; the second row has one negative
+    how = dict(gamma_schedule="inclusive", gamma_phases=3, gamma_start=-4.0, gamma_end=2.0)
     for norm, std in (("none", 1.0), ("zscore", np.std([3.0, 1.0, 2.5, 3.0, 2.0]))):
-        for gamma in gammas:
-            q = np.exp(gamma * first / std) / np.exp(gamma * first / std).sum()
-            found = weights[norm, gamma]
-            assert found["effective_negatives"] == pytest.approx((np.exp(entropy(q)) + 1) / 2)
-            assert found["top_mass"] == pytest.approx((q.max() + 1) / 2)
-    [large, _] = report_of(case("abc", [1e4, -1e4, 0.0]), gammas=(5,))["gammas"]
-    assert (large["effective_negatives"], large["top_mass"]) == (1.0, 1.0)  # finite
+        run = Config("", "", "", epochs=3, prompts_per_step=1, reward_norm=norm, reward_scale=0.5, **how)
+        found = report_of(*MIXED, run=run)["q"]
+        assert [(q["step"], q["steps"], q["gamma"]) for q in found] == [(1, 6, -4), (4, 6, -1), (6, 6, 2)]
+        for q in found:
+            w = np.exp(q["gamma"] * 0.5 * first / std)
+            assert q["effective_negatives"] == pytest.approx((np.exp(entropy(w / w.sum())) + 1) / 2)
+    run = Config(
+        "", "", "", epochs=1, prompts_per_step=1, length_penalty=1.0, gamma_start=-1.0, gamma_schedule="constant"
+    )
+    [q, *_] = report_of(case(["a", "bbbb", "cc"], [3.0, 2.0, 1.0]), run=run)["q"]  # minus 2, 5, 3 tokens: 1, -3, -2
+    assert q["effective_negatives"] == pytest.approx(np.exp(entropy([np.exp(3), np.exp(2)])))
+    [q, *_] = report_of(*MIXED, run=Config("", "", "", method="dpo-uniform"))["q"]
+    assert (q["gamma"], q["effective_negatives"]) == (0, 1.5)
+    for other in (dict(method="dpo-bt"), dict(method="dpo-human"), dict(loss="sft"), dict(loss="reward")):
+        assert report_of(*MIXED, run=Config("", "", "", **other))["q"] == []
+    [q, _, large] = report_of(case("abc", [1e4, -1e4, 0.0]), run=Config("", "", "", prompts_per_step=1, epochs=10))["q"]
+    assert q["effective_negatives"] == large["effective_negatives"] == 1.0  # finite
 
 
 def scaled(scale):
@@ -95,11 +107,19 @@ def scaled(scale):
 
 
 def test_advice_follows_the_reward_scale():
-    [advice] = report_of(*scaled(1))["advice"]  # 1 - exp(-3) = 95% of the mass is on one negative
-    assert "gamma = 3 is nearly an argmax" in advice and "--reward_norm zscore" in advice
-    [advice] = report_of(*scaled(0.01))["advice"]
+    """At the hardest phase, gamma = 3: q with 1 - exp(-3) = 95% of its mass on one negative spreads over 1.23."""
+
+    def advice_of(scale, **how):
+        return report_of(*scaled(scale), run=Config("", "", "", prompts_per_step=1, **how))["advice"]
+
+    [advice] = advice_of(1)
+    assert "gamma = 3 is nearly an argmax (it spreads over 1.23 of 7.00 negatives)" in advice
+    assert advice.endswith("standardise with --reward_norm zscore")
+    [advice] = advice_of(0.01)
     assert "gamma = 3 is hardly different from gamma = 0" in advice and "--reward_norm zscore" in advice
-    assert report_of(*scaled(0.3))["advice"] == report_of(*scaled(0.7))["advice"] == []
+    assert advice_of(0.3) == advice_of(0.7, gamma_end=1.0) == advice_of(1, gamma_end=-1.0) == []
+    [advice] = advice_of(1, reward_norm="zscore", reward_scale=20.0)
+    assert advice.endswith("lower --reward_scale (20)")
 
 
 def test_every_other_advice():
@@ -117,7 +137,7 @@ def test_every_other_advice():
         "1 human pairs hold equal responses",
         "2 rows have no dispreferred response",
         "tie for the best reward",
-        "reverse over 40%",
+        "the rewards reverse 50% of the human pairs",
     ):
         assert part in text
 
@@ -127,7 +147,7 @@ NO_REWARDS = "no rewards: for -human methods and --loss reward; others need data
 
 def test_errors_and_pairs_alone_which_are_none():
     report = report_of(case("ab", chosen=1, rejected=0))
-    assert report["gammas"] == report["errors"] == [] and report["advice"] == [NO_REWARDS]
+    assert report["q"] == report["errors"] == [] and report["advice"] == [NO_REWARDS]
     for cases, error in (
         ([], "no row can be trained on: no rewards"),
         ([case("ab", [1.0, 1.0])], "no row can be trained on: the rewards tell no two responses apart"),
@@ -151,7 +171,7 @@ def test_the_page():
     assert ["rows", "read", "12,345"] in lines and ["responses", "empty", "7"] in lines
     assert ["copies", "of", "best", "1"] in lines and "human pairs identical" not in page
     assert ["human", "pairs", "reversed", "1"] in lines
-    assert [line[:3] for line in lines].count(["gamma", "=", "-5"]) == 1
+    assert ["step", "1", "of", "1", "-5", "1.50", "1.02"] in lines
 
 
 # -- what may win instead of quality --
@@ -304,6 +324,16 @@ def test_the_command(tmp_path, capsys):
     # Two tokens of the prompt are kept at the least: the longer response does not fit, three go beside the shorter.
     assert (cut["examples"], cut["counts"]["responses_overlong"], cut["ranges"][prompts]["max"]) == (2, 1, 3)
     assert "1 prompts lose their beginning" in "".join(cut["advice"])
+    config = tmp_path / "run.toml"
+    config.write_text(
+        'method = "dpo-hps"\nmax_length = 5\ntruncate = "keep_end"\ngamma_start = -2.0\nlr = 1e-3\nepochs = 1\n'
+    )
+    of_run = run(model, path, capsys, f"--config={config}")
+    assert of_run["ranges"] == cut["ranges"] and of_run["q"][0]["gamma"] == -2
+    assert run(model, path, capsys, "--config", str(config), "--max_length=99")["ranges"] == whole["ranges"]
+    config.write_text("gama_start = -2.0")
+    with pytest.raises(ValueError, match="unknown key gama_start: the nearest is --gamma_start"):
+        run(model, path, capsys, f"--config={config}")
     write(path, [Row("a", "why", ("tea", "is"), (1.0, 1.0))])
     with pytest.raises(SystemExit, match="^1$"):
         run(model, path, capsys)
