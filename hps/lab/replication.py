@@ -8,6 +8,7 @@ covariance of these worlds, drawn as normal. Differences of the same runs hang t
 than those of as many independent ones; `independent looks` says how many of these they are worth.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from hps.io import files
 WORLDS = (8, 12, 24, 48)  # of the records that are drawn
 COUNTS = {"inside": "inside %", "reversed": "reversed %", "resolved": "resolved after Holm",
           "alike": "of these alike %", "again": "of a row with itself %"}  # fmt: skip
-Keys = list[tuple[str, str, str]]  # (a, b, metric) of each difference
+Keys = tuple[tuple[str, str, str], ...]  # (a, b, metric) of each difference
 
 
 @dataclass
@@ -33,18 +34,20 @@ class Options:
     draws: int = 1000  # pairs of records that are dealt or drawn
 
 
-def again(keys: Keys) -> NDArray[np.bool_]:
-    """(C,) which differences are those of a row with itself."""
-    return np.array([a == b + AGAIN for a, b, _ in keys])
+@functools.cache  # thousands of pairs are counted
+def parts(keys: Keys) -> tuple[NDArray[np.bool_], list[NDArray[np.intp]]]:
+    """(C,) which differences are those of a row with itself, and the indices of the others by metric."""
+    own = np.array([a == b + AGAIN for a, b, _ in keys])
+    metrics = np.where(own, "", [metric for _, _, metric in keys])
+    return own, [np.flatnonzero(metrics == metric) for metric in {*metrics} - {""}]
 
 
 def verdicts(keys: Keys, values: Floats) -> tuple[NDArray, NDArray]:
     """(C,) the sign of every difference that is resolved, 0 of the others, before Holm's adjustment and after it."""
     mean, error = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
-    p = 2 * extra("scipy.stats").t.sf(np.abs(mean) / error, len(values) - 1)
+    p = 2 * extra("scipy.special").stdtr(len(values) - 1, -np.abs(mean) / error)  # Student's t, both tails
     adjusted = np.ones(len(p))
-    for metric in {metric for _, _, metric in keys}:
-        mine = np.array([of == metric for _, _, of in keys]) & ~again(keys)
+    for mine in parts(keys)[1]:
         adjusted[mine] = holm(p[mine])
     return np.sign(mean) * (p < 0.05), np.sign(mean) * (adjusted < 0.05)
 
@@ -58,7 +61,7 @@ def inside(first: Floats, second: Floats) -> NDArray[np.bool_]:
 def count(keys: Keys, first: Floats, second: Floats) -> dict[str, float]:
     """Of two records, (W, C) each, in per cent: means inside, verdicts reversed, of those resolved after Holm in either
     (`resolved`) alike, and of a row with itself resolved (`again`)."""
-    own, (raw, after), (raw_2, after_2) = again(keys), verdicts(keys, first), verdicts(keys, second)
+    (own, _), (raw, after), (raw_2, after_2) = parts(keys), verdicts(keys, first), verdicts(keys, second)
     resolved = int(np.count_nonzero(after) + np.count_nonzero(after_2))
     alike = 2 * int(np.count_nonzero((after == after_2) & (after != 0)))
     return {
@@ -100,11 +103,11 @@ def compare(first: dict[str, Any], second: dict[str, Any], *, draws: int) -> dic
     if first["suite"] != second["suite"]:
         raise ValueError(f"the first is of suite {first['suite']}, the second of {second['suite']}")
     found = [{(x["a"], x["b"], x["metric"]): x["values"] for x in of["comparisons"]} for of in (first, second)]
-    keys = [key for key in found[0] if all(key in of and None not in of[key] for of in found)]
+    keys = tuple(key for key in found[0] if all(key in of and None not in of[key] for of in found))
     if min(first["worlds"], second["worlds"]) < 4 or not keys:
         raise ValueError(f"suite {first['suite']}: need four worlds and one comparison that all of them have")
     one, two = (np.array([of[key] for key in keys]).T for of in found)
-    pooled, rng, own = np.concatenate([one, two]), np.random.default_rng(0), again(keys)
+    pooled, rng, own = np.concatenate([one, two]), np.random.default_rng(0), parts(keys)[0]
     dealt = [np.split(rng.permutation(pooled), [len(one)]) for _ in range(draws)]
     pairs: dict[str, list[Any]] = {f"dealt, {len(one)} and {len(two)} worlds": dealt}
     mean = np.where(own, 0.0, pooled.mean(0))  # of a row with itself nothing else is true

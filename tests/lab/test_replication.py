@@ -7,7 +7,7 @@ import pytest
 
 from hps.lab import replication
 
-KEYS = [("a", "b", "rm10"), ("c", "b", "rm10"), ("a again", "a", "rm10"), ("a", "b", "harm")]
+KEYS = (("a", "b", "rm10"), ("c", "b", "rm10"), ("a again", "a", "rm10"), ("a", "b", "harm"))
 
 
 def record(values, **more):
@@ -43,7 +43,7 @@ def test_what_is_expected_has_level_and_covariance():
     """Means of independent normal records are inside as often as said; columns that say the same are one look."""
     g = np.random.default_rng(0)
     once = g.standard_normal((24, 3)) + [0.0, 3.0, 0.0]
-    keys = [(str(i), "b", "rm10") for i in range(12)]
+    keys = tuple((str(i), "b", "rm10") for i in range(12))
     values = np.repeat(once, 4, axis=1)
     assert replication.independent_looks(values) == pytest.approx(3, abs=0.4)
     assert replication.independent_looks(g.standard_normal((400, 12))) > 11
