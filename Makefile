@@ -70,7 +70,7 @@ smollm2: model ## the whole pipeline on HH=file of HH-RLHF rows with that model:
 	PYTHON=$(BIN)/python HH="$(HH)" MODEL=$(SMOLLM2) SMALL="$(SMALL)" recipes/smollm2.sh
 
 # In the recipe stand the other names and sizes, which come from the environment: MODEL, PROMPTS and GPUS first.
-paper: $(STAMP) ## the paper's own setup on GPUs; PLAN=1 its memory and hours; TINY=1 every line on random models
+paper: $(STAMP) ## the paper's own setup on GPUs; PLAN=1 memory and hours of every stage; TINY=1 every line on random models
 	PYTHON=$(BIN)/python recipes/paper.sh
 
 lists: model ## real lists of judged answers with that small model: ALPACA=alpaca_eval/results; SMALL=1 for a short one

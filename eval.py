@@ -45,6 +45,7 @@ class Config:
     temperature: float = 0.9  # of the samples
     max_new_tokens: int = 256  # a sample ends there at the latest
     seed: int = 0  # of the samples
+    max_rows: int = 512  # samples decoded at once: fewer take less memory
     scorer: str = "none"  # of the samples: none, world-true[:SEED], or a reward model's folder, file or hub name
     scorer_dtype: str = "fp32"  # of a reward model's weights, fp32 or bf16; rewards are fp32 either way
     objectives: str = "one"  # of a reward model's head: one, or of several mean, score (ArmoRM's gate) or one's name
@@ -61,12 +62,13 @@ class Config:
 def main(argv: list[str] | None = None) -> None:
     c, set_keys = config.parse(Config, argv, prog="eval.py", description=str(__doc__).split("\n")[0])
     of_reward_model = {"scorer_dtype", "objectives"}
-    of_samples = {"temperature", "max_new_tokens", "seed", "scorer", "baseline", *of_reward_model}
+    of_samples = {"temperature", "max_new_tokens", "seed", "max_rows", "scorer", "baseline", *of_reward_model}
     config.check_used(set_keys, set(vars(c)) - (set() if c.samples else of_samples), what="--samples 0")
     if c.scorer == "none" or scorers.is_world(c.scorer):
         config.check_used(set_keys, set(vars(c)) - of_reward_model, what=f"--scorer {c.scorer}")
     config.check_choices(c, dtype=model.DTYPES, scorer_dtype=model.DTYPES)
-    for name, least in dict(limit=0, samples=0, max_new_tokens=1, max_length=1, tokens_per_micro_batch=1).items():
+    positive = ("max_new_tokens", "max_length", "max_rows", "tokens_per_micro_batch")
+    for name, least in (dict(limit=0, samples=0) | dict.fromkeys(positive, 1)).items():
         if getattr(c, name) < least:
             raise ValueError(f"{name} must be at least {least}, not {getattr(c, name)}")
     out = Path(c.out)
@@ -160,8 +162,8 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
             keep(n, metrics.margins(h, examples.rewards[i]))
     del ref  # the scorer goes to the device with the first sample, where three models may find no room
     if c.samples:
-        how = dict(n=c.samples, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
-        how |= dict(counts=drawn, progress=ranks.first, strings=listwise.Places())
+        how = {key: getattr(c, key) for key in ("max_new_tokens", "temperature", "seed", "max_rows")}
+        how |= dict(n=c.samples, counts=drawn, progress=ranks.first, strings=listwise.Places())
         for row in mine_of_rows:
             if isinstance(row.prompt, str):
                 how["strings"].add(row.id, 0)

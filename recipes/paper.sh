@@ -4,8 +4,9 @@
 #     MODEL=RLHFlow/LLaMA3-SFT-v2 PROMPTS=10000 GPUS=4 OUT=runs/paper recipes/paper.sh
 #
 # HH-RLHF and PKU-SafeRLHF -> 100 candidates per prompt -> Skywork's rewards -> 15 methods on each set -> ArmoRM's
-# reward of samples, margins, BLEU -> the other set (transfer) -> n -> beta -> tables. PLAN=1 prints memory and hours of
-# training and ends. The same command again goes on where it was stopped. PYTHON=echo prints the commands.
+# reward of samples, margins, BLEU -> the other set (transfer) -> n -> beta -> tables. PLAN=1 prints memory, tokens and
+# hours of every stage, and ends (recipes/estimate.py takes other GPUs and lengths too). The same command again goes on
+# where it was stopped. PYTHON=echo prints the commands.
 # recipes/one_gpu.sh is this on one GPU; TINY=1 is this with random models, in minutes without a GPU.
 #
 # The names are those of the paper and its code (whose config says Llama3-SFT-v2.0-epoch3); none of these models has
@@ -40,6 +41,7 @@ PKU=${PKU:-PKU-Alignment/PKU-SafeRLHF}
 : "${TEST:=1000}" "${N:=100}" "${NS:=5 20 50}" "${BETAS:=0.25 0.5 0.75 1.0}" "${SAMPLES:=5}" "${NEW_TOKENS:=512}"
 : "${LOSSES:=dpo exo ipo sppo nca}" "${LENGTH:=2048}" "${EPOCHS:=2}" "${STEP:=64}" "${SEEDS:=1}" "${DTYPE:=bf16}"
 : "${ENGINE:=vllm}" # hf where it is not installed: slower by far
+: "${ROWS:=64}"     # sequences decoded at once; more take less time, while the GPU's memory lasts
 : "${PL:=8}"        # ranks that PL sees; the paper's 100 cost it 2.7 times the hours of the others
 # The paper says 5e-7. AdamW moves a weight by about lr a step at most, and LoRA's second matrix begins at zero: after
 # 312 steps of a cosine at 5e-7 its entries are 8e-5 at most, which changes next to nothing. LR=5e-7 gives the paper's.
@@ -47,10 +49,7 @@ PKU=${PKU:-PKU-Alignment/PKU-SafeRLHF}
 fit=(--max_length="$LENGTH" --tokens_per_micro_batch="${TOKENS:-4096}" --dtype="$DTYPE")
 caches=(--reference_cache="$OUT/reference_cache")
 
-# 0. What training takes, before anything is rented.
-"$PYTHON" -m hps.lab.estimate --shape="$MODEL" --world_size="$GPUS" --prompts="$PROMPTS" --epochs="$EPOCHS" \
-  --prompts_per_step="$STEP" --dtype="$DTYPE" --gradient_checkpointing=true
-[ -z "${PLAN:-}" ] || exit 0
+[ -z "${PLAN:-}" ] || exec "$PYTHON" -m recipes.estimate --recipe=recipes/paper.sh
 one_choice "$MODEL $PROMPTS $SAMPLER $SKYWORK $ARMORM $OBJECTIVES $HH $PKU $TEST $N $SAMPLES $NEW_TOKENS $LENGTH" \
   "$EPOCHS $STEP $DTYPE $PL $LR"
 
@@ -64,11 +63,11 @@ rows_of pku-test "$PKU" test "$PROMPTS" "$TEST" "${label[@]}"
 
 # 2. Candidates and their rewards; `annotate` says how often these agree with people, `doctor` what wins.
 how=(spread)
-[ "$ENGINE" = hf ] || how=(step) # vLLM spreads over GPUs by itself
+[ "$ENGINE" = hf ] || how=(step) # vLLM runs on one GPU
 for split in hh-train hh-test pku-train pku-test; do
   "${how[@]}" "$OUT/$split-candidates.jsonl" data_prep.py generate --model="$SAMPLER" --input="$OUT/$split.jsonl" \
     --output="$OUT/$split-candidates.jsonl" --n="$N" --temperature=0.9 --max_new_tokens="$NEW_TOKENS" \
-    --max_prompt_length=$((LENGTH - NEW_TOKENS)) --dtype="$DTYPE" --engine="$ENGINE"
+    --max_prompt_length=$((LENGTH - NEW_TOKENS)) --dtype="$DTYPE" --engine="$ENGINE" --max_rows="$ROWS"
   spread "$OUT/$split-scored.jsonl" data_prep.py annotate --scorer="$SKYWORK" --dtype="$DTYPE" \
     --input="$OUT/$split-candidates.jsonl" --output="$OUT/$split-scored.jsonl"
 done
@@ -85,7 +84,7 @@ train() { # SEED SET ROW OPTIONS OF THE METHOD...: OUT/ROW/run-SEED/policy
 }
 test_on() { # SET MODEL FOLDER MORE...: on the set's test prompts
   spread "$3/eval.json" eval.py --model="$2" --reference="$MODEL" --data="$OUT/$1-test-scored.jsonl" --out="$3" \
-    --samples="$SAMPLES" --temperature=0.9 --max_new_tokens="$NEW_TOKENS" --scorer="$ARMORM" \
+    --samples="$SAMPLES" --temperature=0.9 --max_new_tokens="$NEW_TOKENS" --max_rows="$ROWS" --scorer="$ARMORM" \
     --objectives="$OBJECTIVES" --scorer_dtype="$DTYPE" "${fit[@]}" "${caches[@]}" "${@:4}"
 }
 declare -A rows # of each table, by name

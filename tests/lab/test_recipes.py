@@ -6,20 +6,23 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import ROOT
+from transformers import LlamaConfig
 
 import data_prep
 import eval as evaluation
 from hps import config, options
 from hps.data import listwise
 from hps.data.rows import Row
+from hps.lab import estimate as estimates
 from hps.methods import check
-from recipes import best
+from recipes import best, estimate
 
 SMALL = {"SMALL": "1", "SEEDS": "2"}
 
@@ -109,7 +112,7 @@ def test_the_paper_on_several_gpus_and_its_smaller_form(tmp_path):
         spread = [words for words in commands if "torch.distributed.run" in words]
         plain = [words[words.index("--") + 1 :] if words in spread else words for words in commands]
         asked = {words[1] for words in accept(plain)}
-        assert asked == {"hps.lab.estimate", "hps.evaluate.compare"}
+        assert asked == {"hps.evaluate.compare"}
         assert bool(spread) == (recipe == "paper.sh") and all("--nproc_per_node=4" in words for words in spread)
         evaluated = [options_of(words) for words in plain if words[0] == "eval.py"]
         tables = [found["out"].split("/")[-4] for found in evaluated]
@@ -143,6 +146,78 @@ def test_every_line_of_the_paper_runs(tmp_path, monkeypatch):
             assert lacking == (["win"] if row["method"] == "SFT" else []), (name, row["method"])
     samples = listwise.read(out / "hh/DPO-HPS/run-0/test/samples.jsonl")
     assert len({reward for row in samples for reward in row.rewards}) > 4
+
+
+STAGES = """#!/usr/bin/env bash
+"$PYTHON" data_prep.py import --source=trl --input=pairs.jsonl --output="$OUT/rows.jsonl" --limit=10
+"$PYTHON" data_prep.py generate --model="$M" --input="$OUT/rows.jsonl" --output="$OUT/drawn.jsonl" --n=3 --max_rows=6 \\
+  --max_new_tokens=20 --max_prompt_length=50
+"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=2 -- data_prep.py annotate --scorer="$M" \\
+  --input="$OUT/drawn.jsonl" --output="$OUT/scored.jsonl" --tokens_per_micro_batch=65
+"$PYTHON" train.py --loss=sft --model="$M" --data="$OUT/rows.jsonl" --out="$OUT/sft" --epochs=3 \\
+  --prompts_per_step=2 --tokens_per_micro_batch=160
+"$PYTHON" train.py --method=exo-pl --pl_responses=0 --model="$OUT/sft/policy" --data="$OUT/scored.jsonl" --out="$OUT/pl" \\
+  --prompts_per_step=2 --tokens_per_micro_batch=160
+for again in 1 2; do
+  "$PYTHON" eval.py --model="$OUT/pl/policy" --reference="$M" --data="$OUT/scored.jsonl" --out="$OUT/eval-$again" \\
+    --samples=2 --max_rows=20 --max_new_tokens=20 --scorer="$M" --limit=4 --tokens_per_micro_batch=160
+done
+"""
+
+
+def test_the_estimate_of_a_recipe_by_hand(tmp_path, monkeypatch):
+    """A Llama of two layers, prompts of 30 tokens and responses of 10. 10 rows of pairs get 3 candidates each."""
+    sizes = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4)
+    LlamaConfig(**sizes, num_key_value_heads=2).save_pretrained(tmp_path / "llama")
+    monkeypatch.setenv("M", str(tmp_path / "llama"))
+    (tmp_path / "recipe.sh").write_text(STAGES)
+    (tmp_path / "recipe.sh").chmod(0o755)
+    how = dict(prompt_tokens=30, response_tokens=10, gpu_gib=1.0, tflops=4e-6, mfu=0.5, gb_per_s=1e-3, mbu=0.25)
+    c = estimate.Options(str(tmp_path / "recipe.sh"), **how)
+    drawn, scored, sft, pl, evaluated = estimate.stages(c)
+
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 112  # of two; head and embeddings of 96 * 64; norms; 4 bytes each
+    weights, head, kv = 4 * (2 * layer + 2 * 96 * 64 + 5 * 64), 4 * 96 * 64, 4 * 2 * 2 * 2 * 16
+    weights += 4 * 2 * 8  # frequencies of the positions
+
+    def flops(responses, head=True):
+        """Layers' products, attention, and the head on the responses' tokens."""
+        seen = 30 * 31 // 2 + responses * (10 * 30 + 10 * 11 // 2)
+        return 2 * (2 * layer * (30 + 10 * responses) + 2 * 2 * 64 * seen + 64 * 96 * 10 * responses * head)
+
+    def hours(count, parts=1):
+        return pytest.approx(count / 2e6 / parts / 3600)
+
+    # 4 draws per prompt (3 * 1.1): 6 rows are of 2 prompts. Each of 400 tokens reads weights / 6, 30 and 5 tokens.
+    assert drawn.bytes == weights + kv * (6 * 20 + 2 * 50) + 3 * 4 * 6 * 96 and drawn.tokens == 10 * 4 * 10
+    assert drawn.hours == pytest.approx(400 * (weights / 6 + kv * 35) / 0.25e6 / 3600) and drawn.gpus == 1
+    [fast, *_] = estimate.stages(replace(c, gb_per_s=1e6, gpu_gib=drawn.bytes / 2**30 / 1.1))
+    assert fast.hours == hours(10 * flops(4)) and "--max_rows 3 fits" in fast.assumes
+    # 5 responses, of which 65 tokens hold 3 or 2 with their prompt; each of two GPUs has all weights but the head.
+    assert scored.hours == hours(10 * (flops(3, head=False) + flops(2, head=False)), parts=2)
+    assert scored.tokens == 10 * 80 and scored.gpus == 2
+    assert 4 * 65 * (64 + 2 * 112) < scored.bytes - (weights - head) < 4 * 65 * (64 + 6 * 112)
+    assert sft.tokens == 3 * 10 * 40 and sft.times == 1 and pl.tokens == 2 * 10 * 80
+    work = dict(shape=str(tmp_path / "llama"), world_size=1, epochs=2, prompts=10, responses=5, method="dpo-pl")
+    work |= dict(prompts_per_step=2, tokens_per_micro_batch=160)
+    theirs = estimates.estimate(estimates.Options(**work, **{k: v for k, v in how.items() if "b" not in k[:2]}))
+    assert pl.hours == pytest.approx(theirs["work"]["hours"]) and pl.bytes == theirs["bytes_per_rank"]["total"]
+    # Twice 4 prompts: all 5 by the policy, once by the reference; KL by both; 8 samples at once; and their rewards.
+    read = 4 * 2 * 10 * (weights / 8 + kv * 35) / 0.25e6 / 3600
+    compute = 2 * (flops(5) + 2 * flops(1) + flops(2, head=False)) + flops(5)
+    assert evaluated.times == 2 and evaluated.tokens == 2 * 4 * (30 + 5 * 10 + 2 * 10)
+    assert evaluated.hours == pytest.approx(4 * compute / 2e6 / 3600 + 2 * read)
+    sampled = kv * (20 * 20 + 10 * 50) + 3 * 4 * 20 * 96
+    assert evaluated.bytes > 2 * weights - head + sampled
+    page = estimate.table(replace(c, gpu_gib=1e-9), [drawn, scored, sft, pl, evaluated])
+    assert page.count("too much") == 5 and "0.5 of 4e-06 TFLOP/s" in page.replace("\n", " ")
+
+
+def test_the_papers_plan_names_its_stages(tmp_path):
+    """Every command of the recipe that runs a model; PLAN=1 asks for it and for nothing else."""
+    assert printed(tmp_path / "out", recipe="paper.sh", PLAN="1") == [
+        ["-m", "recipes.estimate", "--recipe=recipes/paper.sh"]
+    ]
 
 
 def test_the_lists_recipe(tmp_path):
