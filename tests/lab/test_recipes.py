@@ -156,8 +156,8 @@ STAGES = """#!/usr/bin/env bash
   --input="$OUT/drawn.jsonl" --output="$OUT/scored.jsonl" --tokens_per_micro_batch=65
 "$PYTHON" train.py --loss=sft --model="$M" --data="$OUT/rows.jsonl" --out="$OUT/sft" --epochs=3 \\
   --prompts_per_step=2 --tokens_per_micro_batch=160
-"$PYTHON" train.py --method=exo-pl --pl_responses=0 --model="$OUT/sft/policy" --data="$OUT/scored.jsonl" --out="$OUT/pl" \\
-  --prompts_per_step=2 --tokens_per_micro_batch=160
+"$PYTHON" train.py --method=exo-pl --pl_responses=0 --model="$OUT/sft/policy" --data="$OUT/scored.jsonl" \\
+  --out="$OUT/pl" --prompts_per_step=2 --tokens_per_micro_batch=160
 for again in 1 2; do
   "$PYTHON" eval.py --model="$OUT/pl/policy" --reference="$M" --data="$OUT/scored.jsonl" --out="$OUT/eval-$again" \\
     --samples=2 --max_rows=20 --max_new_tokens=20 --scorer="$M" --limit=4 --tokens_per_micro_batch=160
