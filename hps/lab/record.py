@@ -24,6 +24,7 @@ from hps.evaluate.compare import COMPARED, ROOT, measured
 from hps.evaluate.metrics import METRICS, adjust
 from hps.io import files
 from hps.lab import claims, replication
+from hps.lab.suites import TUNED
 
 KEPT = ROOT / "docs" / "results"
 LABELS = {
@@ -106,14 +107,19 @@ def keep(out: Path, name: str) -> list[Path]:
 
 
 def first_table(results: Results, tuned: str = "") -> str:
-    """The rows of the question, with what they wrote and their margins; `tuned`: the end of their names."""
+    """The rows of the question, with what they wrote and their margins, and the reward of each at its own setting;
+    `tuned`: the end of their names, of those at their own."""
     of = {row["method"]: row["metrics"] for row in results["rows"]}
-    rows = []
+    header = ["after SFT and DPO with", "true reward", "harm %", "RM_DPO", "RM10", "thousand tokens"]
+    both, rows = not tuned and any(name.endswith(TUNED) for name in of), []
     for name, label in LABELS.items():
         found = of.get(name if name == "SFT" else name + tuned, {})
         cells = [md.interval(found.get(metric), digits) for metric, digits in COLUMNS.items()]
+        if both:
+            cells.insert(1, md.interval(of.get(name + TUNED, {}).get("true_reward"), 2))
         rows += [[label, *cells]] if found else []
-    header = ["after SFT and DPO with", "true reward", "harm %", "RM_DPO", "RM10", "thousand tokens"]
+    if both:
+        header.insert(2, "at its own setting")
     return md.table(header, rows)
 
 
@@ -171,7 +177,7 @@ def pages() -> dict[Path, str]:
         texts[KEPT / f"{name}.md"] = report.page(results, [(x, f"../figures/{name}-{x.name}.png") for x in drawn])
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = first_table(first["headline"])
-    before, _, rest = readme.partition(table.split("\n")[0])
+    before, _, rest = readme.partition("| after SFT and DPO with |")
     texts[ROOT / "README.md"] = before + table + "\n\n" + rest.partition("\n\n")[2]
     return texts
 
