@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from hps.evaluate import metrics, report, scoring
 from hps.io import files
 from hps.lab import scorers
 from hps.lab.world import World
+from hps.packing import Block
 from hps.prepare import generate, rewards
 
 
@@ -160,8 +161,7 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         keep(n, pair_metrics(h[ks], lengths, human=bool(human[i]), human_pairs=bool(human.any())) | {"kl_exact": kl})
         if ranked[i]:
             keep(n, metrics.margins(h, examples.rewards[i]))
-    del ref  # the scorer goes to the device with the first sample, where three models may find no room
-    if c.samples:
+    if c.samples and len(mine):
         how = {key: getattr(c, key) for key in ("max_new_tokens", "temperature", "seed", "max_rows")}
         how |= dict(n=c.samples, counts=drawn, progress=ranks.first, strings=listwise.Places())
         for row in mine_of_rows:
@@ -171,20 +171,31 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
             len(mine), lambda a, b: [(examples.id(i), examples.block(i, ()).prompt.tolist()) for i in mine[a:b]]
         )
 
-        def sampled() -> Iterator[Row]:
+        def sampled(policy: model.PolicyModel, ref: model.PolicyModel) -> Iterator[Row]:
             # Unfinished ones included: rambling is a failure, not a missing value.
             answers = generate.answer(policy.lm, tokenizer, prompts, **how)
-            for n, (row, (id, texts)) in enumerate(zip(mine_of_rows, answers, strict=True)):
-                earned = None if score is None or not texts else tuple(score(row.prompt, texts))
-                if earned and None in earned:  # as if there were no scorer, or the mean would be over others
-                    drawn["prompts_unscored"] += 1
-                    earned = None
-                samples = Row(id, row.prompt, tuple(texts), earned, None, None, c.model, c.data)
-                keep(n, sample_metrics(samples, row, world) if texts else {})
+            for n, (row, (id, texts, samples)) in enumerate(zip(mine_of_rows, answers, strict=True)):
+                if texts:
+                    block = Block(examples.block(mine[n], ()).prompt, tuple(one.token_ids for one in samples))
+                    [ref_logps] = scoring.score(ref, [block], device=ranks.device, **packing)
+                    keep(n, {"kl_samples": float(np.mean([one.logp for one in samples] - ref_logps))})
+                yield Row(id, row.prompt, tuple(texts), None, None, None, c.model, c.data)
+
+        def rewarded() -> Iterator[Row]:
+            for n, (row, samples) in enumerate(zip(mine_of_rows, stream(unscored), strict=True)):
+                if samples.responses:
+                    earned = None if score is None else tuple(score(row.prompt, list(samples.responses)))
+                    if earned and None in earned:  # as if there were no scorer, or the mean would be over others
+                        drawn["prompts_unscored"] += 1
+                        earned = None
+                    samples = replace(samples, rewards=earned)
+                    keep(n, sample_metrics(samples, row, world))
                 yield samples
 
-        if len(mine):
-            listwise.write(out / f"part-{ranks.rank}.jsonl", sampled())
+        unscored = out / f"part-{ranks.rank}.unscored.jsonl"
+        listwise.write(unscored, sampled(policy, ref))
+        del policy, ref  # the scorer goes to the device with its first texts: three models may find no room
+        listwise.write(out / f"part-{ranks.rank}.jsonl", rewarded())
     with files.replacing(out / f"part-{ranks.rank}.safetensors") as path:
         save_file(columns, path)
     every = dist.gather(drawn, ranks, days=True)  # one share of samples may take hours longer than another

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def evaluate(world: Path, model: Path, out: Path, **changes) -> dict:
 def test_the_reference_against_itself_is_zero(tiny_world, tmp_path):
     """The SFT row: no margin, no KL; against its own samples nothing but ties."""
     found = evaluate(tiny_world, tiny_world / "model", tmp_path / "a")
-    for name in ("rm2", "rm10", "rm_min", "rm_worst_case", "kl_seq", "kl_exact"):
+    for name in ("rm2", "rm10", "rm_min", "rm_worst_case", "kl_seq", "kl_exact", "kl_samples"):
         np.testing.assert_allclose(list(found[name].values()), 0, atol=2e-4)
     again = evaluate(tiny_world, tiny_world / "model", tmp_path / "b", baseline=tmp_path / "a")
     assert set(again["tie"].values()) == {100.0}
@@ -82,6 +83,51 @@ def test_margins_and_kl_against_separate_forwards(tiny_world, tmp_path, policy):
         length = len(row.responses[best]) - len(row.responses[lower[0]])
         # The same for every method on a test set (the paper's Tables 2 and 5 break that).
         assert found["rm_rdpo_chars"][row.id] == pytest.approx(found["rm2"][row.id] - 0.01 * length, abs=1e-6)
+
+
+def test_kl_on_own_samples_by_enumeration(tiny_world, tmp_path, policy):
+    """All pairs of first tokens that the policy can say, the first alone where it ends; 2,000 samples at temperature 1
+    come near the sum over them. At another temperature it is the mean over what was drawn, in nats at temperature 1."""
+    tokenizer = load_tokenizer(str(tiny_world / "model"))
+    row = listwise.read(tiny_world / "test.jsonl")[0]
+    prompt, drawn = encode_prompt(tokenizer, row.prompt), []
+    models = [load_causal_lm(str(path), dtype=torch.float32) for path in (policy, tiny_world / "model")]
+
+    def logps(texts: list[list[int]]) -> torch.Tensor:
+        """(texts, tokens, vocabulary) of both models, of each token of texts of one length and the one behind."""
+        with torch.no_grad():
+            ids = torch.tensor([prompt + text for text in texts])
+            return torch.stack([lm(ids).logits[:, len(prompt) - 1 :].double().log_softmax(-1) for lm in models])
+
+    first = logps([[]])[:, 0, 0]  # (2, V)
+    V = first.shape[1]
+    both = first[:, :, None] + logps([[v] for v in range(V)])[:, :, 1]
+    ended = torch.zeros(V, V, dtype=torch.bool)
+    ended[tokenizer.eos_token_id] = True
+    said = torch.cat([both[:, ~ended], first[:, [tokenizer.eos_token_id]]], 1)  # all that can be said, by both models
+    h = said[0] - said[1]
+    exact = float((said[0].exp() * h).sum())
+    error = float((said[0].exp() * (h - exact) ** 2).sum() / 2000) ** 0.5
+    assert float(said[0].exp().sum()) == pytest.approx(1, abs=1e-6) and exact > 8 * error
+    how = dict(limit=1, max_new_tokens=2, scorer="none")
+    found = evaluate(tiny_world, policy, tmp_path / "a", samples=2000, temperature=1.0, **how)
+    assert found["kl_samples"][row.id] == pytest.approx(exact, abs=4 * error)
+
+    def answers(*args, **how):
+        for id, texts, samples in generate(*args, **how):
+            drawn.extend(samples)
+            yield id, texts, samples
+
+    generate = evaluation.generate.answer
+    with mock.patch.object(evaluation.generate, "answer", answers):
+        found = evaluate(tiny_world, policy, tmp_path / "b", samples=8, temperature=0.6, **how | {"max_new_tokens": 12})
+    ratios = []
+    for one in drawn:
+        own, ref = logps([one.token_ids.tolist()])[:, 0, :-1].gather(
+            -1, torch.tensor(one.token_ids).long().expand(2, -1)[..., None]
+        )
+        ratios.append(float((own - ref).sum()))
+    assert found["kl_samples"][row.id] == pytest.approx(np.mean(ratios), abs=1e-3) and len(ratios) == 8
 
 
 def test_a_human_pair_is_the_pair_that_counts(tiny_world, tmp_path, policy):
@@ -164,8 +210,8 @@ def test_odd_samples_end_no_evaluation(tiny_world, tmp_path, monkeypatch):
     answer, load = evaluation.generate.answer, evaluation.scorers.load
 
     def without_room(*args, **how):
-        for id, texts in answer(*args, **how):
-            yield id, [] if id == full else texts
+        for id, texts, samples in answer(*args, **how):
+            yield id, [] if id == full else texts, samples
 
     def with_none(name, **how):
         asked = []

@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
                 found = {}
                 for name, (lm, tokenizer) in speakers.items():
                     prompts = [(turn, tokens.Encoder(tokenizer).prompt(asked))]
-                    [(_, [found[name]])] = generate.answer(lm, tokenizer, prompts, seed=c.seed, counts=Counter(), **how)
+                    [(_, [found[name]], _)] = generate.answer(
+                        lm, tokenizer, prompts, seed=c.seed, counts=Counter(), **how
+                    )
             except ValueError as error:
                 print(f"error: {error}\nThat was not added to the conversation; /reset begins a new one.")
                 continue

@@ -32,7 +32,7 @@ from hps.io import files
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = ("rm_dpo", "rm_worst_case", "rm10", "true_reward", "best_of_k_reward", "lead", "bleu_char", "harm", "junk",
-            "kl_exact")  # fmt: skip
+            "kl_exact", "kl_samples")  # fmt: skip
 
 Cells = dict[str, list[list[Path]]]  # row -> folders of its evaluations, [world][repeat]; the run is the parent folder
 Item = dict[str, Any]

@@ -261,7 +261,7 @@ def local_judge(c: Options) -> Judge:
                 fitting.append((key, ids))
         how: dict[str, Any] = dict(n=1, max_new_tokens=c.max_tokens, temperature=0.0, seed=0, max_rows=c.batch_size)
         found = generate.answer(lm, tokenizer, fitting, counts=Counter(), progress=False, **how) if fitting else ()
-        yield from ((key, Reply(text, c.model)) for key, [text] in found)
+        yield from ((key, Reply(text, c.model)) for key, [text], _ in found)
 
     weights = {"weights": pretrained.fingerprint(lm), "tokenizer": tokenizers.fingerprint(tokenizer)}
     return Judge({"model": c.model, **weights, "dtype": c.dtype}, ask)

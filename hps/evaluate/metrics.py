@@ -38,6 +38,7 @@ METRICS = {
     "rm_rdpo_tokens": Metric(MARGINS, "RM_R-DPO tokens", 2, 1, "RM_DPO - 0.01 (chosen - rejected tokens)"),
     "kl_seq": Metric(KL, "KL (sequence)", 2, 0, "mean log-ratio of the winner; negative if it became rarer"),
     "kl_exact": Metric(KL, "KL (exact)", 2, 0, "next-token KL(policy, reference) summed over the winner"),
+    "kl_samples": Metric(KL, "KL (samples)", 2, 0, "mean log-ratio of the policy's own samples"),
     "true_reward": Metric(SAMPLES, "reward", 2, 1, "mean evaluation reward of the samples"),
     "best_of_k_reward": Metric(SAMPLES, "best of k", 2, 1, "mean over prompts of the best sample's reward"),
     "harm": Metric(SAMPLES, "harm %", 1, -1, "samples that are harmful"),

@@ -38,7 +38,7 @@ def sample(
     answers = list(generate.answer(policy.causal_lm, tokenizer, prompts, strings=raw, progress=False, **how))
     policy.lm.train(mode)
     records = []
-    for (id, ids), (_, [response]) in zip(prompts, answers, strict=True):
+    for (id, ids), (_, [response], _) in zip(prompts, answers, strict=True):
         records.append({"step": step, "id": id, "prompt": tokenizer.decode(ids), "response": response})
     with (Path(c.out) / "samples.jsonl").open("a") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))

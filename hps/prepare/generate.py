@@ -171,8 +171,9 @@ def answer(
     seed: int,
     strings: Container[str] = (),
     **how: Any,
-) -> Iterator[tuple[str, list[str]]]:
-    """Yields (prompt id, n texts): what a model says, equal and unfinished answers included. Arguments as `generate`.
+) -> Iterator[tuple[str, list[str], list[Sample]]]:
+    """Yields (prompt id, n texts, their samples): what a model says, equal and unfinished answers included. Arguments
+    as `generate`.
 
     The streams are none of `generate` with a seed of 0 or more: with those, the model that drew the candidates would
     draw them once more, and BLEU against the best of them find them equal. strings: ids of the prompts that are no
@@ -180,7 +181,7 @@ def answer(
     """
     encoder = Encoder(tokenizer)
     for id, some in generate(model, prompts, eos_token_id=encoder.eos, seed=~seed, as_drawn=True, **how):
-        yield id, [encoder.text(one.said, chat=False if id in strings else None) for one in some]
+        yield id, [encoder.text(one.said, chat=False if id in strings else None) for one in some], some
 
 
 def texts_of(encoder: Encoder, prompt: Prompt, samples: Sequence[Sample], counts: Counter[str]) -> list[str]:

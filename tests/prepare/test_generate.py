@@ -79,7 +79,7 @@ def test_answers_are_not_the_candidates_once_more(llama):
     tokenizer = byte_tokenizer()
     settings = dict(n=4, counts=Counter(), max_new_tokens=12, temperature=0.9, seed=0, progress=False)
     with mock.patch.object(Encoder, "text", lambda _, ids, **__: str(ids)):
-        answers = dict(answer(llama, tokenizer, PROMPTS, **settings))
+        answers = {id: texts for id, texts, _ in answer(llama, tokenizer, PROMPTS, **settings)}
     drawn, _ = run(llama, PROMPTS, seed=0, as_drawn=True)
     candidates = {name: [str(one.token_ids) for one in some] for name, some in drawn.items()}
     same = [len({*answers[name]} & {*candidates[name]}) for name, _ in PROMPTS]
