@@ -177,7 +177,7 @@ class Recipe:
         return Stage(name, gpus, found["bytes_per_rank"]["total"], tokens, self.hours(flops / gpus), about)
 
     def eval(self, o: evaluation.Config, gpus: int) -> Stage:
-        """Log-probs of all candidates, KL on the winner; samples, and their rewards."""
+        """Log-probs of all candidates, KL on the winner; samples, the reference's log-probs of these, and rewards."""
         rows, policy, ref = self.rows_of(o.data), self.shape(o.model), self.shape(o.reference)
         prompts = min(rows.prompts, o.limit or rows.prompts)
         of = self.scoring(policy, o.dtype, rows.responses, o.tokens_per_micro_batch)
@@ -187,22 +187,22 @@ class Recipe:
             self.scored.add((ref, o.data))
             per_prompt += of.flops
         other = self.scoring(ref, o.dtype, 1, o.tokens_per_micro_batch)
-        taken, hours = of.weights + other.weights + of.activations, self.hours(prompts * per_prompt / gpus)
+        beside = of.weights + other.weights
+        taken, hours = beside + of.activations, self.hours(prompts * per_prompt / gpus)
         about = "the reference's log-probs once per data"
         if o.samples:
-            drawn = self.scoring(policy, o.dtype, o.samples)
+            drawn, by_ref = (self.scoring(m, o.dtype, o.samples, o.tokens_per_micro_batch) for m in (policy, ref))
             rows_at_once = min(o.max_rows, prompts * o.samples)
             how = (rows_at_once, policy, o.dtype, o.samples)
             hours += self.decoding_hours(drawn, prompts * o.samples / gpus, *how)
             tokens += prompts * o.samples * self.c.response_tokens
             about += f"; {o.samples} samples per prompt, {o.max_rows} rows at once"
-            beside = of.weights
+            hours += self.hours(prompts * by_ref.flops / gpus)
             if o.scorer != "none":
                 how = (o.scorer_dtype, o.samples, o.tokens_per_micro_batch)
                 judge = self.scoring(self.shape(o.scorer), *how, reward=True)
                 hours += self.hours(prompts * judge.flops / gpus)
-                beside += judge.weights + judge.activations  # it is there from the first sample on
-                about += " beside the reward model"
+                taken = max(taken, judge.weights + judge.activations)  # the others have left by then
             decoding = self.decoding_bytes(o, o.samples, rows.longest or o.max_length, policy)
             about += self.fewer_rows(o, beside, decoding)
             taken = max(taken, beside + decoding)

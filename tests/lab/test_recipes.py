@@ -202,13 +202,14 @@ def test_the_estimate_of_a_recipe_by_hand(tmp_path, monkeypatch):
     work |= dict(prompts_per_step=2, tokens_per_micro_batch=160)
     theirs = estimates.estimate(estimates.Options(**work, **{k: v for k, v in how.items() if "b" not in k[:2]}))
     assert pl.hours == pytest.approx(theirs["work"]["hours"]) and pl.bytes == theirs["bytes_per_rank"]["total"]
-    # Twice 4 prompts: all 5 by the policy, once by the reference; KL by both; 8 samples at once; and their rewards.
+    # Twice 4 prompts: all 5 by the policy, once by the reference; KL by both; 8 samples at once;
+    # these by the reference; and their rewards.
     read = 4 * 2 * 10 * (weights / 8 + kv * 35) / 0.25e6 / 3600
-    compute = 2 * (flops(5) + 2 * flops(1) + flops(2, head=False)) + flops(5)
+    compute = 2 * (flops(5) + 2 * flops(1) + flops(2) + flops(2, head=False)) + flops(5)
     assert evaluated.times == 2 and evaluated.tokens == 2 * 4 * (30 + 5 * 10 + 2 * 10)
     assert evaluated.hours == pytest.approx(4 * compute / 2e6 / 3600 + 2 * read)
     sampled = kv * (20 * 20 + 10 * 50) + 3 * 4 * 20 * 96
-    assert evaluated.bytes > 2 * weights - head + sampled
+    assert evaluated.bytes == 2 * weights + sampled
     page = estimate.table(replace(c, gpu_gib=1e-9), [drawn, scored, sft, pl, evaluated])
     assert page.count("too much") == 5 and "0.5 of 4e-06 TFLOP/s" in page.replace("\n", " ")
 
