@@ -1,4 +1,5 @@
-"""Scores of responses on criteria -> means, differences and win / tie / lose, each with its interval, and their tables.
+"""Scores of responses on criteria, or verdicts on pairs -> means, differences and win / tie / lose, each with its
+interval, and their tables.
 
 Functions on numpy arrays, for judge.py.
 """
@@ -116,6 +117,44 @@ def length_controlled(difference: Floats, longer: Floats) -> dict[str, Any]:
     mean, half = float(line.intercept), float(stats.t.ppf(0.975, left) * line.intercept_stderr) if left else np.nan
     low, high = (None, None) if np.isnan(half) else (mean - half, mean + half)  # scipy has none for equal differences
     return {"mean": mean, "low": low, "high": high, "per_100_words": 100 * float(line.slope)}
+
+
+def both_orders(first: Floats, second: Floats) -> dict[str, Any]:
+    """a against b by verdicts in both orders: a win or a loss where both agree on it, else a tie (MT-bench's rule).
+
+    `disagree`: pairs in per cent whose orders differ. `first`: verdicts that are no tie, in per cent, for the response
+    that was shown first: 50 for a judge who does not look at the position; None without any.
+
+    Args:
+        first, second: (responses, prompts), 1 for a, -1 for b, 0 for neither; a shown first, and second; nan where
+            there is no verdict.
+    """
+    missing = np.isnan(first) | np.isnan(second)
+    sign = np.where(missing, np.nan, np.where(first == second, first, 0.0))
+    result: dict[str, Any] = {
+        name: interval(np.where(missing, np.nan, 100.0 * (sign == way))) for name, way in SIGNS.items()
+    }
+    result |= {"lead": interval(100 * sign), "unscored": int(missing.sum())}
+    result["disagree"] = interval(np.where(missing, np.nan, 100.0 * (first != second)))
+    chosen = np.concatenate([first[np.abs(first) == 1] == 1, second[np.abs(second) == 1] == -1])
+    return result | {"first": 100 * float(chosen.mean()) if chosen.size else None}
+
+
+def pairs_markdown(comparisons: list[dict[str, Any]]) -> str:
+    """The table of what `both_orders` returned for each pair, and a line that says how to read it."""
+    rows = []
+    for pair in comparisons:
+        cells = [md.cell(pair["a"]), md.cell(pair["b"]), str(pair["lead"]["prompts"] if pair["lead"] else 0)]
+        cells += [md.interval(pair[name], 1) for name in SIGNS] + [md.interval(pair["lead"], 1, "+")]
+        cells += [md.interval(pair["disagree"], 1), "-" if pair["first"] is None else f"{pair['first']:.1f}"]
+        rows.append([*cells, str(pair["unscored"])])
+    header = ["a", "b", "prompts", "a wins %", "tie %", "a loses %", "win - lose", "orders disagree %"]
+    note = (
+        "Each pair was asked about in both orders; where the two verdicts differ it is a tie. First shown wins: of all "
+        "verdicts that are no tie, 50 where the position does not matter. [low, high]: 95 % interval over prompts, by "
+        "Student's t."
+    )
+    return f"{md.table([*header, 'first shown wins %', 'unscored'], rows, keys=2)}\n\n{md.wrapped(note)}"
 
 
 def interval(values: Floats) -> dict[str, Any] | None:

@@ -64,7 +64,7 @@ def good(number, asked):
 def run(methods: tuple[str, ...], out: Path, server=None, **options) -> dict:
     remote = dict(endpoint=server.url, judge_model="judge", key_variable="JUDGE_KEY") if server else {}
     judge.main(flags(methods=methods, baseline="beta", out=out, **remote | options))
-    return json.loads((out / "judge.json").read_text())
+    return json.loads((out / ("pairs.json" if "pairwise" in options else "judge.json")).read_text())
 
 
 def counts(**changes) -> dict:
@@ -150,6 +150,93 @@ def test_a_prompt_without_samples_is_left_out_by_id(tmp_path):
     none = write(tmp_path / "c", {name: {"p1": []} for name in TEXTS})
     with pytest.raises(ValueError, match="no prompt has responses of all methods"):
         run(none, tmp_path / "out", endpoint="http://127.0.0.1:1", judge_model="m")
+
+
+# -- pairs, in both orders --
+
+
+def shown(asked: str) -> tuple[object, str, str]:
+    """The prompt and the two responses that a question about a pair holds."""
+    found = re.search(r"^Conversation: (.*)\n\nResponse A: (.*)\n\nResponse B: (.*)$", asked, re.MULTILINE)
+    return tuple(map(json.loads, found.groups()))
+
+
+def by_total(number, asked):
+    """The response with the higher sum of its numbers; of two with equal sums the one that is shown first."""
+    a, b = (sum(map(float, text.split()[-4:])) for text in shown(asked)[1:])
+    return completion(f"So it is. [[{'A' if a >= b else 'B'}]]")
+
+
+def pairwise(methods, out, server, **options):
+    return run(methods, out, server, pairwise="true", **options)
+
+
+def test_pairs_are_asked_in_both_orders(tmp_path, capsys):
+    """Sums of alpha 16 12 8 19.5, of beta 12 12 8.5 0: a win, a tie by orders that disagree, a loss, a win."""
+    texts = {name: TEXTS[name] for name in ("alpha", "beta")}
+    with chat_server(by_total) as server:
+        [pair] = pairwise(write(tmp_path, texts), tmp_path / "out", server)["comparisons"]
+    assert [pair[name]["mean"] for name in ("win", "tie", "lose", "lead", "disagree")] == [50, 25, 25, 25, 25]
+    assert pair["first"] == 5 / 8 * 100 and pair["unscored"] == 0  # 4 of the 8 by the sums, and the tie's other one
+    both = {
+        (json.dumps(PROMPTS[p]), *two)
+        for p in PROMPTS
+        for a, b in [[texts[m][p][0] for m in texts]]
+        for two in ((a, b), (b, a))
+    }
+    asked = [shown(text) for text in questions(server)]
+    assert {(json.dumps(prompt), a, b) for prompt, a, b in asked} == both and len(asked) == len(both) == 8
+    page = (tmp_path / "out/pairs.md").read_text()
+    assert page in capsys.readouterr().out and "| 25.0 [" in page and "| 62.5 |" in page
+
+
+def test_a_judge_of_positions_alone_makes_ties(tmp_path):
+    with chat_server(lambda number, asked: completion("[[A]]")) as server:
+        found = pairwise(write(tmp_path), tmp_path / "out", server)
+    for pair in found["comparisons"]:
+        assert (pair["tie"]["mean"], pair["disagree"]["mean"], pair["first"]) == (100, 100, 100)
+
+
+def test_a_further_method_pays_for_itself_alone(tmp_path):
+    """Scored alone its own new texts are asked about, in pairs its own pairs, equal texts never; in one folder."""
+    methods, out = write(tmp_path), tmp_path / "out"
+    with chat_server(good) as server:
+        run(methods[:2], out, server)
+        assert len(server.requests) == 8
+        found = run(methods, out, server)
+        assert len(server.requests) == 8 + 3 and found["counts"] == counts()  # one of gamma's is alpha's
+    with chat_server(by_total) as server:
+        pairwise(methods[:2], out, server)
+        assert len(server.requests) == 8
+        found = pairwise(methods, out, server)
+        assert len(server.requests) == 8 + 6 and found["counts"]["pairs"] == 8 and found["counts"]["items"] == 14
+    with chat_server(by_total) as server:
+        texts = {"beta": TEXTS["beta"], "twin": TEXTS["beta"]}
+        [pair] = pairwise(write(tmp_path / "b", texts), tmp_path / "b", server)["comparisons"]
+    assert not server.requests and pair["tie"]["mean"] == 100 and pair["first"] is None
+
+
+def test_a_pair_without_a_verdict_counts_in_none(tmp_path):
+    """One order that is never read; the other one alone would be of a position."""
+
+    def behave(number, asked):
+        prompt, a, b = shown(asked)
+        return completion("[[A]] or [[B]]") if prompt == PROMPTS["p4"] and a < b else by_total(number, asked)
+
+    texts = {name: TEXTS[name] for name in ("alpha", "beta")}
+    with chat_server(behave) as server:
+        found = pairwise(write(tmp_path, texts), tmp_path / "out", server)
+    [pair] = found["comparisons"]
+    assert found["counts"]["unparseable"] == 1 and pair["unscored"] == 1 and pair["lead"]["prompts"] == 3
+    assert len(server.requests) == 9 and questions(server)[-1].endswith(judge.PAIR_REMINDER)
+
+
+def test_verdicts_are_read_and_never_guessed():
+    for answer, verdict in {
+        "Both are good. [[C]]": "C", "[[A]] it is: [[A]]": "A", "<think>[[A]]?</think> [[B]]": "B", "[[A]] [[B]]": None,
+        "A": None, "[[D]]": None, "<think>[[A]]": None, "": None,
+    }.items():  # fmt: skip
+        assert judge.parse_verdict(answer) == verdict
 
 
 FOUR = '"correctness": 5, "helpfulness": 5, "safety": 5, "clarity": '
