@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(c: Config, ranks: dist.Ranks) -> None:
     """One run: data, plan, model, reference, steps, the policy in `out`."""
-    if c.sample_every and ranks.sharded:
-        raise ValueError("--sample_every needs the whole model in one process: leave it out under torchrun")
+    alone = [key for key in ("sample_every", "load_in_4bit", "optim") if getattr(c, key) != getattr(Config, key)]
+    if ranks.sharded and alone:
+        raise ValueError(f"--{alone[0]} needs the whole model in one process: leave it out under torchrun")
     out = Path(c.out)
     started = checkpoint.latest(out / "checkpoints")
     check_folder(out, c, started is not None)  # a mistake is told before hours of reading
@@ -89,12 +90,11 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         raise ValueError(f"warmup_steps = {c.warmup_steps}, but the run has {plan.steps} steps: it never reaches lr")
     counts = examples.counts | plan.dropped | plan.excluded
     say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
-    whole = plan
+    whole, held_out = plan, None
     if c.dry_run:
         from hps.extra import dry_run
 
         plan = plan.first(dry_run.STEPS)
-    held_out = None
     if c.eval_data:
         from hps.extra.held_out import HeldOut
 
@@ -109,9 +109,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
 
     policy, weights, untrained = start.load_policy(c, ranks, tokenizer, longest=longest)
     parameters = list(checkpoint.trained(policy).values())
-    # Its moments are fp32 as the trained weights are: at lr 5e-7 an update in bf16 would round to nothing.
-    betas, fused = (c.adam_beta1, c.adam_beta2), ranks.device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=betas, weight_decay=c.weight_decay, fused=fused)
+    optimizer = start.make_optimizer(c, parameters)
     inputs = {"model": weights, "tokenizer": tokenizers.fingerprint(tokenizer), "data": examples.data_hash}
     scorer = policy
     if needs_reference(c) and c.reference:

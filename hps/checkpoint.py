@@ -72,8 +72,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
             moments.update(step=torch.zeros((), device=p.device))
             moments.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state[f"model.{name}"] = p.data
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            state[f"optimizer.{name}.{key}"] = moments[key]
+        state |= {f"optimizer.{name}.{key}": moment for key, moment in moments.items()}
     return state
 
 

@@ -18,7 +18,7 @@ POSITIVE_STAGES = {"positive_lambda", "exclude_positives"}
 # Options that mean something only beside another one.
 NEEDS = {"sample_prompts": "--sample_every", "eval_every": "--eval_data", "keep": "--eval_data"}
 NEEDS |= {"export_dtype": "--lora_rank 0 (an adapter keeps its own dtype)"}
-OF_LORA = {"lora_alpha", "lora_kind", "lora_targets", "shard_frozen"}
+OF_LORA = {"lora_alpha", "lora_kind", "lora_targets", "load_in_4bit", "shard_frozen"}
 NEEDS |= dict.fromkeys(OF_LORA, "a --lora_rank above 0")
 
 

@@ -51,6 +51,7 @@ class Config:
     warmup_steps: int = 0  # linear warm-up
     lr_end: float = 0.0  # where the cosine ends, as a share of lr
     weight_decay: float = 0.0  # AdamW's decay
+    optim: str = "adamw"  # adamw, or adamw_8bit (moments in 8 bits, by bitsandbytes)
     adam_beta1: float = 0.9  # AdamW's first moment
     adam_beta2: float = 0.999  # AdamW's second moment
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 means never
@@ -61,6 +62,7 @@ class Config:
     lora_alpha: int = 16  # scale of the adapter is alpha / rank
     lora_kind: str = "lora"  # lora, rslora (scale alpha / root of rank), or dora (trains magnitudes too)
     lora_targets: str = "q_proj,v_proj"  # linear layers that get an adapter, comma-separated, or all-linear
+    load_in_4bit: bool = False  # the frozen base below a LoRA adapter in NF4 (QLoRA, by bitsandbytes)
     dtype: str = "fp32"  # compute dtype, fp32 or bf16; trained weights are fp32 either way
     export_dtype: str = "model"  # of the final policy without LoRA: model (that of its files), fp32 or bf16
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, more time
@@ -102,6 +104,7 @@ CHOICES = {
     "shuffle": ("epochs", "together", "no"),
     "truncate": ("drop", "error", "keep_end"),
     "lora_kind": ("lora", "rslora", "dora"),
+    "optim": ("adamw", "adamw_8bit"),
     "dtype": ("fp32", "bf16"),
     "export_dtype": ("model", "fp32", "bf16"),
     "shard_frozen": ("auto", "true", "false"),

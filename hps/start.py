@@ -37,6 +37,10 @@ def load_policy(
         lm, wrapped = pretrained.load_causal_lm(c.model, **how), model.PolicyModel
     # While they are whole and untouched.
     weights = dist.from_first(lambda: pretrained.fingerprint(lm, dtype=cast), ranks)
+    if c.load_in_4bit:
+        from hps.extra import quantised
+
+        lm, weights = quantised.to_4bit(lm, ranks.device, dtype), f"{weights} in nf4"
     if c.lora_rank:
         from hps import adapters
 
@@ -54,6 +58,17 @@ def load_policy(
     )
     sharding.place(policy, c, ranks, cast=cast, longest=longest)
     return policy, weights, untrained
+
+
+def make_optimizer(c: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW of the parameters, its learning rate the run's highest. Its moments are fp32 as the trained weights are: at
+    lr 5e-7 an update in bf16 would round to nothing."""
+    how = dict(lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.weight_decay)
+    if c.optim == "adamw_8bit":
+        from hps.extra import quantised
+
+        return quantised.adamw_8bit(parameters, **how)
+    return torch.optim.AdamW(parameters, **how, fused=parameters[0].device.type == "cuda")
 
 
 def load_reference(

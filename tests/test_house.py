@@ -18,6 +18,7 @@ OUTWARDS = {
     ("hps.io.loggers", "hps.extra.boards"),
     ("hps.batches", "hps.extra.losses"),
     ("hps.batches", "hps.prepare.importers"),
+    ("hps.start", "hps.extra.quantised"),
     ("hps.start", "hps.extra.reward_model"),
     ("hps.extra.samples", "hps.prepare.generate"),
 }
