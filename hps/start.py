@@ -3,7 +3,7 @@
 Imported when the first one is loaded.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -63,7 +63,7 @@ def load_policy(
 def make_optimizer(c: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW of the parameters, its learning rate the run's highest. Its moments are fp32 as the trained weights are: at
     lr 5e-7 an update in bf16 would round to nothing."""
-    how = dict(lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.weight_decay)
+    how: dict[str, Any] = dict(lr=c.lr, betas=(c.adam_beta1, c.adam_beta2), weight_decay=c.weight_decay)
     if c.optim == "adamw_8bit":
         from hps.extra import quantised
 

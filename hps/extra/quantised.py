@@ -14,7 +14,7 @@ from hps.adapters import OUTPUT_HEADS
 def library(option: str) -> Any:
     """bitsandbytes; ValueError, which names the option that asks for it, where it is not installed."""
     try:
-        import bitsandbytes
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"--{option} needs bitsandbytes ({error}): pip install hps[bnb]") from error
     return bitsandbytes
