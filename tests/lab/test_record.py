@@ -100,7 +100,7 @@ SETTLED = [
 ]
 
 
-@pytest.mark.parametrize("name", ["headline"])
+@pytest.mark.parametrize("name", ["headline", "headline-second"])
 def test_what_the_readme_says_of_eight_worlds(name):
     """Of eight worlds drawn from a record at least four times in five, by the judge as a user's own report has it."""
     kept = json.loads((record.KEPT / f"{name}.json").read_text())
