@@ -93,7 +93,6 @@ def test_help_says_that_pages_are_written(monkeypatch, capsys):
 # What the README says that eight worlds settle: rows, metric, and the sign of their difference.
 SETTLED = [
     ("DPO-HPS", "DPO-uniform", "true_reward", -1),
-    ("DPO-HPS scaled (ours)", "DPO-BT", "true_reward", 1),
     ("DPO-HPS tuned", "DPO-BT tuned", "true_reward", 1),
     ("DPO-HPS tuned", "DPO-BT tuned", "harm", -1),
     ("DPO-HPS tuned", "DPO-PL-8 tuned", "true_reward", -1),
