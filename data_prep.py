@@ -73,14 +73,16 @@ class Generate:
     output: str  # the same with candidates behind the responses that were there
     n: int = 8  # distinct candidates per prompt
     temperature: float = 0.9  # of sampling
+    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability; 1: from all
     max_new_tokens: int = 256  # a response that has not ended there is dropped and counted
     max_prompt_length: int = 1024  # longer prompts are dropped and counted, tokens
     limit: int = 0  # so many prompts, the first that are short enough; 0: all
     seed: int = 0  # of sampling; a prompt's candidates depend on it and on the prompt's id only
     dtype: str = "fp32"  # fp32 or bf16
-    max_rows: int = 512  # sequences decoded at once (a small model gains from more), or handed to vLLM at once
+    max_rows: int = 512  # sequences decoded at once (a small model gains from more); vLLM gets 64 times so many
     template_options: str = ""  # NAME=VALUE,... of the chat template: enable_thinking=false, date=2026-01-31
     engine: str = "hf"  # hf (this code, on any transformers model) or vllm (if it is installed)
+    tensor_parallel: int = 1  # vllm: GPUs over which the model is spread
     timeout: float = 10.0  # minutes that ranks wait for each other; for each other's shares of the prompts longer
 
 
@@ -156,6 +158,10 @@ def generate_candidates(c: Generate) -> None:
     config.check_choices(c, dtype=model.DTYPES, engine=("hf", "vllm"))
     if c.limit < 0:
         raise ValueError(f"limit must not be negative, got {c.limit}")
+    if c.tensor_parallel < 1 or (c.tensor_parallel > 1 and c.engine != "vllm"):
+        raise ValueError(
+            "--tensor_parallel is of --engine vllm, and at least 1; torchrun spreads --engine hf over GPUs"
+        )
     rows = listwise.Rows(c.input)
     tokenizer = tokenizers.load_tokenizer(c.model, c.template_options)
     encoder = tokens.Encoder(tokenizer)
@@ -174,13 +180,14 @@ def generate_candidates(c: Generate) -> None:
         asked = store.Lazy(len(mine), lambda a, b: [(row.id, encoder.prompt(row.prompt)) for row in mine[a:b]])
         if c.engine == "vllm":
             if ranks.sharded:
-                raise ValueError("--engine vllm spreads over GPUs by itself: start it without torchrun")
+                raise ValueError("--engine vllm is one process: start it without torchrun, with --tensor_parallel GPUS")
             longest = int(lengths[fitting].max())
-            lm = generate.load_vllm(c.model, dtype=c.dtype, max_length=longest + c.max_new_tokens)
+            how = dict(max_length=longest + c.max_new_tokens, tensor_parallel=c.tensor_parallel)
+            lm = generate.load_vllm(c.model, dtype=c.dtype, **how)
         else:
             dtype = pretrained.compute_dtype(c.dtype)
             lm = pretrained.load_causal_lm(c.model, dtype=dtype, tokenizer=tokenizer).to(ranks.device)
-        how = {key: getattr(c, key) for key in ("n", "max_new_tokens", "temperature", "seed", "max_rows")}
+        how = {key: getattr(c, key) for key in ("n", "max_new_tokens", "temperature", "top_p", "seed", "max_rows")}
         how |= dict(counts=counts, eos_token_id=tokenizer.eos_token_id, progress=ranks.first)
         for row, (id, samples) in zip(mine, generate.generate(lm, asked, **how), strict=True):
             yield id, generate.texts_of(encoder, row.prompt, samples, counts)

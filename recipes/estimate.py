@@ -135,10 +135,11 @@ class Recipe:
         of = self.scoring(shape, o.dtype, draws)
         at_once, remedy = o.max_rows, ""
         if o.engine == "vllm":  # takes its share of the GPU, and decodes what fits into it
-            room = VLLM_SHARE * self.c.gpu_gib * GIB - of.weights
+            gpus = o.tensor_parallel
+            room = gpus * VLLM_SHARE * self.c.gpu_gib * GIB - of.weights
             row = kv_bytes(shape, o.dtype) * (self.c.prompt_tokens + self.c.response_tokens)
             at_once = max(1, min(VLLM_ROWS, int(room / row)))
-            taken = max(VLLM_SHARE * self.c.gpu_gib * GIB, of.weights + row)
+            taken = max(VLLM_SHARE * self.c.gpu_gib * GIB, (of.weights + row) / gpus)
         else:
             decoding = self.decoding_bytes(o, draws, o.max_prompt_length, shape)
             taken, remedy = of.weights + decoding, self.fewer_rows(o, of.weights, decoding)

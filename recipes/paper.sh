@@ -62,12 +62,12 @@ rows_of pku-train "$PKU" train 0 "$PROMPTS" "${label[@]}"
 rows_of pku-test "$PKU" test "$PROMPTS" "$TEST" "${label[@]}"
 
 # 2. Candidates and their rewards; `annotate` says how often these agree with people, `doctor` what wins.
-how=(spread)
-[ "$ENGINE" = hf ] || how=(step) # vLLM runs on one GPU
+how=(spread) decoder=(--engine=hf --max_rows="$ROWS")
+[ "$ENGINE" = hf ] || { how=(step) decoder=(--engine="$ENGINE" --tensor_parallel="$GPUS"); } # one process on all GPUs
 for split in hh-train hh-test pku-train pku-test; do
   "${how[@]}" "$OUT/$split-candidates.jsonl" data_prep.py generate --model="$SAMPLER" --input="$OUT/$split.jsonl" \
     --output="$OUT/$split-candidates.jsonl" --n="$N" --temperature=0.9 --max_new_tokens="$NEW_TOKENS" \
-    --max_prompt_length=$((LENGTH - NEW_TOKENS)) --dtype="$DTYPE" --engine="$ENGINE" --max_rows="$ROWS"
+    --max_prompt_length=$((LENGTH - NEW_TOKENS)) --dtype="$DTYPE" "${decoder[@]}"
   spread "$OUT/$split-scored.jsonl" data_prep.py annotate --scorer="$SKYWORK" --dtype="$DTYPE" \
     --input="$OUT/$split-candidates.jsonl" --output="$OUT/$split-scored.jsonl"
 done

@@ -58,17 +58,23 @@ class Request:
         return torch.rand(n, max_new_tokens, generator=self.generator)
 
 
-def draw_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+def draw_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """Draws one token per row by inverting the cumulative distribution.
 
     logits: (R, V), any float dtype. uniforms: (R,) fp32 in [0, 1); not used at temperature 0, which takes the most
-    likely token. Returns tokens (R,) int64 and their log-probs at temperature 1, (R,) fp32.
+    likely token. top_p: of the most likely tokens, those that together have this probability at that temperature can be
+    drawn. Returns tokens (R,) int64 and their log-probs at temperature 1 over all tokens, (R,) fp32.
     """
     logits = logits.float()
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     else:
-        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+        probabilities = (logits / temperature).softmax(-1)
+        if top_p < 1:
+            falling, order = probabilities.sort(-1, descending=True)
+            falling[falling.cumsum(-1) - falling >= top_p] = 0  # what stands before it has enough
+            probabilities.scatter_(-1, order, falling)
+        cumulative = probabilities.cumsum(-1)
         # The last entry is not quite 1. right=True never lands on a token of probability 0.
         tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
         tokens.clamp_(max=logits.shape[-1] - 1)  # reached by NaN only, which the caller reports
@@ -85,6 +91,7 @@ def decode(
     max_new_tokens: int,
     temperature: float,
     max_rows: int,
+    top_p: float = 1.0,
     longest_prompt: int = 0,
 ) -> Iterator[Request]:
     """Yields each request when all its samples are there, in the order in which they end.
@@ -102,7 +109,7 @@ def decode(
         ValueError: log-probs that are not finite, or not those of the model's own forward.
     """
     ends = end_ids(model, eos_token_id)
-    settings = dict(ends=ends, max_new_tokens=max_new_tokens, temperature=temperature)
+    settings = dict(ends=ends, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     longest = max(longest_prompt, *(len(request.prompt_ids) for request in requests)) + max_new_tokens
     with attention.instead(model, model.config._attn_implementation):
         way = _way(model, longest, requests[0].prompt_ids[:16], settings)
@@ -167,13 +174,13 @@ def _in_rows(model: nn.Module, requests: deque[Request], *, max_rows: int, **set
 
 
 def _by_transformers(
-    model: Any, requests: deque[Request], *, max_rows: int, ends: list[int], max_new_tokens: int, temperature: float
+    model: Any, requests: deque[Request], *, max_rows: int, ends: list[int], max_new_tokens: int, **how: float
 ) -> Iterator[Request]:
     """`decode` by transformers' `generate`, a prompt at a time; a processor of its logits draws with our numbers."""
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
-    how = dict(do_sample=False, eos_token_id=ends, pad_token_id=0, max_new_tokens=max_new_tokens)
+    plain = dict(do_sample=False, eos_token_id=ends, pad_token_id=0, max_new_tokens=max_new_tokens)
     while requests:
         request = requests.popleft()
         while request.due:
@@ -182,12 +189,12 @@ def _by_transformers(
             drawn: list[tuple[Tensor, Tensor]] = []
 
             def draw(_ids: Tensor, logits: Tensor, uniforms: Tensor = uniforms, drawn: list = drawn) -> Tensor:
-                drawn.append(draw_tokens(logits, uniforms[:, len(drawn)], temperature=temperature))
+                drawn.append(draw_tokens(logits, uniforms[:, len(drawn)], **how))
                 return torch.full_like(logits, -torch.inf).scatter_(1, drawn[-1][0][:, None], 0.0)
 
             ids = torch.tensor([list(request.prompt_ids)] * n, device=device)
             # The model's own generation config may repeat less, forbid tokens, or begin with one.
-            with mock.patch.object(model, "generation_config", GenerationConfig(**how)):
+            with mock.patch.object(model, "generation_config", GenerationConfig(**plain)):
                 model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=[draw])
             tokens, logps = (torch.stack(x, 1).cpu() for x in zip(*drawn, strict=True))
             for row, row_logps in zip(tokens.numpy(), logps.double(), strict=True):
@@ -213,8 +220,12 @@ def end_ids(model: Any, eos_token_id: int) -> list[int]:
 class _Rows:
     """The rows of the batch: R of them, of P prompts. A row that has ended goes on, in vain, until the next regroup."""
 
-    def __init__(self, model: nn.Module, *, ends: list[int], max_new_tokens: int, temperature: float):
-        self.model, self.max_new_tokens, self.temperature = model, max_new_tokens, temperature
+    def __init__(self, model: nn.Module, *, ends: list[int], max_new_tokens: int, **how: float):
+        self.model, self.max_new_tokens, self.how = (
+            model,
+            max_new_tokens,
+            how,
+        )  # how: temperature and top_p of draw_tokens
         self.device = next(model.parameters()).device
         self.ends = torch.tensor(ends, device=self.device)
         self.owner: list[tuple[Request, int]] = []  # of each row: its request and place among the samples
@@ -332,7 +343,7 @@ class _Rows:
         # Some rows at a time on a CPU: what is computed then stays in its cache.
         size = max(1, 2**20 // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
         parts = zip(logits.split(size), uniforms.split(size), strict=True)
-        drawn = [draw_tokens(x, u, temperature=self.temperature) for x, u in parts]
+        drawn = [draw_tokens(x, u, **self.how) for x, u in parts]
         last, logps = (torch.cat(x) for x in zip(*drawn, strict=True))
         self.tokens[rows].scatter_(1, count[:, None], last[:, None])
         self.logps[rows] += logps.where(alive, 0)

@@ -6,7 +6,8 @@ rounding, which differs between batch shapes: a draw that falls within that diff
 in fp32, more in bf16) takes the next token.
 
 The vLLM engine keeps to the same rule with a seed per prompt, and its samples are others than ours. It was written
-against vLLM's documented interface and has run against a stand-in of that interface only, never on a GPU.
+against vLLM's signatures (tests compare them where it is installed) and has run against a stand-in of these only, never
+on a GPU.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from hps import limits
+from hps import adapters, limits
 from hps.data.rows import Prompt
 from hps.data.tokens import Encoder
 from hps.io import files, hub
@@ -31,6 +32,8 @@ from hps.prepare.decode import Request, Sample, decode, end_ids
 
 OVERSAMPLE = 1.1  # draws for each sample that is asked for, at first: some will be lost
 DRAW_LIMIT = 4.0  # draws for each sample that is asked for, at most
+VLLM_CALL = 64  # times max_rows sequences go to vLLM in one call: it batches by itself, and idles as a call ends
+VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that its max_lora_rank may be
 
 
 def prompt_seed(seed: int, prompt_id: str) -> int:
@@ -82,6 +85,7 @@ def generate(
     eos_token_id: int,
     max_new_tokens: int,
     temperature: float = 0.9,
+    top_p: float = 1.0,
     seed: int = 0,
     as_drawn: bool = False,
     max_rows: int = 512,
@@ -98,9 +102,9 @@ def generate(
             (drawn beyond the n-th), "prompts_short", prompts that ended with fewer than n, and "prompts_no_room", those
             without any sample since the model has no positions for prompt and max_new_tokens.
         max_new_tokens: longest response in tokens, end token included.
-        temperature: 0 is greedy, else at least 0.01.
+        temperature: 0 is greedy, else at least 0.01. top_p: as in `draw_tokens`.
         as_drawn: the first n samples whatever they are: an evaluation must see a policy that rambles or repeats itself.
-        max_rows: sequences of a batch at most, or handed to vLLM at once.
+        max_rows: sequences of a batch at most; vLLM, which sizes its own batches, is handed VLLM_CALL times as many.
 
     Raises:
         ValueError: an empty prompt or none but too long ones, settings out of range; and as `decode`.
@@ -109,6 +113,8 @@ def generate(
         raise ValueError("n, max_rows and max_new_tokens must be at least 1")
     if temperature != 0 and not 0.01 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or at least 0.01, not {temperature}")
+    if not 0 < top_p <= 1 or (temperature == 0 and top_p < 1):
+        raise ValueError(f"top_p must lie above 0 and at most at 1, and temperature 0 does not use it; got {top_p}")
     if temperature == 0 and n > 1:
         raise ValueError("temperature 0 would give n equal responses: set n=1 or a temperature")
     # A further greedy response would be the same one.
@@ -144,9 +150,11 @@ def generate(
             stream.ask(n, oversample, limit)
             waiting.append(stream)
 
-    read_ahead()
     settings: dict[str, Any] = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
+    settings["top_p"] = top_p
     settings |= dict(longest_prompt=int(lengths[fits].max())) if ours else {}
+    max_rows *= 1 if ours else VLLM_CALL
+    read_ahead()
     results: Iterator[Any] = (decode if ours else ask_vllm)(model, waiting, max_rows=max_rows, **settings)
     with tqdm(total=len(prompts), unit="prompt", desc="generate", disable=not progress) as bar:
         for stream in results:
@@ -210,21 +218,32 @@ def encoded_otherwise(data: str | Path) -> int:
     return about.get("counts", {}).get("encoded_otherwise", 0)
 
 
-def load_vllm(path: str, *, dtype: str, max_length: int) -> Any:
-    """A vLLM engine of a folder or hub name, whose log-probs are those of the model itself, before temperature.
+def load_vllm(path: str, *, dtype: str, max_length: int, tensor_parallel: int = 1) -> Any:
+    """A vLLM engine of a folder or hub name, or of an adapter's base with the adapter for each request, whose log-probs
+    are those of the model itself, before temperature and top_p.
 
-    max_length: tokens of prompt and response together. Raises ValueError without vLLM, and for an adapter.
+    max_length: tokens of prompt and response together. tensor_parallel: GPUs of this machine over which its weights
+    and its cache are spread. Raises ValueError without vLLM, and for an adapter that it does not take.
     """
-    if (Path(path) / "adapter_config.json").exists():
-        raise ValueError(f"{path} is an adapter, which vLLM is not given here: use --engine hf, or merge it first")
     try:
         from vllm import LLM  # pyright: ignore[reportMissingImports]
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"--engine vllm cannot import vllm ({error}): pip install vllm, or --engine hf") from error
-    name, revision = hub.resolve(path)
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    adapter, lora = adapters.adapter_in(path), None
+    name, revision = hub.resolve(adapter[0] if adapter else path)
     how: dict[str, Any] = dict(revision=revision, tokenizer_revision=revision, max_model_len=max_length)
-    llm = LLM(model=name, dtype=dtype, logprobs_mode="raw_logprobs", **how)
+    if adapter:
+        about: Any = files.read_json(Path(path) / "adapter_config.json")
+        rank = max(about["r"], *(about.get("rank_pattern") or {}).values(), 0)
+        if rank > VLLM_LORA_RANKS[-1] or about.get("use_dora"):
+            raise ValueError(f"{path}: vLLM takes LoRA of a rank up to {VLLM_LORA_RANKS[-1]}, no DoRA: use --engine hf")
+        how |= dict(enable_lora=True, max_lora_rank=next(r for r in VLLM_LORA_RANKS if r >= rank))
+        lora = LoRARequest(lora_name="policy", lora_int_id=1, lora_path=str(Path(path).resolve()))
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    how |= dict(dtype=dtype, tensor_parallel_size=tensor_parallel, logprobs_mode="raw_logprobs")
+    llm = LLM(model=name, **how)
+    llm.lora_request = lora
     with suppress(OSError):  # where there is none the tokenizer's end token is all
         llm.generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
     return llm
@@ -237,13 +256,15 @@ def ask_vllm(
     eos_token_id: int,
     max_new_tokens: int,
     temperature: float,
+    top_p: float,
     max_rows: int,
 ) -> Iterator[Request]:
-    """`hps.prepare.decode.decode` by a vLLM engine, which batches on its own; about `max_rows` sequences a call."""
+    """`hps.prepare.decode.decode` by a vLLM engine, which batches on its own; up to `max_rows` sequences per call."""
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
     # logprobs=0: of the drawn token alone. ignore_eos: or it would end at a token of its own choice.
-    how: dict[str, Any] = dict(temperature=temperature, max_tokens=max_new_tokens, logprobs=0, detokenize=False)
+    how: dict[str, Any] = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0)
+    how |= dict(detokenize=False)
     how |= dict(ignore_eos=True, stop_token_ids=end_ids(llm, eos_token_id))
     while requests:
         batch = [requests.popleft()]
@@ -252,7 +273,7 @@ def ask_vllm(
         seeds = [request.seed // 2 + len(request.samples) for request in batch]  # vLLM's j-th sample takes seed + j
         settings = [SamplingParams(n=request.due, seed=seed, **how) for request, seed in zip(batch, seeds, strict=True)]
         asked = [{"prompt_token_ids": list(request.prompt_ids)} for request in batch]
-        outputs = llm.generate(asked, settings, use_tqdm=False)
+        outputs = llm.generate(asked, settings, use_tqdm=False, lora_request=llm.lora_request)
         for request, output in zip(batch, outputs, strict=True):
             for one in sorted(output.outputs, key=lambda one: one.index):
                 ids = np.array(one.token_ids, dtype=np.int32)

@@ -162,6 +162,8 @@ for again in 1 2; do
   "$PYTHON" eval.py --model="$OUT/pl/policy" --reference="$M" --data="$OUT/scored.jsonl" --out="$OUT/eval-$again" \\
     --samples=2 --max_rows=20 --max_new_tokens=20 --scorer="$M" --limit=4 --tokens_per_micro_batch=160
 done
+"$PYTHON" data_prep.py generate --model="$M" --input="$OUT/rows.jsonl" --output="$OUT/more.jsonl" --n=3 --engine=vllm \\
+  --tensor_parallel=2
 """
 
 
@@ -174,7 +176,7 @@ def test_the_estimate_of_a_recipe_by_hand(tmp_path, monkeypatch):
     (tmp_path / "recipe.sh").chmod(0o755)
     how = dict(prompt_tokens=30, response_tokens=10, gpu_gib=1.0, tflops=4e-6, mfu=0.5, gb_per_s=1e-3, mbu=0.25)
     c = estimate.Options(str(tmp_path / "recipe.sh"), **how)
-    drawn, scored, sft, pl, evaluated = estimate.stages(c)
+    drawn, scored, sft, pl, evaluated, vllm = estimate.stages(c)
 
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 112  # of two; head and embeddings of 96 * 64; norms; 4 bytes each
     weights, head, kv = 4 * (2 * layer + 2 * 96 * 64 + 5 * 64), 4 * 96 * 64, 4 * 2 * 2 * 2 * 16
@@ -193,6 +195,9 @@ def test_the_estimate_of_a_recipe_by_hand(tmp_path, monkeypatch):
     assert drawn.hours == pytest.approx(400 * (weights / 6 + kv * 35) / 0.25e6 / 3600) and drawn.gpus == 1
     [fast, *_] = estimate.stages(replace(c, gb_per_s=1e6, gpu_gib=drawn.bytes / 2**30 / 1.1))
     assert fast.hours == hours(10 * flops(4)) and "--max_rows 3 fits" in fast.assumes
+    # vLLM takes its share of each GPU, and has all 40 rows at once.
+    assert vllm.gpus == 2 and vllm.bytes == 0.9 * 2**30
+    assert vllm.hours == pytest.approx(400 * (weights / 40 + kv * 35) / 0.25e6 / 2 / 3600)
     # 5 responses, of which 65 tokens hold 3 or 2 with their prompt; each of two GPUs has all weights but the head.
     assert scored.hours == hours(10 * (flops(3, head=False) + flops(2, head=False)), parts=2)
     assert scored.tokens == 10 * 80 and scored.gpus == 2

@@ -1,5 +1,8 @@
 """Which samples are kept, in what order, by which engine; `data_prep.py generate` on one rank and on two."""
 
+import importlib
+import inspect
+import json
 import math
 import sys
 from collections import Counter, deque
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import byte_tokenizer, torchrun
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import data_prep
@@ -170,6 +174,8 @@ def test_mistakes_are_named(llama, monkeypatch):
         ([("a", [1])], {"temperature": -1.0}, "temperature must be"),
         ([("a", [1])], {"temperature": math.nan}, "temperature must be"),
         ([("a", [1])], {"temperature": 0}, "equal responses"),
+        ([("a", [1])], {"top_p": 0.0}, "top_p must lie above 0"),
+        ([("a", [1])], {"temperature": 0, "n": 1, "top_p": 0.5}, "temperature 0 does not use it"),
     ):
         with pytest.raises(ValueError, match=message):
             run(llama, prompts, **more)
@@ -206,12 +212,22 @@ class SamplingParams:
     """Those of vLLM's fields that we set, with its defaults and checks (vllm/sampling_params.py)."""
 
     def __init__(
-        self, *, n=1, temperature=1.0, seed=None, stop_token_ids=None, ignore_eos=False, max_tokens=16, logprobs=None,
-        detokenize=True,
+        self, n=1, temperature=1.0, top_p=1.0, seed=None, stop_token_ids=None, ignore_eos=False, max_tokens=16,
+        logprobs=None, detokenize=True,
     ):  # fmt: skip
         if n < 1 or (temperature == 0 and n > 1) or not 0 <= temperature <= 2 or not -(2**63) <= (seed or 0) < 2**63:
             raise ValueError("vLLM would refuse these settings")
+        if not 0 < top_p <= 1:
+            raise ValueError("vLLM would refuse these settings")
         self.__dict__.update({key: value for key, value in locals().items() if key != "self"})
+
+
+class LoRARequest:
+    """As in vllm/lora/request.py."""
+
+    def __init__(self, lora_name, lora_int_id, lora_path=""):
+        assert lora_int_id > 0 and lora_path
+        self.lora_path = lora_path
 
 
 class LLM:
@@ -226,12 +242,18 @@ class LLM:
     model = None  # the test's
     calls: ClassVar[list] = []
 
-    def __init__(self, model, *, dtype="auto", max_model_len=None, logprobs_mode="processed_logprobs", **revisions):
-        self.options = dict(model=model, dtype=dtype, max_model_len=max_model_len, **revisions)
+    def __init__(
+        self, model, *, tensor_parallel_size=1, dtype="auto", revision=None, tokenizer_revision=None,
+        max_model_len=None, logprobs_mode="processed_logprobs", enable_lora=False, max_lora_rank=16,
+    ):  # fmt: skip
+        self.options = {key: value for key, value in locals().items() if key not in ("self", "logprobs_mode")}
         self.raw = {"raw_logprobs": True, "processed_logprobs": False}[logprobs_mode]
+        assert max_lora_rank in (8, 16, 32, 64, 128, 256, 320, 512)
 
-    def generate(self, prompts, sampling_params, *, use_tqdm=True):
+    def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
+        assert self.options["enable_lora"] == (lora_request is not None)
         LLM.calls.append(sum(p.n for p in sampling_params))
+        self.asked = lora_request
         results = []
         for prompt, params in zip(prompts, sampling_params, strict=True):
             outputs = [self._one(prompt["prompt_token_ids"], params, j) for j in range(params.n)]
@@ -246,6 +268,10 @@ class LLM:
             with torch.no_grad():
                 logits = LLM.model(torch.tensor([prompt + ids])).logits[0, -1].double()
             scaled = logits / (params.temperature or 1.0)
+            if params.top_p < 1:
+                likely = scaled.softmax(-1).sort(descending=True)
+                before = likely.values.cumsum(-1) - likely.values
+                scaled[likely.indices[before >= params.top_p]] = -torch.inf
             greedy = params.temperature == 0
             token = int(scaled.argmax() if greedy else torch.multinomial(scaled.softmax(-1), 1, generator=generator))
             logp = (logits if self.raw else scaled).log_softmax(-1)[token].item()
@@ -258,19 +284,21 @@ class LLM:
 
 @pytest.fixture
 def vllm(llama, monkeypatch):
-    fake = ModuleType("vllm")
-    fake.LLM, fake.SamplingParams = LLM, SamplingParams
-    monkeypatch.setitem(sys.modules, "vllm", fake)
+    fake, lora = ModuleType("vllm"), ModuleType("vllm.lora.request")
+    fake.LLM, fake.SamplingParams, lora.LoRARequest = LLM, SamplingParams, LoRARequest
+    for name, module in (("vllm", fake), ("vllm.lora", ModuleType("vllm.lora")), ("vllm.lora.request", lora)):
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(LLM, "model", llama)
     monkeypatch.setattr(LLM, "calls", [])
     monkeypatch.setattr(hub, "_commit_of", lambda *named: {("some/model", "v2"): "c" * 40}[named])
-    return load_vllm("some/model@v2", dtype="bf16", max_length=40)
+    return load_vllm("some/model@v2", dtype="bf16", max_length=40, tensor_parallel=4)
 
 
 def test_vllm_gives_the_same_records(vllm, llama):
     """Each with its log-prob by a full forward at temperature 1; greedy samples are ours."""
-    options = {"model": "some/model", "dtype": "bfloat16", "max_model_len": 40}
-    assert vllm.options == options | {"revision": "c" * 40, "tokenizer_revision": "c" * 40}
+    options = {"model": "some/model", "dtype": "bfloat16", "max_model_len": 40, "tensor_parallel_size": 4}
+    options |= {"revision": "c" * 40, "tokenizer_revision": "c" * 40, "enable_lora": False, "max_lora_rank": 16}
+    assert vllm.options == options
     samples, counts = run(vllm, PROMPTS[:3], n=8, temperature=0.7, as_drawn=True)
     ends = set()
     for name, ids in PROMPTS[:3]:
@@ -287,9 +315,60 @@ def test_vllm_gives_the_same_records(vllm, llama):
     assert flat(run(vllm, PROMPTS, **greedy)[0].values()) == flat(run(llama, PROMPTS, **greedy)[0].values())
 
 
-def test_vllm_samples_depend_on_seed_and_id_alone(vllm):
+def test_vllm_takes_an_adapter_with_each_request(vllm, llama, tmp_path):
+    """Its base by the name that it gives, room for its rank, and the folder from wherever vLLM's processes stand."""
+    llama.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=9, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "a"
+    )
+    adapted = load_vllm(str(tmp_path / "a"), dtype="fp32", max_length=40)
+    assert adapted.options["model"] == str(tmp_path / "base") and adapted.options["max_lora_rank"] == 16
+    assert flat(run(adapted, PROMPTS)[0].values()) == flat(run(vllm, PROMPTS)[0].values())  # its B is zero
+    assert adapted.asked.lora_path == str((tmp_path / "a").resolve())
+    about = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    for change in (dict(use_dora=True), dict(rank_pattern={"q_proj": 513})):
+        (tmp_path / "a/adapter_config.json").write_text(json.dumps(about | change))
+        with pytest.raises(ValueError, match="no DoRA: use --engine hf"):
+            load_vllm(str(tmp_path / "a"), dtype="fp32", max_length=40)
+
+
+def test_vllms_signatures_have_what_we_give():
+    """What the stand-ins above take, and so all that the code gives, exists in the installed package."""
+    vllm = pytest.importorskip("vllm", reason="wants CUDA, and is no requirement")
+    request = importlib.import_module("vllm.lora.request").LoRARequest
+    engine = importlib.import_module("vllm.engine.arg_utils").EngineArgs
+    for ours, theirs in (
+        (LLM.__init__, [vllm.LLM.__init__, engine]), (LLM.generate, [vllm.LLM.generate]),
+        (SamplingParams.__init__, [vllm.SamplingParams]), (LoRARequest.__init__, [request]),
+    ):  # fmt: skip
+        known = {name for one in theirs for name in inspect.signature(one).parameters}
+        assert inspect.signature(ours).parameters.keys() - {"self"} <= known, (ours, theirs)
+
+
+def test_top_p_draws_the_likeliest_tokens_alone(vllm, llama):
+    """Those that together have half of the probability, never none; both engines, log-probs still over all tokens."""
+    logits = torch.tensor([[0.4, 0.05, 0.3, 0.25], [0.05, 0.6, 0.3, 0.05]]).log().repeat_interleave(500, 0)
+    uniforms = torch.linspace(0, 1 - 1e-6, 500).repeat(2)
+    tokens, logps = decode.draw_tokens(logits, uniforms, temperature=1.0, top_p=0.5)
+    assert tokens[:500].bincount(minlength=4).tolist() == pytest.approx([500 * 4 / 7, 0, 500 * 3 / 7, 0], abs=1)
+    assert set(tokens[500:].tolist()) == {1} and logps[0].item() == pytest.approx(math.log(0.4))
+    for engine in (llama, vllm):
+        samples, _ = run(engine, PROMPTS[:2], n=20, as_drawn=True, top_p=0.4, temperature=0.8)
+        for name, ids in PROMPTS[:2]:
+            for one in samples[name]:
+                whole = torch.tensor([ids + one.token_ids.tolist()])
+                with torch.no_grad():
+                    found = (llama(whole).logits[0, len(ids) - 1 : -1].double() / 0.8).softmax(-1)
+                drawn = found.gather(1, whole[0, len(ids) :, None])
+                assert ((found * (found > drawn)).sum(-1) < 0.4 + 1e-6).all()
+
+
+def test_vllm_samples_depend_on_seed_and_id_alone(vllm, monkeypatch):
     prompts = PROMPTS[:3]
     whole, counts = run(vllm, prompts, n=3)
+    assert LLM.calls[0] == 12  # one call for all
+    monkeypatch.setattr(generation, "VLLM_CALL", 1)
     assert counts["prompts_short"] == 0
     LLM.calls.clear()
     places = []
@@ -321,13 +400,10 @@ def test_vllm_ends_at_each_end_token_of_the_model(vllm, llama, tmp_path, monkeyp
     assert all(finished == (ids[-1] in (EOS, other)) for ids, finished in samples)
 
 
-def test_without_vllm_the_message_says_what_to_install(monkeypatch, tmp_path):
+def test_without_vllm_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed, whether or not it is
     with pytest.raises(ValueError, match="pip install vllm"):
         load_vllm("some/model", dtype="fp32", max_length=8)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an adapter"):
-        load_vllm(str(tmp_path), dtype="fp32", max_length=8)
 
 
 # --- data_prep.py generate ---------------------------------------------------------------------------------
