@@ -22,7 +22,7 @@ from typing import Any
 import harness
 import pytest
 from harness import LOST, TIMEOUT
-from helpers import arguments, flags, on_ranks
+from helpers import ROOT, arguments, flags, on_ranks
 
 from hps import dist
 from hps.hosts import GLANCE_BYTES, check
@@ -153,9 +153,12 @@ class Hosts:
     def job(self, host: int, argv: list[str], log: Path, *, nodes: str, conf: str = "", **how: Any):
         """A torchrun of one worker on a host; the first one holds the store by which they find each other."""
         # is_host: torchrun looks for its endpoint among the addresses of the machine's name, which here are loopback's.
-        conf = ",".join(filter(None, [f"is_host={int(host == 0)}", conf]))
-        words = [f"--nnodes={nodes}", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=10.77.0.1:{PORT}"]
-        words += ["--rdzv_id=hps", f"--rdzv_conf={conf}", f"--local_addr=10.77.0.{host + 1}"]
+        sizes = {"HOSTS": nodes, "HOST": str(host), "CONF": conf, "PORT": str(PORT), "TORCHRUN": "echo"}
+        sizes |= {"FIRST": "10.77.0.1", "ADDRESS": f"10.77.0.{host + 1}"}
+        recipe = [ROOT / "recipes/slurm.sh", "two_hosts"]  # whose line it is that is run
+        words = subprocess.run(
+            recipe, env=os.environ | sizes, check=True, capture_output=True, text=True
+        ).stdout.split()
         enter = f"""
 import ctypes, os
 space = os.open("/run/netns/{self.names[host]}", os.O_RDONLY)
@@ -164,7 +167,6 @@ assert ctypes.CDLL(None).setns(space, {0x40000000}) == 0
         env = {"GLOO_SOCKET_IFNAME": CABLE}
         if ":" in nodes:  # or the first host keeps its store's address to itself from the second round on (torch 2.13)
             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-            words.append("--max_restarts=3")
         return harness.Job(argv, log, torchrun=words, env=env, setup=enter, **how)
 
 
