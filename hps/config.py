@@ -18,9 +18,11 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import sys
 import textwrap
+import time
 import tomllib
 import typing
 from collections.abc import Callable, Collection, Sequence
@@ -141,9 +143,8 @@ def convert(value: Any, kind: type, where: str, *, from_text: bool = False) -> A
 
 # What TRL and transformers call it.
 ELSEWHERE = {"learning_rate": "lr", "output_dir": "out", "num_train_epochs": "epochs", "model_name_or_path": "model"}
-ELSEWHERE |= {"dataset_name": "data", "per_device_train_batch_size": "prompts_per_step", "bf16": "dtype"}
-ELSEWHERE |= {"lora_r": "lora_rank", "lora_target_modules": "lora_targets", "report_to": "log_to"}
-ELSEWHERE |= {"ref_model": "reference"}
+ELSEWHERE |= {"dataset_name": "data", "per_device_train_batch_size": "prompts_per_step", "ref_model": "reference"}
+ELSEWHERE |= {"lora_r": "lora_rank", "lora_target_modules": "lora_targets", "report_to": "log_to", "bf16": "dtype"}
 
 
 def nearest(name: str, names: Collection[str]) -> str:
@@ -174,9 +175,8 @@ def run_main(main: Callable[[], None]) -> None:
     """Run `main`; a ValueError, which is a user's mistake, ends it with its message and status 2, Ctrl-C with 130."""
     try:
         main()
-    except ValueError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None  # as a shell calls a process that Ctrl-C has ended
+    except (ValueError, KeyboardInterrupt) as end:
+        # Of a mistake on all ranks the first speaks: torchrun ends the others, while they wait, when that has ended.
+        time.sleep(5 * (isinstance(end, ValueError) and os.environ.get("RANK", "0") != "0"))
+        print(f"error: {end}" if isinstance(end, ValueError) else "interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(2 if isinstance(end, ValueError) else 130) from None  # 130: a shell's name for Ctrl-C

@@ -1,4 +1,4 @@
-"""Ranks and what they tell each other. The only file that reads rank variables; the model never mentions any of it."""
+"""Ranks and what they tell each other. Rank variables are read here alone, and where a mistake is told."""
 
 import json
 import os

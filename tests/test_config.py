@@ -216,7 +216,7 @@ def test_a_command_by_its_name(capsys):
         commands.run({"do": (Options, seen.append)}, ["don"], prog="p", page="The page.")
 
 
-def test_run_main_reports_a_mistake_without_a_traceback(capsys):
+def test_run_main_reports_a_mistake_without_a_traceback(capsys, monkeypatch):
     def fail(error: Exception) -> None:
         raise error
 
@@ -225,6 +225,12 @@ def test_run_main_reports_a_mistake_without_a_traceback(capsys):
     assert caught.value.code == 2 and capsys.readouterr() == ("", "error: a.jsonl:3: fix it\n")
     with pytest.raises(KeyError):  # a bug
         run_main(lambda: fail(KeyError("x")))
+    waited: list[int] = []  # a rank with a mistake of its own is heard too
+    monkeypatch.setattr("hps.config.time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        run_main(lambda: fail(ValueError("mine")))
+    assert waited[-1] == 5 and capsys.readouterr().err == "error: mine\n"
 
 
 def test_a_typo_is_told_before_torch_is_loaded(tmp_path):

@@ -61,6 +61,12 @@ def test_two_ranks_give_the_same_bits_twice(tiny_world, tmp_path):
     assert harness.outcome(tmp_path / "a/run") == harness.outcome(tmp_path / "b/run")
 
 
+def test_one_rank_tells_of_a_mistake(tiny_world, tmp_path):
+    """All have made it; torchrun's own words come behind."""
+    with harness.Job(arguments(tiny_world, tmp_path / "out", method="dpo_hps"), tmp_path / "log", ranks=2) as job:
+        assert job.end() != 0 and job.text().count("error: method = 'dpo_hps' does not exist") == 1
+
+
 # --------------------------------------------------------------------------------------- a rank is struck
 
 
