@@ -118,7 +118,7 @@ def exported(path: Path) -> None:
     for name, part in zip(("run.json", "summary.json", "eval.json"), (about + 3 * [b""])[:3], strict=True):
         path.with_name(name).write_bytes(part)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export.tokens, "load_tokenizer", lambda _: None)
+        patch.setattr(export.tokenizers, "load_tokenizer", lambda _: None)
         patch.setattr(export.pretrained, "load_causal_lm", stop)
         patch.setattr(export.reward_model, "load_reward_model", stop)
         words = {"model": "policy", "out": "out", "eval_json": "eval.json"}
@@ -144,8 +144,8 @@ def metrics(path: Path) -> None:
 
 
 def answers(path: Path) -> None:
-    for some in judge.read_answers(path, 9).values():
-        found = judge.first_scores(some)
+    for some in judge.read_answers(path, 9, judge.parse_scores).values():
+        found = judge.first_read(some, judge.parse_scores)
         assert found is None or list(found) == list(judge.CRITERIA)
         assert all(type(x) is float and 0 <= x <= 5 and (2 * x).is_integer() for x in (found or {}).values())
         assert all(type(line["model"]) is str for line in some)
