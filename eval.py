@@ -31,6 +31,8 @@ from hps.lab.world import World
 from hps.packing import Block
 from hps.prepare import generate, rewards
 
+SCORED_AT_ONCE = 64  # prompts whose samples wait for the reference's log-probs
+
 
 @dataclass
 class Config:
@@ -174,11 +176,16 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         def sampled(policy: model.PolicyModel, ref: model.PolicyModel) -> Iterator[Row]:
             # Unfinished ones included: rambling is a failure, not a missing value.
             answers = generate.answer(policy.lm, tokenizer, prompts, **how)
+            waiting: dict[int, tuple[Block, list[float]]] = {}  # for the reference, which scores many at once
             for n, (row, (id, texts, samples)) in enumerate(zip(mine_of_rows, answers, strict=True)):
                 if texts:
                     block = Block(examples.block(mine[n], ()).prompt, tuple(one.token_ids for one in samples))
-                    [ref_logps] = scoring.score(ref, [block], device=ranks.device, **packing)
-                    keep(n, {"kl_samples": float(np.mean([one.logp for one in samples] - ref_logps))})
+                    waiting[n] = block, [one.logp for one in samples]
+                if len(waiting) == SCORED_AT_ONCE or n == len(mine) - 1:
+                    found = scoring.score(ref, [block for block, _ in waiting.values()], device=ranks.device, **packing)
+                    for place, ref_logps in zip(waiting, found, strict=True):
+                        keep(place, {"kl_samples": float(np.mean(waiting[place][1] - ref_logps))})
+                    waiting.clear()
                 yield Row(id, row.prompt, tuple(texts), None, None, None, c.model, c.data)
 
         def rewarded() -> Iterator[Row]:

@@ -27,7 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Of twenty seconds and more each. Two processes take a file at a time: with these first they end together, and not one
 # alone with the last file.
-LONGEST = ("test_ranks.py", "test_kill.py", "test_train.py", "test_golden.py", "test_hosts.py", "test_fuzz.py")
+LONGEST = ("test_recipes.py", "test_hosts.py", "test_ranks.py", "test_kill.py", "test_train.py", "test_golden.py")
+LONGEST += ("test_fuzz.py", "test_estimate.py", "test_dist.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -491,7 +491,7 @@ WRONG = [
     (dict(method="infonca-hps"), "method = 'infonca-hps' does not exist"),
     (dict(dtype="fp16"), "dtype = 'fp16' does not exist; choose one of fp32, bf16"),
     (dict(betta=0.1), "betta.*--beta"),
-    (dict(epochs="two"), "--epochs two: expected an int"),
+    (dict(epochs="two"), "--epochs two: expected a whole number"),
     (dict(model="nowhere"), "nowhere"),
     (dict(truncate="error", max_length=12), r"train\.jsonl:\d+: "),
     (dict(positives=2), "positives = 2 are set against all.*add --hps_form full"),

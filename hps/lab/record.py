@@ -9,6 +9,7 @@ it: they follow from its numbers by the judge as it is now. docs/results/RESULTS
 it says of a pair is written as the verdicts are.
 """
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from hps.evaluate.compare import COMPARED, ROOT, measured
 from hps.evaluate.metrics import METRICS, adjust
 from hps.io import files
 from hps.lab import claims, replication
-from hps.lab.suites import TUNED
+from hps.lab.suites import BASELINES, HPS, LOSSES, TUNED
 
 KEPT = ROOT / "docs" / "results"
 LABELS = {
@@ -148,6 +149,25 @@ def sentences(results: Results, second: Results | None = None, rows: str = "") -
     return "\n".join(items)
 
 
+def by_loss(results: Results, second: Results | None, metric: str, end: str = "") -> str:
+    """A table of one metric: both forms of HPS less each baseline, under every loss; bold where the difference is
+    resolved, with a star where it is resolved alike in `second`. end: of the rows' names."""
+    of, also = (
+        {(x["a"], x["b"]): x for x in (one or {}).get("comparisons", []) if x["metric"] == metric}
+        for one in (results, second)
+    )
+    rows = []
+    for loss, form in itertools.product(LOSSES, HPS):
+        name, cells = f"{loss.upper()}-{form}{end}", []
+        for base in BASELINES:
+            pair = (name, f"{loss.upper()}-{base}{end}")
+            text, side = md.interval(of[pair], METRICS[metric].digits, "+"), verdict(of[pair])
+            star = "\\*" if side and pair in also and verdict(also[pair]) == side else ""
+            cells.append(f"**{text}**{star}" if side else text)
+        rows.append([md.plain(name), *cells])
+    return md.table([f"{METRICS[metric].title} of", *(f"less {base}'s" for base in BASELINES)], rows)
+
+
 SIDES = {1: "larger", -1: "smaller", 0: "unresolved"}
 
 
@@ -169,7 +189,8 @@ def pages() -> dict[Path, str]:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **how)
     environment.filters["wrapped"] = md.wrapped
     context = dict(first=first, second=second, pairs=pairs, tables=report.claims_tables(judged))
-    context |= dict(first_table=first_table, sentences=sentences, counts=counts, agreement=replication.table)
+    context |= dict(first_table=first_table, sentences=sentences, by_loss=by_loss, counts=counts)
+    context |= dict(agreement=replication.table)
     template = environment.from_string((KEPT / "RESULTS.md.jinja").read_text(encoding="utf-8"))
     texts = {ROOT / "docs" / "RESULTS.md": template.render(context)}
     for name, results in found.items():

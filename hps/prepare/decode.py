@@ -221,11 +221,8 @@ class _Rows:
     """The rows of the batch: R of them, of P prompts. A row that has ended goes on, in vain, until the next regroup."""
 
     def __init__(self, model: nn.Module, *, ends: list[int], max_new_tokens: int, **how: float):
-        self.model, self.max_new_tokens, self.how = (
-            model,
-            max_new_tokens,
-            how,
-        )  # how: temperature and top_p of draw_tokens
+        self.model, self.max_new_tokens = model, max_new_tokens
+        self.how = how  # temperature and top_p of draw_tokens
         self.device = next(model.parameters()).device
         self.ends = torch.tensor(ends, device=self.device)
         self.owner: list[tuple[Request, int]] = []  # of each row: its request and place among the samples

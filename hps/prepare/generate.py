@@ -264,8 +264,7 @@ def ask_vllm(
 
     # logprobs=0: of the drawn token alone. ignore_eos: or it would end at a token of its own choice.
     how: dict[str, Any] = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, logprobs=0)
-    how |= dict(detokenize=False)
-    how |= dict(ignore_eos=True, stop_token_ids=end_ids(llm, eos_token_id))
+    how |= dict(detokenize=False, ignore_eos=True, stop_token_ids=end_ids(llm, eos_token_id))
     while requests:
         batch = [requests.popleft()]
         while requests and sum(request.due for request in batch) + requests[0].due <= max_rows:

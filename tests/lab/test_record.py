@@ -49,7 +49,7 @@ def test_a_record_gives_back_the_results(tmp_path, monkeypatch):
     assert record.compact(found) == record.compact(results())
 
 
-def test_sentences_say_what_the_verdicts_are():
+def test_sentences_and_tables_say_what_the_verdicts_are(monkeypatch):
     """Each pair's differences as they are resolved, marked where a second record resolves them alike."""
     found = record.restore(record.compact(results()))
     for item in found["comparisons"]:
@@ -61,6 +61,12 @@ def test_sentences_say_what_the_verdicts_are():
     assert record.sentences(found, found).count("(*both*)") == 1
     assert record.sentences(found, rows=".* again").startswith("* **DPO-HPS again** against")
     assert record.counts(found) == "1 of 4, 0 of 0"
+    monkeypatch.setattr(record, "LOSSES", ("dpo",))
+    monkeypatch.setattr(record, "HPS", ("HPS",))
+    monkeypatch.setattr(record, "BASELINES", ("BT",))
+    lead, rm10 = (record.by_loss(found, found, metric).splitlines()[2] for metric in ("lead", "rm10"))
+    assert lead == r"| DPO-HPS | **+23.3 [-14.6, +61.3]**\* |"
+    assert rm10.startswith("| DPO-HPS | +1.63 [") and "*" not in rm10
 
 
 def test_the_pages_are_those_of_the_record():

@@ -292,14 +292,12 @@ def test_written_data(tmp_path, domain):
 
 
 def test_equal_seeds_write_equal_bytes(tmp_path):
-    for folder, seed in (("a", 1), ("a", 2), ("b", 2)):  # "a" is written over
+    for folder, seed in (("other", 1), ("a", 2), ("b", 2)):
         write(tmp_path / folder, seed=seed, domain="help", train=3, valid=2, test=2, demonstrations=4)
-        if (folder, seed) == ("a", 1):
-            before = (tmp_path / "a" / "sft.jsonl").read_bytes()
     files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
     assert len(files) > 7
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
-    assert (tmp_path / "a" / "sft.jsonl").read_bytes() != before
+    assert (tmp_path / "a" / "sft.jsonl").read_bytes() != (tmp_path / "other" / "sft.jsonl").read_bytes()
 
 
 def test_write_says_what_is_wrong(tmp_path):
