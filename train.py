@@ -89,7 +89,9 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     if c.warmup_steps > plan.steps:
         raise ValueError(f"warmup_steps = {c.warmup_steps}, but the run has {plan.steps} steps: it never reaches lr")
     counts = examples.counts | plan.dropped | plan.excluded
-    say(ranks, f"{c.data}: " + ", ".join(f"{key} {n}" for key, n in counts.items() if n))
+    few = " (few: a lower --prompts_per_step makes more)" * (plan.steps < 10)
+    told = ", ".join(f"{key} {n}" for key, n in counts.items() if n)
+    say(ranks, f"{c.data}: {told}; {len(plan.row)} visits in steps of {c.prompts_per_step}: {plan.steps}{few}")
     whole, held_out = plan, None
     if c.dry_run:
         from hps.extra import dry_run

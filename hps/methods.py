@@ -105,7 +105,8 @@ def check_method(method: str) -> None:
     with_pl_only = [name for name, loss in everything.items() if loss.form == "list"]
     known = [f"{x}-{sampler}" for x in everything for sampler in (["pl"] if x in with_pl_only else SAMPLERS)]
     if method not in known:
-        near = difflib.get_close_matches(f"{method}-hps" if method in everything else method, known, n=1)
+        full = f"{method}-hps" if method in everything else f"dpo-{method}" if method in SAMPLERS else method
+        near = difflib.get_close_matches(full, known, n=1)
         raise ValueError(
             f"method = {method!r} does not exist{f': did you mean {near[0]}?' if near else '.'} A method is "
             f"LOSS-SAMPLER. Losses: {', '.join(x for x in everything if x not in with_pl_only)}; with pl "

@@ -135,7 +135,7 @@ def answer(results: dict[str, Any]) -> list[str]:
         for metric in ("true_reward", "rm10"):
             mine = [item for item in compared if (item["a"], item["metric"]) == (a, metric)]
             words = [verdict(x, x["p_holm"]) for x in mine]
-            words = ["not told apart from" if word == "unresolved" else f"{word} than" for word in words]
+            words = ["not told apart, after Holm, from" if word == "unresolved" else f"{word} than" for word in words]
             numbers = [md.interval(x, METRICS[metric].digits, "+") for x in mine]
             differences = (f"{word} {x['b']}, {number}" for word, x, number in zip(words, mine, numbers, strict=True))
             if mine:

@@ -100,7 +100,7 @@ def test_the_answer_is_told_in_sentences():
     found["rows"][1]["metrics"]["true_reward"]["high"] = 1.7
     found["comparisons"][0]["p_holm"] = 0.2
     assert report.answer(found)[1].endswith("1.78 [1.60, 1.90]; the intervals of DPO-BT overlap its own.")
-    assert report.answer(found)[2] == "reward of HPS: not told apart from DPO-BT, +0.64 [+0.50, +0.80]."
+    assert report.answer(found)[2] == "reward of HPS: not told apart, after Holm, from DPO-BT, +0.64 [+0.50, +0.80]."
     assert report.answer({"rows": [], "worlds": 1}) == []
 
 
