@@ -6,9 +6,9 @@ Imported when the first one is loaded.
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from hps import dist, model, pretrained, sharding
-from hps.data import tokens
 from hps.io import hub
 from hps.methods import needs_reference
 from hps.options import Config
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def load_policy(
-    c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast, *, longest: int
+    c: Config, ranks: dist.Ranks, tokenizer: PreTrainedTokenizerFast, *, longest: int
 ) -> tuple["model.PolicyModel | reward_model.RewardModel", str, bool]:
     """The model that is trained, with its adapter, sharded; the fingerprint of the weights that it starts from; and
     whether its first loss is known: policy = reference, or a reward model's head of zeros.
@@ -72,7 +72,7 @@ def make_optimizer(c: Config, parameters: list[torch.nn.Parameter]) -> torch.opt
 
 
 def load_reference(
-    c: Config, ranks: dist.Ranks, tokenizer: tokens.PreTrainedTokenizerFast, *, longest: int
+    c: Config, ranks: dist.Ranks, tokenizer: PreTrainedTokenizerFast, *, longest: int
 ) -> tuple[model.PolicyModel, str]:
     """The model that `--reference` names, sharded, and the fingerprint of its weights."""
     loaded, cast = (None, torch.float32) if c.dtype == "fp32" else (torch.bfloat16, None)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from hps import batches, checkpoint, dist
-from hps.data import tokens
 from hps.extra import kto
 from hps.io import files
 from hps.methods import form
@@ -27,9 +27,7 @@ class HeldOut:
     examples: the data as a token store. longest: tokens of the longest prompt with a response.
     """
 
-    def __init__(
-        self, c: Config, tokenizer: tokens.PreTrainedTokenizerFast, ranks: dist.Ranks, *, going_on: bool
-    ) -> None:
+    def __init__(self, c: Config, tokenizer: PreTrainedTokenizerFast, ranks: dist.Ranks, *, going_on: bool) -> None:
         """Read and plan `c.eval_data`; ValueError as for the training data. going_on: from a checkpoint of this run."""
         self._c = dataclasses.replace(c, data=c.eval_data, epochs=1, shuffle="no")
         self._every, self._epochs = c.eval_every, c.epochs

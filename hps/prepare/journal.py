@@ -18,12 +18,8 @@ from hps import checkpoint, dist, hosts
 from hps.data.listwise import Rows
 from hps.data.rows import Places, Row, decode_json
 
-SPEED = {
-    "max_rows",
-    "tensor_parallel",
-    "tokens_per_micro_batch",
-    "timeout",
-}  # options that change nothing of what is written
+# Options that change nothing of what is written.
+SPEED = {"max_rows", "tensor_parallel", "tokens_per_micro_batch", "timeout"}
 FREE = SPEED | {"output", "pairs"}  # and of what a journal holds: a run that was killed may go on with others
 
 RECORD = {"id": str, "found": list, "counts": dict}  # the texts or numbers found for a row, and what became of it
