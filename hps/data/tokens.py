@@ -15,12 +15,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from hps.options import CHOICES
+
 if TYPE_CHECKING:
     from hps.data.rows import Prompt, Row
 
 COUNTS = ("rows_read", "rows_kept", "rows_overlong_prompt", "rows_no_responses", "pairs_broken")
 COUNTS += ("prompts_cut", "responses_read", "responses_kept", "responses_overlong", "responses_empty")
-TRUNCATE = ("drop", "error", "keep_end")
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ def tokenize(
     closing: read messages with their answers as `Template.answered` does.
     Raises ValueError, with file and line, for what `Encoder` refuses; and if no row is left.
     """
-    if truncate not in TRUNCATE:
-        raise ValueError(f"truncate = {truncate!r} does not exist; choose one of {', '.join(TRUNCATE)}")
+    if truncate not in CHOICES["truncate"]:
+        raise ValueError(f"truncate = {truncate!r} does not exist; choose one of {', '.join(CHOICES['truncate'])}")
     if max_length < 3:
         raise ValueError(f"max_length = {max_length}; it must hold a prompt token, a response token and EOS")
     counts.update(dict.fromkeys(COUNTS, 0))
