@@ -50,10 +50,9 @@ def write(folder: Path, texts=TEXTS, prompts=PROMPTS) -> tuple[str, ...]:
     return tuple(f"{name}={folder / name}.jsonl" for name in texts)
 
 
-def sent(asked: str) -> tuple[object, str]:
-    """The prompt and the response that a question holds."""
-    found = re.search(r"^Conversation: (.*)\n\nResponse: (.*)$", asked, re.MULTILINE)
-    return json.loads(found[1]), json.loads(found[2])
+def sent(asked: str) -> tuple:
+    """The prompt and the response that a question holds, or the two."""
+    return tuple(map(json.loads, re.findall(r"^(?:Conversation|Response(?: A| B)?): (.*)$", asked, re.MULTILINE)))
 
 
 def good(number, asked):
@@ -155,27 +154,17 @@ def test_a_prompt_without_samples_is_left_out_by_id(tmp_path):
 # -- pairs, in both orders --
 
 
-def shown(asked: str) -> tuple[object, str, str]:
-    """The prompt and the two responses that a question about a pair holds."""
-    found = re.search(r"^Conversation: (.*)\n\nResponse A: (.*)\n\nResponse B: (.*)$", asked, re.MULTILINE)
-    return tuple(map(json.loads, found.groups()))
-
-
 def by_total(number, asked):
     """The response with the higher sum of its numbers; of two with equal sums the one that is shown first."""
-    a, b = (sum(map(float, text.split()[-4:])) for text in shown(asked)[1:])
+    a, b = (sum(map(float, text.split()[-4:])) for text in sent(asked)[1:])
     return completion(f"So it is. [[{'A' if a >= b else 'B'}]]")
-
-
-def pairwise(methods, out, server, **options):
-    return run(methods, out, server, pairwise="true", **options)
 
 
 def test_pairs_are_asked_in_both_orders(tmp_path, capsys):
     """Sums of alpha 16 12 8 19.5, of beta 12 12 8.5 0: a win, a tie by orders that disagree, a loss, a win."""
     texts = {name: TEXTS[name] for name in ("alpha", "beta")}
     with chat_server(by_total) as server:
-        [pair] = pairwise(write(tmp_path, texts), tmp_path / "out", server)["comparisons"]
+        [pair] = run(write(tmp_path, texts), tmp_path / "out", server, pairwise="true")["comparisons"]
     assert [pair[name]["mean"] for name in ("win", "tie", "lose", "lead", "disagree")] == [50, 25, 25, 25, 25]
     assert pair["first"] == 5 / 8 * 100 and pair["unscored"] == 0  # 4 of the 8 by the sums, and the tie's other one
     both = {
@@ -184,35 +173,25 @@ def test_pairs_are_asked_in_both_orders(tmp_path, capsys):
         for a, b in [[texts[m][p][0] for m in texts]]
         for two in ((a, b), (b, a))
     }
-    asked = [shown(text) for text in questions(server)]
-    assert {(json.dumps(prompt), a, b) for prompt, a, b in asked} == both and len(asked) == len(both) == 8
+    asked = [(json.dumps(prompt), a, b) for prompt, a, b in map(sent, questions(server))]
+    assert set(asked) == both and len(asked) == len(both) == 8
     page = (tmp_path / "out/pairs.md").read_text()
     assert page in capsys.readouterr().out and "| 25.0 [" in page and "| 62.5 |" in page
 
 
-def test_a_judge_of_positions_alone_makes_ties(tmp_path):
-    with chat_server(lambda number, asked: completion("[[A]]")) as server:
-        found = pairwise(write(tmp_path), tmp_path / "out", server)
-    for pair in found["comparisons"]:
-        assert (pair["tie"]["mean"], pair["disagree"]["mean"], pair["first"]) == (100, 100, 100)
-
-
-def test_a_further_method_pays_for_itself_alone(tmp_path):
-    """Scored alone its own new texts are asked about, in pairs its own pairs, equal texts never; in one folder."""
+def test_a_further_method_pays_for_its_own_pairs_alone(tmp_path):
+    """In a folder that has scores too; equal texts are never asked about."""
     methods, out = write(tmp_path), tmp_path / "out"
     with chat_server(good) as server:
         run(methods[:2], out, server)
-        assert len(server.requests) == 8
-        found = run(methods, out, server)
-        assert len(server.requests) == 8 + 3 and found["counts"] == counts()  # one of gamma's is alpha's
     with chat_server(by_total) as server:
-        pairwise(methods[:2], out, server)
+        run(methods[:2], out, server, pairwise="true")
         assert len(server.requests) == 8
-        found = pairwise(methods, out, server)
+        found = run(methods, out, server, pairwise="true")
         assert len(server.requests) == 8 + 6 and found["counts"]["pairs"] == 8 and found["counts"]["items"] == 14
     with chat_server(by_total) as server:
         texts = {"beta": TEXTS["beta"], "twin": TEXTS["beta"]}
-        [pair] = pairwise(write(tmp_path / "b", texts), tmp_path / "b", server)["comparisons"]
+        [pair] = run(write(tmp_path / "b", texts), tmp_path / "b", server, pairwise="true")["comparisons"]
     assert not server.requests and pair["tie"]["mean"] == 100 and pair["first"] is None
 
 
@@ -220,12 +199,12 @@ def test_a_pair_without_a_verdict_counts_in_none(tmp_path):
     """One order that is never read; the other one alone would be of a position."""
 
     def behave(number, asked):
-        prompt, a, b = shown(asked)
+        prompt, a, b = sent(asked)
         return completion("[[A]] or [[B]]") if prompt == PROMPTS["p4"] and a < b else by_total(number, asked)
 
     texts = {name: TEXTS[name] for name in ("alpha", "beta")}
     with chat_server(behave) as server:
-        found = pairwise(write(tmp_path, texts), tmp_path / "out", server)
+        found = run(write(tmp_path, texts), tmp_path / "out", server, pairwise="true")
     [pair] = found["comparisons"]
     assert found["counts"]["unparseable"] == 1 and pair["unscored"] == 1 and pair["lead"]["prompts"] == 3
     assert len(server.requests) == 9 and questions(server)[-1].endswith(judge.PAIR_REMINDER)
@@ -498,18 +477,9 @@ def test_a_local_judge_and_a_question_too_long_for_it(tmp_path):
         lm.lm_head.weight.mul_(2)
     lm.save_pretrained(folder)  # another judge
     judged(20)
-    template = folder / "chat_template.jinja"
-    template.write_text("{% if aloud is defined %} {% endif %}" + template.read_text())
-    found = judged(30, template_options="aloud=true")  # reads other questions
+    template, refuse = folder / "chat_template.jinja", "{{ raise_exception('no reasons') }}"
+    refuse = "{% if 'So it is' in messages[0].content %}" + refuse + "{% endif %}"
+    template.write_text("{% if aloud is defined %} {% endif %}" + refuse + template.read_text())
+    found = judged(29, template_options="aloud=true")  # reads other questions, and one not at all
     read = [fingerprint_of(load_tokenizer(str(folder), options)) for options in ("", "aloud=true")]
-    assert found["judge"]["tokenizer"] == read[1] != read[0]
-
-
-def test_a_question_that_a_local_judge_cannot_read_is_refused(tmp_path):
-    """Its template knows no such words: the others are asked."""
-    folder = save_model(tmp_path / "model")
-    template = folder / "chat_template.jinja"
-    refuse = "{% if 'Because' in messages[0].content %}{{ raise_exception('no reasons') }}{% endif %}"
-    template.write_text(refuse + template.read_text())
-    found = run(write(tmp_path), tmp_path / "out", model=folder, max_tokens=64)
-    assert {key: found["counts"][key] for key in ("answers", "refused")} == {"answers": 10, "refused": 1}
+    assert found["judge"]["tokenizer"] == read[1] != read[0] and found["counts"]["refused"] == 2
