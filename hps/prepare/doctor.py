@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -79,23 +79,22 @@ def diagnose(
     run = run or Config("", "", "")
     wanted = Counter(row_key(_words(row.prompt).casefold()) for row in test)
     met: set[int] = set()
-    found, first, kept = Found(), list[Kept](), iter(kept)
-    while some := list(itertools.islice(kept, 256)):
-        first += some[: max(JOINTS - len(first), 0)]
-        for row, e in some:
-            responses, prompt = [_words(row.responses[k]) for k in e.kept], row_key(_words(row.prompt).casefold())
-            found.texts.extend(map(row_key, responses))
-            found.prompts.extend([prompt] * len(responses))
-            met |= wanted.keys() & {prompt}
-            found.values["responses"].append(len(e.kept))
-            found.values["prompt_tokens"].append(len(e.prompt_ids))
-            found.values["response_tokens"].extend(map(len, e.response_ids))
-            same = _is_pair(e) and bool(e.identity[e.chosen] == e.identity[e.rejected])
-            copies = len(e.identity) - len(np.unique(e.identity))
-            found.counts.update(human_pairs=_is_pair(e), human_pairs_identical=same, copies_of_other_responses=copies)
-            _texts(row, e, responses, found)
-        if scored := [e for _, e in some if e.rewards is not None]:
-            _rewards(scored, found, run.length_penalty)
+    found, first = Found(), list[Kept]()
+    for row, e in kept:
+        first += [(row, e)] if len(first) < JOINTS else []
+        responses, prompt = [_words(row.responses[k]) for k in e.kept], row_key(_words(row.prompt).casefold())
+        found.texts.extend(map(row_key, responses))
+        found.prompts.extend([prompt] * len(responses))
+        met |= wanted.keys() & {prompt}
+        found.values["responses"].append(len(e.kept))
+        found.values["prompt_tokens"].append(len(e.prompt_ids))
+        found.values["response_tokens"].extend(map(len, e.response_ids))
+        same = _is_pair(e) and bool(e.identity[e.chosen] == e.identity[e.rejected])
+        copies = len(e.identity) - len(np.unique(e.identity))
+        found.counts.update(human_pairs=_is_pair(e), human_pairs_identical=same, copies_of_other_responses=copies)
+        _texts(row, e, responses, found)
+        if e.rewards is not None:
+            _rewards(e, e.rewards - run.length_penalty * np.array([*map(len, e.response_ids)]), found)
     counts = counts | {"test_prompts": wanted.total(), "test_prompts_in_training": sum(wanted[key] for key in met)}
     counts |= found.counts | {"responses_of_several_prompts": _of_several_prompts(found)}
     template = _joints(tokenizer, first, counts) if tokenizer else ""
@@ -176,13 +175,9 @@ def _texts(row: Row, e: Example, responses: list[str], found: Found) -> None:
 
 def _of_several_prompts(found: Found) -> int:
     """Responses whose text stands under another prompt too."""
-    if not found.texts:
-        return 0
-    order = np.argsort(found.texts)
-    texts, prompts = np.array(found.texts)[order], np.array(found.prompts)[order]
-    begins = np.flatnonzero(np.append(True, texts[1:] != texts[:-1]))
-    several = np.minimum.reduceat(prompts, begins) != np.maximum.reduceat(prompts, begins)
-    return int(np.diff(np.append(begins, len(texts)))[several].sum())
+    once_per_prompt = np.unique(np.array([found.texts, found.prompts], np.uint64), axis=1)[0]
+    texts, prompts = np.unique(once_per_prompt, return_counts=True)
+    return int(np.isin(found.texts, texts[prompts > 1]).sum())
 
 
 class Rivals:
@@ -231,22 +226,19 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return np.searchsorted(ordered, values) + np.searchsorted(ordered, values, side="right")
 
 
-def _rewards(scored: list[Example], found: Found, length_penalty: float) -> None:
-    rewards = [cast(np.ndarray, e.rewards) for e in scored]
-    rewards = [r - length_penalty * np.array([*map(len, e.response_ids)]) for r, e in zip(rewards, scored, strict=True)]
-    found.scored += [(r, e.identity, row_key(e.id)) for r, e in zip(rewards, scored, strict=True)]
-    r, identity = plan.padded(rewards, -np.inf, np.float64), plan.padded([e.identity for e in scored], -1, np.int64)
-    _, below, left_out = plan.dispreferred(r, identity)
-    pairs = [r[e.chosen] - r[e.rejected] for r, e in zip(rewards, scored, strict=True) if _is_pair(e)]
-    found.values["dispreferred"].extend(below.sum(1).tolist())
-    found.values["reward_range"].extend(float(np.ptp(r)) for r in rewards)
+def _rewards(e: Example, rewards: np.ndarray, found: Found) -> None:
+    """What these rewards, which hold the length penalty, say of the row."""
+    found.scored.append((rewards, e.identity, row_key(e.id)))
+    _, [below], left_out = plan.dispreferred(rewards[None], e.identity[None])
+    found.values["dispreferred"].append(below.sum())
+    found.values["reward_range"].append(float(np.ptp(rewards)))
     found.counts.update(
-        copies_of_best=int(left_out["copies_of_best"].sum()),
-        rows_with_rewards=len(scored),
-        rows_with_top_tie=int((left_out["ties_with_best"] > 0).sum()),
-        rows_no_dispreferred=int((~below.any(1)).sum()),
-        human_pairs_with_rewards=len(pairs),
-        human_pairs_reversed=sum(bool(d < 0) for d in pairs),
+        copies_of_best=int(left_out["copies_of_best"][0]),
+        rows_with_rewards=1,
+        rows_with_top_tie=bool(left_out["ties_with_best"][0]),
+        rows_no_dispreferred=not below.any(),
+        human_pairs_with_rewards=_is_pair(e),
+        human_pairs_reversed=_is_pair(e) and bool(rewards[e.chosen] < rewards[e.rejected]),
     )
 
 
