@@ -52,7 +52,7 @@ soak: $(STAMP) ## the faults of docs/RELIABILITY.md in full, an hour of training
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --level error
 
 trial: $(STAMP) ## the whole path in a minute, with answers to look at: a world, SFT, candidates, two methods, evaluation
 	$(RUN) -m hps.lab.reproduce --suite trial --seeds 1 --small --out runs/trial

@@ -84,7 +84,8 @@ def parse(
     given, unknown = parser.parse_known_args(words)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        what = f"unknown option {flag}{nearest(flag[2:], kinds)}" if flag[:2] == "--" else f"unexpected {unknown[0]!r}"
+        name = flag.lstrip("-")
+        what = f"unknown option {flag}{nearest(name, kinds)}" if name != flag else f"unexpected {unknown[0]!r}"
         raise ValueError(f"command line: {what}; options are written --key value (see --help)")
     flags = vars(given)
     if twice := [name for name, texts in flags.items() if len(texts) > 1]:
@@ -110,7 +111,7 @@ def read_toml(path: Path, kinds: dict[str, type], foreign: bool) -> dict[str, An
         text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, brackets in brackets in brackets ...
-        raise ValueError(f"--config {path} cannot be read: {error}") from error
+        raise ValueError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     values = {}
     for key, value in table.items():
         # tomllib keeps no positions; the keys of a flat file stand at the start of their lines.
@@ -168,7 +169,9 @@ def check_choices(config: Any, **known: Collection[str]) -> None:
     """Raise ValueError for an option of `config` whose value is not among its known ones."""
     for name, values in known.items():
         if (value := getattr(config, name)) not in values:
-            raise ValueError(f"{name} = {value!r} does not exist; choose one of {', '.join(values)}")
+            near = difflib.get_close_matches(value, values, n=1)
+            meant = f": did you mean {near[0]}? Choose" if near else "; choose"
+            raise ValueError(f"{name} = {value!r} does not exist{meant} one of {', '.join(values)}")
 
 
 def run_main(main: Callable[[], None]) -> None:

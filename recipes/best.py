@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from hps import config
+
 
 def best(metric: str, kl: float, folders: list[str]) -> str:
     """The folder, whose name says its settings."""
@@ -27,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    config.run_main(main)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hps import config
 from hps.data import listwise
 from hps.data.rows import Row, only, row_key
 from hps.samplers import counter_uniform
@@ -43,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    config.run_main(main)

@@ -103,7 +103,7 @@ def test_flags_give_back_any_value(number, whole, text):
         (["--files"], "--files: expected at least one argument"),
         (["--max-length=1", "--max_length=1"], "--max_length is given twice"),
         (["file.jsonl"], "unexpected 'file.jsonl'; options are written --key value"),
-        (["-lr", "1"], "unexpected '-lr'"),
+        (["-lr", "1"], "unknown option -lr: the nearest is --lr"),
     ],
 )
 def test_mistakes_on_the_command_line(argv, words):

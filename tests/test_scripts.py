@@ -377,7 +377,7 @@ def test_generate_warns_of_samples_without_an_end(tiny_world, tmp_path, capsys, 
 def test_data_prep_names_mistakes(tmp_path, tiny_world):
     with pytest.raises(ValueError, match="unknown command 'imports'; choose one of world, import"):
         data_prep.main(["imports"])
-    with pytest.raises(ValueError, match="source = 'hhrlhf' does not exist; choose one of hh-rlhf"):
+    with pytest.raises(ValueError, match="source = 'hhrlhf' does not exist: did you mean hh-rlhf"):
         data_prep.main(["import", *flags(source="hhrlhf", input="x", output="y")])
     path = tmp_path / "rows.jsonl"
     path.write_bytes((tiny_world / "test.jsonl").read_bytes())

@@ -489,7 +489,7 @@ WRONG = [
     (dict(method="dpo-hsp"), "method = 'dpo-hsp' does not exist: did you mean dpo-hps.*Samplers: hps,"),
     (dict(method="dpo"), "method = 'dpo' does not exist: did you mean dpo-hps"),
     (dict(method="infonca-hps"), "method = 'infonca-hps' does not exist"),
-    (dict(dtype="fp16"), "dtype = 'fp16' does not exist; choose one of fp32, bf16"),
+    (dict(dtype="fp16"), "dtype = 'fp16' does not exist: did you mean bf16? Choose one of fp32, bf16"),
     (dict(betta=0.1), "betta.*--beta"),
     (dict(epochs="two"), "--epochs two: expected a whole number"),
     (dict(model="nowhere"), "nowhere"),

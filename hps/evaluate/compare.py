@@ -33,6 +33,7 @@ from hps.io import files
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = ("rm_dpo", "rm_worst_case", "rm10", "true_reward", "best_of_k_reward", "lead", "bleu_char", "harm", "junk",
             "kl_exact", "kl_samples")  # fmt: skip
+FIRST = ("true_reward", "harm", "rm_dpo", "rm10", "kl_exact", "train_tokens")  # what is printed; a page has the others
 
 Cells = dict[str, list[list[Path]]]  # row -> folders of its evaluations, [world][repeat]; the run is the parent folder
 Item = dict[str, Any]
@@ -161,12 +162,10 @@ def machine() -> str:
 
 
 def publish(results: Item, out: Path) -> None:
-    """Write a report under `out`, and print its tables and where it is."""
+    """Write a report under `out`, and print what came out, in short, and where all of it is."""
     report.write_report(results, out)
-    print("\n".join(report.answer(results)), report.table(results), sep="\n\n")
-    if results["comparisons"]:
-        print(*report.sections([report.comparisons_table(results)]), sep="\n\n")
-    print(f"{results['seconds']:.0f} s; {out / 'RESULTS.md'}, {out / 'report.html'}, {out / 'figures'}")
+    print("\n".join(report.answer(results)), report.table(results, FIRST), sep="\n\n")
+    print(f"{results['seconds']:.0f} s; all tables: {out / 'RESULTS.md'}, {out / 'report.html'}; {out / 'figures'}")
 
 
 # ---- the command -----------------------------------------------------------------------------------
@@ -262,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: [str(folder) for folder in folders[0]] for name, folders in cells.items()}
     results: dict[str, Any] = {"suite": out.name, "commit": commit(), "machine": machine(), "worlds": 1}
     results |= {"rows": rows, "comparisons": comparisons, "settings": settings | {"prompts shared": shared}}
+    print(*report.sections([report.comparisons_table(results)]), sep="\n\n", end="\n\n")
     publish(results | {"seconds": time.time() - began}, out)
     if len(samples) > 1:
         files.write_text(out / "samples.html", samples_page(samples, c.baseline))

@@ -1,4 +1,4 @@
-"""The figures of a report: margins and paired differences with each world's value, reward against KL, lines of rows.
+"""The figures of a report: reward against KL, margins and paired differences with each world's value, lines of rows.
 
 Drawn from a results dict (its keys: report.py); colours and markers follow the order of its rows or lines.
 """
@@ -142,20 +142,21 @@ def _lines(results: dict[str, Any], name: str, series: dict[str, Any]) -> list[P
 def plans(results: dict[str, Any]) -> list[Plan]:
     """Every figure that these results have the numbers for, in the order of the report."""
     rows, compared = results["rows"], results.get("comparisons", [])
+    found = []
+    kl = "kl_exact" if "kl_exact" in present(rows) else "kl_seq"
+    shown = [row["method"] for row in rows if {"true_reward", kl} <= row["metrics"].keys()]
+    if lines := {name: [name] for name in shown if not name.endswith(AGAIN)}:
+        reward = {"x": {"metric": kl}, "panels": ["true_reward"], "lines": lines}  # one point per method
+        found += [plan._replace(size=(5.6 + _room(lines), 3.6)) for plan in _lines(results, "reward_kl", reward)]
     panels = {name: [row["metrics"].get(name) for row in rows] for name in present(rows, MARGINS)}
     x = "margin of the best candidate (nats, without beta)"
-    found = _strips("margins", [row["method"] for row in rows], panels, x)
+    found += _strips("margins", [row["method"] for row in rows], panels, x)
     of_pair: dict[str, dict[str, Any]] = {}
     for item in compared:
         of_pair.setdefault(f"{item['a']} - {item['b']}", {})[item["metric"]] = item
     known = {item["metric"] for item in compared}
     panels = {name: [items.get(name) for items in of_pair.values()] for name in DIFFERENCES if name in known}
     found += _strips("differences", list(of_pair), panels, "paired difference a - b")
-    kl = "kl_exact" if "kl_exact" in present(rows) else "kl_seq"
-    shown = [row["method"] for row in rows if {"true_reward", kl} <= row["metrics"].keys()]
-    if lines := {name: [name] for name in shown if not name.endswith(AGAIN)}:
-        reward = {"x": {"metric": kl}, "panels": ["true_reward"], "lines": lines}  # one point per method
-        found += [plan._replace(size=(5.6 + _room(lines), 3.6)) for plan in _lines(results, "reward_kl", reward)]
     for name, series in results.get("series", {}).items():
         found += _lines(results, f"series_{name}", series)
     return found

@@ -82,9 +82,8 @@ def _number(item: dict[str, float], digits: int, sign: str = "", mark: str = "")
     return Cell(mean, interval, mark)
 
 
-def methods_table(results: dict[str, Any], group: str = "") -> Table:
-    """One row per method, one column per metric that any of them has; of one group of metrics, if it is named."""
-    names = present(results["rows"], group)
+def methods_table(results: dict[str, Any], names: Sequence[str], title: str = "") -> Table:
+    """One row per method, one column per named metric, of which each has a value in some row."""
     rows = [[Cell(row["method"]), Cell(str(row["runs"]))] for row in results["rows"]]
     for name in names:
         metric, found = METRICS[name], [row["metrics"].get(name) for row in results["rows"]]
@@ -103,12 +102,13 @@ def methods_table(results: dict[str, Any], group: str = "") -> Table:
     arrow = {1: " (+)", -1: " (-)", 0: ""}
     header = ["method", "runs", *(METRICS[name].title + arrow[METRICS[name].better] for name in names)]
     meanings = [(f"{METRICS[name].title} ({name})", METRICS[name].meaning) for name in names]
-    return Table(group, header, rows, meanings=meanings)
+    return Table(title, header, rows, meanings=meanings)
 
 
-def table(results: dict[str, Any]) -> str:
-    """GitHub Markdown of all metrics of all methods, and the legend below."""
-    return f"{markdown(methods_table(results))}\n\n{md.wrapped(legend(results))}\n"
+def table(results: dict[str, Any], names: Sequence[str] = ()) -> str:
+    """GitHub Markdown of all methods and of all their metrics, or the named ones, and the legend below."""
+    names = [name for name in present(results["rows"]) if name in names or not names]
+    return f"{markdown(methods_table(results, names))}\n\n{md.wrapped(legend(results))}\n"
 
 
 def verdict(item: dict[str, Any], p: float) -> str:
@@ -189,7 +189,7 @@ def sections(tables: list[Table]) -> list[str]:
 def _parts(results: dict[str, Any]) -> tuple[str, list[tuple[str, str]], list[Table]]:
     """Title, settings and tables, for both pages."""
     groups = dict.fromkeys(METRICS[name].group for name in present(results["rows"]))
-    tables = [methods_table(results, group) for group in groups]
+    tables = [methods_table(results, present(results["rows"], group), group) for group in groups]
     tables += [comparisons_table(results)] if results.get("comparisons") else []
     options = [[Cell(name), Cell(words)] for name, words in results.get("options", {}).items()]
     tables += [Table("What each row was trained with", ["row", "options of train.py"], options)] if options else []

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from hps.evaluate import figures, md, report
 from hps.evaluate.metrics import METRICS
 
-FIGURES = ["margins", "differences", "reward_kl", "series_strength", "series_n"]
+FIGURES = ["reward_kl", "margins", "differences", "series_strength", "series_n"]
 
 
 @pytest.fixture(scope="module")
