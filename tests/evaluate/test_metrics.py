@@ -34,22 +34,9 @@ def test_order_and_margins_by_hand():
     )
     assert M.margins(H, REWARDS, hardest=2)["rm10"] == pytest.approx(3.0 - (2.5 + 4.0) / 2)
     assert M.margins(H, REWARDS, gap=0.2)["rmgap"] == pytest.approx(0.5)
-    assert M.margins(H, REWARDS, gap=0.6)["rmgap"] == pytest.approx(4.0)
-
-
-def test_margins_leave_out_an_undefined_gap_and_use_only_ten():
-    assert "rmgap" not in M.margins([1.0, 0.0], [1.0, 0.9])
-    rewards = np.linspace(0, 1, 30)
-    h = rewards**3
-    assert M.margins(h, rewards)["rm10"] == pytest.approx(h[-1] - h[19:29].mean())
-
-
-def test_margins_do_not_depend_on_the_candidates_order():
-    rng = np.random.default_rng(0)
-    h, s = rng.normal(size=40), rng.normal(size=40)
-    shuffle = rng.permutation(40)
-    assert M.margins(h[shuffle], s[shuffle]) == pytest.approx(M.margins(h, s))
-    assert M.margins(h + 7.0, s) == pytest.approx(M.margins(h, s))
+    assert M.margins(H, REWARDS, gap=0.6)["rmgap"] == pytest.approx(4.0) and "rmgap" not in M.margins([1, 0], [1, 0.9])
+    h = np.linspace(0, 1, 30) ** 3  # of which the ten hardest count
+    assert M.margins(h, h)["rm10"] == pytest.approx(h[-1] - h[19:29].mean())
 
 
 def test_margins_refuse():
@@ -98,14 +85,10 @@ def test_holm_by_hand():
 # ---- win rate and BLEU -----------------------------------------------------------------------------------------
 
 
-def test_win_tie_lose_by_hand_and_by_brute_force():
+def test_win_tie_lose_by_hand():
     assert M.win_tie_lose([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 4.0, 1.0]) == {"win": 25.0, "tie": 25.0, "lose": 50.0}
-    a, b = np.random.default_rng(11).integers(0, 4, (2, 259))
-    got, swapped = M.win_tie_lose(a, b), M.win_tie_lose(b, a)
-    assert got["win"] == pytest.approx(100 * sum(x > y for x, y in zip(a, b, strict=True)) / 259)
-    assert sum(got.values()) == pytest.approx(100.0) and (got["win"], got["tie"]) == (swapped["lose"], swapped["tie"])
     with pytest.raises(ValueError, match="same prompts and samples"):
-        M.win_tie_lose(a, b[:6])
+        M.win_tie_lose([1.0, 2.0], [1.0])
 
 
 PAIRS = [
