@@ -118,13 +118,6 @@ def test_each_format_by_hand_and_as_pairs_of_trl(name, order, tmp_path):
     assert pairs.counts["rows_no_pair"] == len(wanted) - len(best)
 
 
-def test_hh_rlhf():
-    row = formats.read("hh-rlhf", GOOD, "f:1")
-    assert (row.prompt, row.responses) == (user("Hi", "Hello.", "Tea?"), ("Yes.", "No."))
-    assert (row.chosen, row.rejected, row.rewards, row.source, row.where) == (0, 1, None, "hh-rlhf", "f:1")
-    assert as_hh_rlhf(row) == GOOD
-
-
 def test_other_columns_stay():
     """But for the label or the score that the order did not ask for; and what was left out is told."""
     path = FIXTURES / "pku-saferlhf.jsonl"
@@ -177,12 +170,6 @@ def test_alpaca_eval(tmp_path, capsys):
     put(judged, {"instruction": "a", "output_2": "b", "preference": 2.5})
     with pytest.raises(ValueError, match="annotations.json:1: preference must be a number from 1 to 2, not 2.5"):
         import_file("alpaca-eval", tmp_path)
-
-
-def test_one_json_list_and_prompts_alone(tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps([{"prompt": list(user("Hi", "Hello", "Tea?"))}], indent=2))
-    [row] = import_file("authors", tmp_path / "x.json").rows
-    assert (row.responses, row.rewards, row.where) == ((), None, f"{tmp_path / 'x.json'}[0]")
 
 
 def test_ultrafeedbacks_false_tens():
@@ -259,8 +246,6 @@ def test_short_implicit_prompts_are_no_prompts(tmp_path):
 
 
 def test_a_prompt_repeated_in_its_answers_is_counted():
-    ask = "Question: name a planet.\nAnswer:"
-    assert formats.prompt_repeated(Row("a", ask, (f"{ask} Mars", "cat"))) == [True, False]
     row = Row("a", user("Name a planet, please."), (" Name a planet, please. Mars", "Name"))
     assert formats.prompt_repeated(row) == [True, False]
     assert formats.prompt_repeated(Row("a", user("Hi"), ("Hi!",))) == [False]
@@ -397,7 +382,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         found = import_file("ultrafeedback", tmp_path / name, order="overall")
         assert [(r.id, r.prompt, r.rewards) for r in found.rows] == [(r.id, r.prompt, r.rewards) for r in wanted.rows]
         assert found.counts == wanted.counts and found.columns_left_out == wanted.columns_left_out
-    assert found.rows[1].where == f"{tmp_path / 'x.parquet'}[1]"
+        assert found.rows[1].where == f"{tmp_path / name}" + (":2" if "jsonl" in name else "[1]")
     # Parquet fills the absent keys of messages with null, which is no extra key; columns of few texts are dictionaries.
     parquet.write_table(arrow.Table.from_pylist(load("trl.jsonl")[:2] + load("trl.jsonl")[3:4]), tmp_path / "y.parquet")
     found = import_file("trl", tmp_path / "y.parquet")
@@ -440,8 +425,11 @@ def test_a_turn_is_made_of_a_string(tmp_path):
     assert [r.prompt for r in found.rows] == [user(r.prompt.strip()) for r in plain] and len(plain) == 3
     assert found.rows[0].responses == ("blue.", "green.") and found.counts["prompts_made_turns"] == 3
     assert [r.id for r in found.rows] == [r.id for r in plain]
+    alone = put(tmp_path / "x.jsonl", {"prompt": list(user("Hi"))})
+    [row] = import_file("authors", alone).rows
+    assert (row.prompt, row.responses, row.rewards) == (user("Hi"), (), None)
     with pytest.raises(ValueError, match="no prompt is a string, of which --chat would make a turn: leave --chat out"):
-        import_file("authors", put(tmp_path / "x.jsonl", {"prompt": list(user("Hi"))}), chat=True)
+        import_file("authors", alone, chat=True)
 
 
 def test_several_inputs_say_where_each_row_is_from(tmp_path):
