@@ -7,6 +7,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from helpers import plain_logp
 from scipy import stats
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, Qwen2Config
 
@@ -74,21 +75,13 @@ def calls_of(model, run):
 # --- what is computed --------------------------------------------------------------------------------------
 
 
-def full_logp(model, prompt, sample):
-    """The sample's log-prob by one forward over prompt and response."""
-    ids = torch.tensor([prompt + sample.token_ids.tolist()])
-    with torch.no_grad():
-        logps = model(ids).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]
-    return logps.gather(1, ids[0, len(prompt) :, None]).sum().item()
-
-
 def test_logp_is_the_full_forward_pass_sum_at_temperature_1(model):
     for temperature, max_rows in ((0.9, 512), (2.0, 24)):
         groups = draw(model, PROMPTS, 20, temperature=temperature, max_rows=max_rows)
         assert {one.finished for group in groups for one in group} == {True, False}  # both kinds are compared
         for prompt, group in zip(PROMPTS, groups, strict=True):
             for one in group:
-                assert one.logp == pytest.approx(full_logp(model, prompt, one), abs=1e-5)
+                assert one.logp == pytest.approx(plain_logp(model, prompt, one.token_ids).item(), abs=1e-5)
                 tokens = one.token_ids.tolist()
                 assert one.token_ids.dtype == np.int32 and EOS not in tokens[:-1]
                 assert one.finished == (tokens[-1] == EOS) and (one.finished or len(tokens) == 12)
@@ -123,7 +116,7 @@ def test_bfloat16_decodes_like_its_own_full_forward(llama):
     for prompts, tokens, tolerance in ((PROMPTS[:1], 1, 1e-5), (PROMPTS, 12, 0.2)):
         for prompt, group in zip(prompts, draw(half, prompts, 6, max_new_tokens=tokens), strict=True):
             for one in group:
-                assert one.logp == pytest.approx(full_logp(half, prompt, one), abs=tolerance)
+                assert one.logp == pytest.approx(plain_logp(half, prompt, one.token_ids).item(), abs=tolerance)
 
 
 # --- who shares the batch ----------------------------------------------------------------------------------

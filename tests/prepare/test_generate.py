@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import byte_tokenizer, torchrun
+from helpers import byte_tokenizer, plain_logp, torchrun
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
@@ -215,11 +215,9 @@ class SamplingParams:
         self, n=1, temperature=1.0, top_p=1.0, seed=None, stop_token_ids=None, ignore_eos=False, max_tokens=16,
         logprobs=None, detokenize=True,
     ):  # fmt: skip
-        if n < 1 or (temperature == 0 and n > 1) or not 0 <= temperature <= 2 or not -(2**63) <= (seed or 0) < 2**63:
-            raise ValueError("vLLM would refuse these settings")
-        if not 0 < top_p <= 1:
-            raise ValueError("vLLM would refuse these settings")
         self.__dict__.update({key: value for key, value in locals().items() if key != "self"})
+        assert n >= 1 and (n == 1 or temperature > 0) and 0 <= temperature <= 2 and 0 < top_p <= 1
+        assert -(2**63) <= (seed or 0) < 2**63
 
 
 class LoRARequest:
@@ -235,8 +233,8 @@ class LLM:
 
     As documented: a prompt is {"prompt_token_ids": [...]}; the j-th of n responses has seed + j; a response ends with
     the end token of the model's generation_config.json unless ignore_eos, with any of stop_token_ids, both of which
-    are in token_ids, or at max_tokens; `logprobs` has a dict for each token that holds the drawn one, and its
-    log-prob is before or after temperature as logprobs_mode says.
+    are in token_ids, or at max_tokens; `logprobs` has a dict for each token that holds the drawn one, whose log-prob is
+    the model's own if logprobs_mode is raw_logprobs.
     """
 
     model = None  # the test's
@@ -247,7 +245,7 @@ class LLM:
         max_model_len=None, logprobs_mode="processed_logprobs", enable_lora=False, max_lora_rank=16,
     ):  # fmt: skip
         self.options = {key: value for key, value in locals().items() if key not in ("self", "logprobs_mode")}
-        self.raw = {"raw_logprobs": True, "processed_logprobs": False}[logprobs_mode]
+        assert logprobs_mode == "raw_logprobs"
         assert max_lora_rank in (8, 16, 32, 64, 128, 256, 320, 512)
 
     def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
@@ -266,15 +264,9 @@ class LLM:
         stops = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else (EOS, 7))}  # 7: the model's own
         while reason is None:
             with torch.no_grad():
-                logits = LLM.model(torch.tensor([prompt + ids])).logits[0, -1].double()
-            scaled = logits / (params.temperature or 1.0)
-            if params.top_p < 1:
-                likely = scaled.softmax(-1).sort(descending=True)
-                before = likely.values.cumsum(-1) - likely.values
-                scaled[likely.indices[before >= params.top_p]] = -torch.inf
-            greedy = params.temperature == 0
-            token = int(scaled.argmax() if greedy else torch.multinomial(scaled.softmax(-1), 1, generator=generator))
-            logp = (logits if self.raw else scaled).log_softmax(-1)[token].item()
+                logits = LLM.model(torch.tensor([prompt + ids])).logits[:, -1]
+            uniform, how = torch.rand(1, generator=generator), dict(temperature=params.temperature, top_p=params.top_p)
+            token, logp = (x.item() for x in decode.draw_tokens(logits, uniform, **how))
             ids.append(token)
             logprobs.append({token: SimpleNamespace(logprob=logp)})
             reason = "stop" if token in stops else "length" if len(ids) == params.max_tokens else None
@@ -305,10 +297,7 @@ def test_vllm_gives_the_same_records(vllm, llama):
         for one in samples[name]:
             tokens = one.token_ids.tolist()
             ends.add((one.finished, tokens[-1] == EOS, one.finished or len(tokens) == 12))
-            whole = torch.tensor([ids + tokens])
-            with torch.no_grad():
-                logps = llama(whole).logits.double().log_softmax(-1)[0, len(ids) - 1 : -1]
-            assert one.logp == pytest.approx(logps.gather(1, whole[0, len(ids) :, None]).sum().item(), abs=1e-5)
+            assert one.logp == pytest.approx(plain_logp(llama, ids, tokens).item(), abs=1e-5)
     assert ends == {(True, True, True), (False, False, True)}
     assert counts["samples"] == sum(map(len, samples.values())) + counts["surplus"]
     greedy = dict(n=1, temperature=0, as_drawn=True)
