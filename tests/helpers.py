@@ -263,14 +263,14 @@ WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<unk>", "tea", "is", "hot", "cold
 TURNS = "{% for m in messages %}<user> {{ m.content }} {% endfor %}"
 
 
-def save(folder: Path, *, labels: int = 0, template: str | None = "<bos> " + TURNS) -> Path:
-    """A word tokenizer, with a causal LM of 16 positions or a classifier of some labels."""
+def save(folder: Path, *, labels: int = 0, template: str | None = "<bos> " + TURNS, positions: int = 16) -> Path:
+    """A word tokenizer, with a causal LM of some positions or a classifier of some labels."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
     PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named).save_pretrained(folder)
     sizes = dict(vocab_size=len(WORDS), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    config = LlamaConfig(**sizes, max_position_embeddings=16, num_labels=labels or 2)
+    config = LlamaConfig(**sizes, max_position_embeddings=positions, num_labels=labels or 2)
     (LlamaForSequenceClassification if labels else LlamaForCausalLM)(config).save_pretrained(folder)
     return folder
 

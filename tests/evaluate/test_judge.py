@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import chat_server, completion, flags, jsonl
+from helpers import chat_server, completion, flags, jsonl, save
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from hps.data import listwise
 from hps.data.rows import Row
@@ -20,6 +19,7 @@ from hps.data.tokenizers import load_tokenizer
 from hps.evaluate import endpoint, judge
 from hps.evaluate.judge import CRITERIA, REMINDER, as_data, parse_scores, question
 from hps.io import files
+from hps.prepare import generate
 from hps.pretrained import fingerprint
 
 CHAT = ({"role": "user", "content": "Name a bird."}, {"role": "assistant", "content": "Crow."})
@@ -426,35 +426,13 @@ def test_mistakes_are_told(tmp_path):
 
 # -- local judges --
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
-ANSWER = '{ "correctness": 4, "helpfulness": 3.5, "safety": 5, "clarity": 0 }'
 
-
-def save_model(folder: Path) -> Path:
-    """A Llama of 420 positions in which every word calls the next of ANSWER."""
-    words = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", *ANSWER.split(), "Response:"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=TEMPLATE)
-    more = ["<user>", "<assistant>"]
-    PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=more, **special).save_pretrained(folder)
-    sizes = dict(vocab_size=len(words), hidden_size=64, intermediate_size=64, num_hidden_layers=2)
-    options = dict(num_attention_heads=4, max_position_embeddings=420, eos_token_id=1, pad_token_id=0)
-    lm = LlamaForCausalLM(LlamaConfig(**sizes, **options))
-    with torch.no_grad():
-        for layer in lm.model.layers:  # both branches add nothing: the state is the last word alone
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        lm.model.embed_tokens.weight.copy_(torch.eye(64)[: len(words)])
-        lm.lm_head.weight.zero_()
-        chain = [words.index(word) for word in ["<assistant>", *ANSWER.split(), "<eos>"]]
-        lm.lm_head.weight[chain[1:], chain[:-1]] = 1.0
-    lm.save_pretrained(folder)
-    return folder
-
-
-def test_a_local_judge_and_a_question_too_long_for_it(tmp_path):
-    folder, out = save_model(tmp_path / "model"), tmp_path / "out"
+def test_a_local_judge_and_a_question_too_long_for_it(tmp_path, monkeypatch):
+    """Of random weights, which says what it is made to say."""
+    folder, out, answer = save(tmp_path / "model", positions=420), tmp_path / "out", generate.answer
+    scores = json.dumps(dict(zip(CRITERIA, (4, 3.5, 5, 0), strict=True)))
+    says = lambda *args, **how: ((key, [scores], drawn) for key, _, drawn in answer(*args, **how))  # noqa: E731
+    monkeypatch.setattr(generate, "answer", says)
     methods = write(tmp_path, TEXTS | {"alpha": TEXTS["alpha"] | {"p2": ["long " * 300]}})
 
     def judged(answers: int, **options) -> dict:
