@@ -43,9 +43,8 @@ def read_samples(methods: Any, writes: Path) -> dict[str, dict[str, Row]]:
     Raises:
         ValueError: fewer than two methods, one id that stands for two prompts, or a file that will be written to.
     """
-    pairs = [word.partition("=") for word in methods]
-    paths = {name: path for name, _, path in pairs}
-    if len(pairs) < 2 or len(paths) < len(pairs) or not all(name and path for name, _, path in pairs):
+    paths = dict(word.partition("=")[::2] for word in methods)
+    if len(paths) < max(2, len(methods)) or not all(name and path for name, path in paths.items()):
         raise ValueError(f"--methods {' '.join(methods)}: need NAME=FILE NAME=FILE ..., two or more different names")
     if taken := [path for path in paths.values() if Path(path).resolve() == writes.resolve()]:
         raise ValueError(f"{taken[0]} would be overwritten: choose another --out")

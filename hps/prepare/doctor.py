@@ -4,7 +4,7 @@ import itertools
 import tomllib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,7 +104,11 @@ def diagnose(
         "examples": len(values["responses"]),
         "counts": counts,
         "template": template,
-        "ranges": {label: _range(values[name]) for name, label in RANGES.items() if name in values},
+        "ranges": {
+            label: {"min": min(x), "median": float(np.median(x)), "max": max(x)}
+            for name, label in RANGES.items()
+            if (x := values.get(name))
+        },
         "prompts_compared": len(values["longer"]),
         "reward_length_correlation": float(np.mean(values["correlation"])) if values["correlation"] else None,
         "best_longer": float(np.mean(values["longer"])) if values["longer"] else None,
@@ -134,7 +138,7 @@ def format_report(report: dict[str, Any]) -> str:
         lines += ["", f"{title}:", *(f"  - {line}" for line in report[title] or ["none"])]
     lines += ["", f"{'':42}{'min':>12}{'median':>12}{'max':>12}"]
     for label, r in report["ranges"].items():
-        lines += [f"{label:42}{r['min']:>12,.6g}{r['median']:>12,.6g}{r['max']:>12,.6g}"] if r else []
+        lines.append(f"{label:42}{r['min']:>12,.6g}{r['median']:>12,.6g}{r['max']:>12,.6g}")
     lines += [""] + [f"{key.replace('_', ' '):42}{n:>12,}" for key, n in report["counts"].items() if n]
     shares = {"reward and length, correlation in a row": "reward_length_correlation", "best longer": "best_longer"}
     lines += [f"{label:42}{report[key]:>12.2f}" for label, key in shares.items() if report[key] is not None]
@@ -317,7 +321,3 @@ def _advice(report: dict[str, Any], run: Config) -> list[str]:
 
 def _is_pair(example: Example) -> bool:
     return example.chosen is not None and example.rejected is not None
-
-
-def _range(values: Sequence[float]) -> dict[str, float] | None:
-    return {"min": min(values), "median": float(np.median(values)), "max": max(values)} if values else None

@@ -7,40 +7,25 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import encode_prompt, flags
+from helpers import encode_prompt, flags, save
 
 from hps.data import tokenizers
 from hps.evaluate import chat
 from hps.prepare import generate
 from hps.pretrained import load_causal_lm
 
-WIDE = 120
-
 
 @pytest.fixture
 def talk(monkeypatch, capsys):
     """Runs the program on lines of input and returns what it prints."""
 
-    def run(lines: list[str], columns: int = WIDE, **options) -> str:
-        monkeypatch.setenv("COLUMNS", str(columns))
+    def run(lines: list[str], **options) -> str:
+        monkeypatch.setenv("COLUMNS", "120")
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
         chat.main(flags(**options))
         return capsys.readouterr().out
 
     return run
-
-
-@pytest.fixture(scope="module")
-def other(tiny_world, tmp_path_factory):
-    """A second model with the same words, which says something else."""
-    path = tmp_path_factory.mktemp("other") / "model"
-    shutil.copytree(tiny_world / "model", path)
-    lm = load_causal_lm(str(path), dtype=torch.float32)
-    torch.manual_seed(1)
-    for p in lm.parameters():
-        p.data.normal_(std=0.5)
-    lm.save_pretrained(path)
-    return path
 
 
 def expected(path, history: list[tuple[str, str]], turn: int, seed: int = 0, temperature: float = 0.9) -> str:
@@ -58,9 +43,9 @@ def said_by(printed: str, name: str) -> list[str]:
     return [" ".join(text.split()) for text in re.findall(rf"{name}:\n(.*?)\n\n", printed, re.DOTALL)]
 
 
-def test_both_answer_one_conversation_which_the_policy_continues(talk, tiny_world, other):
+def test_both_answer_one_conversation_which_the_policy_continues(talk, tiny_world, tmp_path):
     """Two turns, a new beginning, and the first turn again: every answer is generate's own."""
-    model = tiny_world / "model"
+    model, other = tiny_world / "model", save(tmp_path / "other", positions=99)
     out = talk(["one two", "three", "/reset", "one two"], model=model, reference=other, max_new_tokens=12, seed=3)
     first = [("user", "one two")]
     policy = expected(model, first, 1, seed=3)
