@@ -174,16 +174,13 @@ def rewrite(world: Path, folder: Path, change: Callable[[list[dict]], object]) -
     return path
 
 
-def distinct(rows: list[dict], without: int | None = None) -> None:
-    """Rows of three and more different responses whose rewards all differ; the one of rank `without` taken out."""
+def distinct(rows: list[dict]) -> None:
+    """Rows of three and more different responses whose rewards all differ."""
     for row in rows:
         pairs = dict(zip(row["responses"], row["rewards"], strict=True))
-        values = [reward + 1e-3 * i for i, reward in enumerate(pairs.values())]
-        pairs = list(zip(pairs, values, strict=True))
-        if len(pairs) >= 3 and without is not None:
-            pairs.remove(sorted(pairs, key=lambda pair: -pair[1])[without])
-        row["responses"], row["rewards"] = (list(column) for column in zip(*pairs, strict=True))
-    rows[:] = [row for row in rows if len(row["responses"]) >= 3 - (without is not None)]
+        row["responses"] = list(pairs)
+        row["rewards"] = [reward + 1e-3 * i for i, reward in enumerate(pairs.values())]
+    rows[:] = [row for row in rows if len(row["responses"]) >= 3]
 
 
 # ---------------------------------------------------------------------------------- models and tokenizers

@@ -7,6 +7,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -205,19 +206,20 @@ def test_what_is_sharded_over_whom():
 
 
 WAYS = {
-    "lora": [(4, {}), (2, dict(shard_frozen="true")), (4, dict(shard_frozen="true", shard_ranks=2))],
-    "full": [(4, dict(shard_ranks=2)), (4, {}), (2, dict(reshard_after_forward="false"))],
+    "lora": [(1, {}), (4, {}), (2, dict(shard_frozen="true")), (4, dict(shard_frozen="true", shard_ranks=2))],
+    "full": [(4, dict(shard_ranks=2)), (4, {}), (2, dict(reshard_after_forward="false")), (1, {})],
 }
 
 
 @pytest.mark.parametrize("size", WAYS)
 def test_a_run_goes_on_sharded_in_another_way(tiny_world, tmp_path, size):
-    """Two steps in each, from the checkpoint of the one before; the losses and norms are those of one process."""
+    """Each from the checkpoint of the one before; the losses and norms are those of one process."""
     options = dict(lora_rank=4, lora_alpha=8, lr=3e-2) if size == "lora" else {}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = run(tiny_world, whole, **options)
-    for part, (ranks, way) in enumerate(WAYS[size], 1):
-        run_ranks(tiny_world, parts, ranks, **options, **way, stop_after=2 * part if part < 3 else None)
+    for stop, (ranks, way) in zip((1, 3, 5, None), WAYS[size], strict=True):
+        go_on = partial(run_ranks, ranks=ranks) if ranks > 1 else run
+        go_on(tiny_world, parts, **options, **way, stop_after=stop)
     assert len(expected) == 6 and np.std(expected[1:]) > 1e-3
     np.testing.assert_allclose(losses(parts), expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(losses(parts, "grad_norm"), losses(whole, "grad_norm"), rtol=1e-4)

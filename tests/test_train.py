@@ -22,7 +22,6 @@ import train
 from hps import batches, pretrained, reference
 from hps.batches import Batch, objective
 from hps.data import listwise, tokenizers
-from hps.data.rows import Row
 from hps.options import Config
 from hps.pretrained import load_causal_lm
 from hps.statistics import Divergence, Statistics, check_first_loss
@@ -76,9 +75,7 @@ def test_several_ranks_give_the_trajectory_of_one(tiny_world, tmp_path, base):
     close(values, base)
 
 
-@pytest.mark.parametrize(
-    "more", [{}, dict(lora_kind="dora", lora_targets="all-linear", lr=3e-3), dict(lora_kind="rslora")]
-)
+@pytest.mark.parametrize("more", [dict(lora_kind="dora", lora_targets="all-linear", lr=3e-3), dict(lora_kind="rslora")])
 def test_lora_on_two_ranks_exports_the_trained_adapter(tiny_world, tmp_path, more):
     """As one process does; both load in plain peft, of the kind and on the layers that were asked for."""
     one = run(tiny_world, tmp_path / "one", **LORA | more)
@@ -147,14 +144,12 @@ def test_a_resumed_run_never_scores_the_reference_with_trained_weights(tiny_worl
     close(run(tiny_world, tmp_path / "run", reference_cache=cache, **how), calm)
 
 
-def test_a_run_does_not_go_on_with_other_settings_or_inputs(tiny_world, tmp_path):
-    """Another option, or the same paths with other content behind them: data edited, start model retrained."""
+def test_a_run_does_not_go_on_with_other_inputs(tiny_world, tmp_path):
+    """The same paths with other content behind them: data edited, start model retrained."""
     model, data, out = tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "out"
     shutil.copytree(tiny_world / "model", model)
     shutil.copy(tiny_world / "train.jsonl", data)
     run(tiny_world, out, model=model, data=data, stop_after=1)
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(lr: 0.003 -> 0.01\)"):
-        run(tiny_world, out, model=model, data=data, lr=0.01)
     lines = data.read_text().splitlines(keepends=True)
     data.write_text("".join(lines[1:]))
     with pytest.raises(ValueError, match="the data of this run changed since it began"):
@@ -198,15 +193,6 @@ def test_another_reference_is_gone_before_the_first_step(tiny_world, tmp_path, m
     monkeypatch.setattr(train, "lr_at", count)
     run(tiny_world, tmp_path, reference=tiny_world / "model", method="dpo-bt", stop_after=1)
     assert alive == [[True, False]]
-
-
-def test_a_reference_with_another_tokenizer_is_refused(tiny_world, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(tiny_world / "model", other)
-    template = other / "chat_template.jinja"
-    template.write_text(template.read_text().replace("<assistant>", "<user>"))
-    with pytest.raises(ValueError, match="has another tokenizer or chat template"):
-        run(tiny_world, tmp_path / "out", reference=other)
 
 
 def test_the_self_check_fails_on_a_wrong_reference(tiny_world, tmp_path, monkeypatch):
@@ -267,21 +253,6 @@ def test_first_loss_is_known(tiny_world, tmp_path):
     for i, (options, expected) in enumerate(cases):
         values = run(tiny_world, tmp_path / f"{i}", data=data, prompts_per_step=24, stop_after=1, **options)
         assert expected is None or values[0] == pytest.approx(np.mean(expected), abs=1e-4), options
-
-
-@pytest.mark.parametrize(
-    ("weights", "exclude", "without"), [("1,0", "false", None), ("0,1", "false", 0), ("1,0", "true", 1)]
-)
-def test_each_positive_is_a_run_of_the_full_form(tiny_world, tmp_path, weights, exclude, without):
-    """L_1 is HPS in the full form, L_2 the same on data without the best response, and L_1 against what is below both
-    the same on data without the second best: whole trajectories, gamma moving."""
-    two = dict(positives=2, positive_lambda=weights, exclude_positives=exclude)
-    full = dict(hps_form="full", n_factor="n_minus_one") | ONE
-    ours = run(tiny_world, tmp_path / "two", data=rewrite(tiny_world, tmp_path, distinct), **two, **full)
-    data = rewrite(tiny_world, tmp_path, lambda rows: distinct(rows, without))
-    plain = run(tiny_world, tmp_path / "one", data=data, **full)
-    close(ours, plain)
-    assert np.std(plain[1:]) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -391,68 +362,39 @@ def test_a_length_penalty_reaches_the_pairs_and_the_loss(tiny_world, tmp_path, m
         assert (lengths[row][best], lengths[row][worst]) == (min(lengths[row]), max(lengths[row]))
 
 
-def test_human_pairs_train_without_rewards(tiny_world, tmp_path):
-    rows = listwise.read(tiny_world / "train.jsonl")
-    listwise.write(tmp_path / "pairs.jsonl", [Row(r.id, r.prompt, r.responses, None, 2, 1) for r in rows])
-    values = run(tiny_world, tmp_path / "out", method="dpo-human", data=tmp_path / "pairs.jsonl")
-    assert values[0] == pytest.approx(math.log(2), abs=1e-4) and np.std(values[1:]) > 1e-2
-
-
 def test_pairs_of_other_trainers_train_in_one_step(tiny_world, tmp_path, capsys):
-    """Messages, strings, pairs that begin alike and a table of strings: what an import of the same file gives; a row
-    that cannot be used is told, and the second run of a file reads what the first has made."""
+    """Of messages, and a table of strings, from which nothing is imported first: what an import of the file gives. A
+    row that cannot be used is told, and the second run of a file reads what the first has made."""
     arrow = pytest.importorskip("pyarrow", reason="parquet needs datasets, which is optional")
     from pyarrow import parquet
 
     rows = [(row.prompt[-1]["content"], *row.responses[:2]) for row in listwise.read(tiny_world / "train.jsonl")]
-
-    def say(who: str, text: str) -> dict[str, str]:
-        return {"role": who, "content": text}
-
-    forms = {
-        "messages": [
-            dict(prompt=[say("user", p)], chosen=[say("assistant", a)], rejected=[say("assistant", b)])
-            for p, a, b in rows
-        ],
-        "strings": [dict(prompt=p, chosen=f" {a}", rejected=f" {b}") for p, a, b in rows],
-        "alike": [dict(chosen=f"Q: {p} A: {a}", rejected=f"Q: {p} A: {b}") for p, a, b in rows],
-    }
-    forms["strings"].append(dict(prompt="same", chosen=" x", rejected=" x"))
-    for name, records in forms.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    parquet.write_table(arrow.Table.from_pylist(forms["strings"]), tmp_path / "table.parquet")
+    talks = [[[dict(role=who, content=text)] for who, text in zip(("user", *2 * ["assistant"]), row)] for row in rows]
+    messages = [dict(zip(("prompt", "chosen", "rejected"), talk)) for talk in talks]
+    (tmp_path / "messages.jsonl").write_text("".join(json.dumps(record) + "\n" for record in messages))
+    strings = [dict(prompt=p, chosen=f" {a}", rejected=f" {b}") for p, a, b in [*rows, ("same", "x", "x")]]
+    parquet.write_table(arrow.Table.from_pylist(strings), tmp_path / "table.parquet")
     how = dict(method="dpo-human", token_cache=tmp_path / "tokens", reference_cache=tmp_path / "cache")
-    found = {}
-    for path in sorted(tmp_path.glob("*.[jp]*")):
-        found[path.stem] = run(tiny_world, tmp_path / path.stem, data=path, **how)
+    for path in (tmp_path / "messages.jsonl", tmp_path / "table.parquet"):
+        found = run(tiny_world, tmp_path / path.stem, data=path, **how)
         told = capsys.readouterr().err
-        assert str(path) in told and ("rows_equal_responses 1" in told) == (path.stem in ("strings", "table"))
+        assert str(path) in told and ("rows_equal_responses 1" in told) == (path.stem == "table")
         outside = re.search(rf"^{path}: .*prompts_outside_template 24", told, re.MULTILINE)
-        assert bool(outside) == (path.stem != "messages")
-        import_argv = flags(source="trl", input=path, output=tmp_path / f"imported/{path.stem}.jsonl")
-        data_prep.main(["import", *import_argv])
-        two_steps = run(
-            tiny_world, tmp_path / f"again-{path.stem}", data=tmp_path / f"imported/{path.stem}.jsonl", **how
-        )
-        assert found[path.stem] == two_steps and np.std(two_steps[1:]) > 1e-2
-    assert found["table"] == found["strings"] != found["messages"]
+        assert bool(outside) == (path.stem == "table")
+        imported = tmp_path / f"imported/{path.stem}.jsonl"
+        data_prep.main(["import", *flags(source="trl", input=path, output=imported)])
+        assert found == run(tiny_world, tmp_path / f"again-{path.stem}", data=imported, **how)
+        assert np.std(found[1:]) > 1e-2
     records = jsonl(tiny_world / "train.jsonl")  # list-wise rows in a table, which keep their ids
     parquet.write_table(arrow.Table.from_pylist(records), tmp_path / "lists.parquet")
     assert run(tiny_world, tmp_path / "lists", data=tmp_path / "lists.parquet") == run(tiny_world, tmp_path / "rows")
-    run(tiny_world, tmp_path / "second", data=tmp_path / "strings.jsonl", **how)
+    run(tiny_world, tmp_path / "second", data=tmp_path / "table.parquet", **how)
     counts = json.loads((tmp_path / "second/summary.json").read_text())["counts"]
     assert (counts["records_read"], counts["rows_equal_responses"], counts["rows_read"]) == (25, 1, 24)
     with pytest.raises(
         ValueError, match="has no rewards: score the file first .* or train on its pairs, --method dpo-human"
     ):
         run(tiny_world, tmp_path / "bt", data=tmp_path / "messages.jsonl", **how | dict(method="dpo-bt"))
-
-
-def test_training_raises_the_margin_that_it_optimises(tiny_world, tmp_path):
-    run(tiny_world, tmp_path, epochs=6, method="dpo-bt")
-    margins, accuracies = losses(tmp_path, "rewards/margins"), losses(tmp_path, "rewards/accuracies")
-    assert margins[0] == pytest.approx(0, abs=1e-4)
-    assert np.mean(margins[-4:]) > 0.7 and np.mean(accuracies[-4:]) > 0.8
 
 
 def test_sft_learns_the_preferred_response(tiny_world, tmp_path):
@@ -485,26 +427,17 @@ def test_odd_rows_are_dropped_and_counted(tiny_world, tmp_path):
 
 
 TWO = dict(hps_form="full", positives=2)
-WRONG = [
-    (dict(method="dpo-hsp"), "method = 'dpo-hsp' does not exist: did you mean dpo-hps.*Samplers: hps,"),
+WRONG = [  # beside those of docs/MISTAKES.md, which tests/test_mistakes.py types
     (dict(method="dpo"), "method = 'dpo' does not exist: did you mean dpo-hps"),
-    (dict(method="infonca-hps"), "method = 'infonca-hps' does not exist"),
-    (dict(dtype="fp16"), "dtype = 'fp16' does not exist: did you mean bf16? Choose one of fp32, bf16"),
-    (dict(betta=0.1), "betta.*--beta"),
-    (dict(epochs="two"), "--epochs two: expected a whole number"),
-    (dict(model="nowhere"), "nowhere"),
     (dict(truncate="error", max_length=12), r"train\.jsonl:\d+: "),
-    (dict(positives=2), "positives = 2 are set against all.*add --hps_form full"),
     *((TWO | dict(positive_lambda=x), "give 2 comma-separated w") for x in ("1", "1,x", "1,-1", "1,nan", "inf,1")),
     (TWO | dict(positive_lambda="0,0"), "not all 0"),
     (dict(method="dpo-bt", label_smoothing=0.7), r"label_smoothing must lie in \[0, 0.5\), got 0.7"),
     (dict(beta=0), "beta must be positive"),
     (dict(positives=0), "positives must be positive"),
     (dict(candidates=-1), "candidates must not be negative"),
-    (dict(method="kto-hps", prompts_per_step=1), "prompts_per_step must be >= 2"),
 ]
 NOT_USED = [  # each set to what a method ignores: the last option is named
-    dict(method="dpo-bt", gamma_end=3),
     dict(method="dpo-hps", pl_responses=3),
     dict(method="nca-hps", label_smoothing=0.1),
     dict(gamma_schedule="constant", gamma_end=3),
@@ -515,7 +448,6 @@ NOT_USED = [  # each set to what a method ignores: the last option is named
     dict(method="simpo-bt", reference_cache="x"),
     dict(method="infonca-pl", pl_form="official"),
     dict(method="dpo-human", length_penalty=0.1),
-    dict(loss="sft", beta=None, reference_cache=None, method="dpo-bt"),
     SFT | dict(length_penalty=0.1),
     dict(method="kto-hps", hps_form="full"),
     dict(method="kto-hps", n_factor="n_minus_one"),
@@ -523,15 +455,12 @@ NOT_USED = [  # each set to what a method ignores: the last option is named
     dict(method="dpo-bt", desirable_weight=2.0),
     SFT | dict(loss="reward", sample_every=1),
 ]
-ALONE = dict(sample_prompts=2, lora_alpha=4, keep="best", eval_every=3)
+ALONE = dict(sample_prompts=2, lora_alpha=4, eval_every=3)
 WRONG += [
     ({key: value}, f"--{key} means nothing without .*--(sample_every|lora_rank|eval_data)")
     for key, value in ALONE.items()
 ]
-WRONG += [
-    (dict(lora_rank=4, export_dtype="bf16"), "--export_dtype means nothing without --lora_rank 0"),
-    (dict(eval_data="nowhere.jsonl"), "--eval_data nowhere.jsonl: there is no such file"),
-]
+WRONG.append((dict(lora_rank=4, export_dtype="bf16"), "--export_dtype means nothing without --lora_rank 0"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Several ranks: another number of them when a run goes on, and one of them dies, stops, or computes nonsense.
+"""Several ranks, of which one dies, stops, or computes nonsense.
 
 Every job that is struck ends by itself, says what it was, and leaves a whole checkpoint; the same command goes on from
 there, in the end to the trajectory of a run that nothing struck.
@@ -12,62 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
-import pytest
 from harness import LOST, TIMEOUT
-from helpers import SFT, arguments, run_ranks
+from helpers import arguments
 
 KILLED = r"Signal 9 \(SIGKILL\) received"
 SIZES: dict[str, dict[str, Any]] = {"full": dict(lora_rank=0), "lora": dict(lora_rank=8, lr=3e-2)}
 STEPS, EVERY = 12, 2  # of a run, and between its checkpoints
-
-# ------------------------------------------------------------------------------- another number of ranks
-
-METHODS: dict[str, dict[str, Any]] = {
-    "dpo-hps": {},
-    "dpo-pl": {},
-    "nca-bt": {},
-    "kto-bt": {},
-    "simpo-hps": dict(beta=2.0, target_margin=0.3, reference_cache=None),
-    "ipo-uniform": {},
-    "sft": SFT,
-}
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_a_run_goes_on_with_another_number_of_ranks(tiny_world, tmp_path, amount, size):
-    """One rank, two, one; with --soak several methods and up to four ranks, six parts each. Beside a run that nobody
-    stops: the same losses and draws, step by step."""
-    sizes = [1, 2, 1] if amount(0, 1) == 0 else [1, 2, 4, 3, 2, 1]
-    for method in list(METHODS)[: amount(1, len(METHODS))]:
-        data = tiny_world / ("sft.jsonl" if method == "sft" else "train.jsonl")
-        options = dict(data=data, method=method, tokens_per_micro_batch=150, prompts_per_step=amount(8, 4))
-        options |= SIZES[size] | METHODS[method]
-        whole, parts, log = tmp_path / method / "whole", tmp_path / method / "parts", tmp_path / "log"
-        harness.run(arguments(tiny_world, whole, **options), log)
-        steps = len(harness.records(whole))
-        for i, ranks in enumerate(sizes):
-            stop = (i + 1) * steps // len(sizes)
-            more = {} if stop == steps else {"stop_after": stop}
-            harness.run(arguments(tiny_world, parts, **options, **more), log, ranks=ranks)
-            assert (parts / "policy").exists() == (stop == steps)
-            assert harness.checkpoint_of(parts) == stop
-        print(f"\n{size} {method}, ranks {sizes}: apart by at most {harness.check_follows(parts, whole):.1e}")
-
-
-def test_two_ranks_give_the_same_bits_twice(tiny_world, tmp_path):
-    for name in "ab":
-        caches = {"token_cache": tmp_path / name / "tokens", "reference_cache": tmp_path / name / "cache"}
-        run_ranks(tiny_world, tmp_path / name / "run", 2, **caches)
-    assert harness.outcome(tmp_path / "a/run") == harness.outcome(tmp_path / "b/run")
 
 
 def test_one_rank_tells_of_a_mistake(tiny_world, tmp_path):
     """All have made it; torchrun's own words come behind."""
     with harness.Job(arguments(tiny_world, tmp_path / "out", method="dpo_hps"), tmp_path / "log", ranks=2) as job:
         assert job.end() != 0 and job.text().count("error: method = 'dpo_hps' does not exist") == 1
-
-
-# --------------------------------------------------------------------------------------- a rank is struck
 
 
 class Strike(NamedTuple):
