@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 from helpers import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from hps.config import check_choices, check_used, parse, run_main
-from hps.prepare import commands
+from hps.config import parse, run_main
 
 
 @dataclass
@@ -79,34 +76,22 @@ def test_a_flag_of_each_type(argv, name, value):
     assert run(*argv, "--data", "a") == (config, names)  # a bare bool does not swallow the next flag
 
 
-@settings(max_examples=30)
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**63), 2**63 - 1), st.text(min_size=1))
-def test_flags_give_back_any_value(number, whole, text):
-    config, _ = run(f"--lr={number!r}", f"--max_length={whole}", f"--data={text}")
-    assert (config.lr, config.max_length, config.data) == (number, whole, text)
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--max_lenght", "5"], "unknown option --max_lenght: the nearest is --max_length;"),
         (["--cofig=a.toml"], "--cofig: the nearest is --config"),
-        (["--learning_rate", "x"], "--learning_rate: the nearest is --lr;"),
         (["--METHOD", "x"], "--METHOD: the nearest is --method"),
         (["--zzz", "x"], "unknown option --zzz; options are written"),  # no absurd guess
-        (["--max_length", "5.0"], "--max_length 5.0: expected a whole number of 64 bits"),
         (["--max_length", str(2**63)], f"--max_length {2**63}: expected a whole number of 64 bits"),
-        (["--lr", "nan"], "--lr nan: expected a finite number"),
         (["--lr", "1e999"], "--lr 1e999: expected a finite number"),
         (["--shuffle", "1"], "--shuffle 1: expected true or false"),
         (["--method", "--lr", "1"], "--method: expected one argument (--key=VALUE when it begins with -)"),
         (["--files"], "--files: expected at least one argument"),
-        (["--max-length=1", "--max_length=1"], "--max_length is given twice"),
-        (["file.jsonl"], "unexpected 'file.jsonl'; options are written --key value"),
         (["-lr", "1"], "unknown option -lr: the nearest is --lr"),
     ],
 )
 def test_mistakes_on_the_command_line(argv, words):
+    """Beside those of docs/MISTAKES.md, which tests/test_mistakes.py types."""
     with pytest.raises(ValueError) as caught:
         run("--data", "a", *argv)
     assert str(caught.value).startswith("command line: ") and words in str(caught.value)
@@ -154,18 +139,6 @@ def test_files_that_cannot_be_read(toml, tmp_path):
             run("--config", toml(text))
 
 
-def test_all_missing_options_are_listed(toml):
-    @dataclass
-    class Two:
-        a: int  # first
-        b: str  # second
-        c: int = 0  # third
-
-    with pytest.raises(ValueError, match=r"missing --a, --b: "):
-        parse(Two, ["--c", "1"], prog="p", description="d")
-    assert parse(Two, ["--config", toml("a = 1"), "--b=x"], prog="p", description="d")[0] == Two(1, "x")
-
-
 def test_help_shows_group_type_default_and_comment(capsys):
     with pytest.raises(SystemExit) as caught:
         run("--data", "a", "--help")
@@ -183,37 +156,6 @@ def test_help_shows_group_type_default_and_comment(capsys):
         '--method str the loss (default "")',
     ):
         assert line in words, line
-
-
-def test_an_option_without_help_is_our_bug():
-    @dataclass
-    class Mute:
-        a: int = 0  # told
-        b: int = 0
-
-    with pytest.raises(AssertionError, match="its help text"):
-        parse(Mute, [], prog="p", description="d")
-
-
-def test_used_options_and_choices():
-    check_used({"beta"}, {"beta", "gamma"}, what="method hps")
-    with pytest.raises(ValueError, match="method dpo-bt does not use gamma, kappa: remove that$"):
-        check_used(frozenset({"kappa", "gamma", "beta"}), ["smoothing", "beta"], what="method dpo-bt")
-    c, _ = run("--data", "a", "--method", "bt")
-    check_choices(c, data=("a", "b"), method=("hps", "bt"))
-    with pytest.raises(ValueError, match="method = 'bt' does not exist; choose one of hps, pl"):
-        check_choices(c, data=("a", "b"), method=("hps", "pl"))
-
-
-def test_a_command_by_its_name(capsys):
-    seen: list[Options] = []
-    for argv in ([], ["--help"]):
-        commands.run({"do": (Options, seen.append)}, argv, prog="p", page="The page.")
-        assert capsys.readouterr().out == "The page.\n" and not seen
-    commands.run({"do": (Options, seen.append)}, ["do", "--data=a"], prog="p", page="The page.")
-    assert seen[0].data == "a"
-    with pytest.raises(ValueError, match="unknown command 'don'; choose one of do"):
-        commands.run({"do": (Options, seen.append)}, ["don"], prog="p", page="The page.")
 
 
 def test_run_main_reports_a_mistake_without_a_traceback(capsys, monkeypatch):

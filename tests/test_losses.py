@@ -281,26 +281,6 @@ def test_dpo_pl_is_plackett_luce():
     close(stage_loss(dpo, h, log_q(s, 0.0), kappa=K - 1, beta=BETA), torch.logsumexp(r, 1) - r[:, 0])
 
 
-def test_rdpo_asks_less_margin_of_a_longer_winner():
-    """The reward is beta h + alpha L: a winner that is longer has less to prove, one that is shorter more."""
-    h, q = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    rdpo, lengths = extra.LOSSES["rdpo"], (torch.tensor([[20, 10]]), torch.tensor([[10, 20]]))
-    losses = [stage_loss(rdpo, h, q, beta=BETA, num_tokens=L, rdpo_alpha=0.1).item() for L in lengths]
-    assert losses == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))])
-
-
-def test_kto_counts_a_negative_kl_as_none():
-    """z0 of each prompt, and no gradient through it."""
-    h, _, _ = draw()
-    z0 = torch.tensor([0.0, 0.4, 2.0, -1.0], dtype=h.dtype, requires_grad=True)
-    valid = torch.ones_like(h, dtype=torch.bool)
-    loss = extra.kto_loss(h.requires_grad_(), z0, valid, beta=BETA)
-    loss.sum().backward()
-    assert z0.grad is None
-    for b, z in enumerate((0.0, 0.4, 2.0, 0.0)):
-        close(loss[b], extra.kto_loss(h[b : b + 1], z, valid[b : b + 1], beta=BETA)[0])
-
-
 def test_options_of_losses_are_those_of_train():
     """The options of each loss have fields, and train.py's defaults are those of the functions."""
     (told,) = re.findall(r"method: str = .* # LOSS-SAMPLER: (.*)", inspect.getsource(Config))
@@ -327,21 +307,21 @@ def test_lengths_are_asked_for_where_a_loss_needs_them():
 # ----------------------------------------------------------------------------------------------------------- TRL's code
 
 
-def trainer(**more) -> SimpleNamespace:
-    """What TRL's `_compute_loss` reads of its trainer. TRL is pinned: its internals move with every release."""
-    alone = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
-    common = dict(model=SimpleNamespace(training=True), accelerator=alone, aux_loss_enabled=False, _tp_size=1)
-    common |= dict(precompute_ref_logps=True, _total_train_tokens=0, _metrics={"train": defaultdict(list)})
-    return SimpleNamespace(**common, **more)
-
-
 def trl_pair_loss(loss_type: str, h: Tensor, L: Tensor, label_smoothing: float) -> Tensor:
-    """Per-pair losses of TRL's own DPOTrainer._compute_loss, driven without a model.
+    """Per-pair losses of TRL's own DPOTrainer._compute_loss, driven without a model. TRL is pinned: its internals move
+    with every release.
 
     A fake model returns per-token log-probs whose sums are h, against reference log-probs of zero; one pair at
     a time, since TRL returns the mean.
     """
     DPOTrainer = pytest.importorskip("trl", reason="TRL is a development extra: pip install hps[dev]").DPOTrainer
+    alone = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
+    stub = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=alone, aux_loss_enabled=False, _tp_size=1,
+        _metrics={"train": defaultdict(list)}, precompute_ref_logps=True, _total_train_tokens=0, beta=BETA,
+        loss_types=[loss_type], loss_weights=[1.0], label_smoothing=label_smoothing, use_weighting=False,
+        ld_alpha=None, f_divergence_type="reverse_kl",
+    )  # fmt: skip
     pairs = []
     for pair, lengths in zip(h, L, strict=True):
         T = int(lengths.max())  # completion tokens, right-padded, after one prompt token
@@ -350,8 +330,6 @@ def trl_pair_loss(loss_type: str, h: Tensor, L: Tensor, label_smoothing: float) 
         blank = dict(entropy=torch.zeros(2, T), is_top1=torch.zeros(2, T).bool(), mean_logits=torch.zeros(2, T))
         log_probs = torch.where(completion[:, 1:], (pair / lengths)[:, None], 0.0)
         outputs = SimpleNamespace(log_probs=log_probs, **blank)
-        how = dict(beta=BETA, loss_types=[loss_type], loss_weights=[1.0], label_smoothing=label_smoothing)
-        stub = trainer(**how, f_divergence_type="reverse_kl", ld_alpha=None, use_weighting=False)
         inputs = dict.fromkeys(("input_ids", "attention_mask"), torch.ones(2, T + 1, dtype=torch.long))
         inputs |= dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), torch.zeros(1, dtype=h.dtype))
         inputs["completion_mask"] = completion.long()
@@ -360,76 +338,18 @@ def trl_pair_loss(loss_type: str, h: Tensor, L: Tensor, label_smoothing: float) 
     return torch.stack(pairs)
 
 
-def trl_kto_loss(h: Tensor, kl: float) -> Tensor:
-    """KTOTrainer._compute_loss of one prompt's responses, the first desirable, driven without a model.
-
-    A fake model returns one log-prob per response, h against reference log-probs of zero; for the mismatched
-    responses it returns kl, so that z0 is max(0, kl). TRL's mean over responses is put back to a sum.
-    """
-    KTOTrainer = pytest.importorskip("trl", reason="TRL is a development extra: pip install hps[dev]").KTOTrainer
-    K, blank = len(h), torch.zeros(len(h), 1)
-    batch = {"label": torch.tensor([True] + [False] * (K - 1))}
-    for prefix, ids in (("", torch.ones), ("KL_", torch.zeros)):
-        batch[f"{prefix}input_ids"] = ids(K, 2, dtype=torch.long)
-        batch[f"{prefix}attention_mask"] = torch.ones(K, 2, dtype=torch.long)
-        batch[f"{prefix}completion_mask"] = torch.tensor([[0, 1]] * K)
-        batch[f"ref_{prefix}logps"] = torch.zeros(K, dtype=h.dtype)
-
-    def model(input_ids, **kwargs):
-        log_probs = h[:, None] if input_ids.any() else torch.full_like(h[:, None], kl)
-        return SimpleNamespace(log_probs=log_probs, entropy=blank, mean_logits=blank)
-
-    stub = trainer(loss_type="kto", calculate_KL=True, **GIVEN["kto"])
-    stub._compute_kl_logps = lambda model, batch: KTOTrainer._compute_kl_logps(stub, model, batch)
-    return K * KTOTrainer._compute_loss(stub, model, batch, return_outputs=False)
-
-
-def trl_simpo_loss(h: Tensor, L: Tensor) -> Tensor:
-    """trl.experimental's CPOTrainer.cpo_loss on mean log-probs; its simpo_gamma is in units of the reward too."""
-    pytest.importorskip("trl", reason="TRL is a development extra: pip install hps[dev]")
-    from trl.experimental.cpo import CPOTrainer
-
-    accelerator = SimpleNamespace(device="cpu")
-    stub = SimpleNamespace(alpha=0.0, beta=BETA, label_smoothing=0.0, loss_type="simpo", accelerator=accelerator)
-    stub.simpo_gamma = OPTIONS["simpo"]["target_margin"]
-    loss, *_ = CPOTrainer.cpo_loss(stub, *(h / L).unbind(1))
-    return loss
-
-
-def same_value_and_gradient(ours, theirs, h: Tensor, tolerance: float) -> None:
-    a, b = h.clone().requires_grad_(), h.clone().requires_grad_()
-    one, two = ours(a), theirs(b)
-    close(one, two, tolerance)
-    one.sum().backward()
-    two.sum().backward()
-    close(a.grad, b.grad, tolerance)
-
-
 TRL_TYPES = {"dpo": "sigmoid", "exo": "exo_pair", "ipo": "ipo", "sppo": "sppo_hard", "nca": "nca_pair"}
 
 
 @pytest.mark.parametrize("scale", [3.0, 170.0, 3e4])
-@pytest.mark.parametrize("name", [*PAPER, "simpo"])
+@pytest.mark.parametrize("name", PAPER)
 def test_one_opponent_equals_trl(name, scale):
-    """Small margins, |D| around 50, and around 1e4."""
+    """Values and gradients, of small margins, |D| around 50, and around 1e4."""
     h, _, L = draw(seed=1, K=2, scale=scale)
-    q, given = torch.zeros(B, 1, dtype=h.dtype), {**GIVEN[name], "num_tokens": L}
-    given |= {"label_smoothing": 0.0} if name == "dpo" else {}  # TRL's sigmoid ignores it
-    eps = given.get("exo_eps", 0.0)
-
-    def theirs(x):
-        return trl_simpo_loss(x, L) if name == "simpo" else trl_pair_loss(TRL_TYPES[name], x, L, eps)
-
-    same_value_and_gradient(lambda x: stage_loss(ALL[name], x, q, **given), theirs, h, 1e-6)
-
-
-@pytest.mark.parametrize("kl", [-0.8, 0.0, 1.7])
-def test_kto_equals_trl(kl):
-    """A negative estimate of z0 counts as 0. TRL's mean runs through a float32 mask."""
-    h, _, _ = draw()
-    valid = torch.ones_like(h, dtype=torch.bool)
-
-    def theirs(x):
-        return torch.stack([trl_kto_loss(row, kl) for row in x])
-
-    same_value_and_gradient(lambda x: extra.kto_loss(x, kl, valid, **GIVEN["kto"]), theirs, h, 1e-7)
+    ours, theirs = h.clone().requires_grad_(), h.clone().requires_grad_()
+    given = {**GIVEN[name], "num_tokens": L} | ({"label_smoothing": 0.0} if name == "dpo" else {})  # TRL's ignores it
+    one = stage_loss(ALL[name], ours, torch.zeros(B, 1, dtype=h.dtype), **given)
+    two = trl_pair_loss(TRL_TYPES[name], theirs, L, given.get("exo_eps", 0.0))
+    close(one, two, 1e-6)
+    gradients = (torch.autograd.grad(loss.sum(), x)[0] for loss, x in ((one, ours), (two, theirs)))
+    close(*gradients, 1e-6)
