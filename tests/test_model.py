@@ -7,7 +7,7 @@ from helpers import blocks_of, separate_logps, tiny
 from hps.adapters import add_lora
 from hps.model import PolicyModel, layers_of
 from hps.packing import pack
-from hps.pretrained import checkpoint_layers, compute_dtype, fingerprint, load_causal_lm
+from hps.pretrained import checkpoint_layers, compute_dtype, fingerprint
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
@@ -94,8 +94,3 @@ def test_fingerprint_names_content():
     other = tiny("llama")
     other.config.rms_norm_eps = 1e-3
     assert name != fingerprint(other)
-
-
-def test_a_missing_model_is_the_users_mistake(tmp_path):
-    with pytest.raises(ValueError, match="cannot load the model"):
-        load_causal_lm(str(tmp_path), dtype=torch.float32)

@@ -28,14 +28,6 @@ def test_the_layout_of_the_docstring():
     assert packed.num_tokens.tolist() == [[2, 3]]
 
 
-def test_the_layout_of_plain_rows():
-    packed = pack([Block(np.array([7, 8]), (np.array([5, 2]), np.array([6, 9, 2])))], pad_id=0, share_prompt=False)
-    assert packed.input_ids.tolist() == [[7, 8, 5, 2, 0], [7, 8, 6, 9, 2]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
-    assert packed.predictor.tolist() == [1, 2, 6, 7, 8]
-    assert packed.causal
-
-
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_every_token_is_scored_once_by_its_predecessor(share_prompt):
     """Whatever the layout: targets are the responses' tokens, and each predictor is the token just before."""

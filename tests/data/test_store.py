@@ -70,22 +70,6 @@ def test_a_store_holds_what_memory_does(tiny_world, tmp_path, tokenizer, suffix,
     assert [path.suffix for path in (tmp_path / "stores").iterdir()] == [""]  # one store, no temporary folder
 
 
-def test_blocks_and_rewards_of_some_responses(tiny_world, tmp_path, tokenizer):
-    """As visits ask for them: the preferred first, not all of them; rewards less the penalty of the tokens."""
-    data = tiny_world / "train.jsonl"
-    examples, _ = tokenize_rows(tokenizer, listwise.read(data), max_length=128)
-    found = opened(tmp_path, data, tokenizer, length_penalty=0.25)
-    block = found.block(np.int64(7), np.array([2, 0]))
-    assert block.prompt.tolist() == examples[7].prompt_ids.tolist()
-    assert [y.tolist() for y in block.responses] == [examples[7].response_ids[k].tolist() for k in (2, 0)]
-    penalised = [e.rewards - 0.25 * np.array([len(y) for y in e.response_ids]) for e in examples]
-    for rewards, expected in zip(found.rewards[3:9], penalised[3:9], strict=True):
-        np.testing.assert_array_equal(rewards, expected)
-    rows, ks = np.array([7, 7, 0]), np.array([2, 0, 3])
-    np.testing.assert_array_equal(found.rewards_of(rows, ks), [penalised[7][2], penalised[7][0], penalised[0][3]])
-    assert found.rewards[4].tolist() == penalised[4].tolist()
-
-
 def test_what_a_run_reads_of_a_plan(tiny_world, tmp_path, tokenizer):
     """Blocks of visits, every touched response once with its place, and SFT's responses, against rows in memory."""
     data = tmp_path / "x.jsonl"

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hps.data.rows import Row, row_key
-from hps.data.tokenizers import fingerprint, load_tokenizer
-from hps.data.tokens import COUNTS, Encoder, tokenize
+from hps.data.tokenizers import fingerprint
+from hps.data.tokens import COUNTS, tokenize
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>", "tea", "is", "hot", "cold", "why"]
 TEMPLATE = "<bos>{% for m in messages %} <{{ m.role }}> {{ m.content }}{% endfor %} <assistant>"
@@ -90,18 +90,6 @@ def test_any_response_text_survives(bpe, text):
     ids = encode_response(bpe, text)
     assert ids.count(1) == 1 and ids[-1] == 1 and not {0, 2} & set(ids)
     assert bpe.decode(ids[:-1], clean_up_tokenization_spaces=False) == text.removesuffix("</s>")
-
-
-def test_load_tokenizer(tmp_path, bpe, words):
-    words.save_pretrained(tmp_path / "words")
-    loaded = load_tokenizer(str(tmp_path / "words"))
-    assert fingerprint(loaded) == fingerprint(words) and loaded.pad_token == "<pad>"
-    bpe.save_pretrained(tmp_path / "bpe")
-    loaded = load_tokenizer(str(tmp_path / "bpe"))
-    assert fingerprint(loaded) == fingerprint(bpe) and (loaded.pad_token, bpe.pad_token) == ("</s>", None)
-    PreTrainedTokenizerFast(tokenizer_object=bpe.backend_tokenizer).save_pretrained(tmp_path / "no-eos")
-    with pytest.raises(ValueError, match=r"no-eos.* has no eos_token"):
-        load_tokenizer(str(tmp_path / "no-eos"))
 
 
 def test_fingerprint_sees_every_content(bpe):
@@ -199,27 +187,6 @@ def test_keep_end_never_exceeds_the_budget_nor_touches_a_response(words, prompt,
     assert len(example.prompt_ids) >= min(prompt, budget // 2)
     assert [len(y) - 1 for y in example.response_ids] == [lengths[k] for k in example.kept]
     assert counts["prompts_cut"] == (len(example.prompt_ids) < prompt)
-
-
-ANSWERED = (
-    "{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ ' <eos>' if m.role == 'assistant' else '' }} why "
-    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
-)
-
-
-def test_a_conversation_that_is_read_whole(words, bpe):
-    """As a reward model does, also where the template closes with no EOS; tests/data/test_families.py has its ids."""
-    prompt = ({"role": "user", "content": "is tea hot"},)
-    for template, closing in ((ANSWERED, [WORDS.index("why")]), (TEMPLATE, None)):
-        own = type(words)(tokenizer_object=words.backend_tokenizer, **words.special_tokens_map, chat_template=template)
-        assert Encoder(own).template.closing == closing
-        [example] = tokenize(own, [row("a", prompt, ("tea is cold", " ", "hot"))], {}, max_length=50, closing=True)
-        assert example.kept.tolist() == [0, 2]
-        for text, ids in zip(("tea is cold", "hot"), example.response_ids, strict=True):
-            whole = own.apply_chat_template([*prompt, {"role": "assistant", "content": text}], return_dict=False)
-            assert [*example.prompt_ids, *ids] == whole
-    with pytest.raises(ValueError, match="no chat template"):
-        Encoder(bpe).template.answered(prompt, ["x"])
 
 
 def test_messages_say_where(words):
