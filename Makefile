@@ -79,7 +79,8 @@ lists: model ## real lists of judged answers with that small model: ALPACA=alpac
 bench: $(STAMP) ## every benchmark: a table each, one JSON line last; HH=file of HH-RLHF rows adds those on real text
 	$(RUN) benchmarks/head.py
 	$(RUN) benchmarks/scale.py
-	$(RUN) benchmarks/generate.py $(if $(HH),--data $(HH))
+	$(RUN) benchmarks/ranks.py
+	$(RUN) benchmarks/generate.py
 	$(if $(HH),$(BIN)/python benchmarks/step.py --data $(HH),# step and cost need HH)
 	$(if $(HH),$(BIN)/python benchmarks/cost.py --data $(HH))
 

@@ -36,7 +36,7 @@ import eval as evaluation
 import train
 from hps import adapters, attention, config, limits, model, pretrained
 from hps.data import listwise
-from hps.evaluate import chat, export
+from hps.evaluate import chat, export, md
 from hps.extra.reward_model import RewardModel
 from hps.lab import world
 from hps.packing import Packed
@@ -333,11 +333,10 @@ def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
             word = f"[{refusals.setdefault(word, len(refusals) + 1)}]"
         return word + (" **wrong**" if one["fault"] else "")
 
-    names = list(next(iter(found.values())))
-    lines = [f"| architecture | {' | '.join(names)} | largest difference |", "|---" * (len(names) + 2) + "|"]
+    names, rows = list(next(iter(found.values()))), []
     for name, cells in found.items():
-        words = [shown(cells[entrance]) for entrance in names]
-        lines.append(f"| {name} | {' | '.join(words)} | {max(one['apart'] for one in cells.values()):.0e} |")
+        apart = max(one["apart"] for one in cells.values())
+        rows.append([name, *(shown(cells[entrance]) for entrance in names), f"{apart:.0e}"])
     about = (
         f"Written by `python benchmarks/architectures.py`: tiny random models of transformers {T.__version__}, each "
         "through every entrance. *packed*: a prompt's responses in one row, or our own decoding; *padded*: the model's "
@@ -346,7 +345,8 @@ def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         "eager attention (its own, where it takes no other), one response at a time, in fp32. Rows are longer than the "
         "windows."
     )
-    parts = ["# Architectures x entrances", textwrap.fill(about, 120), "\n".join(lines)]
+    header = ["architecture", *names, "largest difference"]
+    parts = ["# Architectures x entrances", md.wrapped(about), md.table(header, rows)]
     if refusals:
         told = [textwrap.fill(f"{n}. `{text}`", 150, subsequent_indent="   ") for text, n in refusals.items()]
         parts += ["## Refused", "\n".join(told)]

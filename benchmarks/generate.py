@@ -1,13 +1,13 @@
-"""Candidates a second: ours against transformers' own `generate(num_return_sequences=n)`, same prompts and settings.
+"""Candidates per second: ours against transformers' own `generate(num_return_sequences=n)`, same prompts and settings.
 
-    python benchmarks/generate.py --threads 1
-    make model && python benchmarks/generate.py --data harmless-base.jsonl.gz
+    python benchmarks/generate.py --threads 1                               a self-made world's model
+    python benchmarks/generate.py --model FOLDER --data prompts.jsonl       any model, on list-wise rows
 
-Two models: the self-made world's after a short fine-tuning (a minute with the rest of the set-up), whose responses end
-by themselves, and SmolLM2-135M-Instruct on real prompts. transformers gets a prompt a call, as its users write it, and
-from three prompts on also several left-padded ones, as many rows a call as ours. Every contestant draws all n responses
-of all prompts, ended or not; rounds alternate the contestants in one process; medians. Mean lengths tell whether all
-draw from the same distribution. Ours gives log-probs besides.
+The world's model is made after a short fine-tuning (a minute with the rest of the set-up), so that its responses end by
+themselves. transformers gets one prompt per call, as its users write it, and from three prompts on also several
+left-padded ones, as many rows per call as ours. Every contestant draws all n responses of all prompts, ended or not;
+rounds alternate the contestants in one process; medians. Mean lengths tell whether all draw from the same distribution.
+Ours gives log-probs besides.
 """
 
 import contextlib
@@ -26,25 +26,24 @@ import torch
 
 from hps import config, pretrained
 from hps.data import listwise, tokenizers, tokens
-from hps.data.rows import Row
 from hps.lab import world
-from hps.prepare import generate, importers
+from hps.prepare import generate
 
 TEMPERATURE, ROWS = 0.9, 1024  # sequences that ours decodes at once
-WORLD = ((8, 128, 48), (100, 40, 48))  # n, prompts, max_new_tokens
-SMOLLM2 = ((8, 8, 96), (100, 2, 96))
+CASES = {8: 128, 100: 40}  # n -> prompts
 
 
 @dataclass
 class Options:
-    data: str = ""  # HH-RLHF rows (.jsonl, .gz) for SmolLM2; without them that part is left out
-    smollm2: str = "runs/models/smollm2-135m-instruct"  # the folder of `make model`
+    model: str = ""  # model folder; empty: a world's, made here
+    data: str = ""  # list-wise file of prompts; empty: the world's
+    max_new_tokens: int = 48  # of a response
     threads: int = 1  # OpenMP threads
     rounds: int = 3  # in which all contestants take their turn
     share: float = 1.0  # of the prompts, for a quick look
 
 
-def make_world(folder: Path) -> tuple[str, list[Row]]:
+def make_world(folder: Path) -> tuple[str, Path]:
     """A world's model after a short supervised fine-tuning, and its prompts."""
     world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=128, demonstrations=12_000)
     options = dict(loss="sft", lora_rank=0, lr=6e-3, adam_beta2=0.95, epochs=1, prompts_per_step=48, shuffle="no")
@@ -52,7 +51,7 @@ def make_world(folder: Path) -> tuple[str, list[Row]]:
     options |= dict(data=folder / "world/sft.jsonl", token_cache=folder / "tokens")
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         harness.train(**options)
-    return str(folder / "sft/policy"), listwise.read(folder / "world/test.jsonl")
+    return str(folder / "sft/policy"), folder / "world/test.jsonl"
 
 
 def contestants(path: str, prompts: list[list[int]], n: int, limit: int) -> dict[str, Callable[[], list[int]]]:
@@ -88,47 +87,38 @@ def contestants(path: str, prompts: list[list[int]], n: int, limit: int) -> dict
     return found | ({"padded": lambda: of_transformers(max(1, ROWS // n))} if len(prompts) > 2 else {})
 
 
-def measure(c: Options, name: str, path: str, rows: list[Row], n: int, P: int, limit: int) -> dict[str, Any]:
-    """Rates and ratios of one case."""
-    tokenizer, lengths = tokenizers.load_tokenizer(path), {}
-    prompts = [tokens.Encoder(tokenizer).prompt(row.prompt) for row in rows[: max(1, round(P * c.share))]]
+def measure(c: Options, path: str, prompts: list[list[int]], n: int) -> dict[str, Any]:
+    """Rates, mean lengths and ratios of one case."""
 
-    def rate(who: str, draw: Callable[[], list[int]]) -> dict[str, float]:
+    def rate(draw: Callable[[], list[int]]) -> dict[str, float]:
         drawn: list[int] = []
         taken = harness.seconds(lambda: drawn.extend(draw()))
-        lengths.setdefault(who, []).extend(drawn)
-        return {"rate": len(drawn) / taken}
+        return {"per_s": len(drawn) / taken, "mean_length": statistics.mean(drawn)}
 
-    draws = contestants(path, prompts, n, limit)
-    found = harness.take_turns(draws, c.rounds, lambda who, r: rate(who, draws[who]))
-    result = dict(model=name, n=n, prompts=len(prompts), max_new_tokens=limit)
-    result["prompt_tokens"] = round(statistics.mean(map(len, prompts)), 1)
-    result |= {f"{who}_per_s": round(m["rate"], 2) for who, m in harness.medians(found).items()}
-    result |= {f"{who}_mean_length": round(statistics.mean(values), 1) for who, values in lengths.items()}
-    return result | {f"over_{w}": round(harness.ratio(found, "ours", w, "rate"), 2) for w in draws if w != "ours"}
+    draws = contestants(path, prompts, n, c.max_new_tokens)
+    found = harness.take_turns(draws, c.rounds, lambda who, r: rate(draws[who]))
+    result: dict[str, Any] = dict(n=n, prompts=len(prompts))
+    result["prompt_tokens"] = statistics.mean(map(len, prompts))
+    result |= {f"{who}_{key}": value for who, m in harness.medians(found).items() for key, value in m.items()}
+    return result | {f"over_{who}": harness.ratio(found, "ours", who, "per_s") for who in draws if who != "ours"}
 
 
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/generate.py", description=str(__doc__).split("\n")[0])
+    if bool(c.model) != bool(c.data):
+        raise ValueError("--model and --data go together: a folder, and a list-wise file of prompts for it")
     torch.set_num_threads(c.threads)
     with tempfile.TemporaryDirectory() as folder:
-        path, rows = make_world(Path(folder))
-        results = [measure(c, "world", path, rows, *case) for case in WORLD]
-    if not c.data or not (Path(c.smollm2) / "config.json").exists():
-        print(f"SmolLM2 is left out: it needs --data and the folder {c.smollm2} (make model)")
-    else:
-        rows = list(importers.import_file("hh-rlhf", c.data, limit=SMOLLM2[0][1])[0])
-        results += [measure(c, "smollm2", c.smollm2, rows, *case) for case in SMOLLM2]
-    columns = {
-        "model": "model", "n": "n", "prompts": "prompts", "prompt_tokens": "tokens", "max_new_tokens": "limit",
-        "ours_per_s": "ours/s", "generate_per_s": "generate/s", "padded_per_s": "padded/s",
-        "over_generate": "/generate", "over_padded": "/padded", "ours_mean_length": "length",
-        "generate_mean_length": "its length", "padded_mean_length": "its length",
-    }  # fmt: skip
-    table = [[r.get(key, "-") for key in columns] for r in results]
-    harness.print_table(list(columns.values()), table, "samples a second, and ours over theirs")
-    over = {f"{r['model']}, n = {r['n']}": r["over_generate"] for r in results}
-    summary = {"over_hf_generate": over["world, n = 100"], "over_hf_generate_by_case": over, "dtype": "fp32"}
+        path, data = (c.model, Path(c.data)) if c.model else make_world(Path(folder))
+        encoder = tokens.Encoder(tokenizers.load_tokenizer(path))
+        prompts = [encoder.prompt(row.prompt) for row in listwise.read(data)]
+        results = [measure(c, path, prompts[: max(1, round(P * c.share))], n) for n, P in CASES.items()]
+    title = (
+        f"at most {c.max_new_tokens} tokens, {c.threads} threads: samples per second, ours over theirs, mean lengths"
+    )
+    harness.print_table(list(results[0]), [[r.get(key, "-") for key in results[0]] for r in results], title)
+    over = {f"n = {r['n']}": round(r["over_generate"], 2) for r in results}
+    summary = {"over_hf_generate": over["n = 100"], "over_hf_generate_by_case": over, "dtype": "fp32"}
     harness.finish(summary | {"max_rows": ROWS, "threads": c.threads, "results": results})
 
 

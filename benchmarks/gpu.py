@@ -8,7 +8,6 @@ and the share of the peak FLOPs. Writes gpu.json and gpu.md. A check that fails 
 is 1.
 """
 
-import functools
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ from head import dense_token_logps  # noqa: E402
 
 from hps import attention_cpu, attention_cuda, config, logps  # noqa: E402
 from hps.data.rows import Row  # noqa: E402
-from hps.evaluate import md  # noqa: E402
 from hps.evaluate.compare import commit, machine  # noqa: E402
 from hps.lab import estimate, world  # noqa: E402
 from hps.packing import Block, pack  # noqa: E402
@@ -54,7 +53,7 @@ TOKENS = 200 if CUDA else 20  # of a prompt, and of a response
 REPEATS, EPOCHS = (5, 8) if CUDA else (1, 3)
 FEW = 256  # tokens that float64 checks
 Table = list[dict[str, Any]]
-Way = Callable[..., Tensor]
+Ways = dict[str, Callable[..., Tensor]]
 
 
 @dataclass
@@ -77,26 +76,24 @@ def timed(run: Callable[[], Any]) -> dict[str, float]:
     return {"ms": ms, "GiB": (torch.cuda.max_memory_allocated() - held) / 2**30 if CUDA else 0.0}
 
 
-def compare(
-    few: dict[str, Way], exact: Way, few_inputs: list[Tensor], ways: dict[str, Way], inputs: list[Tensor], **about: Any
-) -> Table:
+def compare(few: Ways, few_inputs: list[Tensor], ways: Ways, inputs: list[Tensor], **about: Any) -> Table:
     """For each way of computing one tensor its error on few inputs and its time on all of them.
 
-    The error is the largest of value and gradients against `exact` in float64, as a share of the largest entry. It may
-    be twice that of the way `dense`, the plain one in the same dtype.
+    The error is the largest of value and gradients against the way `dense`, the plain one, in float64, as a share of
+    the largest entry. It may be twice that of `dense` in the dtype of the inputs.
     """
 
-    def run(way: Way, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    def run(way: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
         value = way(*inputs)
         return value.detach(), *torch.autograd.grad((value * torch.arange(1, len(value) + 1).to(value)).sum(), inputs)
 
-    truth, found = run(exact, [x.detach().double().requires_grad_() for x in few_inputs]), []
-    errors = {}
+    truth, errors = run(few["dense"], [x.detach().double().requires_grad_() for x in few_inputs]), {}
     for name, way in few.items():
         got = run(way, [x.detach().requires_grad_() for x in few_inputs])
         errors[name] = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(got, truth, strict=True))
+    found = []
     for name, way in ways.items():
-        cost = timed(functools.partial(run, way, [x.requires_grad_() for x in inputs]))
+        cost = timed(partial(run, way, [x.requires_grad_() for x in inputs]))
         right = errors[name] <= 2 * errors["dense"] + 1e-6
         found.append({"path": name} | about | {"error": errors[name]} | cost | {"right": right})
     return found
@@ -107,13 +104,9 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return logps._TrainableHead.apply(hidden, weight, targets, logps.chunk_for(len(weight), DEVICE.type))
 
 
-def exact_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None])[:, 0]
-
-
 def output_heads(_: Options) -> Table:
     """Value and gradients of each path against float64, on 256 tokens; time of all tokens, forward and backward."""
-    paths: dict[str, Way] = {"dense": dense_token_logps, "chunked": chunked}
+    paths: Ways = {"dense": dense_token_logps, "chunked": chunked}
     try:
         from hps import kernels
 
@@ -128,12 +121,9 @@ def output_heads(_: Options) -> Table:
         hidden, weight = torch.randn(T, D, generator=draw), torch.randn(V, D, generator=draw) / D**0.5
         hidden, weight = hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype)
         targets = torch.randint(0, V, (T,), generator=draw).to(DEVICE)
-        few, ways = (
-            {name: functools.partial(path, targets=targets[:n]) for name, path in paths.items()} for n in (FEW, T)
-        )
+        few, ways = ({name: partial(path, targets=targets[:n]) for name, path in paths.items()} for n in (FEW, T))
         about = {"dtype": str(dtype)[6:], "tokens": T, "vocabulary": V}
-        exact = functools.partial(exact_logps, targets=targets[:FEW])
-        found += compare(few, exact, [hidden[:FEW], weight], ways, [hidden, weight], **about)
+        found += compare(few, [hidden[:FEW], weight], ways, [hidden, weight], **about)
     return found
 
 
@@ -147,13 +137,13 @@ def packed_attention(_: Options) -> Table:
         packed = attention_cuda.padded(packed) if CUDA else packed
         N, dtype = packed.input_ids.shape[1], torch.bfloat16 if CUDA else torch.float32
         qkv = [torch.randn(1, heads, N, 64, device=DEVICE, dtype=dtype) for heads in (8, 2, 2)]
-        at = torch.arange(packed.input_ids.shape[1], device=DEVICE)
+        at = torch.arange(N, device=DEVICE)
         mask = attention_cuda.may_attend(packed)(0, 0, at[:, None], at)[None, None]
-        dense = functools.partial(sdpa, attn_mask=mask, scale=0.125, enable_gqa=True)
         # FlexAttention has no backward on a CPU.
         ours = attention_cuda.layout(packed) if CUDA else attention_cpu.layout(packed, 8)
-        ways = {"dense": dense, "packed": functools.partial(ours, scaling=0.125)}
-        found += compare(ways, dense, qkv, ways, qkv, **{"packed tokens": N})
+        ways = {"dense": partial(sdpa, attn_mask=mask, scale=0.125, enable_gqa=True)}
+        ways["packed"] = partial(ours, scaling=0.125)
+        found += compare(ways, qkv, ways, qkv, **{"packed tokens": N})
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return [row | {"graphs compiled": graphs, "right": row["right"] and graphs <= 1} for row in found]
 
@@ -210,7 +200,8 @@ SECTIONS = {"The output head": output_heads, "Attention": packed_attention, "Tra
 
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/gpu.py", description=str(__doc__).split("\n")[0])
-    page, found = [f"# On {machine()}", f"torch {torch.__version__}, commit {commit()}."], {}
+    out, found, wrong = Path(c.out), dict[str, Any](machine=machine(), commit=commit()), []
+    page = [f"# On {machine()}", f"torch {torch.__version__}, commit {commit()}."]
     for title, section in SECTIONS.items():
         print(f"{title} ...", file=sys.stderr, flush=True)
         try:
@@ -219,15 +210,13 @@ def main() -> None:
             rows = [{"failed": traceback.format_exc(), "right": False}]
             print(rows[0]["failed"], file=sys.stderr)
         found[title] = rows
-        cells = [[value if isinstance(value, str) else f"{value:.4g}" for value in row.values()] for row in rows]
-        page += [f"## {title}", f"{section.__doc__}", md.table(list(rows[0]), cells)]
-    out = Path(c.out)
+        wrong += [] if all(row["right"] for row in rows) else [title]
+        page += [f"## {title}", f"{section.__doc__}", harness.table(list(rows[0]), [row.values() for row in rows])]
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu.md").write_text("\n\n".join(page) + "\n")
-    about = {"machine": machine(), "commit": commit()}
-    (out / "gpu.json").write_text(json.dumps(about | found, indent=1) + "\n")
+    (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
     print((out / "gpu.md").read_text())
-    if wrong := [title for title, rows in found.items() if not all(row["right"] for row in rows)]:
+    if wrong:
         raise SystemExit(f"not right: {', '.join(wrong)}")
 
 

@@ -1,4 +1,5 @@
-"""What all benchmarks share: contestants that take turns, medians and ratios, processes of their own, a table and JSON.
+"""What all benchmarks share: contestants that take turns, medians and ratios, processes of their own, texts of known
+lengths, a table and JSON.
 
 A benchmark prints a table for people, the machine, and one JSON line last for programs.
 """
@@ -16,10 +17,16 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # train.py is a script, no package
+
+from hps.data import listwise, tokenizers, tokens  # noqa: E402
+from hps.evaluate import md  # noqa: E402
+from hps.evaluate.compare import commit, machine  # noqa: E402
+
 Runs = dict[str, list[dict[str, float]]]  # contestant -> what it found in each round
 
 
@@ -91,22 +98,41 @@ def train(**options: Any) -> dict[str, Any]:
     return json.loads((Path(options["out"]) / "summary.json").read_text())
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
-    """Columns as wide as what they hold, the first to the left; floats with three figures or no fraction."""
+def write_texts(path: Path, model: str, *, rows: int, responses: int, length: int) -> None:
+    """A list-wise file of random words that are one token each; a prompt, length / 2 tokens, and one of its responses,
+    end token included, have `length` together."""
+    tokenizer = tokenizers.load_tokenizer(model)
+    encoder, draw = tokens.Encoder(tokenizer), np.random.default_rng(0)
+    known = (token.lstrip("\u0120\u2581") for token in sorted(tokenizer.get_vocab()))
+    some = (w for w in known if w.isascii() and w.isalpha() and w.islower() and len(w) > 1)
+    single = (w for w in some if len(next(encoder.responses([f"{w} {w}"]))) == 3)  # one token wherever it stands
+    words = list(itertools.islice(single, 64))
+
+    def text(n: int) -> str:
+        return " ".join(draw.choice(words, n).tolist())
+
+    records = (
+        {"id": str(i), "prompt": text(length // 2), "rewards": draw.normal(size=responses).tolist(),
+         "responses": [text(length - length // 2 - 1) for _ in range(responses)]}
+        for i in range(rows)
+    )  # fmt: skip
+    listwise.write_lines(path, records)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Texts and numbers in Markdown; of a number three figures, or no fraction."""
 
     def show(value: Any) -> str:
         return value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
-    cells = [list(header), *([show(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(f"\n{title}" if title else "")
-    for first, *others in cells:
-        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)))
+    return md.table(header, [[show(value) for value in row] for row in rows])
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
+    print(f"\n{title}\n", table(header, rows), sep="\n")
 
 
 def finish(found: dict[str, Any]) -> None:
     """The machine, and the JSON line."""
-    from hps.evaluate.compare import commit, machine
-
     print(f"\n{machine()}, torch {torch.__version__}, commit {commit()}")
     print(json.dumps(found), flush=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py                                    3 GB of disk while it runs
     python benchmarks/scale.py --parts commands                   data_prep.py and eval.py alone
-    python benchmarks/scale.py --prompts 20000 --rows 1000,4000 --model world --lengths 64 --responses 2 --ranks 1
+    python benchmarks/scale.py --prompts 20000 --rows 1000 4000 --model world --lengths 64 --responses 2 --ranks 1
 
 Plan: a process opens a token store of --prompts x 100 random rewards on disk and plans its visits (DPO-HPS).
 Look-ups: then it asks for the reference log-prob of every visit, all in the cache, as train.py does before step 0.
@@ -15,7 +15,6 @@ The share of the sampler is that of plan and look-ups, a visit, in the fastest o
 """
 
 import importlib
-import itertools
 import json
 import os
 import statistics
@@ -32,7 +31,7 @@ import harness
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hps import config, dist, reference
 from hps.batches import make_plan, touched_blocks
@@ -43,22 +42,18 @@ from hps.options import Config
 
 @dataclass
 class Options:
-    parts: str = "plan,data,commands,steps"  # which of these, comma-separated
+    parts: tuple[str, ...] = ("plan", "data", "commands", "steps")  # which of these
     prompts: int = 1_000_000  # of the data that is planned
-    rows: str = "10000,100000"  # prompts of the files that are made for data and commands, comma-separated
+    rows: tuple[str, ...] = ("10000", "100000")  # prompts of the files that are made for data and commands
     # -- steps --
     model: str = "runs/models/smollm2-135m-instruct"  # model folder (make model), or world: a new world's
-    lengths: str = "128,256,512"  # tokens of prompt and response together, half of them the prompt's
-    responses: str = "2,4,8"  # responses of each prompt in a step (dpo-pl)
-    ranks: str = "1,2"  # processes of train.py
+    lengths: tuple[str, ...] = ("128", "256", "512")  # tokens of a prompt with one response, half and half
+    responses: tuple[str, ...] = ("2", "4", "8")  # responses of each prompt in a step (dpo-pl)
+    ranks: tuple[str, ...] = ("1", "2")  # processes of train.py
 
 
 CANDIDATES, EPOCHS = 100, 2  # rewards of a prompt that is planned, visits of it
 STEP, STEPS = 4, 3  # prompts of a step, and steps that are timed after one that is not
-
-
-def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
 
 
 def cost(function: Callable[[], Any]) -> dict[str, float]:
@@ -105,29 +100,6 @@ def write_store(prompts: int, folder: Path) -> None:
     store.write(folder, examples(), {"identity": {"data": ""}, "counts": {}})
 
 
-def words_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """64 words that are one token each, first or not."""
-    found = (token.lstrip("\u0120\u2581") for token in sorted(tokenizer.get_vocab()))
-    words = (w for w in found if w.isascii() and w.isalpha() and w.islower() and len(w) > 1)
-    encoder = tokens.Encoder(tokenizer)
-    return list(itertools.islice((w for w in words if len(next(encoder.responses([f"{w} {w}"]))) == 3), 64))
-
-
-def write_texts(path: Path, tokenizer: PreTrainedTokenizerFast, *, rows: int, responses: int, length: int) -> None:
-    """A list-wise file; `length` tokens of a prompt and a response together, end token included."""
-    words, g = words_of(tokenizer), np.random.default_rng(0)
-
-    def text(n: int) -> str:
-        return " ".join(words[i] for i in g.integers(0, len(words), n))
-
-    def records() -> Iterator[dict[str, Any]]:
-        for i in range(rows):
-            texts, rewards = [text(length - length // 2 - 1) for _ in range(responses)], g.normal(size=responses)
-            yield {"id": str(i), "prompt": text(length // 2), "responses": texts, "rewards": rewards.tolist()}
-
-    listwise.write_lines(path, records())
-
-
 def opened(folder: Path, data: Path, model: str) -> dict[str, float]:
     """Seconds and peak memory of opening (or making) a store and reading 1,000 prompts."""
     tokenizer = tokenizers.load_tokenizer(model)
@@ -148,30 +120,27 @@ def ran(script: str, argv: list[str]) -> dict[str, float]:
 def commands(rows: int, folder: Path, model: str) -> dict[str, dict[str, float]]:
     """What each command takes, of which one reads what another wrote."""
     tokenizer = tokenizers.load_tokenizer(model)
-    write_texts(folder / "texts.jsonl", tokenizer, rows=rows, responses=2, length=16)
-    with (folder / "texts.jsonl").open(encoding="utf-8") as file:
-        texts = ((row["prompt"], *row["responses"]) for row in map(json.loads, file))
-        pairs = (dict(zip(("prompt", "chosen", "rejected"), text, strict=True)) for text in texts)
-        listwise.write_lines(folder / "pairs.jsonl", pairs)
+    harness.write_texts(folder / "texts.jsonl", model, rows=rows, responses=2, length=16)
+    texts = ((row.prompt, *row.responses) for row in listwise.stream(folder / "texts.jsonl"))
+    pairs = (dict(zip(("prompt", "chosen", "rejected"), text, strict=True)) for text in texts)
+    listwise.write_lines(folder / "pairs.jsonl", pairs)
     about = AutoConfig.from_pretrained(model, num_hidden_layers=1, num_labels=1, pad_token_id=tokenizer.pad_token_id)
     for name, kind in (("lm", AutoModelForCausalLM), ("rm", AutoModelForSequenceClassification)):
         kind.from_config(about).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     data, lm, scored = folder / "rows.jsonl", folder / "lm", folder / "scored.jsonl"
     few = dict(model=lm, max_new_tokens=2, temperature=0)
-    each: dict[str, dict[str, Any]] = {
-        "import": dict(source="trl", input=folder / "pairs.jsonl", output=data),
-        "doctor": dict(input=data, model=lm),
-        "annotate": dict(input=data, scorer=folder / "rm", output=scored),
-        "generate": dict(input=data, n=1, output=folder / "drawn.jsonl", **few),
-        "eval": dict(
-            data=scored, reference=lm, out=folder / "eval", reference_cache=folder / "cache", samples=1, **few
-        ),
+    how = dict(data=scored, reference=lm, out=folder / "eval", reference_cache=folder / "cache", samples=1, **few)
+    each: dict[str, tuple[str, dict[str, Any]]] = {
+        "import": ("data_prep", dict(source="trl", input=folder / "pairs.jsonl", output=data)),
+        "doctor": ("data_prep", dict(input=data, model=lm)),
+        "annotate": ("data_prep", dict(input=data, scorer=folder / "rm", output=scored)),
+        "generate": ("data_prep", dict(input=data, n=1, output=folder / "drawn.jsonl", **few)),
+        "eval": ("eval", how),
     }
     found = {}
-    for name, options in each.items():
-        script, words = ("eval", []) if name == "eval" else ("data_prep", [name])
-        found[name] = harness.alone(ran, script, [*words, *harness.flags(**options)])
+    for name, (script, options) in each.items():
+        found[name] = harness.alone(ran, script, [name] * (script != "eval") + harness.flags(**options))
         print(f"{name}, {rows:,} rows: {found[name]}", file=sys.stderr)
     return found
 
@@ -179,7 +148,7 @@ def commands(rows: int, folder: Path, model: str) -> dict[str, dict[str, float]]
 def stepped(folder: Path, model: str, length: int, responses: int, ranks: int) -> dict[str, Any]:
     """Seconds of a step and peak memory of the first rank, as train.py writes them."""
     data, out = folder / f"{length}-{responses}.jsonl", folder / f"{length}-{responses}-{ranks}"
-    write_texts(data, tokenizers.load_tokenizer(model), rows=STEP * (STEPS + 1), responses=responses, length=length)
+    harness.write_texts(data, model, rows=STEP * (STEPS + 1), responses=responses, length=length)
     options = dict(model=model, data=data, out=out, method="dpo-pl", pl_responses=responses, epochs=1, lr=1e-4)
     options |= dict(prompts_per_step=STEP, tokens_per_micro_batch=2048)
     options |= dict(token_cache=folder / "tokens", reference_cache=folder / "cache")
@@ -195,54 +164,50 @@ def stepped(folder: Path, model: str, length: int, responses: int, ranks: int) -
 
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/scale.py", description=str(__doc__).split("\n")[0])
-    parts = c.parts.split(",")
+    if unknown := {*c.parts} - {*Options.parts}:
+        raise ValueError(f"--parts {' '.join(unknown)}: the parts are {' '.join(Options.parts)}")
     with tempfile.TemporaryDirectory() as temporary:
         folder, found = Path(temporary), dict[str, Any]()
-        if "plan" in parts:
+        if "plan" in c.parts:
             write_store(c.prompts, folder / "store")
             found |= harness.alone(planned, folder / "store")
             taken = [[part, found[f"{part}_seconds"], found[f"{part}_gib"]] for part in ("plan", "lookup")]
             table = [[*part, 1e6 * part[1] / found["visits"]] for part in taken]
             title = f"{c.prompts:,} prompts x {CANDIDATES} rewards, {found['visits']:,} visits"
-            harness.print_table(["", "s", "GiB", "us a visit"], table, title)
+            harness.print_table(["", "seconds", "GiB", "us per visit"], table, title)
 
         world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=1, demonstrations=2)
         of_world = str(folder / "world" / "model")
         model = c.model if Path(c.model).exists() else of_world
-        if "data" in parts:
+        if "data" in c.parts:
             found["rows"] = []
-            for rows in numbers(c.rows):
+            for rows in map(int, c.rows):
                 data = folder / f"{rows}.jsonl"
-                write_texts(data, tokenizers.load_tokenizer(model), rows=rows, responses=4, length=64)
+                harness.write_texts(data, model, rows=rows, responses=4, length=64)
                 size: dict[str, float] = {"prompts": rows, "file_mb": data.stat().st_size / 1e6}
                 for way in ("make", "open"):
                     taken = harness.alone(opened, folder / "tokens", data, model)
                     size |= {f"{way}_{key}": value for key, value in taken.items()}
                 found["rows"].append(size)
-            header = ["prompts", "file MB", "make s", "GiB", "open s", "GiB"]
-            harness.print_table(header, [[f"{s['prompts']:,}", *list(s.values())[1:]] for s in found["rows"]])
+            harness.print_table(list(size), [size.values() for size in found["rows"]])
 
-        if "commands" in parts:
+        if "commands" in c.parts:
             found["commands"] = by_rows = {}
-            for rows in numbers(c.rows):
+            for rows in map(int, c.rows):
                 (folder / str(rows)).mkdir()
                 by_rows[rows] = commands(rows, folder / str(rows), of_world)
-            header = ["", *(f"{rows:,} {unit}" for rows in by_rows for unit in ("s", "GiB"))]
-            names = next(iter(by_rows.values()))
-            harness.print_table(
-                header, [[name, *(x for each in by_rows.values() for x in each[name].values())] for name in names]
-            )
+            table = [[rows, name, *of.values()] for rows, each in by_rows.items() for name, of in each.items()]
+            harness.print_table(["rows", "command", "seconds", "GiB"], table)
 
-        if "steps" in parts:
-            lists = [numbers(c.lengths), numbers(c.responses), numbers(c.ranks)]
+        if "steps" in c.parts:
+            lists = [[*map(int, values)] for values in (c.lengths, c.responses, c.ranks)]
             first = [values[0] for values in lists]
             varied = [(*first[:i], value, *first[i + 1 :]) for i, values in enumerate(lists) for value in values]
             found["steps"] = steps = [stepped(folder, model, *case) for case in dict.fromkeys(varied)]
             threads = os.environ.get("OMP_NUM_THREADS", "all")
-            title = f"{model if model == c.model else 'world'}, {threads} threads, {STEP} prompts a step"
-            table = [[f"{s['length']}", *list(s.values())[1:]] for s in steps]
-            harness.print_table(["tokens", "K", "ranks", "s a step", "GiB"], table, title)
-            if "plan" in parts:
+            title = f"{model if model == c.model else 'world'}, {threads} threads, {STEP} prompts per step"
+            harness.print_table(list(steps[0]), [step.values() for step in steps], title)
+            if "plan" in c.parts:
                 visit = min(s["step_seconds"] for s in steps) / STEP
                 share = (found["plan_seconds"] + found["lookup_seconds"]) / found["visits"] / visit
                 found["sampler_share_of_step"] = share

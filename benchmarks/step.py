@@ -1,7 +1,6 @@
 """Training steps: ours and TRL's DPOTrainer on the same pairs, tokens and LoRA, and the matrix products below both.
 
     make model && python benchmarks/step.py --data harmless-base.jsonl.gz --dtype fp32
-    python benchmarks/step.py --data harmless-base.jsonl.gz --roofline true      what the products alone could take
 
 Rounds alternate the contestants, each in a process of its own on its share of the pairs: a reference pass, then
 --epochs epochs of DPO on the human pairs, both counted. TRL runs with precomputed reference log-probs, without gradient
@@ -13,7 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import harness
 import torch
 
 from hps import config, model, pretrained, reference
-from hps.data import tokenizers, tokens
+from hps.data import listwise, tokenizers, tokens
 from hps.prepare import importers
 
 RANK, ALPHA, TARGETS, STEP = 8, 16, ("q_proj", "v_proj"), 8  # LoRA, and pairs of an optimizer step
@@ -38,7 +37,6 @@ class Options:
     epochs: int = 2  # after the reference pass
     tokens_per_micro_batch: int = 1024  # ours
     lora_rank: int = RANK  # 0 trains all weights
-    roofline: bool = False  # only our products, one by one beside the rates that the machine shows
 
 
 def clocked(owner: Any, name: str) -> list[float]:
@@ -46,9 +44,10 @@ def clocked(owner: Any, name: str) -> list[float]:
     function, taken = getattr(owner, name), []
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        found: list[Any] = []
-        taken.append(harness.seconds(lambda: found.append(function(*args, **kwargs))))
-        return found[0]
+        began = time.perf_counter()
+        found = function(*args, **kwargs)
+        taken.append(time.perf_counter() - began)
+        return found
 
     setattr(owner, name, timed)
     return taken
@@ -63,8 +62,6 @@ def before_training(lm: torch.nn.Module) -> float:
 
 def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
     """train.py as a user runs it, with its clocks read and the shapes of its micro-batches written down."""
-    from hps.data import listwise
-
     listwise.write(folder / "pairs.jsonl", rows)
     before, shapes = [], []
     load, forward = pretrained.load_causal_lm, model.PolicyModel.forward
@@ -89,60 +86,29 @@ def ours(c: Options, rows: list, _batch: int, folder: Path) -> dict[str, Any]:
     if c.lora_rank:
         options |= dict(lora_alpha=ALPHA, lora_targets=",".join(TARGETS))
     loop, peak = harness.train(**options)["seconds"], harness.memory("VmHWM") - before[-1]
-    found = products(c, shapes[: len(shapes) // c.epochs])
-    floor = c.epochs * sum(kind["seconds"] for kind in found.values())
     log = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {"reference": sum(filled), "loop": loop, "peak": peak, "floor": floor, "log": log, "products": found}
+    return {"reference": sum(filled), "loop": loop, "peak": peak, "shapes": shapes, "log": log}
 
 
-def products(c: Options, shapes: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
-    """The matrix products of training micro-batches with N packed and T scored tokens, x W^T and g W of every weight.
-
-    Of each kind: how many, their GFLOP, the GB of operands and results, and seconds. Weights take turns as in a step,
-    so that none is still in a cache.
-    """
-    lm = pretrained.load_causal_lm(c.model, dtype=model.DTYPES[c.dtype])
+def floor(c: Options, shapes: list[tuple[int, int]]) -> float:
+    """Seconds of the matrix products of training micro-batches with N packed and T scored tokens, x W^T and g W of
+    every weight. Weights take turns as in a step, so that none is still in a cache."""
+    torch.set_num_threads(c.threads)
+    lm, taken = pretrained.load_causal_lm(c.model, dtype=model.DTYPES[c.dtype]), 0.0
     layers = [m.weight for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
-    head, found = lm.get_output_embeddings().weight, {}
-
-    def multiply(name: str, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        began = time.perf_counter()
-        product = x @ w
-        seconds = time.perf_counter() - began
-        kind = found.setdefault(f"{name} {w.shape[0]} x {w.shape[1]}", dict(calls=0, GFLOP=0.0, GB=0.0, seconds=0.0))
-        values = (1, 2e-9 * x.numel() * w.shape[1], 1e-9 * sum(t.nbytes for t in (x, w, product)), seconds)
-        kind.update({key: kind[key] + value for key, value in zip(kind, values, strict=True)})
-        return product
-
+    head = lm.get_output_embeddings().weight
     with torch.inference_mode():
         for N, T in shapes:
             inputs = {width: torch.randn(N, width, dtype=head.dtype) for w in layers for width in w.shape}
-            for w in layers:
-                multiply("x W^T", inputs[w.shape[1]], w.T)
-                multiply("g W", inputs[w.shape[0]], w)
             states = torch.randn(T, head.shape[1], dtype=head.dtype)
+            began = time.perf_counter()
+            for w in layers:
+                inputs[w.shape[1]] @ w.T
+                inputs[w.shape[0]] @ w
             for part in states.split(256):  # whole logits would not fit beside the rest
-                multiply("head, g W", multiply("head, x W^T", part, head.T), head)
-    return found
-
-
-def roofline(c: Options, rows: list) -> None:
-    """The products of one epoch, each kind against the rates that this machine shows: of a square product whose
-    operands fit a cache, and of a copy that fits none."""
-    torch.set_num_threads(c.threads)
-    dtype, found = model.DTYPES[c.dtype], harness.alone(in_folder, ours, replace(c, epochs=1), rows, 0)["products"]
-    with torch.inference_mode():
-        square, much = torch.randn(1024, 1024, dtype=dtype), torch.randn(2**26)
-        peak = 2e-9 * 1024**3 / min(harness.seconds(lambda: square @ square) for _ in range(20))
-        there = torch.empty_like(much)
-        bandwidth = 2e-9 * much.nbytes / min(harness.seconds(lambda: there.copy_(much)) for _ in range(5))
-    for kind in found.values():
-        kind["bound"] = max(kind["GFLOP"] / peak, kind["GB"] / bandwidth)
-    whole = {key: sum(kind[key] for kind in found.values()) for key in ("calls", "GFLOP", "GB", "seconds", "bound")}
-    table = [[name, *kind.values(), kind["GFLOP"] / kind["seconds"]] for name, kind in (found | {"all": whole}).items()]
-    title = f"{len(rows)} pairs, {c.dtype}, {c.threads} threads; the machine: {peak:.0f} GFLOP/s, {bandwidth:.1f} GB/s"
-    harness.print_table(["product", "calls", "GFLOP", "GB", "seconds", "bound s", "GFLOP/s"], table, title)
-    harness.finish({"GFLOP_per_s": peak, "GB_per_s": bandwidth, "products": found, "all": whole})
+                (part @ head.T) @ head
+            taken += time.perf_counter() - began
+    return taken
 
 
 def trl(c: Options, rows: list, batch: int, folder: Path) -> dict[str, Any]:
@@ -188,17 +154,18 @@ def in_folder(contestant: Callable[..., dict], c: Options, rows: list, batch: in
 
 
 def measure(contestant: Callable[..., dict], c: Options, rows: list, batch: int = 0) -> dict[str, float]:
-    """What a contestant found; `rate` is pairs a second over all passes, the reference's counted."""
+    """What a contestant found, ours with the floor; `rate` is pairs per second, the reference's pass counted."""
     found = harness.alone(in_folder, contestant, c, rows, batch)
-    found = {key: value for key, value in found.items() if key not in ("log", "products")}
+    del found["log"]
+    if shapes := found.pop("shapes", []):
+        found["floor"] = harness.alone(floor, c, shapes)
+        found["over"] = found["loop"] / found["floor"]
     return found | {"rate": len(rows) * c.epochs / (found["reference"] + found["loop"])}
 
 
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/step.py", description=str(__doc__).split("\n")[0])
     rows = list(importers.import_file("hh-rlhf", c.data, limit=c.pairs).rows)
-    if c.roofline:
-        return roofline(c, rows)
     trials = {batch: measure(trl, c, rows[:8], batch)["rate"] for batch in (1, 2, 4)}
     best = max(trials, key=trials.__getitem__)
     print("TRL, pairs/s on 8 pairs: " + ", ".join(f"batch {b} {rate:.3f}" for b, rate in trials.items()))
@@ -214,11 +181,10 @@ def main() -> None:
     table.append(["floor", "", "", median["ours"]["floor"], ""])
     title = f"{len(rows)} pairs, {c.dtype}, {c.threads} threads, medians of {c.rounds} rounds"
     harness.print_table(["", "pairs/s", "reference s", "loop s", "peak MiB"], table, title)
-    overs = [{"over": one["loop"] / one["floor"]} for one in found["ours"]]
     ratios = {
         "pairs_per_s_over_trl": harness.ratio(found, "ours", "trl", "rate"),
         "peak_memory_over_trl": median["ours"]["peak"] / median["trl"]["peak"],
-        "step_over_floor": harness.medians({"ours": overs})["ours"]["over"],
+        "step_over_floor": median["ours"]["over"],
     }
     settings = {"pairs": len(rows), "dtype": c.dtype, "threads": c.threads, "trl_batch": best}
     harness.finish(settings | {key: round(value, 3) for key, value in ratios.items()} | {"medians": median})

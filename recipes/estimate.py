@@ -7,19 +7,16 @@ the environment. Of the models config.json alone is read, so a folder of configs
 row of the table says what it assumes; what holds for all stands below it (PREMISES).
 """
 
-import json
 import math
 import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -28,7 +25,7 @@ import eval as evaluation
 from hps import config, loading, model, options
 from hps.evaluate import md
 from hps.lab import estimate
-from hps.packing import Block, pack, pieces
+from hps.packing import pack, pieces
 from hps.prepare import generate
 
 GIB = 2**30
@@ -52,8 +49,7 @@ class Options:
     mbu: float = 0.6  # share of it that is reached
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """What is known of a file of rows before it is there."""
 
     prompts: int
@@ -74,20 +70,7 @@ class Stage:
     times: int = 1
 
 
-@dataclass(frozen=True)
-class Model:
-    """Bytes of a model's weights, of its head alone, and of what a full micro-batch holds beside them; FLOPs."""
-
-    weights: int
-    head: int  # 0 where it is the embeddings too
-    activations: int
-    per_token: float
-    per_pair: float  # of a token and one that it sees
-    per_scored: float  # token, by the head
-
-
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Bytes of a model's weights and of what a full micro-batch holds beside them; FLOPs of one row of the data."""
 
     weights: int
@@ -133,17 +116,15 @@ class Recipe:
         self.data[o.output] = Data(prompts, rows.responses + o.n, o.max_prompt_length)
         draws = math.ceil(o.n * generate.OVERSAMPLE)
         of = self.scoring(shape, o.dtype, draws)
-        at_once, remedy = o.max_rows, ""
         if o.engine == "vllm":  # takes its share of the GPU, and decodes what fits into it
-            gpus = o.tensor_parallel
-            room = gpus * VLLM_SHARE * self.c.gpu_gib * GIB - of.weights
-            row = kv_bytes(shape, o.dtype) * (self.c.prompt_tokens + self.c.response_tokens)
-            at_once = max(1, min(VLLM_ROWS, int(room / row)))
-            taken = max(VLLM_SHARE * self.c.gpu_gib * GIB, (of.weights + row) / gpus)
+            gpus, remedy = o.tensor_parallel, ""
+            share, row = VLLM_SHARE * self.c.gpu_gib * GIB, self.kv_bytes(shape, o.dtype, self.c.response_tokens)
+            at_once = max(1, min(VLLM_ROWS, int((gpus * share - of.weights) / row)))
+            taken = max(share, (of.weights + row) / gpus)
         else:
-            decoding = self.decoding_bytes(o, draws, o.max_prompt_length, shape)
+            at_once, decoding = o.max_rows, decoding_bytes(o, draws, o.max_prompt_length, shape)
             taken, remedy = of.weights + decoding, self.fewer_rows(o, of.weights, decoding)
-        hours = self.decoding_hours(of, prompts * draws / gpus, min(at_once, prompts * draws), shape, o.dtype, draws)
+        hours = self.decoding_hours(of, prompts, draws, at_once, shape, o.dtype) / gpus
         about = f"{draws} draws per prompt for {o.n} that end and differ, {at_once} rows at once{remedy}"
         return Stage(f"candidates, {o.engine}", gpus, taken, prompts * draws * self.c.response_tokens, hours, about)
 
@@ -151,63 +132,57 @@ class Recipe:
         """Rewards: a forward of each prompt with all its responses."""
         rows = self.data[o.output] = self.rows_of(o.input)
         of = self.scoring(self.shape(o.scorer), o.dtype, rows.responses, o.tokens_per_micro_batch, reward=True)
-        tokens, hours = self.tokens(rows), self.hours(rows.prompts * of.flops / gpus)
+        tokens, hours = rows.prompts * self.tokens(rows.responses), self.hours(rows.prompts * of.flops / gpus)
         about = f"{rows.responses} responses per prompt, which is read once per {o.tokens_per_micro_batch} tokens"
         return Stage("rewards", gpus, of.weights + of.activations, tokens, hours, about)
 
     def train(self, o: options.Config, gpus: int) -> Stage:
         """A training run, as `hps.lab.estimate` has it."""
-        c, rows = self.c, self.rows_of(o.data)
+        rows, preference = self.rows_of(o.data), o.loss == "preference"
         self.start[f"{o.out}/policy"] = o.model
         _, sampler = o.method.split("-")
         n = min(o.candidates or rows.responses, rows.responses)
         drawn = {"hps": 1 + o.hps_samples, "uniform": 1 + o.hps_samples, "pl": min(o.pl_responses or n, n)}
-        name, responses = f"training, {sampler}", n if o.hps_form == "full" else drawn.get(sampler, 2)
-        if o.loss != "preference":
-            name, responses = f"training, {o.loss}", {"sft": 1}.get(o.loss, 2)
+        responses = n if o.hps_form == "full" else drawn.get(sampler, 2)
+        responses = responses if preference else {"sft": 1}.get(o.loss, 2)
         known = {field.name for field in fields(estimate.Options)}
-        method = f"dpo-{sampler}"  # whatever the loss, which costs next to nothing
-        how = {key: value for key, value in (vars(o) | vars(c)).items() if key in known}
-        how |= dict(method=method, shape=self.shape(o.model), world_size=gpus, responses=responses)
-        found = step(json.dumps(how))
-        flops = rows.prompts * (o.epochs * found["visit"] + (found["reference"] if o.loss == "preference" else 0))
-        tokens = rows.prompts * o.epochs * (c.prompt_tokens + responses * c.response_tokens)
-        about = f"{o.epochs} epochs"
-        about += "; the reference's log-probs, which runs share, counted for each" * (o.loss == "preference")
+        how = {key: value for key, value in (vars(o) | vars(self.c)).items() if key in known}
+        how |= dict(shape=self.shape(o.model), world_size=gpus, responses=responses)
+        how |= dict(method=f"dpo-{sampler}")  # whatever the loss, which costs next to nothing
+        found = step(**how)
+        flops = rows.prompts * (o.epochs * found["visit"] + found["reference"] * preference)
+        about = f"{o.epochs} epochs" + "; the reference's log-probs, which runs share, counted for each" * preference
         about += "" if found["fits"] else f"; {estimate.remedy(estimate.Options(**how), found)}"
-        return Stage(name, gpus, found["bytes_per_rank"]["total"], tokens, self.hours(flops / gpus), about)
+        tokens, name = rows.prompts * o.epochs * self.tokens(responses), sampler if preference else o.loss
+        taken = found["bytes_per_rank"]["total"]
+        return Stage(f"training, {name}", gpus, taken, tokens, self.hours(flops / gpus), about)
 
     def eval(self, o: evaluation.Config, gpus: int) -> Stage:
         """Log-probs of all candidates, KL on the winner; samples, the reference's log-probs of these, and rewards."""
         rows, policy, ref = self.rows_of(o.data), self.shape(o.model), self.shape(o.reference)
-        prompts = min(rows.prompts, o.limit or rows.prompts)
-        of = self.scoring(policy, o.dtype, rows.responses, o.tokens_per_micro_batch)
-        winner = self.scoring(policy, o.dtype, 1, o.tokens_per_micro_batch)
-        per_prompt, tokens = of.flops + 2 * winner.flops, prompts * self.tokens(replace(rows, prompts=1))
+        prompts, budget = min(rows.prompts, o.limit or rows.prompts), o.tokens_per_micro_batch
+        of, winner = (self.scoring(policy, o.dtype, k, budget) for k in (rows.responses, 1))
+        flops, tokens = of.flops + 2 * winner.flops, self.tokens(rows.responses)
         if (ref, o.data) not in self.scored:
             self.scored.add((ref, o.data))
-            per_prompt += of.flops
-        other = self.scoring(ref, o.dtype, 1, o.tokens_per_micro_batch)
-        beside = of.weights + other.weights
-        taken, hours = beside + of.activations, self.hours(prompts * per_prompt / gpus)
-        about = "the reference's log-probs once per data"
+            flops += of.flops
+        beside = of.weights + self.scoring(ref, o.dtype, 1, budget).weights
+        taken, about, decoded = beside + of.activations, "the reference's log-probs once per data", 0.0
         if o.samples:
-            drawn, by_ref = (self.scoring(m, o.dtype, o.samples, o.tokens_per_micro_batch) for m in (policy, ref))
-            rows_at_once = min(o.max_rows, prompts * o.samples)
-            how = (rows_at_once, policy, o.dtype, o.samples)
-            hours += self.decoding_hours(drawn, prompts * o.samples / gpus, *how)
-            tokens += prompts * o.samples * self.c.response_tokens
+            drawn, by_ref = (self.scoring(shape, o.dtype, o.samples, budget) for shape in (policy, ref))
+            decoded = self.decoding_hours(drawn, prompts, o.samples, o.max_rows, policy, o.dtype)
+            tokens += o.samples * self.c.response_tokens
+            flops += by_ref.flops
             about += f"; {o.samples} samples per prompt, {o.max_rows} rows at once"
-            hours += self.hours(prompts * by_ref.flops / gpus)
             if o.scorer != "none":
-                how = (o.scorer_dtype, o.samples, o.tokens_per_micro_batch)
-                judge = self.scoring(self.shape(o.scorer), *how, reward=True)
-                hours += self.hours(prompts * judge.flops / gpus)
+                judge = self.scoring(self.shape(o.scorer), o.scorer_dtype, o.samples, budget, reward=True)
+                flops += judge.flops
                 taken = max(taken, judge.weights + judge.activations)  # the others have left by then
-            decoding = self.decoding_bytes(o, o.samples, rows.longest or o.max_length, policy)
+            decoding = decoding_bytes(o, o.samples, rows.longest or o.max_length, policy)
             about += self.fewer_rows(o, beside, decoding)
             taken = max(taken, beside + decoding)
-        return Stage("evaluation", gpus, taken, tokens, hours, about)
+        hours = (self.hours(prompts * flops) + decoded) / gpus
+        return Stage("evaluation", gpus, taken, prompts * tokens, hours, about)
 
     # -- what they are made of --
 
@@ -222,39 +197,33 @@ class Recipe:
             path = self.start[path]
         return path
 
-    def tokens(self, rows: Data) -> int:
-        return rows.prompts * (self.c.prompt_tokens + rows.responses * self.c.response_tokens)
+    def tokens(self, responses: int) -> int:
+        return self.c.prompt_tokens + responses * self.c.response_tokens
 
     def hours(self, flops: float) -> float:
         return flops / (self.c.tflops * 1e12 * self.c.mfu) / 3600
 
     def scoring(self, shape: str, dtype: str, responses: int, budget: int = 4096, reward: bool = False) -> Cost:
-        P, Y = self.c.prompt_tokens, self.c.response_tokens
-        with loading.explain_load_errors("model", shape):
-            found = measured(shape, dtype, budget)
-        flops = 0.0
-        for piece in pieces(block(P, Y, responses), tokens=budget):
-            k = len(piece.responses)
-            flops += found.per_token * len(piece) + found.per_pair * pairs(P, Y, k)
-            flops += 0 if reward else found.per_scored * k * Y
-        return Cost(found.weights - (found.head if reward else 0), found.activations, flops)
+        """Of a prompt with so many responses."""
+        lengths = self.c.prompt_tokens, self.c.response_tokens
+        weights, beside, _ = forward(shape, dtype, budget // 2, budget - budget // 2, 1, reward)
+        parts = pieces(estimate.block(*lengths, responses), tokens=budget)
+        return Cost(weights, beside, sum(forward(shape, dtype, *lengths, len(p.responses), reward)[2] for p in parts))
 
-    def decoding_bytes(self, o: Any, draws: int, longest: int, shape: str) -> int:
-        """Keys and values of hps.prepare.decode: max_new_tokens of each row, a prompt once for all its rows; and three
-        of the rows' logits, fp32, while a token is drawn."""
-        cached = o.max_rows * o.max_new_tokens + math.ceil(o.max_rows / draws) * longest
-        return kv_bytes(shape, o.dtype) * cached + 3 * 4 * o.max_rows * about(shape).get_text_config().vocab_size
+    def kv_bytes(self, shape: str, dtype: str, response_tokens: float) -> float:
+        """Keys and values of a prompt with so much of a response."""
+        return kv_bytes(shape, dtype) * (self.c.prompt_tokens + response_tokens)
 
     def fewer_rows(self, o: Any, beside: float, decoding: float) -> str:
         """What makes decoding fit into the GPU beside so many bytes, if it does not."""
         rows = int(o.max_rows * (self.c.gpu_gib * GIB - beside) / decoding)
         return "" if rows >= o.max_rows else f"; --max_rows {rows} fits" if rows > 0 else "; no --max_rows fits"
 
-    def decoding_hours(self, of: Cost, draws: float, rows: float, shape: str, dtype: str, per_prompt: int) -> float:
-        """Of `draws` responses, so many rows at once; of.flops are those of scoring `per_prompt` of them."""
-        read = of.weights / rows + kv_bytes(shape, dtype) * (self.c.prompt_tokens + self.c.response_tokens / 2)
-        bound = draws * self.c.response_tokens * read / (self.c.gb_per_s * 1e9 * self.c.mbu) / 3600
-        return max(bound, self.hours(of.flops * draws / per_prompt))
+    def decoding_hours(self, of: Cost, prompts: int, draws: int, at_once: int, shape: str, dtype: str) -> float:
+        """Of so many draws per prompt, `at_once` of all; of.flops are those of scoring a prompt's."""
+        rows, tokens = prompts * draws, prompts * draws * self.c.response_tokens
+        read = of.weights / min(at_once, rows) + self.kv_bytes(shape, dtype, self.c.response_tokens / 2)
+        return max(tokens * read / (self.c.gb_per_s * 1e9 * self.c.mbu) / 3600, self.hours(of.flops * prompts))
 
 
 @cache
@@ -274,54 +243,53 @@ def kv_bytes(shape: str, dtype: str) -> int:
     return 2 * c.num_hidden_layers * heads * width * model.DTYPES[dtype].itemsize
 
 
+def decoding_bytes(o: Any, draws: int, longest: int, shape: str) -> int:
+    """Keys and values of hps.prepare.decode: max_new_tokens of each row, a prompt once for all its rows; and three of
+    the rows' logits, fp32, while a token is drawn."""
+    cached = o.max_rows * o.max_new_tokens + math.ceil(o.max_rows / draws) * longest
+    return kv_bytes(shape, o.dtype) * cached + 3 * 4 * o.max_rows * about(shape).get_text_config().vocab_size
+
+
 @cache
-def measured(shape: str, dtype: str, budget: int) -> Model:
-    """A causal language model's forwards without gradients, on tensors without content."""
+def unfilled(shape: str, dtype: str) -> tuple[model.PolicyModel, FakeTensorMode]:
+    """A causal language model on tensors without content, and their mode."""
     from transformers import AutoModelForCausalLM
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with estimate.unrun(estimate.Options(world_size=1)):
-        with torch.device("meta"):
-            how = dict(dtype=model.DTYPES[dtype], trust_remote_code=False)
-            lm = AutoModelForCausalLM.from_config(about(shape), **how).eval()
-        net, flops, most = model.PolicyModel(lm), [], estimate.Tracker()
-        how = dict(pad_id=0, share_prompt=not net.padded)
-        with fake, torch.no_grad():
-            net.to_empty(device="cpu")
-            lm.tie_weights()
-            for length in (8, 16):  # two equations: so much per token, so much per pair
-                with (counted := estimate.Tracker()):
-                    net.hidden(pack([block(length, length, 1)], **how))
-                flops.append(counted.counter.get_total_flops())
-            most.track_external(*net.parameters(), *net.buffers())
-            (held,) = most.get_tracker_snapshot().values()
-            with most:
-                net(pack([block(budget // 2, budget - budget // 2, 1)], **how))
-    (peak,) = most.get_tracker_snapshot("peak").values()
-    per_pair = (flops[1] - 2 * flops[0]) / (pairs(16, 16, 1) - 2 * pairs(8, 8, 1))
-    per_token = (flops[0] - per_pair * pairs(8, 8, 1)) / 16
-    own_head = 0 if net.head is lm.get_input_embeddings().weight else net.head.numel() * net.head.itemsize
-    return Model(held["Total"], own_head, peak["Total"] - held["Total"], per_token, per_pair, 2 * net.head.numel())
-
-
-def block(prompt: int, response: int, responses: int) -> Block:
-    return Block(np.zeros(prompt, np.int64), (np.zeros(response, np.int64),) * responses)
-
-
-def pairs(prompt: int, response: int, responses: int) -> int:
-    """Of a token and one that it sees, itself among them."""
-    return prompt * (prompt + 1) // 2 + responses * (response * prompt + response * (response + 1) // 2)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(about(shape), dtype=model.DTYPES[dtype], trust_remote_code=False).eval()
+    with fake:
+        lm.to_empty(device="cpu").tie_weights()
+    return model.PolicyModel(lm), fake
 
 
 @cache
-def step(how: str) -> dict[str, Any]:
-    """`estimate.step` of the options in JSON, each kind of run once."""
-    o = estimate.Options(**json.loads(how))
-    with loading.explain_load_errors("model", o.shape):
-        return estimate.step(o)
+def forward(shape: str, dtype: str, prompt: int, response: int, count: int, reward: bool) -> tuple[int, int, float]:
+    """Bytes of a model's weights and of what a forward of `count` responses to a prompt without gradients holds beside
+    them, and its FLOPs; of a reward model all but the head."""
+    tracker = estimate.Tracker()
+    with loading.explain_load_errors("model", shape), estimate.unrun(estimate.Options(world_size=1)):
+        net, fake = unfilled(shape, dtype)
+        with fake, torch.no_grad():
+            tracker.track_external(*net.parameters(), *net.buffers())
+            (held,) = tracker.get_tracker_snapshot().values()
+            packed = pack([estimate.block(prompt, response, count)], pad_id=0, share_prompt=not net.padded)
+            with tracker:
+                net.hidden(packed) if reward else net(packed)
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    tied = net.head is net.causal_lm.get_input_embeddings().weight
+    head = 0 if tied or not reward else net.head.nbytes
+    return held["Total"] - head, peak["Total"] - held["Total"], tracker.counter.get_total_flops()
 
 
-def commands(recipe: str) -> Iterator[list[str]]:
+@cache
+def step(**how: Any) -> dict[str, Any]:
+    """`estimate.step` of these options, each kind of run once."""
+    with loading.explain_load_errors("model", how["shape"]):
+        return estimate.step(estimate.Options(**how))
+
+
+def commands(recipe: str) -> list[list[str]]:
     """The words of each command that a recipe would run from its beginning."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"PYTHON": "echo", "OUT": f"{folder}/run", "PLAN": ""}
@@ -331,7 +299,7 @@ def commands(recipe: str) -> Iterator[list[str]]:
             raise ValueError(f"--recipe {recipe} cannot be run: {error}") from error
     if done.returncode:
         raise ValueError(f"{recipe}: {done.stderr.strip()}")
-    yield from map(shlex.split, done.stdout.splitlines())
+    return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
 def stages(c: Options) -> list[Stage]:
@@ -340,25 +308,23 @@ def stages(c: Options) -> list[Stage]:
         raise ValueError(f"{wrong[0]} must be positive")
     recipe, found = Recipe(c), {}
     for one in filter(None, map(recipe.stage, commands(c.recipe))):
-        if (same := found.get((one.name, one.gpus, one.assumes))) is None:
-            found[one.name, one.gpus, one.assumes] = one
-        else:
+        same = found.setdefault((one.name, one.gpus, one.assumes), one)
+        if same is not one:
             same.times, same.bytes = same.times + 1, max(same.bytes, one.bytes)
             same.tokens, same.hours = same.tokens + one.tokens, same.hours + one.hours
     return list(found.values())
 
 
 def table(c: Options, found: list[Stage]) -> str:
-    rows = [
-        [x.name, str(x.times), str(x.gpus), f"{x.bytes / GIB:.1f}{' **too much**' * (x.bytes > c.gpu_gib * GIB)}",
-         f"{x.tokens / 1e6:,.1f}", f"{x.hours:,.2f}", f"{x.hours * x.gpus:,.2f}", x.assumes]
-        for x in found
-    ]  # fmt: skip
-    hours, gpu_hours = sum(x.hours for x in found), sum(x.hours * x.gpus for x in found)
-    tokens = sum(x.tokens for x in found)
-    rows.append(
-        ["all", "", "", "", f"{tokens / 1e6:,.1f}", f"{hours:,.2f}", f"{gpu_hours:,.2f}", "one after the other"]
-    )
+    def row(name: str, times: str, gpus: str, gib: str, some: list[Stage], assumes: str) -> list[str]:
+        sums = sum(x.tokens for x in some) / 1e6, sum(x.hours for x in some), sum(x.hours * x.gpus for x in some)
+        return [name, times, gpus, gib, f"{sums[0]:,.1f}", f"{sums[1]:,.2f}", f"{sums[2]:,.2f}", assumes]
+
+    rows = []
+    for x in found:
+        gib = f"{x.bytes / GIB:.1f}{' **too much**' * (x.bytes > c.gpu_gib * GIB)}"
+        rows.append(row(x.name, str(x.times), str(x.gpus), gib, [x], x.assumes))
+    rows.append(row("all", "", "", "", found, "one after the other"))
     header = ["stage", "times", "GPUs", "GiB of a GPU", "M tokens", "hours", "GPU hours", "assumes"]
     return f"{md.table(header, rows)}\n\n{md.wrapped(PREMISES.format(c=c))}"
 

@@ -135,22 +135,23 @@ def build(c: Options, ranks: dist.Ranks, fake: FakeTensorMode) -> model.PolicyMo
     return policy
 
 
-def block(c: Options, responses: int) -> Block:
-    return Block(np.zeros(c.prompt_tokens, np.int64), (np.zeros(c.response_tokens, np.int64),) * responses)
+def block(prompt: int, response: int, responses: int) -> Block:
+    return Block(np.zeros(prompt, np.int64), (np.zeros(response, np.int64),) * responses)
 
 
 def scored_once(c: Options) -> list[Block]:
     """The blocks in which a prompt's responses are scored for the cache, each once: a sampler that draws meets the best
     one and, at most, other opponents in every epoch; BT and PL meet the same ones."""
     drawn = c.epochs if c.method.split("-")[-1] in ("hps", "uniform") else 1
-    whole = block(c, 1 + drawn * (c.responses - 1))
+    whole = block(c.prompt_tokens, c.response_tokens, 1 + drawn * (c.responses - 1))
     return pieces(whole, tokens=c.tokens_per_micro_batch, share_prompt=c.share_prompt)
 
 
 def step(c: Options) -> dict[str, Any]:
     """A step of train.py after its first: bytes of rank 0 by part at the moment when they are most; parameters; FLOPs
     of a visit, and of what the reference scores of a prompt."""
-    visit, how = block(c, c.responses), dict(budget=c.tokens_per_micro_batch, share_prompt=c.share_prompt)
+    visit = block(c.prompt_tokens, c.response_tokens, c.responses)
+    how = dict(budget=c.tokens_per_micro_batch, share_prompt=c.share_prompt)
     shares = micro_batches([visit] * c.prompts_per_step, world_size=c.world_size, **how)[0]
     most = max(map(len, shares))  # blocks of the largest micro-batch
     fake = FakeTensorMode(allow_non_fake_inputs=True)
