@@ -84,9 +84,9 @@ def parse(
     given, unknown = parser.parse_known_args(words)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        name = flag.lstrip("-")
-        what = f"unknown option {flag}{nearest(name, kinds)}" if name != flag else f"unexpected {unknown[0]!r}"
-        raise ValueError(f"command line: {what}; options are written --key value (see --help)")
+        near = meant(flag.lstrip("-"), [*kinds, "config"], "--")
+        what = f"unknown option {flag}{near}" if flag[:1] == "-" else f"unexpected {unknown[0]!r}."
+        raise ValueError(f"command line: {what} Options are written --key value (see --help)")
     flags = vars(given)
     if twice := [name for name, texts in flags.items() if len(texts) > 1]:
         raise ValueError(f"command line: --{twice[0]} is given twice: keep one")
@@ -123,7 +123,7 @@ def read_toml(path: Path, kinds: dict[str, type], foreign: bool) -> dict[str, An
         if key in kinds:
             values[key] = convert(value, kinds[key], where)
         elif not foreign:
-            raise ValueError(f"{where}: unknown key {key}{nearest(key, kinds)} (see --help)")
+            raise ValueError(f"{where}: unknown key {key}{meant(key, kinds)} See --help")
     return values
 
 
@@ -148,12 +148,10 @@ ELSEWHERE |= {"dataset_name": "data", "per_device_train_batch_size": "prompts_pe
 ELSEWHERE |= {"lora_r": "lora_rank", "lora_target_modules": "lora_targets", "report_to": "log_to", "bf16": "dtype"}
 
 
-def nearest(name: str, names: Collection[str]) -> str:
-    """What an unknown option may have meant, by another program's name of it or by its letters."""
-    name = name.lower().replace("-", "_")
-    found = [ELSEWHERE.get(name, "")] if ELSEWHERE.get(name) in names else []
-    found += difflib.get_close_matches(name, [*names, "config"], n=1, cutoff=0.7)
-    return f": the nearest is --{found[0]}" if found else ""
+def meant(word: str, known: Collection[str], prefix: str = "") -> str:
+    """What an unknown word may have meant, by another program's name of an option or by its letters."""
+    found = [*({ELSEWHERE.get(word.lower())} & {*known}), *difflib.get_close_matches(word.lower(), known, n=1)]
+    return f": did you mean {prefix}{found[0]}?" if found else "."
 
 
 # ------------------------------------------------------------------------------------------------ what scripts share
@@ -169,9 +167,8 @@ def check_choices(config: Any, **known: Collection[str]) -> None:
     """Raise ValueError for an option of `config` whose value is not among its known ones."""
     for name, values in known.items():
         if (value := getattr(config, name)) not in values:
-            near = difflib.get_close_matches(value, values, n=1)
-            meant = f": did you mean {near[0]}? Choose" if near else "; choose"
-            raise ValueError(f"{name} = {value!r} does not exist{meant} one of {', '.join(values)}")
+            near = meant(value, values)
+            raise ValueError(f"{name} = {value!r} does not exist{near} Choose one of {', '.join(values)}")
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -1,7 +1,6 @@
 """What a method is made of, and which options a run of it uses: what follows from the options of train.py alone."""
 
 import dataclasses
-import difflib
 import math
 import warnings
 from pathlib import Path
@@ -106,11 +105,10 @@ def check_method(method: str) -> None:
     known = [f"{x}-{sampler}" for x in everything for sampler in (["pl"] if x in with_pl_only else SAMPLERS)]
     if method not in known:
         full = f"{method}-hps" if method in everything else f"dpo-{method}" if method in SAMPLERS else method
-        near = difflib.get_close_matches(full, known, n=1)
         raise ValueError(
-            f"method = {method!r} does not exist{f': did you mean {near[0]}?' if near else '.'} A method is "
-            f"LOSS-SAMPLER. Losses: {', '.join(x for x in everything if x not in with_pl_only)}; with pl "
-            f"only: {', '.join(with_pl_only)}. Samplers: {', '.join(SAMPLERS)}"
+            f"method = {method!r} does not exist{config.meant(full, known)} A method is LOSS-SAMPLER. Losses: "
+            f"{', '.join(x for x in everything if x not in with_pl_only)}; with pl only: {', '.join(with_pl_only)}. "
+            f"Samplers: {', '.join(SAMPLERS)}"
         )
 
 

@@ -79,15 +79,15 @@ def test_a_flag_of_each_type(argv, name, value):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--cofig=a.toml"], "--cofig: the nearest is --config"),
-        (["--METHOD", "x"], "--METHOD: the nearest is --method"),
-        (["--zzz", "x"], "unknown option --zzz; options are written"),  # no absurd guess
+        (["--cofig=a.toml"], "--cofig: did you mean --config?"),
+        (["--METHOD", "x"], "--METHOD: did you mean --method?"),
+        (["--zzz", "x"], "unknown option --zzz. Options are written"),  # no absurd guess
         (["--max_length", str(2**63)], f"--max_length {2**63}: expected a whole number of 64 bits"),
         (["--lr", "1e999"], "--lr 1e999: expected a finite number"),
         (["--shuffle", "1"], "--shuffle 1: expected true or false"),
         (["--method", "--lr", "1"], "--method: expected one argument (--key=VALUE when it begins with -)"),
         (["--files"], "--files: expected at least one argument"),
-        (["-lr", "1"], "unknown option -lr: the nearest is --lr"),
+        (["-lr", "1"], "unknown option -lr: did you mean --lr?"),
     ],
 )
 def test_mistakes_on_the_command_line(argv, words):
@@ -100,7 +100,7 @@ def test_mistakes_on_the_command_line(argv, words):
 @pytest.mark.parametrize(
     ("text", "place", "words"),
     [
-        ("lr = 1\n\nmax_lenght = 5\n", "3: max_lenght = 5", "unknown key max_lenght: the nearest is --max_length"),
+        ("lr = 1\n\nmax_lenght = 5\n", "3: max_lenght = 5", "unknown key max_lenght: did you mean max_length?"),
         ("# lr = 3\nlr = 'max_length'\n", "2: lr = 'max_length'", "expected a finite number"),
         ("lr = nan\n", "1: lr = nan", "expected a finite number"),
         ("lr = " + "9" * 400, "1: lr = 999", "expected a finite number"),
@@ -179,4 +179,4 @@ def test_a_typo_is_told_before_torch_is_loaded(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was loaded')")
     command = [sys.executable, str(ROOT / "train.py"), "--datta=x"]
     found = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)
-    assert found.returncode == 2 and "the nearest is --data;" in found.stderr
+    assert found.returncode == 2 and "did you mean --data?" in found.stderr

@@ -332,7 +332,7 @@ def test_the_command(tmp_path, capsys):
     assert of_run["ranges"] == cut["ranges"] and of_run["q"][0]["gamma"] == -2
     assert run(model, path, capsys, "--config", str(config), "--max_length=99")["ranges"] == whole["ranges"]
     config.write_text("gama_start = -2.0")
-    with pytest.raises(ValueError, match="unknown key gama_start: the nearest is --gamma_start"):
+    with pytest.raises(ValueError, match="unknown key gama_start: did you mean gamma_start"):
         run(model, path, capsys, f"--config={config}")
     write(path, [Row("a", "why", ("tea", "is"), (1.0, 1.0))])
     with pytest.raises(SystemExit, match="^1$"):
