@@ -21,14 +21,8 @@ def turns(*contents, roles=("system", "user", "assistant", "user")):
 def test_every_turn_is_found_in_order_or_named():
     """A loss shows for the letter "a" as well, which stands somewhere in what any template writes."""
     asked = turns("a", "b", "c", "a</s>b")
-    keeps = ("{{ m.content }}", "{{ m.content | trim }}", "{{ m.content | tojson }}")
-    for template in (CHAT.replace("{{ m.content }}", kept) for kept in keeps):
-        encode_prompt(byte_tokenizer(chat_template=template), turns(" a ", '"b"\n\u00e9', "c", "a"))
     first = "{% for m in messages if m.role == 'user' %}{% if loop.first %}{{ messages[0].content }}{% endif %}"
-    system_later = CHAT.replace("{% for m in messages %}", "{% for m in messages[1:2] + messages[:1] + messages[2:] %}")
-    encode_prompt(byte_tokenizer(chat_template=system_later), asked)
     for template, told in (
-        (CHAT.replace("in messages", "in messages if m.role != 'system'"), r"leaves out what prompt\[0\], .*'system'"),
         (CHAT.replace("in messages", "in messages[:2] + messages[3:]"), r"leaves out what prompt\[2\], .*'assistant'"),
         (CHAT.replace("in messages", "in messages | reverse"), r"moves to another place what prompt\[1\]"),
         (

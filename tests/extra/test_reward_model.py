@@ -39,8 +39,7 @@ def alone(lm: nn.Module, blocks: list[Block]) -> torch.Tensor:
     return torch.stack(rewards).view(len(blocks), -1)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
-@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize(("name", "labels"), [("llama", 1), ("qwen2", 3), ("gpt2", 1)])
 def test_packed_rewards_equal_transformers(name, labels):
     """Values and weight gradients; with several labels the mean; 0 where a prompt has fewer responses."""
     lm, blocks = tiny(name, labels), blocks_of(3)
@@ -94,7 +93,6 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
     policy.peft_config["default"].base_model_name_or_path = str(tmp_path / "lm")
     policy.save_pretrained(tmp_path / "policy")
     for path, message in {
-        tmp_path / "two": "two has 2 labels where a reward model has one.*--objectives mean",
         "nowhere/at-all": "cannot load the reward model 'nowhere/at-all'",
         tmp_path / "policy": "is the adapter of a policy, not of a reward model",
     }.items():
