@@ -105,8 +105,8 @@ FITS = (  # beside docs/MISTAKES.md: what is in line 2; commands and options tha
     ({}, ASKERS, dict(model="empty"), LOADED + "empty': this folder holds no tokenizer.json that can be read ("),
     ({}, ASKERS, dict(model="file"), LOADED + "file': this is a file; name the folder of a model"),
     ({}, ("annotate",), dict(scorer="two-labels"),
-     "cannot load the reward model '{folders}/two-labels': {folders}/two-labels has 2 labels where a reward model has one: is it a classifier? If they "
-     "are objectives, say which is the reward, --objectives mean, LABEL_0, LABEL_1"),
+     "cannot load the reward model '{folders}/two-labels': {folders}/two-labels has 2 labels where a reward model has "
+     "one: is it a classifier? If they are objectives, say which is the reward, --objectives mean, LABEL_0, LABEL_1"),
     ({"prompt": TALK}, ("annotate",), dict(scorer="scorer-no-template"),
      "{path}:2: the prompt is a list of messages but the tokenizer has no chat template"),
     ({}, ("annotate",), dict(scorer="world-est"), "{path}:1: this world cannot read the prompt 'why': score only its "),
