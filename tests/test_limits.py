@@ -40,7 +40,6 @@ ARCHITECTURES = {
     "olmo2": (lambda: T.Olmo2Config(**KV), True),
     "qwen3_moe": (lambda: T.Qwen3MoeConfig(**HEADS, **EXPERTS), True),
     "cohere": (lambda: T.CohereConfig(**KV), False),  # scaled logits
-    "granite": (lambda: T.GraniteConfig(**KV, logits_scaling=2.0), False),
     "gemma2": (lambda: T.Gemma2Config(**HEADS, final_logit_softcapping=2.0), False),
     "gemma2, scores alone": (lambda: T.Gemma2Config(**HEADS, final_logit_softcapping=None), False),
     "gemma3": (
@@ -57,8 +56,6 @@ ARCHITECTURES = {
     "gpt_oss": (lambda: T.GptOssConfig(**HEADS, num_local_experts=4, num_experts_per_tok=2), False),  # sinks
     "deepseek_v3": (lambda: T.DeepseekV3Config(**SIZES, **MLA), False),
     "falcon": (lambda: T.FalconConfig(**SIZES, alibi=True), False),
-    "bloom": (lambda: T.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4), False),
-    "stablelm": (lambda: T.StableLmConfig(**KV), False),
     "lfm2": (lambda: T.Lfm2Config(**KV, layer_types=["conv", "full_attention"]), False),
     "qwen3_next": (lambda: T.Qwen3NextConfig(**HEADS, **EXPERTS, **LINEAR), False),
     "mamba": (lambda: T.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=8), False),

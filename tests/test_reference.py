@@ -110,6 +110,21 @@ def test_a_missing_entry_is_an_error(tmp_path, monkeypatch):
         reference.fill(open_at(tmp_path), PolicyModel(tiny("llama")), blocks_of(1), **HOW)
 
 
+def test_a_shard_of_what_is_no_log_prob_is_refused(tmp_path):
+    cache, keys = open_at(tmp_path), np.eye(2, 16, dtype=np.uint8)
+    wrong = [(keys, np.array([-1.5, x], np.float32)) for x in (np.nan, np.inf, -np.inf, 0.5)]
+    wrong += [
+        (keys, np.array([-1.5, -2.0])),
+        (np.eye(2, 8, dtype=np.uint8), np.float32([-1.5, -2])),
+        (keys, np.float32([[-1.5, -2]])),
+    ]
+    for shard in wrong:
+        name = put(cache, *shard)
+        with pytest.raises(ValueError, match=f"{cache}/{name}.* holds values that are not log-probs"):
+            lookup(cache, blocks_of(1))
+        (cache / f"{name}.safetensors").unlink()
+
+
 def test_a_reference_that_gives_nan_is_refused(tmp_path):
     lm = tiny("llama")
     lm.model.embed_tokens.weight.data[:] = torch.nan

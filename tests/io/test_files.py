@@ -1,10 +1,8 @@
 """Files appear whole or not at all, records and sums tell when they were corrupted, and a lock says who holds it."""
 
 import errno
-import multiprocessing
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -154,29 +152,3 @@ def test_stale_temporaries_go_and_other_files_stay(tmp_path):
     assert names(tmp_path) == ["a", *others]
     files.remove_stale_temporaries(tmp_path)
     assert names(tmp_path) == ["a", "a.json", "c", "mine.tmp"]
-
-
-def hold(path: Path, ready) -> None:
-    with files.lock(path, what="a test", advice="wait"):
-        ready.set()
-        time.sleep(60)
-
-
-def test_a_lock_says_who_holds_it_and_goes_with_it(tmp_path):
-    path, context = tmp_path / "lock", multiprocessing.get_context("fork")
-    ready = context.Event()
-    holder = context.Process(target=hold, args=(path, ready))
-    holder.start()
-    try:
-        assert ready.wait(20)
-        with pytest.raises(ValueError) as caught, files.lock(path, what="another", advice="wait, or do that"):
-            pass
-        assert f"{tmp_path}: a test by process {holder.pid} on " in str(caught.value)
-        assert str(caught.value).endswith(" is at work here; wait, or do that")
-    finally:
-        holder.kill()  # which leaves the file and not the lock
-        holder.join()
-    assert path.exists()
-    with files.lock(path, what="the next", advice=""):
-        assert path.read_text().startswith(f"the next by process {os.getpid()}")
-    assert not path.exists()
