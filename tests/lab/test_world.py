@@ -124,14 +124,6 @@ def test_train_reward_follows_the_true_one_in_a_prompt():
     assert statistics.stdev(noise) == pytest.approx(0.4, rel=0.06)
 
 
-def test_every_sentence_has_one_meaning():
-    """As many sentences as ways to fill every phrasing with everything that fits: none stands for two meanings."""
-    others = [len(texts) * len(lab.CONTENTS.get(kind, [""])) for kind, texts in lab.PHRASINGS.items() if kind != "fact"]
-    claims = sum(map(len, lab.VALUES.values())) * (1 + len(lab.ENTITIES))  # "its ..." and "the ... of the ..."
-    assert len(WORLD.meaning) == sum(others) + claims
-    assert WORLD.meaning["the size of the lamp is small ."] == ("fact", ("lamp", "size", "small"))
-
-
 def test_words_out_of_order_are_junk():
     said = {text: text.split()[:-1] for text in WORLD.meaning}
     assert all(WORLD.junk_fraction(" ".join([*reversed(words), "."])) == 1.0 for words in said.values())
@@ -233,37 +225,23 @@ def test_tokenizer_round_trip(tmp_path):
             loaded.apply_chat_template([{"role": "system", "content": "x"}], tokenize=False)
 
 
-def test_model_is_small_and_follows_its_seed_only():
-    tokenizer = build_tokenizer(WORLD)
-    before = torch.random.get_rng_state()
-    one, same, different = (new_model(tokenizer, seed=s) for s in (0, 0, 1))
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert sum(p.numel() for p in one.parameters()) == 175_424
-    weights = [m.model.layers[0].mlp.up_proj.weight for m in (one, same, different)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    for config in (one.config, one.generation_config):
-        assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
-
-
 # -- data set --
 
 
-@pytest.mark.parametrize("domain", ["safe", "both"])
-def test_written_data(tmp_path, domain):
-    sizes = {"train": 60, "valid": 20, "test": 40}
-    about = write(tmp_path, seed=5, domain=domain, **sizes, demonstrations=400)
+def test_written_data(tmp_path):
+    sizes, parts = {"train": 60, "valid": 20, "test": 40}, ("help", "safe")
+    about = write(tmp_path, seed=5, domain="both", **sizes, demonstrations=400)
     told = json.loads((tmp_path / "world.json").read_text())
     assert about == {key: value for key, value in told.items() if key != "checksum"}
     sums = about.pop("files")
-    assert about == {"seed": 5, "domain": domain, **sizes, "sft": 400}
-    parts = ("help", "safe") if domain == "both" else ()
+    assert about == {"seed": 5, "domain": "both", **sizes, "sft": 400}
     names = {"model", "world.json"} | {f"{split}.jsonl" for split in (*sizes, "sft")}
     names |= {f"{split}-{part}.jsonl" for split in sizes for part in parts}
     assert {p.name for p in tmp_path.iterdir()} == names  # and no temporary file is left
     assert {name.split("/")[0] for name in sums} | {"world.json"} == names
     assert all(sha == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name, sha in sums.items())
 
-    world, asked, ids, share = World(5), {}, [], len(parts) / 4  # of rows that are of help
+    world, asked, ids = World(5), {}, []
     for split, size in {**sizes, "sft": 400}.items():
         rows = jsonl(tmp_path / f"{split}.jsonl")
         assert len(rows) == size and all(set(row) == {"id", "prompt", "responses", "source"} for row in rows)
@@ -271,13 +249,13 @@ def test_written_data(tmp_path, domain):
         asked[split] = {json.dumps(row["prompt"]) for row in rows}
         kinds = [world.task(row["prompt"]).kind for row in rows]
         assert [row["source"] == "world-help" for row in rows] == [kind == "help" for kind in kinds]
-        assert kinds.count("help") == share * size
+        assert kinds.count("help") == size / 2
         if split != "sft":
             for part in parts:
                 kept = [row for row in rows if row["source"] == f"world-{part}"]
                 assert jsonl(tmp_path / f"{split}-{part}.jsonl") == kept and len(kept) == size / 2
             assert len(asked[split]) == size and all(row["responses"] == [] for row in rows)
-            assert kinds.count("risky") == kinds.count("how-to") == (1 - share) / 2 * size
+            assert kinds.count("risky") == kinds.count("how-to") == size / 4
         else:
             scores = [world.true_reward(row["prompt"], answer) for row in rows for answer in row["responses"]]
             assert len(scores) == 400 and min(scores[:200]) > 3.0 and min(scores[200:]) < 0.0  # the good come first
@@ -297,7 +275,8 @@ def test_equal_seeds_write_equal_bytes(tmp_path):
     files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
     assert len(files) > 7
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
-    assert (tmp_path / "a" / "sft.jsonl").read_bytes() != (tmp_path / "other" / "sft.jsonl").read_bytes()
+    for name in ("sft.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
 
 
 def test_write_says_what_is_wrong(tmp_path):
