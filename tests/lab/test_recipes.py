@@ -134,11 +134,12 @@ def call(monkeypatch, *commands):
 
 
 def test_every_line_of_the_paper_runs(tmp_path, monkeypatch):
-    """With random models in each role; every table is there with every column of the paper's."""
-    call(monkeypatch, *printed(tmp_path / "out", recipe="paper.sh", TINY="1"))
+    """With random models in each role and one of the losses, whose names are words of the same lines; every table is
+    there with every column of the paper's."""
+    call(monkeypatch, *printed(tmp_path / "out", recipe="paper.sh", TINY="1", LOSSES="dpo"))
     out = tmp_path / "out-tiny"
     table = ["rm_dpo", "rm_rdpo_chars", "rm_rdpo_tokens", "bleu_char", "best_of_k_reward", "win", "kl_exact", "rm10"]
-    for name, rows in {"hh": 16, "pku": 16, "hh-to-pku": 16, "pku-to-hh": 16, "n": 4, "n-to-pku": 4, "beta": 2}.items():
+    for name, rows in {"hh": 4, "pku": 4, "hh-to-pku": 4, "pku-to-hh": 4, "n": 4, "n-to-pku": 4, "beta": 2}.items():
         found = json.loads((out / name / "results.json").read_text())["rows"]
         assert len(found) == rows, name
         for row in found:
