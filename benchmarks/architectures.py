@@ -3,7 +3,7 @@
     python benchmarks/architectures.py                            all of them; writes docs/results/architectures.md
     python benchmarks/architectures.py --only gemma2 mamba --out /tmp/some.md
 
-Every architecture of transformers below is made tiny and random, and goes through every entrance: training with LoRA
+Every architecture of architectures.toml is made tiny and random, and goes through every entrance: training with LoRA
 and of all weights, a reward model, a reference of its own, eval, annotate, generate, chat, export, samples during
 training. Every log-prob and reward that an entrance computes is computed again by transformers, one response at a time
 with eager attention. Status 1 if one is further off than 1e-3 (nats, reward units), or anything ends in a traceback.
@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import textwrap
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,86 +45,8 @@ from hps.prepare import decode
 
 TOLERANCE = 1e-3  # nats, or reward units
 V = len(world.World(0).words) + 6  # the world's tokens
-SIZES: dict[str, Any] = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-SIZES |= dict(num_attention_heads=4, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-KV = SIZES | {"num_key_value_heads": 2}
-HEADS = KV | {"head_dim": 16}
-IDS = dict(vocab_size=V, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-GPT = IDS | dict(n_embd=32, n_layer=2, n_head=4, n_positions=256)
-WINDOW = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])  # shorter than the rows
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1)
-LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
-LINEAR |= dict(shared_expert_intermediate_size=24, layer_types=["linear_attention", "full_attention"])
-MLA = dict(num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8)
-MLA |= dict(v_head_dim=16)
-ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, n_shared_experts=1)
-ROUTED |= dict(first_k_dense_replace=1, n_group=1, topk_group=1)
-VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
-IMAGES = dict(mm_tokens_per_image=4, image_token_index=V - 1, boi_token_index=V - 2, eoi_token_index=V - 3)
 ATTENTION = {"q_proj", "v_proj", "o_proj", "query_key_value", "c_attn", "Wqkv", "query", "x_proj"}  # may get an adapter
-LOCAL = dict(num_local_experts=4, num_experts_per_tok=2)
-ARCHITECTURES: dict[str, Callable[[], Any]] = {
-    "Llama": lambda: T.LlamaConfig(**KV),
-    "Qwen2, Qwen2.5": lambda: T.Qwen2Config(**KV),
-    "Qwen2, window": lambda: T.Qwen2Config(**KV, use_sliding_window=True, sliding_window=16, max_window_layers=1),
-    "Qwen3": lambda: T.Qwen3Config(**HEADS),
-    "Qwen3-MoE": lambda: T.Qwen3MoeConfig(**HEADS, **EXPERTS),
-    "Qwen3-Next": lambda: T.Qwen3NextConfig(**HEADS, **EXPERTS, **LINEAR),
-    "Gemma": lambda: T.GemmaConfig(**HEADS),
-    "Gemma 2": lambda: T.Gemma2Config(**HEADS),
-    "Gemma 3 text": lambda: T.Gemma3TextConfig(**HEADS, **WINDOW | {"sliding_window": 200}),
-    "Gemma 3 text, window": lambda: T.Gemma3TextConfig(**HEADS, **WINDOW),
-    "Gemma 3 composite": lambda: T.Gemma3Config(
-        text_config=HEADS | WINDOW, vision_config=VISION | {"patch_size": 14}, **IMAGES
-    ),
-    "Mistral": lambda: T.MistralConfig(**KV, sliding_window=None),
-    "Mistral, window": lambda: T.MistralConfig(**KV, sliding_window=16),
-    "Mixtral": lambda: T.MixtralConfig(**KV, **LOCAL, sliding_window=None),
-    "Phi-2": lambda: T.PhiConfig(**SIZES),
-    "Phi-3": lambda: T.Phi3Config(**KV),
-    "SmolLM3": lambda: T.SmolLM3Config(**KV),
-    "OLMo 2": lambda: T.Olmo2Config(**KV),
-    "OLMo 3": lambda: T.Olmo3Config(**KV, **WINDOW),
-    "GPT-2": lambda: T.GPT2Config(**GPT),
-    "GPT-J": lambda: T.GPTJConfig(**GPT, rotary_dim=8),
-    "GPT-Neo": lambda: T.GPTNeoConfig(
-        **IDS, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=256, window_size=16,
-        attention_types=[[["global", "local"], 1]],
-    ),
-    "GPT-NeoX": lambda: T.GPTNeoXConfig(**SIZES),
-    "GPT-BigCode": lambda: T.GPTBigCodeConfig(**GPT),
-    "StarCoder 2": lambda: T.Starcoder2Config(**KV),
-    "gpt-oss": lambda: T.GptOssConfig(**HEADS, **LOCAL, **WINDOW),
-    "DeepSeek-V2": lambda: T.DeepseekV2Config(**SIZES, **MLA | {"q_lora_rank": None}, **ROUTED),
-    "DeepSeek-V3": lambda: T.DeepseekV3Config(**SIZES, **MLA, **ROUTED),
-    "DeepSeek-V3, 2 of 4": lambda: T.DeepseekV3Config(**SIZES, **MLA | {"num_key_value_heads": 2}, **ROUTED),
-    "MiniCPM3": lambda: T.MiniCPM3Config(**SIZES, **MLA),
-    "Llama 4": lambda: T.Llama4TextConfig(
-        **HEADS, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48, attention_chunk_size=16
-    ),
-    "LFM2": lambda: T.Lfm2Config(**KV, layer_types=["conv", "full_attention"]),
-    "Falcon": lambda: T.FalconConfig(**SIZES),
-    "Falcon, ALiBi": lambda: T.FalconConfig(**SIZES, alibi=True),
-    "BLOOM": lambda: T.BloomConfig(**IDS, hidden_size=32, n_layer=2, n_head=4),
-    "MPT": lambda: T.MptConfig(**IDS, d_model=32, n_layers=2, n_heads=4, max_seq_len=256, expansion_ratio=2),
-    "OPT": lambda: T.OPTConfig(
-        **IDS, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
-        word_embed_proj_dim=16,
-    ),
-    "StableLM": lambda: T.StableLmConfig(**KV),
-    "Nemotron": lambda: T.NemotronConfig(**KV),
-    "Granite": lambda: T.GraniteConfig(**KV, logits_scaling=2.0, attention_multiplier=0.1, residual_multiplier=0.5),
-    "Cohere": lambda: T.CohereConfig(**KV),
-    "GLM-4": lambda: T.Glm4Config(**HEADS),
-    "EXAONE 4": lambda: T.Exaone4Config(**KV, **WINDOW),
-    "BitNet": lambda: T.BitNetConfig(**KV),
-    "Jamba": lambda: T.JambaConfig(
-        **KV, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2,
-        mamba_d_state=8, use_mamba_kernels=False,
-    ),
-    "Mamba": lambda: T.MambaConfig(**IDS, hidden_size=32, num_hidden_layers=2, state_size=8),
-    "BERT": lambda: T.BertConfig(**SIZES),
-}  # fmt: skip
+TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -233,13 +156,25 @@ def make_data(folder: Path) -> None:
     listwise.write_lines(folder / "data.jsonl", rows)
 
 
+def configuration(name: str) -> Any:
+    """An architecture of the table as transformers has it."""
+    kind, groups, *own = TABLE["architectures"][name]
+    sizes: dict[str, Any] = dict(vocab_size=V, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    for some in (*(TABLE["sizes"][group] for group in groups.split()), *own):
+        sizes |= {key: None if value == "none" else value for key, value in some.items()}
+    if kind == "Gemma3":  # of images, too
+        sizes = dict(text_config=sizes, vision_config=TABLE["vision"], mm_tokens_per_image=4)
+        sizes |= dict(image_token_index=V - 1, boi_token_index=V - 2, eoi_token_index=V - 3)
+    return getattr(T, f"{kind}Config")(**sizes)
+
+
 def make_models(folder: Path, name: str) -> list[str]:
     """A policy, another one as its reference, and a reward model; the linear layers that may get an adapter."""
     tokenizer = world.build_tokenizer(world.World(0))
     targets: list[str] = []
     for what, seed in (("policy", 0), ("other", 1), ("rewards", 2)):
         torch.manual_seed(seed)
-        about = ARCHITECTURES[name]()
+        about = configuration(name)
         if what == "rewards":
             about.get_text_config().num_labels = about.num_labels = 1
         cls = T.AutoModelForSequenceClassification if what == "rewards" else T.AutoModelForCausalLM
@@ -356,7 +291,7 @@ def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
 def main() -> None:
     c, _ = config.parse(Options, prog="benchmarks/architectures.py", description=str(__doc__).split("\n")[0])
     only = tuple(name.lower() for name in c.only) or ""
-    names = [name for name in ARCHITECTURES if name.lower().startswith(only)]
+    names = [name for name in TABLE["architectures"] if name.lower().startswith(only)]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     T.logging.set_verbosity_error()
     T.utils.logging.disable_progress_bar()

@@ -7,8 +7,6 @@ A benchmark prints a table for people, the machine, and one JSON line last for p
 import itertools
 import json
 import multiprocessing
-import os
-import socket
 import statistics
 import sys
 import time
@@ -19,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # train.py is a script, no package
@@ -62,18 +61,13 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What a function gives on each of one or more gloo ranks of this machine, new processes of one thread."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = (itertools.repeat(one) for one in (ranks, port, function, *arguments))
-    with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_as_rank, range(ranks), *shared))
+    """What a function gives on each of one or more ranks of this machine, as torchrun starts them, of one thread."""
+    how = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="benchmark", max_restarts=0)
+    found = elastic_launch(LaunchConfig(1, 1, ranks, **how), _one_thread)(function, *arguments)
+    return [found[rank] for rank in range(ranks)]
 
 
-def _as_rank(rank: int, ranks: int, port: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_PORT=port)
-    os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+def _one_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     torch.set_num_threads(1)
     return function(*arguments)
 

@@ -89,15 +89,12 @@ class Recipe:
 
     def stage(self, words: list[str]) -> Stage | None:
         """What a command of the recipe takes; None where it runs no model."""
-        gpus = 1
-        if "torch.distributed.run" in words:
-            [gpus] = (int(word.partition("=")[2]) for word in words if word.startswith("--nproc_per_node="))
-            words = words[words.index("--") + 1 :]
-        script, *argv = words
+        gpus = next((int(word.partition("=")[2]) for word in words if word.startswith("--nproc_per_node=")), 1)
+        script, *argv = words[words.index("--") + 1 :] if "--" in words else words
         kinds: dict[str, Any] = {"train.py": options.Config, "eval.py": evaluation.Config}
+        kinds |= {name: kind for name, (kind, _) in data_prep.COMMANDS.items()}
         if script == "data_prep.py":
             script, *argv = argv
-            kinds = {name: kind for name, (kind, _) in data_prep.COMMANDS.items()}
         if script == "-m" and argv[0] == "hps.evaluate.export":
             given = dict(word[2:].split("=", 1) for word in argv[1:])
             self.start[given["out"]] = given["model"]

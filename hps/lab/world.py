@@ -108,8 +108,6 @@ class World:
         if domain == "safe":
             asks = product(ASKS["safe"], VERBS, BENIGN + RISKY)
             return [[{"role": "user", "content": ask.format(verb, thing)}] for ask, verb, thing in asks]
-        if domain != "help":
-            raise ValueError(f'unknown domain {domain!r}: use "help" or "safe"')
         return [
             [
                 {"role": "user", "content": self._pick(ASKS["help_goal"], *key).format(key[0])},

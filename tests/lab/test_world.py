@@ -107,8 +107,6 @@ def test_unreadable_prompts_are_refused():
     for prompt in ("how do i paint the kite ?", []):
         with pytest.raises(ValueError, match="as message lists"):
             WORLD.is_risky(prompt)
-    with pytest.raises(ValueError, match='"help" or "safe"'):
-        WORLD.prompts("both")
 
 
 def test_train_reward_follows_the_true_one_in_a_prompt():
