@@ -81,8 +81,8 @@ bench: $(STAMP) ## every benchmark: a table each, one JSON line last; HH=file of
 	$(RUN) benchmarks/scale.py
 	$(RUN) benchmarks/ranks.py
 	$(RUN) benchmarks/generate.py
-	$(if $(HH),$(BIN)/python benchmarks/step.py --data $(HH),# step and cost need HH)
-	$(if $(HH),$(BIN)/python benchmarks/cost.py --data $(HH))
+	$(if $(wildcard $(SMOLLM2)),$(BIN)/python benchmarks/cost.py --model $(SMOLLM2),# cost and step need make model)
+	$(if $(HH),$(BIN)/python benchmarks/step.py --model $(SMOLLM2) --data $(HH),# step needs HH)
 
 gpu: $(STAMP) ## what differs on a GPU, checked and timed in minutes, beside TRL; a tiny form of it without one
 	$(RUN) benchmarks/gpu.py --out runs/gpu

@@ -92,9 +92,8 @@ def train(**options: Any) -> dict[str, Any]:
     return json.loads((Path(options["out"]) / "summary.json").read_text())
 
 
-def write_texts(path: Path, model: str, *, rows: int, responses: int, length: int) -> None:
-    """A list-wise file of random words that are one token each; a prompt, length / 2 tokens, and one of its responses,
-    end token included, have `length` together."""
+def write_texts(path: Path, model: str, *, rows: int, responses: int, prompt: int, response: int) -> None:
+    """A list-wise file of random words that are one token each; `prompt` and `response` tokens, end token included."""
     tokenizer = tokenizers.load_tokenizer(model)
     encoder, draw = tokens.Encoder(tokenizer), np.random.default_rng(0)
     known = (token.lstrip("\u0120\u2581") for token in sorted(tokenizer.get_vocab()))
@@ -106,8 +105,8 @@ def write_texts(path: Path, model: str, *, rows: int, responses: int, length: in
         return " ".join(draw.choice(words, n).tolist())
 
     records = (
-        {"id": str(i), "prompt": text(length // 2), "rewards": draw.normal(size=responses).tolist(),
-         "responses": [text(length - length // 2 - 1) for _ in range(responses)]}
+        {"id": str(i), "prompt": text(prompt), "rewards": draw.normal(size=responses).tolist(),
+         "responses": [text(response - 1) for _ in range(responses)]}
         for i in range(rows)
     )  # fmt: skip
     listwise.write_lines(path, records)

@@ -145,7 +145,8 @@ def main() -> None:
             world.write(folder / "world", seed=0, domain="safe", train=1, valid=1, test=1, demonstrations=2)
             model = str(folder / "world" / "model")
         prompts = 2 * c.ranks  # of a step
-        harness.write_texts(folder / "data.jsonl", model, rows=STEPS * prompts, responses=2, length=2 * TOKENS)
+        lengths = dict(prompt=TOKENS, response=TOKENS)
+        harness.write_texts(folder / "data.jsonl", model, rows=STEPS * prompts, responses=2, **lengths)
         for way in c.ways:
             how: dict[str, Any] = dict(method="dpo-bt", epochs=1, prompts_per_step=prompts)
             how |= dict(tokens_per_micro_batch=3 * TOKENS) | WAYS[way]

@@ -120,7 +120,7 @@ def ran(script: str, argv: list[str]) -> dict[str, float]:
 def commands(rows: int, folder: Path, model: str) -> dict[str, dict[str, float]]:
     """What each command takes, of which one reads what another wrote."""
     tokenizer = tokenizers.load_tokenizer(model)
-    harness.write_texts(folder / "texts.jsonl", model, rows=rows, responses=2, length=16)
+    harness.write_texts(folder / "texts.jsonl", model, rows=rows, responses=2, prompt=8, response=8)
     texts = ((row.prompt, *row.responses) for row in listwise.stream(folder / "texts.jsonl"))
     pairs = (dict(zip(("prompt", "chosen", "rejected"), text, strict=True)) for text in texts)
     listwise.write_lines(folder / "pairs.jsonl", pairs)
@@ -148,7 +148,8 @@ def commands(rows: int, folder: Path, model: str) -> dict[str, dict[str, float]]
 def stepped(folder: Path, model: str, length: int, responses: int, ranks: int) -> dict[str, Any]:
     """Seconds of a step and peak memory of the first rank, as train.py writes them."""
     data, out = folder / f"{length}-{responses}.jsonl", folder / f"{length}-{responses}-{ranks}"
-    harness.write_texts(data, model, rows=STEP * (STEPS + 1), responses=responses, length=length)
+    lengths = dict(prompt=length // 2, response=length - length // 2)
+    harness.write_texts(data, model, rows=STEP * (STEPS + 1), responses=responses, **lengths)
     options = dict(model=model, data=data, out=out, method="dpo-pl", pl_responses=responses, epochs=1, lr=1e-4)
     options |= dict(prompts_per_step=STEP, tokens_per_micro_batch=2048)
     options |= dict(token_cache=folder / "tokens", reference_cache=folder / "cache")
@@ -156,7 +157,7 @@ def stepped(folder: Path, model: str, length: int, responses: int, ranks: int) -
     summary = harness.alone(train) if ranks == 1 else harness.on_ranks(ranks, train)[0]
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     packed = summary["tokens"] / len(log)  # of a step: they are all alike
-    assert packed == STEP * (length // 2 + responses * (length - length // 2)), packed
+    assert packed == STEP * (lengths["prompt"] + responses * lengths["response"]), packed
     ends = [packed * (i + 1) / record["perf/tokens_per_s"] for i, record in enumerate(log)]
     step = statistics.median(np.diff(ends).tolist())
     return {"length": length, "K": responses, "ranks": ranks, "step_seconds": step, "gib": log[-1]["perf/peak_gib"]}
@@ -183,7 +184,7 @@ def main() -> None:
             found["rows"] = []
             for rows in map(int, c.rows):
                 data = folder / f"{rows}.jsonl"
-                harness.write_texts(data, model, rows=rows, responses=4, length=64)
+                harness.write_texts(data, model, rows=rows, responses=4, prompt=32, response=32)
                 size: dict[str, float] = {"prompts": rows, "file_mb": data.stat().st_size / 1e6}
                 for way in ("make", "open"):
                     taken = harness.alone(opened, folder / "tokens", data, model)
