@@ -149,23 +149,30 @@ def sentences(results: Results, second: Results | None = None, rows: str = "") -
     return "\n".join(items)
 
 
-def by_loss(results: Results, second: Results | None, metric: str, end: str = "") -> str:
-    """A table of one metric: both forms of HPS less each baseline, under every loss; bold where the difference is
-    resolved, with a star where it is resolved alike in `second`. end: of the rows' names."""
-    of, also = (
-        {(x["a"], x["b"]): x for x in (one or {}).get("comparisons", []) if x["metric"] == metric}
-        for one in (results, second)
-    )
-    rows = []
-    for loss, form in itertools.product(LOSSES, HPS):
-        name, cells = f"{loss.upper()}-{form}{end}", []
-        for base in BASELINES:
-            pair = (name, f"{loss.upper()}-{base}{end}")
-            text, side = md.interval(of[pair], METRICS[metric].digits, "+"), verdict(of[pair])
+def by_loss(settings: list[tuple[Results, Results | None, str]], metric: str) -> str:
+    """A table of one metric: both forms of HPS less each baseline, under every loss, mean and half of the interval;
+    bold where the difference is resolved, with a star where it is so in the second record too.
+
+    settings: of each a record, perhaps a second one, and the end of the rows' names.
+    """
+    rows = [[f"{loss.upper()}-{form}"] for loss, form in itertools.product(LOSSES, HPS)]
+    for results, second, end in settings:
+        of, also = (
+            {(x["a"], x["b"]): x for x in (one or {}).get("comparisons", []) if x["metric"] == metric}
+            for one in (results, second)
+        )
+        for row, base in itertools.product(rows, BASELINES):
+            pair = (row[0] + end, f"{row[0].partition('-')[0]}-{base}{end}")
+            found, side = of[pair], verdict(of[pair])
+            digits = METRICS[metric].digits
+            text = f"{found['mean']:+.{digits}f} ({found['high'] - found['mean']:.{digits}f})"
             star = "\\*" if side and pair in also and verdict(also[pair]) == side else ""
-            cells.append(f"**{text}**{star}" if side else text)
-        rows.append([md.plain(name), *cells])
-    return md.table([f"{METRICS[metric].title} of", *(f"less {base}'s" for base in BASELINES)], rows)
+            row.append(f"**{text}**{star}" if side else text)
+    header = [
+        f"{METRICS[metric].title} of",
+        *(f"less {base}'s{end and ','}{end}" for *_, end in settings for base in BASELINES),
+    ]
+    return md.table(header, [[md.plain(name), *cells] for name, *cells in rows])
 
 
 SIDES = {1: "larger", -1: "smaller", 0: "unresolved"}
@@ -176,6 +183,15 @@ def counts(results: Results) -> str:
     judged = [verdict(x) != 0 for x in results["comparisons"] if "p_holm" in x]
     again = [x["p"] < 0.05 for x in results["comparisons"] if "p_holm" not in x]
     return f"{sum(judged)} of {len(judged)}, {sum(again)} of {len(again)}"
+
+
+def agreement(pairs: dict[str, Results]) -> str:
+    """What `replication.compare` counts between the two records of each suite, seen from either."""
+    rows = []
+    for name, found in pairs.items():
+        both = ([f"{x[key]:.3g}" for x in found["pairs"].values()] for key in replication.COUNTS)
+        rows.append([name, *(", ".join(dict.fromkeys(cells)) for cells in both)])
+    return md.table(["suite", *replication.COUNTS.values()], rows)
 
 
 def pages() -> dict[Path, str]:
@@ -190,7 +206,7 @@ def pages() -> dict[Path, str]:
     environment.filters["wrapped"] = md.wrapped
     context = dict(first=first, second=second, pairs=pairs, tables=report.claims_tables(judged))
     context |= dict(first_table=first_table, sentences=sentences, by_loss=by_loss, counts=counts)
-    context |= dict(agreement=replication.table)
+    context |= dict(agreement=agreement)
     template = environment.from_string((KEPT / "RESULTS.md.jinja").read_text(encoding="utf-8"))
     texts = {ROOT / "docs" / "RESULTS.md": template.render(context)}
     for name, results in found.items():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hps.lab import record
+from hps.lab import record, replication
 
 
 def results(worlds=3):
@@ -64,9 +64,12 @@ def test_sentences_and_tables_say_what_the_verdicts_are(monkeypatch):
     monkeypatch.setattr(record, "LOSSES", ("dpo",))
     monkeypatch.setattr(record, "HPS", ("HPS",))
     monkeypatch.setattr(record, "BASELINES", ("BT",))
-    lead, rm10 = (record.by_loss(found, found, metric).splitlines()[2] for metric in ("lead", "rm10"))
-    assert lead == r"| DPO-HPS | **+23.3 [-14.6, +61.3]**\* |"
-    assert rm10.startswith("| DPO-HPS | +1.63 [") and "*" not in rm10
+    settings = [(found, found, ""), (found, None, "")]
+    lead, rm10 = (record.by_loss(settings, metric).splitlines()[2] for metric in ("lead", "rm10"))
+    assert lead == r"| DPO-HPS | **+23.3 (37.9)**\* | **+23.3 (37.9)** |"
+    assert rm10.startswith("| DPO-HPS | +1.63 (") and "*" not in rm10
+    both = record.agreement({"x": {"pairs": {n: dict.fromkeys(replication.COUNTS, n) | {"again": 0} for n in (1, 2)}}})
+    assert both.splitlines()[2] == "| x | 1, 2 | 1, 2 | 1, 2 | 1, 2 | 0 |"
 
 
 def test_the_pages_are_those_of_the_record():
