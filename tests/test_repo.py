@@ -57,12 +57,16 @@ assert not printed.getvalue(), printed.getvalue()
     assert done.stdout == ""
 
 
-def test_text_files_are_ascii():
+def test_text_files_are_ascii_and_name_no_registry():
+    """Where packages come from is the machine's own affair."""
     for path in tracked():
         if path.suffix in {".py", ".toml", ".md", ".cff", ".lock"} or path.name in ("Makefile", "run"):
             lines = path.read_bytes().splitlines()
             wrong = [number for number, line in enumerate(lines, 1) if not line.isascii()]
             assert not wrong, f"{path.relative_to(ROOT)}: not ASCII in lines {wrong}"
+            pattern = rb"(--(extra-)?index-url|--trusted-host|--find-links|index_url|pypi\.org/simple)"
+            named = re.search(pattern, b"\n".join(lines))
+            assert named is None or path.name == "test_repo.py", f"{path.name}: {named and named[0]}"
 
 
 # The value that is forbidden for a keyword is every one but this.
@@ -152,12 +156,3 @@ def test_the_lock_pins_every_dependency_exactly():
         names = [re.split(r"[^\w.-]", line)[0] for line in requires if ";" not in line]
         wanted = {re.sub(r"[-_.]+", "-", name).lower() for name in names}
         assert wanted <= locked, f"{pin} needs {wanted - locked}"
-
-
-def test_no_file_names_a_registry():
-    """Where packages come from is the machine's own affair."""
-    for path in tracked():
-        if path.suffix in {".py", ".toml", ".lock", ".md"} or path.name in ("Makefile", "run"):
-            text = path.read_text(encoding="utf-8")
-            named = re.search(r"(--(extra-)?index-url|--trusted-host|--find-links|index_url|pypi\.org/simple)", text)
-            assert named is None or path.name == "test_repo.py", f"{path.name}: {named and named[0]}"

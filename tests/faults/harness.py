@@ -254,9 +254,8 @@ def kill_until_done(argv: list[str], log: Path, *, seconds: float, rng: random.R
 
 # -- what a command leaves --
 
-CONFIG = Config("a/b", __file__, "o", lr=1e-4)  # data: a file that is there
-RUN = {"config": settings(CONFIG), "changed": ["lr"], "inputs": {"model": "ab", "tokenizer": "cd", "data": "ef"},
-       "world_size": 1, "argv": []}  # fmt: skip
+RUN = {"config": settings(Config("a/b", "d", "o", lr=1e-4)), "changed": ["lr"],
+       "inputs": {"model": "ab", "tokenizer": "cd", "data": "ef"}, "world_size": 1, "argv": []}  # fmt: skip
 SUMMARY = {"steps": 6, "seconds": 1.5, "tokens": 900, "counts": {"rows_read": 9, "rows_kept": 8}}
 EVALUATION = {"config": {"model": "policy", "data": "t.jsonl", "reference": "a/b"},
               "metrics": {"rm2": {"mean": 0.1, "low": 0.0, "high": 0.2, "prompts": 3}}}  # fmt: skip

@@ -92,13 +92,6 @@ def test_one_world_and_a_small_run_are_no_record(tmp_path):
         record.keep(tmp_path / "nowhere", "")
 
 
-def test_help_says_that_pages_are_written(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["record", "--help"])
-    with pytest.raises(SystemExit):
-        record.main()
-    assert "without options it writes docs/RESULTS.md, docs/results/*.md" in " ".join(capsys.readouterr().out.split())
-
-
 # What the README says that eight worlds settle: rows, metric, and the sign of their difference.
 SETTLED = [
     ("DPO-HPS", "DPO-uniform", "true_reward", -1),
