@@ -60,9 +60,10 @@ def test_semi_norm_is_the_papers_matrix():
 
 def test_bounds_have_the_papers_orders():
     a = 2 * math.sqrt(8)
-    expected = math.sqrt((8 + math.log(20)) / 50) * (2 + 4 * math.exp(2 * a) + math.exp(-2 * a))
-    assert theory.bound_hps(50, 5) == pytest.approx(expected)
-    assert theory.bound_pl(50, 5) == pytest.approx(25 * math.exp(4 * a) * math.sqrt((8 + math.log(20)) / 50))
+    for m, n in ((50, 5), (400, 21)):
+        root = math.sqrt((8 + math.log(20)) / m)
+        assert theory.bound_hps(m, n) == pytest.approx(root * (2 + (n - 1) * math.exp(2 * a) + math.exp(-2 * a)))
+        assert theory.bound_pl(m, n) == pytest.approx(root * n**2 * math.exp(4 * a))
 
 
 def test_exponent_of_a_power_law():
