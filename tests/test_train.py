@@ -391,10 +391,6 @@ def test_pairs_of_other_trainers_train_in_one_step(tiny_world, tmp_path, capsys)
     run(tiny_world, tmp_path / "second", data=tmp_path / "table.parquet", **how)
     counts = json.loads((tmp_path / "second/summary.json").read_text())["counts"]
     assert (counts["records_read"], counts["rows_equal_responses"], counts["rows_read"]) == (25, 1, 24)
-    with pytest.raises(
-        ValueError, match="has no rewards: score the file first .* or train on its pairs, --method dpo-human"
-    ):
-        run(tiny_world, tmp_path / "bt", data=tmp_path / "messages.jsonl", **how | dict(method="dpo-bt"))
 
 
 def test_sft_learns_the_preferred_response(tiny_world, tmp_path):

@@ -1,16 +1,15 @@
 """The wall of bad inputs: what a user may bring, the command that meets it, and what it says.
 
 Every case goes through the script's own `main`. The message is a ValueError, which `config.run_main` prints as one line
-(tested once, in a process of its own); where there is a file and a line, it begins with them. Afterwards the folder of
+(tested by tests/test_config.py); where there is a file and a line, it begins with them. Afterwards the folder of
 outputs holds no file, half-written or whole.
 """
 
 import json
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
-from helpers import TURNS, fork, run_script, save
+from helpers import TURNS, save
 
 import data_prep
 import eval as evaluation
@@ -121,26 +120,6 @@ def test_what_does_not_go_together(tmp_path, folders):
         for name in names:
             said = refused(name, path, tmp_path, folders, **options)
             assert said.startswith(message.format(path=path, folders=folders)), f"{name}: {said}"
-
-
-HUB = (
-    "no tokenizer could be loaded from 'someone/some-model': there is no such folder, nor a model of that name within "
-    "reach; name a folder, or, where there is a network, fetch it first: hf download someone/some-model"
-)
-
-
-def test_a_hub_name_while_offline(tmp_path, folders, monkeypatch):
-    """And once as a user sees it: one line, and status 2."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(lines(ROW))
-    for name in ("generate", *READERS, "annotate"):
-        more = {"scorer" if name == "annotate" else "model": "someone/some-model"}
-        assert refused(name, path, tmp_path, folders, **more) == HUB
-    argv = ["doctor", f"--input={path}", "--model=someone/some-model"]
-    process = fork(run_script, ("data_prep", argv), tmp_path / "log", {})
-    process.join()
-    assert (process.exitcode, (tmp_path / "log").read_text()) == (2, f"error: {HUB}\n")
 
 
 # -- outputs that cannot be written: below a regular file, which root may not either, and over a folder --

@@ -53,7 +53,7 @@ def training(world: Path, **options) -> Work:
         assert len(harness.records(folder / "run")) == STEPS // 2
         return harness.outcome(folder / "run"), dict(pairs)
 
-    return Work("train", argv, result, (3, 25))
+    return Work("train", argv, result, (2, 25))
 
 
 def making(command: str, count: int, **options) -> Work:
