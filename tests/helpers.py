@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +35,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from hps import dist
 from hps.data import tokens
 
 ROOT = Path(__file__).resolve().parent.parent
+ALONE = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
 
 # ------------------------------------------------------------------------------------ runs of train.py
 
@@ -196,6 +199,13 @@ def block_mask(packed) -> torch.Tensor:
     return may_attend(packed)(0, 0, at[:, None], at)[None, None]
 
 
+def noisy(lm: nn.Module) -> Any:
+    """Far from uniform predictions, so that a wrong mask shows."""
+    for p in lm.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    return lm.eval()
+
+
 def tiny(name: str) -> nn.Module:
     """A random causal LM of two layers: llama, qwen2 or gpt2."""
     sizes = dict(
@@ -208,10 +218,8 @@ def tiny(name: str) -> nn.Module:
         lm = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, tie_word_embeddings=False))
     else:  # learned positions
         lm = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128))
-    for p in lm.parameters():  # far from uniform predictions, so that a wrong mask shows
-        p.data.add_(0.1 * torch.randn_like(p))
     lm.set_attn_implementation("sdpa")
-    return lm.eval()
+    return noisy(lm)
 
 
 def blocks_of(K: int, seed: int = 0, B: int = 3) -> list:

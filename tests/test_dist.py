@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import VOCABULARY, arguments, blocks_of, losses, on_ranks, run, run_ranks, run_script, tiny
+from helpers import ALONE, VOCABULARY, arguments, blocks_of, losses, noisy, on_ranks, run, run_ranks, run_script, tiny
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaForSequenceClassification
@@ -23,8 +23,6 @@ from hps.extra.reward_model import RewardModel
 from hps.model import PolicyModel, layers_of
 from hps.options import Config
 from hps.packing import pack
-
-ALONE = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
 
 
 def options(**changes) -> Config:
@@ -86,10 +84,7 @@ def capped() -> PolicyModel:
     sizes = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
     more = dict(num_key_value_heads=2, intermediate_size=48, final_logit_softcapping=2.0)
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(Gemma2Config(**sizes, **more)).eval()
-    for p in lm.parameters():
-        p.data.add_(0.1 * torch.randn_like(p))
-    return PolicyModel(lm)
+    return PolicyModel(noisy(AutoModelForCausalLM.from_config(Gemma2Config(**sizes, **more))))
 
 
 def rewarding() -> RewardModel:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as T
 from helpers import VOCABULARY as V
-from helpers import plain_logp, tiny
+from helpers import noisy, plain_logp, tiny
 
 from hps import attention, attention_cpu, limits
 from hps.evaluate.scoring import token_kl
@@ -64,10 +64,7 @@ ARCHITECTURES = {
 
 def random_model(name: str, cls=T.AutoModelForCausalLM):
     torch.manual_seed(0)
-    lm = cls.from_config(ARCHITECTURES[name][0]()).eval()
-    for p in lm.parameters():  # far from uniform predictions, so that a wrong mask shows
-        p.data.add_(0.1 * torch.randn_like(p))
-    return lm
+    return noisy(cls.from_config(ARCHITECTURES[name][0]()))
 
 
 def long_blocks() -> list[Block]:
@@ -115,9 +112,7 @@ def test_layers_that_carry_siblings_along_are_found_in_bf16(name):
 
 
 def test_a_model_that_looks_ahead_is_refused():
-    lm = T.BertLMHeadModel(T.BertConfig(**SIZES)).eval()
-    for p in lm.parameters():
-        p.data.add_(0.1 * torch.randn_like(p))
+    lm = noisy(T.BertLMHeadModel(T.BertConfig(**SIZES)))
     with pytest.raises(ValueError, match="BertLMHeadModel cannot be trained or scored here"):
         limits.check(PolicyModel(lm))
     lm = tiny("llama")  # by one token, and no pad: a log-prob knows what it is of

@@ -8,19 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import VOCABULARY, blocks_of, byte_tokenizer, separate_logps, tiny
+from helpers import ALONE, VOCABULARY, blocks_of, byte_tokenizer, separate_logps, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Gemma3Config, Gemma3ForSequenceClassification
 
-from hps import dist, loading, sharding
+from hps import loading, sharding
 from hps.adapters import add_lora
 from hps.extra.reward_model import RewardModel, load_reward_model
 from hps.model import PolicyModel
 from hps.packing import pack
 from hps.pretrained import fingerprint, load_causal_lm
 
-ALONE = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
 FP32 = dict(dtype=torch.float32)
 
 

@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import blocks_of, separate_logps, tiny
+from helpers import ALONE, blocks_of, separate_logps, tiny
 from safetensors.numpy import load_file, save_file
 
 from hps import reference
-from hps.dist import Ranks
 from hps.model import PolicyModel
 from hps.packing import Block
 
-ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
 HOW = dict(ranks=ALONE, budget=64, pad_id=0)
 
 

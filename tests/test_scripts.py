@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -86,48 +85,31 @@ def test_margins_and_kl_against_separate_forwards(tiny_world, tmp_path, policy):
 
 
 def test_kl_on_own_samples_by_enumeration(tiny_world, tmp_path, policy):
-    """All pairs of first tokens that the policy can say, the first alone where it ends; 2,000 samples at temperature 1
-    come near the sum over them. At another temperature it is the mean over what was drawn, in nats at temperature 1."""
+    """All pairs of first tokens that the policy can say, the first alone where it ends: 2,000 samples come near the sum
+    over them of what is in nats at temperature 1, weighted as they are drawn at each temperature."""
     tokenizer = load_tokenizer(str(tiny_world / "model"))
     row = listwise.read(tiny_world / "test.jsonl")[0]
-    prompt, drawn = encode_prompt(tokenizer, row.prompt), []
-    models = [load_causal_lm(str(path), dtype=torch.float32) for path in (policy, tiny_world / "model")]
-
-    def logps(texts: list[list[int]]) -> torch.Tensor:
-        """(texts, tokens, vocabulary) of both models, of each token of texts of one length and the one behind."""
-        with torch.no_grad():
-            ids = torch.tensor([prompt + text for text in texts])
-            return torch.stack([lm(ids).logits[:, len(prompt) - 1 :].double().log_softmax(-1) for lm in models])
-
-    first = logps([[]])[:, 0, 0]  # (2, V)
-    V = first.shape[1]
-    both = first[:, :, None] + logps([[v] for v in range(V)])[:, :, 1]
-    ended = torch.zeros(V, V, dtype=torch.bool)
+    prompt = encode_prompt(tokenizer, row.prompt)
+    ended = torch.zeros(len(tokenizer), dtype=torch.bool)
     ended[tokenizer.eos_token_id] = True
-    said = torch.cat([both[:, ~ended], first[:, [tokenizer.eos_token_id]]], 1)  # all that can be said, by both models
-    h = said[0] - said[1]
-    exact = float((said[0].exp() * h).sum())
-    error = float((said[0].exp() * (h - exact) ** 2).sum() / 2000) ** 0.5
-    assert float(said[0].exp().sum()) == pytest.approx(1, abs=1e-6) and exact > 8 * error
-    how = dict(limit=1, max_new_tokens=2, scorer="none")
-    found = evaluate(tiny_world, policy, tmp_path / "a", samples=2000, temperature=1.0, **how)
-    assert found["kl_samples"][row.id] == pytest.approx(exact, abs=4 * error)
 
-    def answers(*args, **how):
-        for id, texts, samples in generate(*args, **how):
-            drawn.extend(samples)
-            yield id, texts, samples
+    def said(path: Path, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probs of all that a model can say."""
+        lm = load_causal_lm(str(path), dtype=torch.float32)
+        with torch.no_grad():
+            logits = lm(torch.tensor([[*prompt, v] for v in range(len(tokenizer))])).logits[:, -2:].double()
+        first, second = (logits / temperature).log_softmax(-1).unbind(1)  # (V, V) each; first is the same in each row
+        return torch.cat([(first[0, :, None] + second)[~ended].flatten(), first[0, ended]])
 
-    generate = evaluation.generate.answer
-    with mock.patch.object(evaluation.generate, "answer", answers):
-        found = evaluate(tiny_world, policy, tmp_path / "b", samples=8, temperature=0.6, **how | {"max_new_tokens": 12})
-    ratios = []
-    for one in drawn:
-        own, ref = logps([one.token_ids.tolist()])[:, 0, :-1].gather(
-            -1, torch.tensor(one.token_ids).long().expand(2, -1)[..., None]
-        )
-        ratios.append(float((own - ref).sum()))
-    assert found["kl_samples"][row.id] == pytest.approx(np.mean(ratios), abs=1e-3) and len(ratios) == 8
+    h = said(policy) - said(tiny_world / "model")
+    for temperature in (1.0, 0.6):
+        weights = said(policy, temperature).exp()
+        exact = float((weights * h).sum())
+        error = float((weights * (h - exact) ** 2).sum() / 2000) ** 0.5
+        assert float(weights.sum()) == pytest.approx(1, abs=1e-6) and exact > 8 * error
+        how = dict(samples=2000, temperature=temperature, limit=1, max_new_tokens=2, scorer="none")
+        found = evaluate(tiny_world, policy, tmp_path / f"{temperature}", **how)
+        assert found["kl_samples"][row.id] == pytest.approx(exact, abs=4 * error)
 
 
 def test_a_human_pair_is_the_pair_that_counts(tiny_world, tmp_path, policy):

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from helpers import on_ranks, tokenize_rows
+from helpers import ALONE, on_ranks, tokenize_rows
 
 from hps import batches, config, dist
 from hps.data import listwise, store, tokenizers, tokens
@@ -79,7 +78,7 @@ def test_what_a_run_reads_of_a_plan(tiny_world, tmp_path, tokenizer):
     argv = ["--model=m", "--data=d", "--out=o", "--method=dpo-pl", "--pl_responses=4", "--prompts_per_step=8"]
     c, _ = config.parse(Config, argv, prog="train.py", description="")
     p = batches.make_plan(c, found)
-    visited_blocks = batches.Run(c, p, found, dist.Ranks(0, 1, torch.device("cpu"), False), pad_id=0).blocks
+    visited_blocks = batches.Run(c, p, found, ALONE, pad_id=0).blocks
     assert (p.responses < 0).any()  # ragged
     touched, at = batches.touched_blocks(p, found)
     flat = [(b.prompt.tolist(), y.tolist()) for b in touched for y in b.responses]

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import SFT, losses, run, run_ranks
+from helpers import SFT, jsonl, losses, run, run_ranks
 
 from hps.io import files
 
@@ -19,7 +19,7 @@ def held_out(world, **changes) -> dict:
 
 def seen(out) -> list[tuple[int, float, float, float]]:
     """Step and values of each look."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    records = jsonl(out / "metrics.jsonl")
     return [(r["step"], *(r[key] for key in KEYS)) for r in records if "eval/loss" in r]
 
 

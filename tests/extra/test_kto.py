@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers import SFT, distinct, losses, plain_logp, rewrite, run, run_ranks, tokenize_rows
+from helpers import ALONE, SFT, distinct, losses, plain_logp, rewrite, run, run_ranks, tokenize_rows
 
-from hps import batches, dist
+from hps import batches
 from hps.batches import make_plan
 from hps.data import listwise, store, tokenizers
 from hps.extra.kto import Mismatched
@@ -59,7 +59,7 @@ def test_mismatched_pairs_are_cut_at_max_length(tiny_world):
     c = Config("m", "d", "o", method="kto-bt", prompts_per_step=24, epochs=1, max_length=longest + 5)
     stored = store.open_store(tiny_world / "tokens", data, tokenizer, max_length=128)
     plan = make_plan(c, stored)
-    run_of_it = batches.Run(c, plan, stored, dist.Ranks(0, 1, torch.device("cpu"), False), pad_id=0)
+    run_of_it = batches.Run(c, plan, stored, ALONE, pad_id=0)
     blocks, cut = Mismatched(run_of_it, c.max_length).blocks, 0
     for v, block in enumerate(blocks):
         w = (v + 1) % 24

@@ -26,9 +26,7 @@ def tiny(name: str, labels: int = 1) -> nn.Module:
     config = helpers.tiny(name).config
     config.num_labels, config.pad_token_id = labels, None
     lm = AutoModelForSequenceClassification.from_config(config)
-    for p in lm.parameters():
-        p.data.add_(0.1 * torch.randn_like(p))
-    return lm.eval()
+    return helpers.noisy(lm)
 
 
 def alone(lm: nn.Module, blocks: list[Block]) -> torch.Tensor:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import arguments, flags
+from helpers import ALONE, arguments, flags
 from safetensors.numpy import load_file
 
 import data_prep
 import train
-from hps import checkpoint, config, dist, reference
+from hps import checkpoint, config, reference
 from hps.data import listwise, store, tokenizers
 from hps.data.rows import check_manifest
 from hps.io import files
@@ -58,11 +58,10 @@ def whole(tiny_world, tmp_path_factory) -> dict[str, tuple[list[Path], Callable[
     policy = torch.nn.Module()  # as train.py's names its weights: lm.model...
     policy.lm = load_causal_lm(str(tiny_world / "model"), dtype=torch.float32)
     weights = list(policy.parameters())
-    ranks = dist.Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
 
     def load() -> object:
         optimizer = torch.optim.AdamW(weights)
-        about = checkpoint.load(saved, policy, optimizer, ranks=ranks)
+        about = checkpoint.load(saved, policy, optimizer, ranks=ALONE)
         moments = [optimizer.state[p]["exp_avg_sq"].clone() for p in weights]
         return about, [p.detach().clone() for p in weights], moments
 

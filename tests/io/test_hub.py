@@ -5,14 +5,13 @@ import logging
 
 import pytest
 import torch
-from helpers import ROOT, classifier
+from helpers import ALONE, ROOT, classifier
 from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data_prep
 from hps.adapters import add_lora
 from hps.data.tokenizers import load_tokenizer
-from hps.dist import Ranks
 from hps.extra.reward_model import load_reward_model
 from hps.io import hub
 from hps.pretrained import fingerprint, load_causal_lm
@@ -39,8 +38,7 @@ def look(folder) -> dict:
     found["eos"] = [load_tokenizer(name).eos_token for name in at]
     how = dict(rank=2, alpha=2, targets=["q_proj"], seed=0, revision=hub.resolve(at[1])[1])
     lm = add_lora(load_causal_lm(at[1], dtype=torch.float32), **how)
-    one = Ranks(rank=0, world_size=1, device=torch.device("cpu"), sharded=False)
-    export(lm, load_tokenizer(at[1]), folder / "adapter", ranks=one, card="")
+    export(lm, load_tokenizer(at[1]), folder / "adapter", ranks=ALONE, card="")
     found["adapter"] = hashes([folder / "adapter"], merged=True)
 
     def read(name: str, output: str) -> None:

@@ -200,9 +200,6 @@ def test_tokenizer_round_trip(tmp_path):
         assert [len(ids) for ids in encoded] == [len(text.split()) for text in texts]
         assert max(map(max, encoded)) < len(loaded) and not any(loaded.unk_token_id in ids for ids in encoded)
         assert [loaded.decode(ids) for ids in encoded] == texts
-        assert loaded.encode("zebra", add_special_tokens=False) == [loaded.unk_token_id]
-        names = (loaded.pad_token, loaded.bos_token, loaded.eos_token, loaded.unk_token)
-        assert names == ("<pad>", "<bos>", "<eos>", "<unk>") and loaded.model_max_length == 512
         text = loaded.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         assert text == (
             "<bos> <user> my goal is money . <assistant> sure , ask me . <eos>"
