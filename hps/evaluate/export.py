@@ -14,6 +14,7 @@ import torch
 
 from hps import config, dist, model, pretrained, sharding
 from hps.data import tokenizers
+from hps.evaluate import md
 from hps.evaluate.metrics import METRICS
 from hps.extra import reward_model
 from hps.io import card, files
@@ -88,12 +89,11 @@ def results(evaluation: dict[str, Any] | None) -> str:
         return ""
     about, rows = evaluation["config"], []
     for name, m in evaluation["metrics"].items():
-        shown = {key: f"{m[key]:z.{METRICS[name].digits}f}" for key in ("mean", "low", "high") if m[key] is not None}
-        interval = f"{shown['low']} to {shown['high']}" if "low" in shown else "-"  # of one prompt there is none
-        rows.append((METRICS[name].title, shown["mean"], interval, m["prompts"], METRICS[name].meaning))
+        mean = md.interval(m, METRICS[name].digits)
+        rows.append((METRICS[name].title, mean, m["prompts"], METRICS[name].meaning))
     data, reference = (card.escape(card.name_of(about[key])) for key in ("data", "reference"))
-    intervals = "intervals are 95 % intervals over prompts."
-    header = ("metric", "mean", "interval", "prompts", "what it is")
+    intervals = "[low, high] is the 95 % interval over prompts."
+    header = ("metric", "mean", "prompts", "what it is")
     return f"## Evaluation\n\nOn {data}, against {reference}; {intervals}\n\n{card.table(header, rows)}"
 
 

@@ -61,9 +61,8 @@ def export(c: Export) -> None:
     study["study"] = sha256(json.dumps(study).encode()).hexdigest()[:16]  # of what is shown, so of no method's name
     named = [{"prompt": id, "a": a, "b": b} for id, _, a, b in pairs]
     out = Path(c.out)
-    if (out / "key.json").exists() and (
-        old := files.read_record(out / "key.json", "delete it", study=str)["study"]
-    ) != study["study"]:
+    before = files.read_record(out / "key.json", "delete it", study=str) if (out / "key.json").exists() else study
+    if (old := before["study"]) != study["study"]:
         raise ValueError(
             f"{out} holds the key of another study, {old}, without which its votes say nothing: choose another --out"
         )
@@ -115,11 +114,9 @@ def results_of(key: dict[str, Any], given: list[dict[str, Any]]) -> dict[str, An
     votes with its interval over prompts, on each of which the raters are averaged."""
     signs = {pair: defaultdict(list) for pair in itertools.combinations(key["methods"], 2)}  # pair -> prompt -> votes
     for n, pair in enumerate(key["pairs"]):
-        votes = [SIGNS[file["votes"][n]] for file in given if file["votes"][n]]
-        if (pair["a"], pair["b"]) in signs:
-            signs[pair["a"], pair["b"]][pair["prompt"]] += votes
-        else:
-            signs[pair["b"], pair["a"]][pair["prompt"]] += [-vote for vote in votes]
+        a, b = sorted((pair["a"], pair["b"]), key=key["methods"].index)
+        side = 1 if a == pair["a"] else -1
+        signs[a, b][pair["prompt"]] += [side * SIGNS[file["votes"][n]] for file in given if file["votes"][n]]
     comparisons = []
     for (a, b), by_prompt in signs.items():
         count = Counter(sign for votes in by_prompt.values() for sign in votes)
