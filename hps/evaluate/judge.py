@@ -260,7 +260,7 @@ def as_data(value: Any) -> str:
 def question(item: Item, *, reminded: bool) -> str:
     """What the judge is sent for one prompt and its response or two, and nothing about where they come from."""
     prompt, *texts = map(as_data, item)
-    criteria = "\n".join(f"- {name}: {meaning}" for name, (meaning, _) in CRITERIA.items())
+    criteria = "\n".join(f"- {name}: {asks}" for name, asks in CRITERIA.items())
     asked, reminder = (PAIR_QUESTION, PAIR_REMINDER) if len(texts) == 2 else (QUESTION, REMINDER)
     return asked.format(*texts, prompt=prompt, criteria=criteria, form=FORM) + reminder * reminded
 

@@ -149,8 +149,6 @@ def listwise(record: Record, _: str) -> Record:
 def simpo(record: Record, _: str) -> Record:
     """SimPO's lists: a question, all generated responses and their rewards."""
     prompt, texts, scores = record["prompt"], record["all_generated_responses"], record["all_rm_scores"]
-    if len(texts) != len(scores):
-        raise Dropped("rows_malformed", f"{len(texts)} responses but {len(scores)} rewards")
     prompt = _question(prompt) if isinstance(prompt, str) else _messages(prompt, "prompt")
     return _ranked(prompt, texts, scores, "all_rm_scores")
 
