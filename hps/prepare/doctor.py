@@ -202,13 +202,11 @@ class Rivals:
             self.names[keys[0]] = names[0]
 
     def winner(self) -> dict[str, Any]:
-        known = np.sort(np.fromiter(self.names, np.uint64))
-        at = np.searchsorted(known, self.keys).clip(max=len(known) - 1)
-        there = known[at] == self.keys
-        chance = np.bincount(at[there], np.array(self.chance, np.float64)[there], len(known))
-        best = int(np.argmax([self.wins[key] for key in known.tolist()] - chance))
-        key = int(known[best])
-        about = {"name": self.names[key], "wins": self.wins[key], "by_chance": float(chance[best])}
+        known = np.isin(self.keys, np.fromiter(self.names, np.uint64))
+        keys, at = np.unique(np.array(self.keys)[known], return_inverse=True)
+        chance = dict(zip(keys.tolist(), np.bincount(at, np.array(self.chance)[known]).tolist()))
+        best = max(self.names, key=lambda key: self.wins[key] - chance[key])
+        about = {"name": self.names[best], "wins": self.wins[best], "by_chance": chance[best]}
         return about | {"prompts": self.prompts}
 
 
