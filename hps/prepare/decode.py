@@ -51,6 +51,7 @@ class Request:
     due: int = 0
     samples: list[Sample | None] = dataclasses.field(default_factory=list)
     generator: torch.Generator | None = None  # 5 kB, so not before the first draw
+    name: str = ""  # for whoever asks for it
 
     def uniforms(self, n: int, max_new_tokens: int) -> Tensor:
         """The next n rows of the stream, (n, max_new_tokens): whole, so that no sample's depend on when others end."""

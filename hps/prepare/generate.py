@@ -15,7 +15,6 @@ import math
 from collections import Counter, deque
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,38 +41,21 @@ def prompt_seed(seed: int, prompt_id: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-@dataclass(slots=True)
-class _Stream(Request):
-    """One prompt on its way to n samples: what it asks for, and what became of the samples that came."""
-
-    prompt_id: str = ""
-    kept: list[Sample] = field(default_factory=list)
-    seen: set[bytes] = field(default_factory=set)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def absorb(self, n: int, *, as_drawn: bool) -> None:
-        """Keep or count the samples that came since the last call."""
-        for one in self.samples[self.counts["samples"] :]:
-            assert one is not None
-            key = one.token_ids.tobytes()
-            self.counts["samples"] += 1
-            if len(self.kept) == n:
-                self.counts["surplus"] += 1
-            elif not one.finished and not as_drawn:
-                self.counts["unfinished"] += 1
-            elif key in self.seen and not as_drawn:
-                self.counts["duplicates"] += 1
-            else:
-                self.kept.append(one)
-                self.seen.add(key)
-
-    def ask(self, n: int, oversample: float, limit: float) -> int:
-        """Sets how many samples to draw next: what is missing, by the share that was kept so far."""
-        drawn = self.counts["samples"]
-        due = math.ceil((n - len(self.kept)) * oversample * (drawn + 1) / (len(self.kept) + 1))
-        due = due and max(due, drawn // 8)  # growing steps, or the last ones would trickle in
-        self.due = min(due, math.ceil(n * limit) - drawn)
-        return self.due
+def keep(samples: Sequence[Sample], n: int, *, as_drawn: bool) -> tuple[list[Sample], Counter[str]]:
+    """The first n samples that are finished and distinct, or that came if as_drawn; and what became of all."""
+    kept, seen, counts = list[Sample](), set[bytes](), Counter(samples=len(samples))
+    for one in samples:
+        key = one.token_ids.tobytes()
+        if len(kept) == n:
+            counts["surplus"] += 1
+        elif not one.finished and not as_drawn:
+            counts["unfinished"] += 1
+        elif key in seen and not as_drawn:
+            counts["duplicates"] += 1
+        else:
+            kept.append(one)
+            seen.add(key)
+    return kept, counts
 
 
 def generate(
@@ -132,23 +114,24 @@ def generate(
             f"max_new_tokens={max_new_tokens} allow 1 to {room}: lower max_new_tokens, or shorten or drop it "
             f"(data_prep.py generate drops it with --max_prompt_length {room})"
         )
-    streams: dict[str, _Stream] = {}  # those whose turn to be yielded has not come
-    running: set[str] = set()
+    found: dict[str, Any] = {}  # what `keep` gives, of prompts that were not yielded yet; None while one is on its way
     waiting: deque[Any] = deque()
     upcoming = iter(prompts)
 
+    def due(kept: int, drawn: int) -> int:
+        """How many samples to draw next: what is missing, by the share that was kept so far."""
+        more = math.ceil((n - kept) * oversample * (drawn + 1) / (kept + 1))
+        more = more and max(more, drawn // 8)  # growing steps, or the last ones would trickle in
+        return min(more, math.ceil(n * limit) - drawn)
+
     def read_ahead() -> None:
         """Prompts wait in no larger number than the engine may begin before it ends one."""
-        while len(waiting) < 2 * max_rows and (found := next(upcoming, None)):
-            prompt_id, ids = found
-            assert prompt_id not in streams, "two prompts share an id and would get the same samples"
-            stream = streams[prompt_id] = _Stream(ids, prompt_seed(seed, prompt_id), prompt_id=prompt_id)
-            if len(ids) > room:
-                stream.counts["prompts_no_room"] = 1
-                continue
-            running.add(prompt_id)
-            stream.ask(n, oversample, limit)
-            waiting.append(stream)
+        while len(waiting) < 2 * max_rows and (one := next(upcoming, None)):
+            prompt_id, ids = one
+            assert prompt_id not in found, "two prompts share an id and would get the same samples"
+            found[prompt_id] = ([], Counter(prompts_no_room=1)) if len(ids) > room else None
+            if len(ids) <= room:
+                waiting.append(Request(ids, prompt_seed(seed, prompt_id), due(0, 0), name=prompt_id))
 
     settings: dict[str, Any] = dict(eos_token_id=eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature)
     settings["top_p"] = top_p
@@ -157,18 +140,19 @@ def generate(
     read_ahead()
     results: Iterator[Any] = (decode if ours else ask_vllm)(model, waiting, max_rows=max_rows, **settings)
     with tqdm(total=len(prompts), unit="prompt", desc="generate", disable=not progress) as bar:
-        for stream in results:
-            stream.absorb(n, as_drawn=as_drawn)
-            if stream.ask(n, oversample, limit):
-                waiting.appendleft(stream)
+        for request in results:
+            kept, drawn = keep(request.samples, n, as_drawn=as_drawn)
+            if more := due(len(kept), drawn["samples"]):
+                request.due = more
+                waiting.appendleft(request)
                 continue
             bar.update()
-            running.remove(stream.prompt_id)
+            found[request.name] = kept, drawn
             read_ahead()
-            while streams and (first := next(iter(streams))) not in running:
-                done = streams.pop(first)  # its samples need not stay in memory until the last prompt is done
-                counts.update(done.counts, prompts_short=int(len(done.kept) < n))
-                yield first, done.kept
+            while found and found[first := next(iter(found))]:
+                kept, drawn = found.pop(first)  # they need not stay in memory until the last prompt is done
+                counts.update(drawn, prompts_short=int(len(kept) < n))
+                yield first, kept
 
 
 def answer(
