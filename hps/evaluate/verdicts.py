@@ -153,8 +153,7 @@ def interval(values: Floats) -> dict[str, Any] | None:
 
 def means(values: Floats) -> Floats:
     """(prompts,) means over the responses that have a value, of the prompts where one has."""
-    there = ~np.isnan(values)
-    return np.where(there, values, 0.0).sum(0)[there.any(0)] / there.sum(0)[there.any(0)]
+    return np.nanmean(values[:, ~np.isnan(values).all(0)], axis=0)
 
 
 def markdown(summary: dict[str, Any]) -> str:
