@@ -91,8 +91,8 @@ def test_the_q_of_a_run():
     run = Config(
         "", "", "", epochs=1, prompts_per_step=1, length_penalty=1.0, gamma_start=-1.0, gamma_schedule="constant"
     )
-    [q, *_] = report_of(case(["a", "bbbb", "cc"], [3.0, 2.0, 1.0]), run=run)["q"]  # minus 2, 5, 3 tokens: 1, -3, -2
-    assert q["effective_negatives"] == pytest.approx(np.exp(entropy([np.exp(3), np.exp(2)])))
+    [q, *_] = report_of(case(["a", "bbbbb", "cc"], [3.0, 2.0, 1.0]), run=run)["q"]  # minus 2, 6, 3 tokens: 1, -4, -2
+    assert q["effective_negatives"] == pytest.approx(np.exp(entropy([np.exp(4), np.exp(2)])))
     [q, *_] = report_of(*MIXED, run=Config("", "", "", method="dpo-uniform"))["q"]
     assert (q["gamma"], q["effective_negatives"]) == (0, 1.5)
     for other in (dict(method="dpo-bt"), dict(method="dpo-human"), dict(loss="sft"), dict(loss="reward")):
@@ -226,6 +226,8 @@ def test_what_wins_many_prompts_is_named():
     ):
         [line] = advice("one ", *rows)
         assert line.startswith(f"one {at} is the best of"), line
+    common = [case(["no", f"{i}" if i > 4 else "yes"], [i > 4 and i % 5 < 3, 0.5]) for i in range(30)]
+    assert report_of(*common)["winners"]["text"]["name"] == "yes"  # five of five, and "no" is best in half of its own
     half = [case(["no", f"yes {i}"], chosen=0, rejected=1) for i in range(30)]  # what always wins of two does so twice
     assert advice("one text is the best of 100% of the prompts (50% by chance): 'no'", *half)
 
