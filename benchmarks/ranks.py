@@ -7,8 +7,8 @@ Each way is train.py on gloo ranks of this machine, three steps of two micro-bat
 (RssAnon), above what there was before the model was loaded: pages of its files, which ranks of a machine share, and
 which the system may drop, are `mapped` instead. `measured` is step and mapped together, of the first rank, `estimated`
 is hps.lab.estimate's; the other columns are of the rank that takes most. On GPUs load, checkpoint and export are the
-host's; check, step and held (between two steps) are the GPU's. Of the third step it is counted what torch's collectives
-are asked for: of an all-gather and a reduce-scatter all but the own part, of an all-reduce twice that.
+host's; check, step and held (between two steps) are the GPU's. Of the second step it is counted what torch's
+collectives are asked for: of an all-gather and a reduce-scatter all but the own part, of an all-reduce twice that.
 """
 
 import os
@@ -64,7 +64,7 @@ def mapped() -> float:
 
 
 def watched(options: dict[str, Any]) -> dict[str, float]:
-    """MiB of one rank by phase, at their highest, between steps and mapped; what it received in the last step."""
+    """MiB of one rank by phase, at their highest, between steps and mapped; what it received in the second step."""
     # Imported for what importing takes, which stays on this side of the line that is drawn.
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
