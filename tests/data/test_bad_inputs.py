@@ -43,7 +43,6 @@ def command(name: str, data: Path, out: Path, folders: Path, more: dict) -> tupl
         "generate": dict(model=model, input=data, output=output, max_new_tokens=4),
         "annotate": dict(scorer=folders / "scorer-no-template", input=data, output=output),
         "doctor": dict(model=model, input=data),
-        "import": dict(source="hh-rlhf", input=data, output=output),
         "train": dict(model=model, data=data, out=out, token_cache=out.parent / "tokens"),
         "eval": dict(model=more.get("model", model), reference=model, data=data, out=out, samples=0),
     }[name] | more
@@ -125,24 +124,18 @@ def test_what_does_not_go_together(tmp_path, folders):
 # -- outputs that cannot be written: below a regular file, which root may not either, and over a folder --
 
 
-TALK_OF_HH = "\n\nHuman: Hi\n\nAssistant: {}"
-
-
 def test_an_output_below_a_file_and_over_a_folder(tmp_path, folders):
     data, file = tmp_path / "x.jsonl", tmp_path / "file"
     file.write_text("tea")
-    for name in ("import", "export", "generate", "annotate", "eval", "train"):
-        foreign = {key: TALK_OF_HH.format(key) for key in ("chosen", "rejected")}
-        data.write_bytes(lines(foreign if name == "import" else ROW))
+    data.write_bytes(lines(ROW))
+    for name in ("generate", "annotate", "eval", "train"):
         more = {"out": file / "run"} if name in ("eval", "train") else {"output": file / "r.safetensors"}
         said = refused(name, data, tmp_path, folders, **more)
-        reason = "cannot read or write " if name in ("import", "export") else "cannot be made: "
-        assert reason in said and str(file) in said
+        assert "cannot be made: " in said and str(file) in said
     sizes = ["--train=2", "--valid=2", "--test=2", "--demonstrations=2"]
     with pytest.raises(ValueError, match=rf"cannot read or write {file}: File exists"):
         data_prep.main(["world", f"--out={file / 'world'}", *sizes])
     assert file.read_text() == "tea"
-    data.write_bytes(lines(ROW))
     (folder := tmp_path / "folder").mkdir()
     for name in ("export", "annotate"):
         said = refused(name, data, tmp_path, folders, output=folder)
