@@ -190,6 +190,16 @@ def distinct(rows: list[dict]) -> None:
 
 VOCABULARY = 61  # of `tiny` models and `blocks_of`
 
+SMALL = dict(  # a model to decode, of uneven next-token distributions
+    vocab_size=13, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+)  # fmt: skip
+
+
+def flat(groups) -> list:
+    """Token ids of the samples of each prompt, and whether they ended."""
+    return [[(one.token_ids.tolist(), one.finished) for one in group] for group in groups]
+
 
 def block_mask(packed) -> torch.Tensor:
     """The dense mask of a packed row, (1, 1, N, N) bool, by the rule that FlexAttention is given."""

@@ -7,23 +7,13 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from helpers import plain_logp
+from helpers import SMALL, flat, plain_logp
 from scipy import stats
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, Qwen2Config
 
 from hps.prepare import decode
 
 EOS = 2
-SMALL = {
-    "vocab_size": 13,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,  # uneven next-token distributions
-}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
@@ -54,10 +44,6 @@ def draw(model, prompts, n, *, seeds=None, max_new_tokens=12, temperature=0.9, m
     ended = list(decode.decode(model, deque(requests), **settings))
     assert sorted(map(id, ended)) == sorted(map(id, requests))  # each is given back once
     return [request.samples for request in requests]
-
-
-def flat(groups):
-    return [[(one.token_ids.tolist(), one.finished) for one in group] for group in groups]
 
 
 def calls_of(model, run):

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import byte_tokenizer, plain_logp, torchrun
+from helpers import SMALL, byte_tokenizer, flat, plain_logp, torchrun
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
@@ -33,11 +33,7 @@ PROMPTS = [("a", [1, 5]), ("b", [1, 9, 3, 3, 4]), ("c", [1, 7]), ("d", [4, 6, 8]
 @pytest.fixture(scope="module")
 def llama():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=13, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).eval()
 
 
 def scripted(monkeypatch, *responses):
@@ -53,10 +49,6 @@ def scripted(monkeypatch, *responses):
             yield request
 
     monkeypatch.setattr(generation, "decode", engine)
-
-
-def flat(groups):
-    return [[(one.token_ids.tolist(), one.finished) for one in group] for group in groups]
 
 
 def draw(model, ids, name, *, n, max_new_tokens=12):
