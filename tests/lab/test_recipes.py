@@ -201,7 +201,8 @@ def test_the_estimate_of_a_recipe_by_hand(tmp_path, monkeypatch):
     # 5 responses, of which 65 tokens hold 3 or 2 with their prompt; each of two GPUs has all weights but the head.
     assert scored.hours == hours(10 * (flops(3, head=False) + flops(2, head=False)), parts=2)
     assert scored.tokens == 10 * 80 and scored.gpus == 2
-    assert 4 * 65 * (64 + 2 * 112) < scored.bytes - (weights - head) < 4 * 65 * (64 + 6 * 112)
+    beside = estimate.forward(str(tmp_path / "llama"), "fp32", 32, 33, 1, True)[1]  # a full micro-batch
+    assert scored.bytes == weights - head + beside and 4 * 65 * (64 + 2 * 112) < beside < 4 * 65 * (64 + 6 * 112)
     assert sft.tokens == 3 * 10 * 40 and sft.times == 1 and pl.tokens == 2 * 10 * 80
     work = dict(shape=str(tmp_path / "llama"), world_size=1, epochs=2, prompts=10, responses=5, method="dpo-pl")
     work |= dict(prompts_per_step=2, tokens_per_micro_batch=160)
