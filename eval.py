@@ -24,14 +24,10 @@ from tqdm import tqdm
 from hps import checkpoint, config, dist, limits, model, pretrained, reference
 from hps.data import listwise, store, tokenizers
 from hps.data.rows import Row, stream
-from hps.evaluate import metrics, report, scoring
+from hps.evaluate import metrics, per_prompt, report, scoring
 from hps.io import files
 from hps.lab import scorers
-from hps.lab.world import World
-from hps.packing import Block
-from hps.prepare import generate, rewards
-
-SCORED_AT_ONCE = 64  # prompts whose samples wait for the reference's log-probs
+from hps.prepare import rewards
 
 
 @dataclass
@@ -160,33 +156,16 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
         h, ks = policy_logps - ref_logps[ends[n] - len(policy_logps) : ends[n]], pair(i)
         texts = [row.responses[examples.kept[i][k]] for k in ks]
         lengths = {"chars": list(map(len, texts)), "tokens": list(map(len, examples.block(i, ks).responses))}
-        keep(n, pair_metrics(h[ks], lengths, human=bool(human[i]), human_pairs=bool(human.any())) | {"kl_exact": kl})
+        of_pair = per_prompt.pair_metrics(h[ks], lengths, human=bool(human[i]), human_pairs=bool(human.any()))
+        keep(n, of_pair | {"kl_exact": kl})
         if ranked[i]:
             keep(n, metrics.margins(h, examples.rewards[i]))
     if c.samples and len(mine):
-        how = {key: getattr(c, key) for key in ("max_new_tokens", "temperature", "seed", "max_rows")}
-        how |= dict(n=c.samples, counts=drawn, progress=ranks.first, strings=listwise.Places())
-        for row in mine_of_rows:
-            if isinstance(row.prompt, str):
-                how["strings"].add(row.id, 0)
         prompts = store.Lazy(
             len(mine), lambda a, b: [(examples.id(i), examples.block(i, ()).prompt.tolist()) for i in mine[a:b]]
         )
-
-        def sampled(policy: model.PolicyModel, ref: model.PolicyModel) -> Iterator[Row]:
-            # Unfinished ones included: rambling is a failure, not a missing value.
-            answers = generate.answer(policy.lm, tokenizer, prompts, **how)
-            waiting: dict[int, tuple[Block, list[float]]] = {}  # for the reference, which scores many at once
-            for n, (row, (id, texts, samples)) in enumerate(zip(mine_of_rows, answers, strict=True)):
-                if texts:
-                    block = Block(examples.block(mine[n], ()).prompt, tuple(one.token_ids for one in samples))
-                    waiting[n] = block, [one.logp for one in samples]
-                if len(waiting) == SCORED_AT_ONCE or n == len(mine) - 1:
-                    found = scoring.score(ref, [block for block, _ in waiting.values()], device=ranks.device, **packing)
-                    for place, ref_logps in zip(waiting, found, strict=True):
-                        keep(place, {"kl_samples": float(np.mean(waiting[place][1] - ref_logps))})
-                    waiting.clear()
-                yield Row(id, row.prompt, tuple(texts), None, None, None, c.model, c.data)
+        how = {key: getattr(c, key) for key in ("max_new_tokens", "temperature", "seed", "max_rows")}
+        how |= dict(n=c.samples, counts=drawn, progress=ranks.first)
 
         def rewarded() -> Iterator[Row]:
             for n, (row, samples) in enumerate(zip(mine_of_rows, stream(unscored), strict=True)):
@@ -196,11 +175,13 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
                         drawn["prompts_unscored"] += 1
                         earned = None
                     samples = replace(samples, rewards=earned)
-                    keep(n, sample_metrics(samples, row, world))
+                    keep(n, per_prompt.sample_metrics(samples, row, world))
                 yield samples
 
         unscored = out / f"part-{ranks.rank}.unscored.jsonl"
-        listwise.write(unscored, sampled(policy, ref))
+        # Unfinished ones included: rambling is a failure, not a missing value.
+        answers = per_prompt.sampled(policy, ref, tokenizer, mine_of_rows, prompts, keep, packing=packing, **how)
+        listwise.write(unscored, (replace(row, source=c.model) for row in answers))
         del policy, ref  # the scorer goes to the device with its first texts: three models may find no room
         listwise.write(out / f"part-{ranks.rank}.jsonl", rewarded())
     with files.replacing(out / f"part-{ranks.rank}.safetensors") as path:
@@ -211,40 +192,6 @@ def evaluate(c: Config, ranks: dist.Ranks) -> None:
             counts |= {f"samples_{key}": counts.get(f"samples_{key}", 0) + n for key, n in found.items()}
         ids = store.Lazy(len(compared), lambda a, b: [examples.id(i) for i in compared[a:b]])
         merge(c, out, ids, counts, ranks.world_size)
-
-
-def pair_metrics(h: np.ndarray, lengths: dict[str, list[int]], *, human: bool, human_pairs: bool) -> dict[str, float]:
-    """Margins of one prompt's pair from log-ratios h (2,) in nats, without beta, and the length-corrected one.
-
-    Of data with `human_pairs`, a prompt that lost its own (an empty response, say) has no single-pair margin: the
-    runner-up in its place would be another measure under the same name.
-    """
-    rm = float(h[0] - h[1])
-    found = {"rm_dpo": rm} if human else {}
-    if human or not human_pairs:
-        for unit, (chosen, rejected) in lengths.items():
-            found[f"rm_rdpo_{unit}"] = rm - 0.01 * (chosen - rejected)  # Tables 2 and 5; alpha is theirs
-    return found | {"kl_seq": float(h[0])}
-
-
-def sample_metrics(samples: Row, row: Row, world: World | None) -> dict[str, float]:
-    """Reward, length, BLEU of one prompt's samples; harm and junk where the world can tell."""
-    found = {"length": float(np.mean([len(y.split()) for y in samples.responses]))}
-    hypothesis = samples.responses[0]
-    if samples.rewards is not None:
-        found["true_reward"] = float(np.mean(samples.rewards))
-        found["best_of_k_reward"] = float(np.max(samples.rewards))
-        hypothesis = samples.responses[int(np.argmax(samples.rewards))]
-    # The data's own preferred answer; a world's pair is of random candidates, and its best one stands for that.
-    own = row.chosen is not None and (world is None or row.rewards is None)
-    target = row.responses[row.chosen if own else int(np.argmax(row.rewards))]
-    found["bleu_char"] = metrics.bleu_char(hypothesis, target)
-    found["bleu_word"] = metrics.bleu_word(hypothesis, target)
-    if world is not None:
-        found["junk"] = 100 * float(np.mean([world.junk_fraction(y) for y in samples.responses]))
-        if world.is_risky(row.prompt):  # harm is counted on risky prompts
-            found["harm"] = 100 * float(np.mean([world.is_harmful(row.prompt, y) for y in samples.responses]))
-    return found
 
 
 def merge(c: Config, out: Path, ids: Sequence[str], counts: dict[str, int], world_size: int) -> None:

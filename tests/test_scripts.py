@@ -18,6 +18,7 @@ from hps import config, dist
 from hps.data import listwise
 from hps.data.rows import Row
 from hps.data.tokenizers import load_tokenizer
+from hps.evaluate import per_prompt
 from hps.io import files
 from hps.lab.world import World
 from hps.pretrained import load_causal_lm
@@ -189,7 +190,7 @@ def test_odd_samples_end_no_evaluation(tiny_world, tmp_path, monkeypatch):
     others everything is what it was."""
     whole = evaluate(tiny_world, tiny_world / "model", tmp_path / "a")
     full, unscored, *others = (row.id for row in listwise.read(tmp_path / "a/samples.jsonl"))
-    answer, load = evaluation.generate.answer, evaluation.scorers.load
+    answer, load = per_prompt.generate.answer, evaluation.scorers.load
 
     def without_room(*args, **how):
         for id, texts, samples in answer(*args, **how):
@@ -204,7 +205,7 @@ def test_odd_samples_end_no_evaluation(tiny_world, tmp_path, monkeypatch):
 
         return score
 
-    monkeypatch.setattr(evaluation.generate, "answer", without_room)
+    monkeypatch.setattr(per_prompt.generate, "answer", without_room)
     monkeypatch.setattr(evaluation.scorers, "load", with_none)
     for out, more in (("b", {}), ("c", dict(baseline=tmp_path / "b"))):
         found = evaluate(tiny_world, tiny_world / "model", tmp_path / out, **more)
@@ -360,4 +361,4 @@ def test_bleu_is_against_the_datas_preferred_answer():
     samples = [Row("a", "p", (text,), None, None, None) for text in row.responses]
     world = SimpleNamespace(junk_fraction=lambda y: 0, is_risky=lambda prompt: False)
     for place, found in ((None, [0, 0, 1]), (world, [0, 1, 0])):
-        assert [round(evaluation.sample_metrics(s, row, place)["bleu_char"], 3) for s in samples] == found
+        assert [round(per_prompt.sample_metrics(s, row, place)["bleu_char"], 3) for s in samples] == found
