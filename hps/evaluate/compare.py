@@ -141,13 +141,14 @@ def summarise(
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, `-dirty` where files differ from it; `unknown` outside a checkout."""
+    """Short hash of the checked-out commit, `-dirty` where code or configs differ; `unknown` outside a checkout."""
 
     def ask(*words: str) -> str:
         argv = ["git", "-C", str(ROOT), *words]
         return subprocess.run(argv, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
-    return (ask("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if ask("status", "--porcelain") else "")
+    changed = ask("status", "--porcelain", "--", "hps", "configs", "*.py")  # not the pages of a record, nor one's data
+    return (ask("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def machine() -> str:

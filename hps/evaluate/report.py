@@ -123,6 +123,8 @@ def answer(results: dict[str, Any]) -> list[str]:
     told = zip(VERDICTS, ("hold", "do not hold", "are unresolved"), strict=False)
     told = ", ".join(f"{counts[word]} {many}" for word, many in told if counts[word])
     found = [f"Of {counts.total()} claims that were measured, adjusted for their number, {told}."] if counts else []
+    if counts and results["worlds"] == 1:
+        found = ["One world judges no claim (take more --seeds): what follows speaks of its prompts alone."]
     rows = {row["method"]: row["metrics"]["true_reward"] for row in results["rows"] if "true_reward" in row["metrics"]}
     if rows:
         best = max(rows, key=lambda name: rows[name]["mean"])
