@@ -20,7 +20,7 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # train.py is a script, no package
+sys.path.insert(0, str(ROOT))  # train.py is a script, no package; so what follows is not at the top (E402)
 
 from hps.data import listwise, tokenizers, tokens  # noqa: E402
 from hps.evaluate import md  # noqa: E402

@@ -150,7 +150,8 @@ ELSEWHERE |= {"lora_r": "lora_rank", "lora_target_modules": "lora_targets", "rep
 
 def meant(word: str, known: Collection[str], prefix: str = "") -> str:
     """What an unknown word may have meant, by another program's name of an option or by its letters."""
-    found = [*({ELSEWHERE.get(word.lower())} & {*known}), *difflib.get_close_matches(word.lower(), known, n=1)]
+    word = word.lower()
+    found = [*({ELSEWHERE.get(word.replace("-", "_"))} & {*known}), *difflib.get_close_matches(word, known, n=1)]
     return f": did you mean {prefix}{found[0]}?" if found else "."
 
 

@@ -147,10 +147,8 @@ def plans(results: dict[str, Any]) -> list[Plan]:
     shown = [row["method"] for row in rows if {"true_reward", kl} <= row["metrics"].keys()]
     if lines := {name: [name] for name in shown if not name.endswith(AGAIN)}:
         reward = {"x": {"metric": kl}, "panels": ["true_reward"], "lines": lines}  # one point per method
-        size, caption = (
-            (5.6 + _room(lines), 3.6),
-            "Reward of the samples over KL to the reference: means and intervals.",
-        )
+        size = (5.6 + _room(lines), 3.6)
+        caption = "Reward of the samples over KL to the reference: means and intervals."
         found += [plan._replace(size=size, caption=caption) for plan in _lines(results, "reward_kl", reward)]
     panels = {name: [row["metrics"].get(name) for row in rows] for name in present(rows, MARGINS)}
     x = "margin of the best candidate (nats, without beta)"

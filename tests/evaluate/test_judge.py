@@ -431,7 +431,10 @@ def test_a_local_judge_and_a_question_too_long_for_it(tmp_path, monkeypatch):
     """Of random weights, which says what it is made to say."""
     folder, out, answer = save(tmp_path / "model", positions=420), tmp_path / "out", generate.answer
     scores = json.dumps(dict(zip(CRITERIA, (4, 3.5, 5, 0), strict=True)))
-    says = lambda *args, **how: ((key, [scores], drawn) for key, _, drawn in answer(*args, **how))  # noqa: E731
+
+    def says(*args, **how):
+        return ((key, [scores], drawn) for key, _, drawn in answer(*args, **how))
+
     monkeypatch.setattr(generate, "answer", says)
     methods = write(tmp_path, TEXTS | {"alpha": TEXTS["alpha"] | {"p2": ["long " * 300]}})
 
