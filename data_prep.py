@@ -22,20 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from hps import config, dist, methods, model, pretrained
-from hps.data import listwise, store, tokenizers, tokens
-from hps.data.rows import Row, only, stream
-from hps.io import files
-from hps.lab import scorers, world
-from hps.options import read as read_training
-from hps.prepare import commands, doctor, formats, generate, importers, journal, manifests, rewards
+from hps import config
+from hps.prepare import commands
 
 
 @dataclass
 class World:
+    """Write a self-made world: an untrained model, demonstrations for SFT, prompts for training, choice and report."""
+
     out: str  # folder for model/ (untrained), sft.jsonl, train.jsonl, valid.jsonl, test.jsonl
     seed: int = 0  # of the world's facts, its splits and the untrained weights
     domain: str = "safe"  # safe (single turn, half of it risky), help (multi-turn, facts) or both
@@ -47,6 +41,8 @@ class World:
 
 @dataclass
 class Import:
+    """Turn a foreign file of preferences into list-wise rows, and count what is left out."""
+
     source: str  # listwise, hh-rlhf, pku-saferlhf, ultrafeedback, nectar, alpaca-eval, trl, simpo or authors
     input: tuple[str, ...]  # files: .jsonl, .json (.gz, .xz), .parquet, .csv, hf://...; data sets: OWNER/NAME@REVISION
     output: str  # list-wise JSON Lines to write, and OUTPUT.manifest.json beside it
@@ -61,6 +57,8 @@ class Import:
 
 @dataclass
 class Export:
+    """Write the pairs of list-wise rows in TRL's format, which other trainers read, and count what is left out."""
+
     input: str  # list-wise JSON Lines
     output: str  # JSON Lines in TRL's format (standard for string prompts), and OUTPUT.manifest.json beside it
     pair: str = "human"  # human (chosen, rejected) or rewards (highest against lowest)
@@ -68,6 +66,8 @@ class Export:
 
 @dataclass
 class Generate:
+    """Add n distinct candidates of a model to the responses of each prompt; a killed run goes on, torchrun shares."""
+
     model: str  # model that answers: a local folder or a hub name
     input: str  # list-wise JSON Lines with prompts
     output: str  # the same with candidates behind the responses that were there
@@ -88,6 +88,8 @@ class Generate:
 
 @dataclass
 class Annotate:
+    """Give every response a reward; a killed run goes on, and torchrun shares the prompts out."""
+
     scorer: str  # world-est[:SEED], world-true[:SEED], or a reward model: folder or hub name
     input: str  # list-wise JSON Lines
     output: str  # the same with rewards
@@ -101,6 +103,10 @@ class Annotate:
 
 @dataclass
 class Doctor:
+    """Measure what training would see of a file, and say what to change; status 1 where it cannot be trained on.
+
+    --config is the training's own: its limits are taken from there, and its q is shown."""
+
     input: str  # list-wise JSON Lines
     model: str  # its tokenizer counts the tokens
     max_length: int = 2048  # tokens of prompt and response together
@@ -110,8 +116,32 @@ class Doctor:
     json: bool = False  # print JSON for machines instead of a page
 
 
+OPTIONS = {
+    "world": World, "import": Import, "export": Export, "generate": Generate, "annotate": Annotate, "doctor": Doctor
+}  # fmt: skip
+
+
+def read_options(argv: Sequence[str] | None = None) -> tuple[str, Any, Sequence[str]]:
+    """The command of a command line, its options, and the words that they were read from."""
+    return commands.read(OPTIONS, argv, prog="data_prep.py", page=str(__doc__), foreign={"doctor"})
+
+
+if __name__ == "__main__":  # --help is shown, and a typo told, before the seconds that torch takes to load
+    config.run_main(read_options)
+
+import numpy as np
+from tqdm import tqdm
+
+from hps import dist, methods, model, pretrained
+from hps.data import listwise, store, tokenizers, tokens
+from hps.data.rows import Row, only, stream
+from hps.io import files
+from hps.lab import scorers, world
+from hps.options import read as read_training
+from hps.prepare import doctor, formats, generate, importers, journal, manifests, rewards
+
+
 def make_world(c: World) -> None:
-    """Write a self-made world: an untrained model, demonstrations for SFT, prompts for training, choice and report."""
     out, options = Path(c.out), vars(c) | {"sft": c.demonstrations}
     if (out / "world.json").is_file():
         advice = "delete the folder, or choose another --out"
@@ -127,7 +157,6 @@ def make_world(c: World) -> None:
 
 
 def import_rows(c: Import) -> None:
-    """Turn a foreign file of preferences into list-wise rows, and count what is left out."""
     config.check_choices(c, source=formats.FORMATS)
     inputs = [importers.located(name) for name in c.input]
     if manifests.is_finished(c, "import", inputs):
@@ -142,7 +171,6 @@ def import_rows(c: Import) -> None:
 
 
 def export_rows(c: Export) -> None:
-    """Write the pairs of list-wise rows in TRL's format, which other trainers read, and count what is left out."""
     if manifests.is_finished(c, "export"):
         return
     config.check_choices(c, pair=("human", "rewards"))
@@ -152,7 +180,6 @@ def export_rows(c: Export) -> None:
 
 
 def generate_candidates(c: Generate) -> None:
-    """Add n distinct candidates of a model to the responses of each prompt; a killed run goes on, torchrun shares."""
     if manifests.is_finished(c, "generate"):
         return
     config.check_choices(c, dtype=model.DTYPES, engine=("hf", "vllm"))
@@ -205,7 +232,6 @@ def generate_candidates(c: Generate) -> None:
 
 
 def annotate_rows(c: Annotate) -> None:
-    """Give every response a reward; a killed run goes on, and torchrun shares the prompts out."""
     if manifests.is_finished(c, "annotate"):
         return
     rows = listwise.Rows(c.input)
@@ -239,9 +265,6 @@ def annotate_rows(c: Annotate) -> None:
 
 
 def diagnose(c: Doctor, words: Sequence[str]) -> None:
-    """Measure what training would see of a file, and say what to change; status 1 where it cannot be trained on.
-
-    --config is the training's own: its limits are taken from there, and its q is shown."""
     at = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--config"), len(words))
     file = words[at : at + 1 + ("=" not in "".join(words[at : at + 1]))]
     run, _ = methods.check(*read_training([*file, f"--model={c.model}", f"--data={c.input}", "--out=."]))
@@ -256,19 +279,18 @@ def diagnose(c: Doctor, words: Sequence[str]) -> None:
         sys.exit(1)
 
 
-COMMANDS = {
-    "world": (World, make_world),
-    "import": (Import, import_rows),
-    "export": (Export, export_rows),
-    "generate": (Generate, generate_candidates),
-    "annotate": (Annotate, annotate_rows),
-    "doctor": (Doctor, diagnose),
-}
-
-
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    name, c, words = read_options(argv)
+    run = {
+        "world": make_world,
+        "import": import_rows,
+        "export": export_rows,
+        "generate": generate_candidates,
+        "annotate": annotate_rows,
+        "doctor": lambda c: diagnose(c, words),
+    }
     try:
-        commands.run(COMMANDS, argv, prog="data_prep.py", page=str(__doc__), foreign={"doctor"})
+        run[name](c)
     except OSError as error:  # a folder that takes no files, a full disk
         where = error.filename2 or error.filename or "the output"
         raise ValueError(f"cannot read or write {where}: {error.strerror or error}") from error

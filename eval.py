@@ -17,17 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
-
-from hps import checkpoint, config, dist, limits, model, pretrained, reference
-from hps.data import listwise, store, tokenizers
-from hps.data.rows import Row, stream
-from hps.evaluate import metrics, per_prompt, report, scoring
-from hps.io import files
-from hps.lab import scorers
-from hps.prepare import rewards
+from hps import config
+from hps.options import CHOICES
 
 
 @dataclass
@@ -58,25 +49,52 @@ class Config:
     timeout: float = 10.0  # minutes that ranks wait for each other; for each other's shares of the prompts longer
 
 
-def main(argv: list[str] | None = None) -> None:
-    c, set_keys = config.parse(Config, argv, prog="eval.py", description=str(__doc__).split("\n")[0])
-    of_reward_model = {"scorer_dtype", "objectives"}
-    of_samples = {"temperature", "max_new_tokens", "seed", "max_rows", "scorer", "baseline", *of_reward_model}
-    config.check_used(set_keys, set(vars(c)) - (set() if c.samples else of_samples), what="--samples 0")
-    if c.scorer == "none" or scorers.is_world(c.scorer):
-        config.check_used(set_keys, set(vars(c)) - of_reward_model, what=f"--scorer {c.scorer}")
-    config.check_choices(c, dtype=model.DTYPES, scorer_dtype=model.DTYPES)
+OF_REWARD_MODEL = {"scorer_dtype", "objectives"}
+
+
+def read_options(argv: Sequence[str] | None = None) -> tuple[Config, dict[str, str]]:
+    """The options of a command line, and where each was set; ValueError for what cannot be, without torch."""
+    c, given = config.parse(Config, argv, prog="eval.py", description=str(__doc__).split("\n")[0])
+    of_samples = {"temperature", "max_new_tokens", "seed", "max_rows", "scorer", "baseline", *OF_REWARD_MODEL}
+    config.check_used(given, set(vars(c)) - (set() if c.samples else of_samples), what="--samples 0")
+    config.check_choices(c, dtype=CHOICES["dtype"], scorer_dtype=CHOICES["dtype"])
     positive = ("max_new_tokens", "max_length", "max_rows", "tokens_per_micro_batch")
     for name, least in (dict(limit=0, samples=0) | dict.fromkeys(positive, 1)).items():
         if getattr(c, name) < least:
             raise ValueError(f"{name} must be at least {least}, not {getattr(c, name)}")
-    out = Path(c.out)
+    if not Path(c.data).exists():
+        raise ValueError(f"--data {c.data}: there is no such file")
     if c.baseline and not (Path(c.baseline) / "samples.jsonl").exists():
         raise ValueError(f"--baseline {c.baseline}: no samples.jsonl there; evaluate that model first")
     if c.baseline and c.scorer == "none":
         raise ValueError("--baseline compares rewards of samples: it needs a --scorer")
-    if (out / "samples.jsonl").resolve() in (Path(c.data).resolve(), Path(c.baseline, "samples.jsonl").resolve()):
-        raise ValueError(f"--out {out} would overwrite --data or --baseline: choose another folder")
+    taken = [Path(c.data).resolve(), Path(c.baseline, "samples.jsonl").resolve()]
+    if Path(c.out, "samples.jsonl").resolve() in taken:
+        raise ValueError(f"--out {c.out} would overwrite --data or --baseline: choose another folder")
+    return c, given
+
+
+if __name__ == "__main__":  # a typo is told before the seconds that torch takes to load
+    config.run_main(read_options)
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from hps import checkpoint, dist, limits, model, pretrained, reference
+from hps.data import listwise, store, tokenizers
+from hps.data.rows import Row, stream
+from hps.evaluate import metrics, per_prompt, report, scoring
+from hps.io import files
+from hps.lab import scorers
+from hps.prepare import rewards
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    c, given = read_options(argv)
+    out = Path(c.out)
+    if c.scorer == "none" or scorers.is_world(c.scorer):
+        config.check_used(given, set(vars(c)) - OF_REWARD_MODEL, what=f"--scorer {c.scorer}")
     for package in ("scipy.stats", *(("nltk.translate.bleu_score", "sacrebleu") if c.samples else ())):
         metrics.extra(package)  # now rather than after hours
     with (

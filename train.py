@@ -25,7 +25,9 @@ from hps import config, options
 
 def read_options(argv: Sequence[str] | None = None) -> tuple[options.Config, dict[str, str]]:
     """The options of a command line, and where each was set: flag or file."""
-    return options.read(argv, description=str(__doc__).split("\n")[0])
+    c, given = options.read(argv, description=str(__doc__).split("\n")[0])
+    options.check_files(c)
+    return c, given
 
 
 if __name__ == "__main__":  # --help is shown, and a typo told, before the seconds that torch takes to load
@@ -39,7 +41,7 @@ from hps.data import tokenizers
 from hps.io import files, loggers
 from hps.methods import as_preference, check, form, needs_reference
 from hps.options import Config, settings
-from hps.record import RECORD, check_files, check_folder, claim
+from hps.record import RECORD, check_folder, claim
 from hps.statistics import Divergence, Statistics, check_first_loss
 
 STOPPED = 75  # status of a run that left a checkpoint for its next start: EX_TEMPFAIL of sysexits.h
@@ -47,7 +49,6 @@ STOPPED = 75  # status of a run that left a checkpoint for its next start: EX_TE
 
 def main(argv: Sequence[str] | None = None) -> None:
     c, passed_over = check(*read_options(argv))
-    check_files(c)
     if c.dry_run:
         from hps.extra import dry_run
 

@@ -6,6 +6,7 @@ log-probs. Here the three are put together, the same way however many ranks ther
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,15 +160,16 @@ def open_examples(c: Config, tokenizer: Any, ranks: dist.Ranks) -> store.Store:
     """The token store of `c.data`, of pairs in TRL's format as of list-wise rows. Collective."""
     from hps.data import rows
 
+    need_rewards = c.loss != "sft" and (parts(c)[1] != "human" or form(c) == "list")
     data, counts = c.data, {}
     if rows.holds_pairs(data):
         from hps.prepare import importers
 
-        data, counts = dist.from_first(lambda: importers.import_pairs(c.data, c.token_cache), ranks).values()
+        imported = partial(importers.import_pairs, c.data, c.token_cache, need_rewards=need_rewards)
+        data, counts = dist.from_first(imported, ranks).values()
     how = {key: getattr(c, key) for key in ("max_length", "truncate", "candidates", "length_penalty")}
-    how |= {"closing": c.loss == "reward", "ranks": ranks}
-    need_rewards = c.loss != "sft" and (parts(c)[1] != "human" or form(c) == "list")
-    found = store.open_store(c.token_cache, data, tokenizer, need_rewards=need_rewards, **how)
+    how |= {"closing": c.loss == "reward", "need_rewards": need_rewards, "ranks": ranks}
+    found = store.open_store(c.token_cache, data, tokenizer, **how)
     found.counts = counts | found.counts
     return found
 

@@ -32,7 +32,7 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 FIELD = re.compile(r"^    (\w+): .*?  # (.+)$")
 GROUP = re.compile(r"^    # -- (.+) --$")
-EXPECTED = {str: "a string", int: "a whole number of 64 bits", float: "a finite number"}
+EXPECTED = {str: "a string", int: "a whole number of 64 bits", float: "a finite number, such as 0.1"}
 EXPECTED |= {bool: "true or false", tuple: "strings"}
 
 

@@ -11,13 +11,6 @@ from hps.options import Config, settings
 RECORD = "restore it, or start again in a new --out"
 
 
-def check_files(c: Config) -> None:
-    """ValueError where a file of data is not there."""
-    for option in ("data", "eval_data"):
-        if (path := getattr(c, option)) and not Path(path).exists():
-            raise ValueError(f"--{option} {path}: there is no such file")
-
-
 def check_folder(out: Path, c: Config, started: bool) -> None:
     """ValueError where the folder holds a run with other settings."""
     path = out / "run.json"

@@ -92,7 +92,7 @@ class Recipe:
         gpus = next((int(word.partition("=")[2]) for word in words if word.startswith("--nproc_per_node=")), 1)
         script, *argv = words[words.index("--") + 1 :] if "--" in words else words
         kinds: dict[str, Any] = {"train.py": options.Config, "eval.py": evaluation.Config}
-        kinds |= {name: kind for name, (kind, _) in data_prep.COMMANDS.items()}
+        kinds |= data_prep.OPTIONS
         if script == "data_prep.py":
             script, *argv = argv
         if script == "-m" and argv[0] == "hps.evaluate.export":

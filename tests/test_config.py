@@ -171,8 +171,9 @@ def test_run_main_reports_a_mistake_without_a_traceback(capsys, monkeypatch):
     assert waited[-1] == 5 and capsys.readouterr().err == "error: mine\n"
 
 
-def test_a_typo_is_told_before_torch_is_loaded(tmp_path):
+@pytest.mark.parametrize("script", [["train.py"], ["eval.py"], ["data_prep.py", "generate"]], ids=" ".join)
+def test_a_typo_is_told_before_torch_is_loaded(tmp_path, script):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was loaded')")
-    command = [sys.executable, str(ROOT / "train.py"), "--datta=x"]
+    command = [sys.executable, str(ROOT / script[0]), *script[1:], "--modle=x"]
     found = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)
-    assert found.returncode == 2 and "did you mean --data?" in found.stderr
+    assert found.returncode == 2 and "did you mean --model?" in found.stderr

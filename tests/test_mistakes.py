@@ -17,6 +17,7 @@ FILES = {
     "twice.jsonl": f"{json.dumps(ROW)}\n" * 2,
     "lengths.jsonl": json.dumps(ROW | {"rewards": [1]}),
     "unscored.jsonl": json.dumps({key: value for key, value in ROW.items() if key != "rewards"}),
+    "pairs.jsonl": '{"prompt": "why", "chosen": "tea is hot", "rejected": "cold"}\n',
     "ties.jsonl": json.dumps(ROW | {"rewards": [1, 1]}),
     "typo.toml": 'methd = "dpo-hps"\n',
     "below": "a file",

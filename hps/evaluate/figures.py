@@ -110,6 +110,7 @@ def _lines(results: dict[str, Any], name: str, series: dict[str, Any]) -> list[P
     panels = [panel for panel in series["panels"] if any(needs | {panel} <= keys for keys in found)]
     titles = ", ".join(METRICS[panel].title for panel in panels)
     label_of_x = METRICS[over["metric"]].title if needs else over["label"]
+    single = len(panels) == 1
 
     def draw(figure: "Figure") -> None:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -130,11 +131,20 @@ def _lines(results: dict[str, Any], name: str, series: dict[str, Any]) -> list[P
             if not needs and len(ticks := sorted(set(over["values"].values()))) <= 8:
                 axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles.keys(), loc="outside right center")  # one for all panels
-        figure.supxlabel(label_of_x, fontsize=9, color="0.15")
+        # One legend for all panels; below a single one, so that a telephone shows both.
+        where = (
+            dict(loc="outside lower center", ncols=2, handlelength=1) if single else dict(loc="outside right center")
+        )
+        figure.legend(handles.values(), handles.keys(), **where)
+        if single:
+            figure.axes[0].set_xlabel(label_of_x)
+        else:
+            figure.supxlabel(label_of_x, fontsize=9, color="0.15")
 
     alt = f"{titles} over {label_of_x}, one line each for {', '.join(series['lines'])}."
     size = (1.8 + 2.6 * len(panels) + _room(series["lines"]), 2.9)
+    if single:
+        size = (4.8 + max(0, 2 * _room(series["lines"]) - 2), 3.0 + 0.18 * math.ceil(len(series["lines"]) / 2))
     caption = f"{titles} over {label_of_x}: means and intervals, each line through its rows in order."
     return [Plan(name, caption, alt, size, draw)] if panels else []
 
@@ -147,9 +157,8 @@ def plans(results: dict[str, Any]) -> list[Plan]:
     shown = [row["method"] for row in rows if {"true_reward", kl} <= row["metrics"].keys()]
     if lines := {name: [name] for name in shown if not name.endswith(AGAIN)}:
         reward = {"x": {"metric": kl}, "panels": ["true_reward"], "lines": lines}  # one point per method
-        size = (5.6 + _room(lines), 3.6)
         caption = "Reward of the samples over KL to the reference: means and intervals."
-        found += [plan._replace(size=size, caption=caption) for plan in _lines(results, "reward_kl", reward)]
+        found += [plan._replace(caption=caption) for plan in _lines(results, "reward_kl", reward)]
     panels = {name: [row["metrics"].get(name) for row in rows] for name in present(rows, MARGINS)}
     x = "margin of the best candidate (nats, without beta)"
     found += _strips("margins", [row["method"] for row in rows], panels, x)

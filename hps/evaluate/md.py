@@ -43,10 +43,12 @@ def _lines(columns: Iterable[Sequence[str]]) -> list[str]:
 
 def interval(item: dict[str, Any] | None, digits: int, sign: str = "") -> str:
     """1.23 [1.10, 1.31] of {"mean", "low", "high"}, 1.23 without an interval or of one without a width, and - for no
-    item; sign: "+" for that of a difference."""
+    item; sign: "+" for that of a difference. What is told apart from 0 gets the digits that show it."""
     if item is None:
         return "-"
     ends = [item["mean"]] if item["low"] == item["high"] else [item[key] for key in ("mean", "low", "high")]
+    while len(ends) > 1 and min(ends) * max(ends) > 0 and not round(item["mean"], digits):
+        digits += 1
     mean, *ends = (f"{end:{sign}z.{digits}f}" for end in ends)
     return f"{mean} [{', '.join(ends)}]" if ends else mean
 

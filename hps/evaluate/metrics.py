@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 SIGNS = {"win": 1, "tie": 0, "lose": -1}  # of a difference
 AGAIN = " again"  # ends the name of a row that is another one with another seed: every difference of the two is chance
+TUNED = " tuned"  # ends the name of a row at beta and lr of its own, where others share one setting
 
 
 class Metric(NamedTuple):

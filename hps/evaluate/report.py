@@ -24,14 +24,18 @@ from typing import Any, NamedTuple
 
 from hps.evaluate import figures, md
 from hps.evaluate import page as pages
-from hps.evaluate.metrics import METRICS, ends, present
+from hps.evaluate.metrics import AGAIN, METRICS, TUNED, ends, present
 from hps.io import files
 
 VERDICTS = ("holds", "does not hold", "unresolved", "not measured here")
 MARKS = (
-    "(+): larger is better, (-): smaller is. Bold: best mean. `~`: the interval overlaps that of the best, so no claim "
-    "that they differ."
+    "(+): larger is better, (-): smaller is. Bold: best mean. `~`: the interval overlaps that of the best; the paired "
+    "comparisons of the report look closer."
 )
+NAMES = {  # what ends a row's name, and what it says
+    AGAIN: "`... again`: the row once more with another seed, so that its differences are chance.",
+    TUNED: "`... tuned`: at beta and lr that were found for the method; the other rows share one setting.",
+}
 COMPARISONS_NOTE = (
     "The same prompts on both sides, averaged by world; W: worlds; better, worse, larger, smaller: a than b; "
     "unresolved: the interval contains 0, so p of the t test is above 0.05. After Holm: p adjusted for this table's "
@@ -49,7 +53,9 @@ def legend(results: dict[str, Any]) -> str:
     worlds = results["worlds"]
     many = f"Student's t over {worlds} worlds, one number each: it speaks of other worlds."
     one = "Student's t over the prompts: it says nothing of other data or runs."
-    return f"[low, high]: 95 % interval by {many if worlds > 1 else one} {MARKS}"
+    names = [row["method"] for row in results["rows"]]
+    told = [text for end, text in NAMES.items() if any(name.endswith(end) for name in names)]
+    return " ".join([f"[low, high]: 95 % interval by {many if worlds > 1 else one} {MARKS}", *told])
 
 
 class Cell(NamedTuple):
@@ -122,7 +128,11 @@ def answer(results: dict[str, Any]) -> list[str]:
     counts = Counter(item["after_holm"] for item in results.get("claims", []) if "after_holm" in item)
     told = zip(VERDICTS, ("hold", "do not hold", "are unresolved"), strict=False)
     told = ", ".join(f"{counts[word]} {many}" for word, many in told if counts[word])
-    found = [f"Of {counts.total()} claims that were measured, adjusted for their number, {told}."] if counts else []
+    found = (
+        [f"Of {counts.total()} claims that were measured {told} (adjusted for their number, by Holm)."]
+        if counts
+        else []
+    )
     if counts and results["worlds"] == 1:
         found = ["One world judges no claim (take more --seeds): what follows speaks of its prompts alone."]
     rows = {row["method"]: row["metrics"]["true_reward"] for row in results["rows"] if "true_reward" in row["metrics"]}
@@ -137,7 +147,7 @@ def answer(results: dict[str, Any]) -> list[str]:
         for metric in ("true_reward", "rm10"):
             mine = [item for item in compared if (item["a"], item["metric"]) == (a, metric)]
             words = [verdict(x, x["p_holm"]) for x in mine]
-            words = ["not told apart, after Holm, from" if word == "unresolved" else f"{word} than" for word in words]
+            words = ["not told apart from" if word == "unresolved" else f"{word} than" for word in words]
             numbers = [md.interval(x, METRICS[metric].digits, "+") for x in mine]
             differences = (f"{word} {x['b']}, {number}" for word, x, number in zip(words, mine, numbers, strict=True))
             if mine:

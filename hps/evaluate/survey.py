@@ -30,6 +30,8 @@ SIGNS = {"a": 1, "tie": 0, "b": -1}  # what a vote says of the answer shown as A
 
 @dataclass
 class Export:
+    """Write the raters' page and the key to it."""
+
     methods: tuple[str, ...]  # NAME=FILE NAME=FILE ...: two or more samples.jsonl of eval.py, over the same prompts
     out: str  # folder for survey.html, which goes to the raters, and key.json, which does not
     items: int = 30  # prompts to rate, drawn from those that all methods answered; each pair of methods once on each
@@ -38,13 +40,14 @@ class Export:
 
 @dataclass
 class Aggregate:
+    """Write survey.json and survey.md, and print the latter."""
+
     key: str  # key.json of the export
     ratings: str  # folder with the raters' files: every *.json in it
     out: str  # folder for survey.json and survey.md
 
 
 def export(c: Export) -> None:
-    """Write the raters' page and the key to it."""
     samples = verdicts.read_samples(c.methods, Path(c.out) / "key.json")
     first = next(iter(samples.values()))
     shared = sorted(id for id in first if all(id in rows and rows[id].responses for rows in samples.values()))
@@ -142,7 +145,6 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def aggregate(c: Aggregate) -> None:
-    """Write survey.json and survey.md, and print the latter."""
     key = files.read_record(Path(c.key), "give the key.json of the export", study=str, methods=list, pairs=list)
     results = results_of(key, read_ratings(Path(c.ratings), key))
     out = Path(c.out)
@@ -152,11 +154,10 @@ def aggregate(c: Aggregate) -> None:
     print(markdown(results), end="")
 
 
-COMMANDS = {"export": (Export, export), "aggregate": (Aggregate, aggregate)}
-
-
 def main(argv: list[str] | None = None) -> None:
-    commands.run(COMMANDS, argv, prog="python -m hps.evaluate.survey", page=str(__doc__))
+    known = {"export": Export, "aggregate": Aggregate}
+    name, c, _ = commands.read(known, argv, prog="python -m hps.evaluate.survey", page=str(__doc__))
+    {"export": export, "aggregate": aggregate}[name](c)
 
 
 if __name__ == "__main__":

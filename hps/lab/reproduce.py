@@ -172,7 +172,8 @@ def main() -> None:
     c, _ = config.parse(Options, prog="python -m hps.lab.reproduce", description=str(__doc__).split("\n")[0])
     names = [*SUITES, "theory"]
     if c.suite not in (*names, "all", "trial"):
-        raise ValueError(f"unknown suite {c.suite!r}; choose one of {', '.join(names)}, all, trial")
+        names = [*names, "all", "trial"]
+        raise ValueError(f"unknown suite {c.suite!r}{config.meant(c.suite, names)} Choose one of {', '.join(names)}")
     if c.seeds < 1 or min(c.first_seed, c.jobs) < 0:
         raise ValueError("seeds must be at least 1, first_seed and jobs not negative")
     out = Path(c.out)

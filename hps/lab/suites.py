@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hps.evaluate.metrics import AGAIN
+from hps.evaluate.metrics import AGAIN, TUNED
 
 Row = dict[str, Any]  # options of train.py, `method` among them
 
@@ -31,7 +31,6 @@ HPS = ("HPS", "HPS scaled (ours)")
 BASELINES = ("BT", "PL-8", "uniform")
 N = {"n_factor": "n_minus_one"}
 PANELS = ["rm_dpo", "rm10", "true_reward", "harm"]
-TUNED = " tuned"
 SETTINGS: dict[str, dict[str, float]] = tomllib.loads(Path(__file__).with_name("settings.toml").read_text("utf-8"))
 
 

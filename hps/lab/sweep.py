@@ -130,10 +130,8 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
     done = finished(stages, keys)
     bar.update(sum(todo.pop(product).weight for product in done))
     kept, running, took, made = len(done), {}, 0.0, 0.0
+    begun: dict[Path, float] = {}
     while todo or running:
-        # By what the stages of this start took, if any is done: tqdm's own guess would follow the last one's size.
-        left = (bar.total - bar.n) / jobs * (took / made if made else 1.0)
-        bar.set_postfix_str(f"{tqdm.format_interval(left)} left")
         ready = [stage for stage in todo.values() if done.issuperset(stage.needs)]
         ready.sort(key=lambda stage: -path[stage.product])
         for stage in ready[: jobs - len(running)]:
@@ -143,8 +141,16 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
             files.write_text(stage.record, keys[stage.product])
             name = "-".join(stage.product.relative_to(out).parts)
             running[pool.submit(run_command, stage.argv, str(out / "logs" / f"{name}.log"))] = todo.pop(stage.product)
+            begun[stage.product] = time.perf_counter()
         assert running, f"nothing makes what these need: {[str(s.product) for s in todo.values()]}"
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
+        # What all have left, shared out, or the longest chain that has begun, by what the stages of this start took, if
+        # any is done: tqdm's own guess would follow the last one's size.
+        rate = took / made if made else 1.0
+        ran = {x.product: min(time.perf_counter() - begun[x.product], rate * x.weight) for x in running.values()}
+        left = (rate * (bar.total - bar.n) - sum(ran.values())) / jobs
+        left = max(left, *(rate * path[product] - seconds for product, seconds in ran.items()))
+        bar.set_postfix_str(f"{tqdm.format_interval(round(left))} left")
+        for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
             seconds = future.result()
             stage = running.pop(future)
             with (out / "seconds.jsonl").open("a") as log:

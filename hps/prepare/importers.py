@@ -128,14 +128,20 @@ def import_file(
     return found
 
 
-def import_pairs(path: str | Path, folder: str | Path) -> dict[str, Any]:
+def import_pairs(path: str | Path, folder: str | Path, *, need_rewards: bool = False) -> dict[str, Any]:
     """The list-wise file in `folder` of pairs in TRL's format, or of list-wise rows in a table, made if no run before
-    has made it, under `path`; under `counts` how many records were read, and what is left out of them, by reason."""
+    has made it, under `path`; under `counts` how many records were read, and what is left out of them, by reason.
+    need_rewards: refuse pairs, which have none (ValueError)."""
+    first = next(_records("", path, "", "")[1], None)
+    source = "listwise" if isinstance(first, dict) and "responses" in first else "trl"
+    if need_rewards and source == "trl":
+        raise ValueError(
+            f"{path}: holds pairs without rewards: train on them with --method dpo-human; for a method that draws by "
+            "rewards, make rows of them (data_prep.py import --source trl) and score those (data_prep.py annotate)"
+        )
     out = Path(folder) / f"pairs-{files.sha256(Path(path))[:32]}.jsonl"
     manifest = Path(f"{out}.manifest.json")
     if not manifest.exists():
-        first = next(_records("", path, "", "")[1], None)
-        source = "listwise" if isinstance(first, dict) and "responses" in first else "trl"
         found = import_file(source, path)
         write(out, found.rows)
         manifests.write([(str(path), str(path))], out, {"counts": dict(found.counts)})

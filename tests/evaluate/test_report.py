@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hps.evaluate import figures, md, report
-from hps.evaluate.metrics import METRICS
+from hps.evaluate.metrics import AGAIN, METRICS
 
 FIGURES = ["reward_kl", "margins", "differences", "series_strength", "series_n"]
 
@@ -50,7 +50,11 @@ def test_table_marks_the_best_and_what_overlaps_it():
     assert report.legend(results()) in " ".join(text.split()) and "Student's t over 3 worlds" in report.legend(
         results()
     )
-    assert "over the prompts: it says nothing of other data" in report.legend({"worlds": 1})
+    assert "over the prompts: it says nothing of other data" in report.legend({"worlds": 1, "rows": []})
+    assert [report.legend({"worlds": 1, "rows": [{"method": f"a{end}"}]}).count("`...") for end in ("", AGAIN)] == [
+        0,
+        1,
+    ]
 
 
 def test_ties_are_bold_together_equals_not_at_all_and_one_number_alone_is_near():
@@ -63,6 +67,8 @@ def test_ties_are_bold_together_equals_not_at_all_and_one_number_alone_is_near()
     alone = results()
     alone["rows"][1]["metrics"]["true_reward"] |= {"low": None, "high": None}
     assert cells(report.table(alone), "DPO-BT")[4] == "1.14 ~"
+    # What is apart from 0 is not shown as 0.
+    assert md.interval(interval(0.004, 0.001, 0.007), 2, "+") == "+0.004 [+0.001, +0.007]"
 
 
 def test_comparisons_have_a_plain_verdict():
@@ -85,14 +91,14 @@ def test_the_answer_is_told_in_sentences():
     """The count of verdicts, the best text with what it is not apart from, and the first rows beside the others."""
     found = results(hps="HPS")
     assert report.answer(found) == [
-        "Of 4 claims that were measured, adjusted for their number, 2 hold, 1 do not hold, 1 are unresolved.",
+        "Of 4 claims that were measured 2 hold, 1 do not hold, 1 are unresolved (adjusted for their number, by Holm).",
         "The samples of the highest reward are those of HPS: 1.78 [1.60, 1.90], apart from all others.",
         "reward of HPS: better than DPO-BT, +0.64 [+0.50, +0.80].",
     ]
     found["rows"][1]["metrics"]["true_reward"]["high"] = 1.7
     found["comparisons"][0]["p_holm"] = 0.2
     assert report.answer(found)[1].endswith("1.78 [1.60, 1.90]; the intervals of DPO-BT overlap its own.")
-    assert report.answer(found)[2] == "reward of HPS: not told apart, after Holm, from DPO-BT, +0.64 [+0.50, +0.80]."
+    assert report.answer(found)[2] == "reward of HPS: not told apart from DPO-BT, +0.64 [+0.50, +0.80]."
     assert report.answer({"rows": [], "worlds": 1}) == []
 
 
@@ -160,9 +166,9 @@ def test_figures_show_their_methods_colours(written):
     """And nothing is cut off: the outermost pixels are white."""
     for name, inches, colours in (
         ("margins", (3.6, 0.9 + 3 * 0.27), (0, 1, 2)),
-        ("reward_kl", (5.6, 3.6), (0, 1, 2)),
+        ("reward_kl", (4.8, 3.36), (0, 1, 2)),
         ("series_strength", (7.0, 2.9), (0, 1)),
-        ("series_n", (4.4, 2.9), (0,)),
+        ("series_n", (4.8, 3.18), (0,)),
     ):
         image = np.round(imread(written / "figures" / f"{name}.png")[..., :3] * 255).astype(np.int64)
         assert image.shape[:2] == pytest.approx((inches[1] * figures.DPI, inches[0] * figures.DPI), abs=1)

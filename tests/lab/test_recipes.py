@@ -52,7 +52,7 @@ def accept(commands):
         elif script == "eval.py":
             config.parse(evaluation.Config, argv, prog="", description="")
         elif script == "data_prep.py":
-            config.parse(data_prep.COMMANDS[argv[0]][0], argv[1:], prog="", description="")
+            config.parse(data_prep.OPTIONS[argv[0]], argv[1:], prog="", description="")
         else:
             others.append([script, *argv])
     return others

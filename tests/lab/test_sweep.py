@@ -38,11 +38,11 @@ def sweeping(tmp_path, monkeypatch):
         needed = tuple(out / need / "product" for need in needs)
         return sweep.Stage(out / name / "product", [str(tmp_path / "script.py"), *words], weight, needed)
 
-    def run(*stages):
-        with ThreadPoolExecutor(1) as pool, tqdm(total=10, disable=False) as bar:
+    def run(*stages, jobs=1):
+        with ThreadPoolExecutor(jobs) as pool, tqdm(total=sum(s.weight for s in stages), disable=False) as bar:
             told.clear()
             bar.set_postfix_str = told.append
-            kept = sweep.run_stages(pool, 1, list(stages), out, bar)
+            kept = sweep.run_stages(pool, jobs, list(stages), out, bar)
             assert bar.n == sum(stage.weight for stage in stages)
         order = (tmp_path / "order").read_text()
         (tmp_path / "order").write_text("")
@@ -59,13 +59,19 @@ def test_stages_run_once_after_what_they_need(sweeping, tmp_path):
     assert run(*four) == (0, "acbd")  # a before b: c waits for it
     # All took 10 seconds: 10 per unit of weight after the first, 20 / 6 after the second, and so on.
     assert told == ["00:10 left", "01:30 left", "00:13 left", "00:03 left"]
+    # A chain takes as long with two workers as with one, and its first stage runs longer than a second.
+    script = (tmp_path / "script.py").read_text()
+    (tmp_path / "script.py").write_text(f"import time; time.sleep(1.5)\n{script}")
+    run(stage("g", 30), stage("h", 30, "g"), jobs=2)
+    assert told[:2] == ["01:00 left", "00:59 left"]
+    (tmp_path / "script.py").write_text(script)
     (out / "c/product").unlink()
     assert run(*four) == (3, "c")
     assert sweep.stage_seconds(four, out) == 40
     with pytest.raises(RuntimeError, match="script.py.*ended with status no luck"):
         run(stage("e", 1, fail="luck"), stage("f", 1, "e"))
     assert not (out / "f").exists()
-    assert (out / "commands.log").read_text().count("python ") == 6
+    assert (out / "commands.log").read_text().count("python ") == 8
 
 
 def test_other_commands_and_files_are_made_anew(sweeping, tmp_path, capsys):
