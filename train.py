@@ -273,7 +273,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     # Rounded to what the model came in, as it is given away, unless told otherwise.
     dtype = model.DTYPES.get(c.export_dtype, model.unwrapped(policy.lm).stored_dtype)
     sharding.export(policy.lm, tokenizer, out / "policy", ranks=ranks, card=readme, dtype=dtype)
-    say(ranks, f"{out / 'policy'}: trained in {spent['seconds']:.1f} s")
+    say(ranks, f"{out / 'policy'}: trained by {plan.steps} steps in {spent['seconds']:.1f} s")
 
 
 def lr_at(c: Config, step: int, steps: int) -> float:
