@@ -26,7 +26,9 @@ from hps import config, options
 def read_options(argv: Sequence[str] | None = None) -> tuple[options.Config, dict[str, str]]:
     """The options of a command line, and where each was set: flag or file."""
     c, given = options.read(argv, description=str(__doc__).split("\n")[0])
-    options.check_files(c)
+    for option, path in (("data", c.data), ("eval_data", c.eval_data)):
+        if path and not Path(path).exists():
+            raise ValueError(f"--{option} {path}: there is no such file")
     return c, given
 
 

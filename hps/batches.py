@@ -6,7 +6,6 @@ log-probs. Here the three are put together, the same way however many ranks ther
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +164,8 @@ def open_examples(c: Config, tokenizer: Any, ranks: dist.Ranks) -> store.Store:
     if rows.holds_pairs(data):
         from hps.prepare import importers
 
-        imported = partial(importers.import_pairs, c.data, c.token_cache, need_rewards=need_rewards)
-        data, counts = dist.from_first(imported, ranks).values()
+        imported = dist.from_first(lambda: importers.import_pairs(c.data, c.token_cache, need_rewards), ranks)
+        data, counts = imported.values()
     how = {key: getattr(c, key) for key in ("max_length", "truncate", "candidates", "length_penalty")}
     how |= {"closing": c.loss == "reward", "need_rewards": need_rewards, "ranks": ranks}
     found = store.open_store(c.token_cache, data, tokenizer, **how)

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from hps import config
 
@@ -132,13 +131,6 @@ def read(argv: Sequence[str] | None = None, *, description: str = "") -> tuple[C
             if not allowed(getattr(c, key)):
                 raise ValueError(f"{key} must {words}, got {getattr(c, key)}")
     return c, given
-
-
-def check_files(c: Config) -> None:
-    """ValueError where a file of data is not there."""
-    for option in ("data", "eval_data"):
-        if (path := getattr(c, option)) and not Path(path).exists():
-            raise ValueError(f"--{option} {path}: there is no such file")
 
 
 # Settings that do not decide the result: a run may go on with other values of them.

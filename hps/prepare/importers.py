@@ -128,7 +128,7 @@ def import_file(
     return found
 
 
-def import_pairs(path: str | Path, folder: str | Path, *, need_rewards: bool = False) -> dict[str, Any]:
+def import_pairs(path: str | Path, folder: str | Path, need_rewards: bool = False) -> dict[str, Any]:
     """The list-wise file in `folder` of pairs in TRL's format, or of list-wise rows in a table, made if no run before
     has made it, under `path`; under `counts` how many records were read, and what is left out of them, by reason.
     need_rewards: refuse pairs, which have none (ValueError)."""
