@@ -151,7 +151,10 @@ def answer(results: dict[str, Any]) -> list[str]:
             numbers = [md.interval(x, METRICS[metric].digits, "+") for x in mine]
             differences = (f"{word} {x['b']}, {number}" for word, x, number in zip(words, mine, numbers, strict=True))
             if mine:
-                found.append(f"{METRICS[metric].title} of {a}: {'; '.join(differences)}.")
+                title = METRICS[metric].title
+                found.append(f"{title[0].upper()}{title[1:]} of {a}: {'; '.join(differences)}.")
+    if any(item["p"] < 0.05 <= item["p_holm"] for item in compared):
+        found.append("Of so many intervals some miss 0 by chance: what is told apart is so after Holm's adjustment.")
     return found
 
 
