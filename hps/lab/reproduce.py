@@ -61,22 +61,22 @@ def plan(c: Options, suite: Suite, out: Path) -> tuple[list[Stage], Cells]:
 
 def plan_world(c: Options, suite: Suite, seed: int, out: Path, stages: dict[Path, Stage], cells: Cells) -> None:
     """Add one world's stages, by product, to `stages`, and its evaluations' folders to `cells`."""
-    size, scale = SIZES[c.small], 0.1 if c.small else 1.0
+    size = SIZES[c.small]
     base = out / (f"world-{seed}" if suite.domain == "safe" else f"world-{seed}-{suite.domain}")
     world, policy = base / "world", base / "sft" / "policy"
     texts, cache = f"--token_cache={out / 'token_cache'}", f"--reference_cache={out / 'reference_cache'}"
 
     def stage(product: Path, argv: list[str], seconds: float, *needs: Path) -> Path:
-        stages.setdefault(product, Stage(product, argv, seconds * scale, needs))
+        stages.setdefault(product, Stage(product, argv, seconds, needs))
         return product
 
     twice = 2 if suite.domain == "both" else 1  # so that each domain has as many prompts as when it is alone
     sizes = {key: twice * size[key] for key in ("train", "test")} | {"demonstrations": size["demonstrations"]}
     argv = ["data_prep.py", "world", *flags({"out": world, "seed": seed, "domain": suite.domain, "valid": 0} | sizes)]
-    about = stage(world / "world.json", argv, 2)
+    about = stage(world / "world.json", argv, 5)
     argv = ["train.py", "--config=configs/world-sft.toml", f"--model={world / 'model'}"]
     argv += [f"--data={world / 'sft.jsonl'}", f"--out={policy.parent}", f"--seed={seed}", texts]
-    stage(policy, argv, 39, about)
+    stage(policy, argv, 0.0019 * size["demonstrations"], about)
 
     # Candidates of every split that a row names, with the rewards that its use calls for: the noisy training reward
     # to train on; to test on, the true one, and a labelled pair like a data set's.
@@ -113,7 +113,7 @@ def plan_world(c: Options, suite: Suite, seed: int, out: Path, stages: dict[Path
         everything = row.get("hps_form") == "full" or row.get("pl_responses") == 0
         responses = row.get("pl_responses", 2) + row.get("hps_samples", 1) - 1
         responses = row.get("candidates", size["n"]) if everything else responses
-        trained = stage(folder / "policy", argv, 1.4 * responses, data)
+        trained = stage(folder / "policy", argv, 0.5 + 0.005 * responses * size["train"], data)
         found = evaluation(trained, test, folder / test, trained, baselines[test], baseline=baselines[test])
         cells.setdefault(name, []).append([found.parent])
 
