@@ -50,6 +50,11 @@ def test_a_second_run_computes_nothing_and_a_wider_one_only_the_rest(tmp_path, m
     model.register_forward_hook(lambda *args: calls.append(1))
     again, computed = reference.fill(open_at(tmp_path), model, blocks, **HOW)
     assert computed == 0 and not calls and again.tolist() == lookup(cache, blocks).tolist() == filled.tolist()
+    # What one rank still lacks, since another run writes there between two ranks' reading, all of them score.
+    monkeypatch.setattr(reference.dist, "all_sum", lambda absent: absent.index_fill_(0, torch.tensor([7]), 1))
+    again, computed = reference.fill(cache, model, blocks, **HOW)
+    assert computed == len(calls) == 1
+    np.testing.assert_allclose(again, filled, rtol=1e-5, atol=1e-4)
 
 
 def test_entries_are_addressed_by_content(tmp_path):
