@@ -121,19 +121,24 @@ def test_a_model_that_looks_ahead_is_refused():
         limits.check(PolicyModel(lm))
 
 
-def test_the_gradient_is_compared_on_rows_as_long_as_training_s(monkeypatch, caplog):
-    """An attention with the right values and no gradient to what is seen; 144 tokens are past the decoding kernels."""
+@pytest.mark.parametrize("fault", ["a gradient differs by", "its values are"])
+def test_the_gradient_is_compared_on_rows_as_long_as_training_s(monkeypatch, caplog, fault):
+    """An attention with the right values and no gradient to what is seen, or with wrong values of the one response
+    beside another prompt, whose gradient nobody looks at; 144 tokens are past the decoding kernels."""
     layout, rows = attention_cpu.layout, []
 
     def wrong(packed, heads):
         rows.append(packed.spans[1][0] + max(packed.spans[1][1]))
-        return lambda query, key, value, scaling: layout(packed, heads)(query, key, value.detach(), scaling)
+        right, first = layout(packed, heads), packed.block[0, :, None] == 0
+        if fault == "its values are":
+            return lambda *given: right(*given).masked_fill(first, 0)
+        return lambda query, key, value, scaling: right(query, key, value.detach(), scaling)
 
     monkeypatch.setattr(attention_cpu, "layout", wrong)
     for longest in (40, 2048):
         policy = PolicyModel(tiny("llama"))
         limits.check(policy, longest=longest)
-        assert policy.padded and "a gradient differs by" in caplog.text
+        assert policy.padded and fault in caplog.text
         caplog.clear()
     assert rows == [40, 144]
 
