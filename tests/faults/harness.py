@@ -145,13 +145,11 @@ def work_of_a_rank(log: str, *args: Any) -> None:
     work(*args)
 
 
-def agent(
-    words: Sequence[str], server: str, log: str, environment: dict[str, str], script: str, argv: list, setup: str, *more
-):
+def agent(words: Sequence[str], server: dict, log: str, environment: dict, script: str, argv: list, setup: str, *more):
     """torchrun itself, but its workers come from the server of forks too, instead of importing everything anew."""
     from torch.distributed import run
 
-    forkserver._forkserver._forkserver_address = server
+    vars(forkserver._forkserver).update(server)
     forkserver._forkserver.ensure_running = lambda: None
     real, setup_of_rank = run.config_from_args, f"import os\nos.environ.update({environment!r})\n{setup}"
     args = [log, script, argv, setup_of_rank, *more]
@@ -178,7 +176,8 @@ class Job:
             torchrun = ["--standalone", f"--nproc_per_node={ranks}", *torchrun]
         if torchrun:
             forkserver.ensure_running()
-            server = forkserver._forkserver._forkserver_address
+            where = ("_forkserver_address", "_forkserver_authkey")  # Python 3.14 wants a key
+            server = {key: value for key, value in vars(forkserver._forkserver).items() if key in where}
             self.process = fork(agent, (torchrun, server, str(log), environment, *args), log, environment)
         else:
             self.process = fork(work, args, log, environment)
