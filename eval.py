@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hps import config
+from hps.io import files
 from hps.options import CHOICES
 
 
@@ -28,7 +29,7 @@ class Config:
     reference: str  # the model that log-ratios are taken against, usually the SFT model
     data: str  # list-wise JSON Lines of held-out prompts, with candidates and rewards, or human pairs
     out: str  # folder for eval.json, per_prompt.json and samples.jsonl
-    name: str = ""  # method's name in the table row; empty takes the policy's folder
+    name: str = ""  # method's name in the table row; empty takes the folder of the run, or of the model
     limit: int = 0  # evaluate the first so many prompts; 0 means all
     # -- samples --
     samples: int = 8  # fresh responses per prompt, at the temperature below; 0 for none
@@ -49,6 +50,7 @@ class Config:
     timeout: float = 10.0  # minutes that ranks wait for each other; for each other's shares of the prompts longer
 
 
+FREE = {"out", "name", "max_rows", "tokens_per_micro_batch", "reference_cache", "timeout"}  # decide no result
 OF_REWARD_MODEL = {"scorer_dtype", "objectives"}
 
 
@@ -62,7 +64,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[Config, dict[str, s
     for name, least in (dict(limit=0, samples=0) | dict.fromkeys(positive, 1)).items():
         if getattr(c, name) < least:
             raise ValueError(f"{name} must be at least {least}, not {getattr(c, name)}")
-    if not Path(c.data).exists():
+    if not Path(c.data).is_file():
         raise ValueError(f"--data {c.data}: there is no such file")
     if c.baseline and not (Path(c.baseline) / "samples.jsonl").exists():
         raise ValueError(f"--baseline {c.baseline}: no samples.jsonl there; evaluate that model first")
@@ -71,6 +73,11 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[Config, dict[str, s
     taken = [Path(c.data).resolve(), Path(c.baseline, "samples.jsonl").resolve()]
     if Path(c.out, "samples.jsonl").resolve() in taken:
         raise ValueError(f"--out {c.out} would overwrite --data or --baseline: choose another folder")
+    if (Path(c.out) / "eval.json").exists():
+        before, now = files.read_json(Path(c.out) / "eval.json").get("config", {}), vars(c)
+        other = [key for key in now if key not in FREE and before.get(key) != now[key]]
+        if told := "; ".join(f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in other):
+            raise ValueError(f"{c.out} holds an evaluation with other settings ({told}): choose another --out")
     return c, given
 
 
@@ -85,7 +92,6 @@ from hps import checkpoint, dist, limits, model, pretrained, reference
 from hps.data import listwise, store, tokenizers
 from hps.data.rows import Row, stream
 from hps.evaluate import metrics, per_prompt, report, scoring
-from hps.io import files
 from hps.lab import scorers
 from hps.prepare import rewards
 
@@ -244,7 +250,7 @@ def merge(c: Config, out: Path, ids: Sequence[str], counts: dict[str, int], worl
             file.write(("," if file.tell() else "{") + json.dumps({name: values}, indent=1)[1:-2])
         file.write("\n}\n")
     result = {
-        "method": c.name or Path(c.model).parent.name,
+        "method": c.name or (Path(c.model).parent if Path(c.model).name == "policy" else Path(c.model)).name,
         "intervals": "over prompts",
         "metrics": {name: found | {"prompts": int(np.isfinite(columns[name]).sum())} for name, found in means.items()},
         "counts": counts,

@@ -27,7 +27,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[options.Config, dic
     """The options of a command line, and where each was set: flag or file."""
     c, given = options.read(argv, description=str(__doc__).split("\n")[0])
     for option, path in (("data", c.data), ("eval_data", c.eval_data)):
-        if path and not Path(path).exists():
+        if path and not Path(path).is_file():
             raise ValueError(f"--{option} {path}: there is no such file")
     return c, given
 
@@ -162,6 +162,7 @@ def train(c: Config, ranks: dist.Ranks) -> None:
     def interrupt(*_: object) -> None:
         terminated.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the second Ctrl-C ends the run at once
+        say(ranks, "stopping after this step; Ctrl-C again ends at once, without a checkpoint")
 
     if not c.dry_run:
         signal.signal(signal.SIGTERM, lambda *_: terminated.set())

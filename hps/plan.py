@@ -166,11 +166,10 @@ def contrasted(
             excluded[reason] += int(left_out[reason][some].sum())
         kept.append(rows[some])
     if not sum(map(len, kept)):
-        raise ValueError(
-            f"no prompt has a human pair of different texts ({dropped}): give `chosen` and `rejected` in the data"
-            if human
-            else f"no prompt has a response below its best one ({dropped}): check the rewards with data_prep.py doctor"
-        )
+        told = ", ".join(f"{reason} {number}" for reason, number in dropped.items())
+        if human:
+            raise ValueError(f"no prompt has a human pair of different texts ({told}): give them, or draw by rewards")
+        raise ValueError(f"no prompt has a response below its best one ({told}): see data_prep.py doctor on rewards")
     return np.concatenate(kept), dropped, excluded
 
 

@@ -53,6 +53,8 @@ def test_the_reference_against_itself_is_zero(tiny_world, tmp_path):
     for changes in (dict(baseline=tmp_path / "a"), dict(data=tmp_path / "a/samples.jsonl")):
         with pytest.raises(ValueError, match="would overwrite --data or --baseline"):
             evaluate(tiny_world, tiny_world / "model", tmp_path / "a", **changes)
+    with pytest.raises(ValueError, match="holds an evaluation with other settings .samples: 3 -> 2.: choose another"):
+        evaluate(tiny_world, tiny_world / "model", tmp_path / "a", samples=2)
 
 
 def test_margins_and_kl_against_separate_forwards(tiny_world, tmp_path, policy):

@@ -363,7 +363,7 @@ def test_a_length_penalty_reaches_the_pairs_and_the_loss(tiny_world, tmp_path, m
 
 
 def test_pairs_of_other_trainers_train_in_one_step(tiny_world, tmp_path, capsys):
-    """Of messages, and a table of strings, from which nothing is imported first: what an import of the file gives. A
+    """Of messages, a table of strings and a JSON list, from which nothing is imported first: what an import gives. A
     row that cannot be used is told, and the second run of a file reads what the first has made."""
     arrow = pytest.importorskip("pyarrow", reason="parquet needs datasets, which is optional")
     from pyarrow import parquet
@@ -374,8 +374,9 @@ def test_pairs_of_other_trainers_train_in_one_step(tiny_world, tmp_path, capsys)
     (tmp_path / "messages.jsonl").write_text("".join(json.dumps(record) + "\n" for record in messages))
     strings = [dict(prompt=p, chosen=f" {a}", rejected=f" {b}") for p, a, b in [*rows, ("same", "x", "x")]]
     parquet.write_table(arrow.Table.from_pylist(strings), tmp_path / "table.parquet")
+    (tmp_path / "list.json").write_text(json.dumps(messages, indent=1))
     how = dict(method="dpo-human", token_cache=tmp_path / "tokens", reference_cache=tmp_path / "cache")
-    for path in (tmp_path / "messages.jsonl", tmp_path / "table.parquet"):
+    for path in (tmp_path / "messages.jsonl", tmp_path / "table.parquet", tmp_path / "list.json"):
         found = run(tiny_world, tmp_path / path.stem, data=path, **how)
         told = capsys.readouterr().err
         assert str(path) in told and ("rows_equal_responses 1" in told) == (path.stem == "table")

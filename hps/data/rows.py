@@ -114,9 +114,10 @@ def check_keys(
             raise ValueError(f"{where}: unknown key {reprlib.repr(key)}; {valid}")
     for key in required:
         if key not in record:
-            pairs = "chosen" in record and "responses" not in record
-            advice = "; pairs of texts become rows by data_prep.py import --source trl" if pairs else ""
-            raise ValueError(f"{where}: the key {key!r} is missing{advice}")
+            pairs = {"chosen", "rejected"} <= record.keys() and "responses" not in record
+            advice = "pairs of texts become rows by" if pairs else "files with other keys are read by"
+            there = reprlib.repr(list(record))
+            raise ValueError(f"{where}: the key {key!r} is missing among {there}; {advice} data_prep.py import")
     try:  # JSON can express halves of surrogate pairs, and numbers beyond any float
         json.dumps(unknown, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
@@ -255,16 +256,20 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, object]]:
                 if number > 1:
                     raise
                 guess = next((f"this is {what}" for begin, what in BEGINNINGS.items() if line.startswith(begin)), "")
-                raise ValueError(f"{error}; {guess or 'is this JSON Lines, one object per line?'}") from error
+                guess = guess or "is this JSON Lines? data_prep.py import reads other files"
+                raise ValueError(f"{error}; {guess}") from error
             yield where, value
     if number == 0:
         raise ValueError(f"{path}: the file is empty")
 
 
 def holds_pairs(path: str | Path) -> bool:
-    """Whether a file holds pairs of texts, as other trainers take them, and no list-wise rows: by its first record."""
+    """Whether a file is one to import: pairs of texts, as other trainers take them, a table or a JSON list."""
     if Path(path).suffix in (".parquet", ".csv"):
         return True
+    with opened(path) as file:
+        if file.read(1) == b"[":
+            return True
     _, first = next(read_lines(path))
     return isinstance(first, dict) and "responses" not in first and {"chosen", "rejected"} <= first.keys()
 
@@ -316,4 +321,4 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
+    raise ValueError(f"{name} is no number of JSON: give one, or leave that response out")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hps.config import meant
 from hps.io import hub
 
 
@@ -27,6 +28,9 @@ def load_tokenizer(path: str, options: str = "") -> PreTrainedTokenizerFast:
             why = f"this folder holds no tokenizer.json that can be read ({why})"
         elif Path(path).exists():
             why = "this is a file; name the folder of a model"
+        elif Path(path).parent.name:  # of a hub's OWNER/NAME the first part is no folder here
+            near = meant(Path(path).name, [other.name for other in Path(path).parent.glob("*")])
+            why = f"there is no such folder in {Path(path).parent}{near}"
         else:
             why = "there is no such folder, nor a model of that name within reach; name a folder, or, where there is a "
             why += f"network, fetch it first: hf download {path}"

@@ -185,7 +185,7 @@ def tokenize(
             yield example
     if not counts["rows_kept"]:
         lost = ", ".join(f"{key} = {counts[key]}" for key in COUNTS if counts[key])
-        raise ValueError(f"no row is left with max_length = {max_length}: {lost or 'no rows were given'}")
+        raise ValueError(f"no row is left with max_length = {max_length}, which may be raised: {lost or 'none came'}")
 
 
 def _example(

@@ -187,7 +187,8 @@ def find(words: tuple[str, ...], baseline: str) -> Cells:
             raise ValueError(f"{other} and {name} are one folder, {folder}")
         cells[name] = [sorted(path.parent for path in Path(folder).rglob("eval.json"))]
         if not cells[name][0]:
-            raise ValueError(f"{name}={folder}: no eval.json there or below; run eval.py --out={folder} first")
+            near = config.meant(Path(folder).name, [other.name for other in Path(folder).parent.glob("*/")])
+            raise ValueError(f"{name}={folder}: no eval.json there or below{near} eval.py --out={folder} makes one")
     return cells
 
 

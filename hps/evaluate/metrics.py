@@ -154,11 +154,12 @@ def world_interval(values: ArrayLike) -> dict[str, Any]:
 def world_p(values: ArrayLike, bound: float = 0.0) -> float:
     """Two-sided p of the t test that the mean over all worlds is `bound`, (W,); 1 where one number is all there is.
 
-    Below 0.05 exactly where `bound` lies outside the 95 % interval.
+    Below 0.05 exactly where `bound` lies outside the 95 % interval; of equal numbers, whose interval is a point and may
+    be an accident of two worlds, p is that of the sign test.
     """
     away = _finite("values", values, 1) - bound
-    if len(away) == 1 or np.ptp(away) == 0:  # without a spread t is infinite or, on the bound, undefined
-        return float(len(away) == 1 or away[0] == 0)
+    if np.ptp(away) == 0:
+        return 1.0 if away[0] == 0 else 0.5 ** (len(away) - 1)
     return float(extra("scipy.stats").ttest_1samp(away, 0).pvalue)
 
 

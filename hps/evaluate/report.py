@@ -27,6 +27,7 @@ from hps.evaluate import page as pages
 from hps.evaluate.metrics import AGAIN, METRICS, TUNED, ends, present
 from hps.io import files
 
+ENOUGH = 8  # worlds, those of `make reproduce`: what fewer settle, others reverse
 VERDICTS = ("holds", "does not hold", "unresolved", "not measured here")
 MARKS = (
     "(+): larger is better, (-): smaller is. Bold: best mean. `~`: the interval overlaps that of the best; the paired "
@@ -126,8 +127,9 @@ def verdict(item: dict[str, Any], p: float) -> str:
 def answer(results: dict[str, Any]) -> list[str]:
     """What came out, in some sentences: the claims, the best text, the first rows that are compared with others."""
     counts = Counter(item["after_holm"] for item in results.get("claims", []) if "after_holm" in item)
-    told = zip(VERDICTS, ("hold", "do not hold", "are unresolved"), strict=False)
-    told = ", ".join(f"{counts[word]} {many}" for word, many in told if counts[word])
+    words = (("holds", "hold"), ("does not hold", "do not hold"), ("is unresolved", "are unresolved"))
+    told = zip(VERDICTS, words, strict=False)
+    told = ", ".join(f"{counts[word]} {some[counts[word] > 1]}" for word, some in told if counts[word])
     found = (
         [f"Of {counts.total()} claims that were measured {told} (adjusted for their number, by Holm)."]
         if counts
@@ -135,6 +137,8 @@ def answer(results: dict[str, Any]) -> list[str]:
     )
     if counts and results["worlds"] == 1:
         found = ["One world judges no claim (take more --seeds): what follows speaks of its prompts alone."]
+    if 1 < results["worlds"] < ENOUGH:
+        found.append(f"{results['worlds']} worlds settle little: take more --seeds.")
     rows = {row["method"]: row["metrics"]["true_reward"] for row in results["rows"] if "true_reward" in row["metrics"]}
     if rows:
         best = max(rows, key=lambda name: rows[name]["mean"])

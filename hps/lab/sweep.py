@@ -163,7 +163,8 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
 
 def run_in_workers(stages: list[Stage], jobs: int, out: Path, name: str) -> None:
     """`run_stages` with a bar, in `jobs` processes, or one per core; ValueError where a stage fails."""
-    jobs, total = jobs or os.cpu_count() or 1, round(sum(stage.weight for stage in stages))
+    # One more than all, or the rounding of their sum would end beyond it.
+    jobs, total = jobs or os.cpu_count() or 1, 1 + sum(stage.weight for stage in stages)
     shown = "{l_bar}{bar}| {elapsed}{postfix}"
     with workers(jobs) as pool, tqdm(total=total, desc=name, bar_format=shown) as bar:
         try:

@@ -225,7 +225,9 @@ def _check(record: Any, columns: Record, what: str = "") -> None:
     """Raise ValueError unless the record, named `what` where it is inside another one, has these columns."""
     for key, kind in columns.items():
         if key not in record:
-            raise ValueError(f"{what}the key {key!r} is missing")
+            there = reprlib.repr(list(record))
+            advice = "; --columns NAME=COLUMN names others" * (not what)
+            raise ValueError(f"{what}the key {key!r} is missing among {there}{advice}")
         if not isinstance(record[key], kind):
             raise ValueError(f"{what}{key} must be {KINDS[kind]}, not {type(record[key]).__name__}")
 

@@ -145,7 +145,8 @@ def import_pairs(path: str | Path, folder: str | Path, need_rewards: bool = Fals
         found = import_file(source, path)
         write(out, found.rows)
         manifests.write([(str(path), str(path))], out, {"counts": dict(found.counts)})
-        print("\n".join([f"{path}: {source} records imported", *found.reasons]), file=sys.stderr)
+        what = "rows of a table" if source == "listwise" else "pairs"
+        print("\n".join([f"{path}: {what} imported", *found.reasons]), file=sys.stderr)
     counts = files.read_record(manifest, f"delete it, and {out}", counts=dict)["counts"]
     return {"path": str(out), "counts": {"records_read": counts["rows_read"]} | {key: counts[key] for key in DROPS}}
 

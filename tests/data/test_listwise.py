@@ -93,7 +93,7 @@ def test_what_is_refused():
 
 BROKEN = (
     (b'{"id": "b", \n', r":2: broken JSON at character \d+"),
-    (b'{"id": "b", "prompt": "p", "responses": ["x"], "rewards": [NaN]}\n', ":2: .*NaN is not a number"),
+    (b'{"id": "b", "prompt": "p", "responses": ["x"], "rewards": [NaN]}\n', ":2: .*NaN is no number of JSON"),
     (b'{"id": "b", "prompt": "p", "responses": [""], "rewards": [1e999]}\n', r":2: rewards\[0\] must be"),
     (b'{"id": "b", "prompt": "p", "responses": [], "note": 1e999}\n', r":2: 'note' cannot be kept"),
     (b'{"id": "b", "id": "c", "prompt": "p", "responses": []}\n', ":2: .*the key 'id' is there twice"),
@@ -116,7 +116,10 @@ def test_broken_files_name_the_line(tmp_path):
 def test_files_that_are_no_listwise_data(tmp_path):
     rows = gzip.compress(b"".join(json.dumps({**GOOD, "id": str(i)}).encode() + b"\n" for i in range(99)))
     half, one = len(rows) // 2, json.dumps(GOOD).encode()
-    no_value, guess = ":1: broken JSON at character 1: Expecting value; ", "is this JSON Lines, one object per line?"
+    no_value, guess = (
+        ":1: broken JSON at character 1: Expecting value; ",
+        "is this JSON Lines? data_prep.py import reads other files",
+    )
     for name, content, message in (
         ("none.jsonl", None, ": cannot be read: No such file or directory"),
         ("", None, ": cannot be read: Is a directory"),

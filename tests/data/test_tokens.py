@@ -131,7 +131,7 @@ def test_examples_by_hand(words):
 def test_the_budget_holds_prompt_response_and_eos(words):
     one = [row(responses=("tea is hot",))]  # 1 + 3 + 1 tokens
     assert len(tokenize_rows(words, one, max_length=5)[0]) == 1
-    with pytest.raises(ValueError, match=r"no row is left with max_length = 4: .*responses_overlong = 1"):
+    with pytest.raises(ValueError, match=r"no row is left with max_length = 4, .*responses_overlong = 1"):
         tokenize_rows(words, one, max_length=4)
     lengths = r"f.jsonl:a: prompt of 1 tokens \+ responses\[1\] of 4 tokens > max_length = 4"
     with pytest.raises(ValueError, match=lengths):

@@ -62,7 +62,9 @@ def test_world_interval_and_p_are_scipys():
     for bound in (found["low"], found["high"]):  # where the interval ends, p is 1 less its level
         assert M.world_p(values, bound) == pytest.approx(0.05)
     assert M.world_p(values, 0.3) == pytest.approx(scipy.stats.ttest_1samp(values, 0.3).pvalue)
-    assert (M.world_p([2.0, 2.0], 2), M.world_p([2.0, 2.0], 0), M.world_p([2.0], 0)) == (1, 0, 1)
+    assert (M.world_p([2.0, 2.0], 2), M.world_p([2.0], 0)) == (1, 1)
+    # Two equal worlds are an accident, and six are told apart from 0: the sign test's p.
+    assert [M.world_p([2.0] * W, 0) for W in (2, 5, 6)] == [1 / 2, 1 / 16, 1 / 32]
     assert M.world_interval([2.5, 2.5, 2.5]) == dict.fromkeys(("mean", "low", "high"), 2.5)
 
 

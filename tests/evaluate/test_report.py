@@ -91,7 +91,7 @@ def test_the_answer_is_told_in_sentences():
     """The count of verdicts, the best text with what it is not apart from, and the first rows beside the others."""
     found = results(hps="HPS")
     assert report.answer(found) == [
-        "Of 4 claims that were measured 2 hold, 1 do not hold, 1 are unresolved (adjusted for their number, by Holm).",
+        "Of 4 claims that were measured 2 hold, 1 does not hold, 1 is unresolved (adjusted for their number, by Holm).",
         "The samples of the highest reward are those of HPS: 1.78 [1.60, 1.90], apart from all others.",
         "Reward of HPS: better than DPO-BT, +0.64 [+0.50, +0.80].",
         "Of so many intervals some miss 0 by chance: what is told apart is so after Holm's adjustment.",

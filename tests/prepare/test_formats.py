@@ -308,7 +308,11 @@ OF_ANOTHER_FORMAT = (  # source, change of a good record, what ends the import
     ("trl", {"chosen": "a"}, "chosen and rejected must both be strings or both be lists"),
     ("trl", {"chosen": [{"by": "gpt", "value": "a"}]}, r"chosen\[0\] must be an object with role and content"),
     ("trl", {"prompt": 3}, "prompt must be a string or a list of messages, not int"),
-    ("trl", {"chosen": ..., "responses": []}, "the key 'chosen' is missing; it is list-wise already: --source listw"),
+    (
+        "trl",
+        {"chosen": ..., "responses": []},
+        "the key 'chosen' is missing among .*; it is list-wise already: --source listw",
+    ),
     ("authors", {"responses": "['a', 'b']"}, "responses: broken JSON at character 2"),
 )
 
