@@ -185,7 +185,8 @@ def tokenize(
             yield example
     if not counts["rows_kept"]:
         lost = ", ".join(f"{key} = {counts[key]}" for key in COUNTS if counts[key])
-        raise ValueError(f"no row is left with max_length = {max_length}, which may be raised: {lost or 'none came'}")
+        advice = "which may be raised" if lost else "no rows were given"
+        raise ValueError(f"no row is left with max_length = {max_length}, {advice}: {lost}")
 
 
 def _example(

@@ -92,14 +92,15 @@ def test_the_answer_is_told_in_sentences():
     found = results(hps="HPS")
     assert report.answer(found) == [
         "Of 4 claims that were measured 2 hold, 1 does not hold, 1 is unresolved (adjusted for their number, by Holm).",
+        "3 worlds settle little: take more --seeds.",
         "The samples of the highest reward are those of HPS: 1.78 [1.60, 1.90], apart from all others.",
         "Reward of HPS: better than DPO-BT, +0.64 [+0.50, +0.80].",
         "Of so many intervals some miss 0 by chance: what is told apart is so after Holm's adjustment.",
     ]
     found["rows"][1]["metrics"]["true_reward"]["high"] = 1.7
     found["comparisons"][0]["p_holm"] = 0.2
-    assert report.answer(found)[1].endswith("1.78 [1.60, 1.90]; the intervals of DPO-BT overlap its own.")
-    assert report.answer(found)[2] == "Reward of HPS: not told apart from DPO-BT, +0.64 [+0.50, +0.80]."
+    assert report.answer(found)[2].endswith("1.78 [1.60, 1.90]; the intervals of DPO-BT overlap its own.")
+    assert report.answer(found)[3] == "Reward of HPS: not told apart from DPO-BT, +0.64 [+0.50, +0.80]."
     assert report.answer({"rows": [], "worlds": 1}) == []
 
 
@@ -156,7 +157,7 @@ def test_no_line_of_results_md_is_too_long(tmp_path):
     groups = {metric.group for metric in METRICS.values()}
     assert len(heads) > len(groups) and sum(map(len, heads)) == len(METRICS) + len(groups)  # each has its seeds
     begun = [line for line in lines if re.match(r" *([-+*#>]|\d+\.) ", line)]
-    told = ("* Of 4 claims", "* The samples", "* Reward of", "* Of so many")
+    told = ("* Of 4 claims", "* The samples", "* Reward of", "* Of so many", "* 3 worlds")
     assert all(line.startswith(("# Results", "* words", "* **", *told)) for line in begun)
 
 
