@@ -144,7 +144,8 @@ def answer(results: dict[str, Any]) -> list[str]:
         best = max(rows, key=lambda name: rows[name]["mean"])
         near = [name for name in rows if name != best and ends(rows[name])[1] >= ends(rows[best])[0]]
         apart = ", apart from all others" if len(rows) > 1 else ""
-        apart = f"; the intervals of {', '.join(near)} overlap its own" if near else apart
+        named = ", ".join(near) if len(near) <= 3 else f"{len(near)} of the {len(rows) - 1} others"
+        apart = f"; the intervals of {named} overlap its own" if near else apart
         found.append(f"The samples of the highest reward are those of {best}: {md.interval(rows[best], 2)}{apart}.")
     compared = [item for item in results.get("comparisons", []) if "p_holm" in item]
     for a in list(dict.fromkeys(item["a"] for item in compared))[:2]:
