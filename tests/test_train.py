@@ -376,7 +376,7 @@ def test_pairs_of_other_trainers_train_in_one_step(tiny_world, tmp_path, capsys)
     parquet.write_table(arrow.Table.from_pylist(strings), tmp_path / "table.parquet")
     (tmp_path / "list.json").write_text(json.dumps(messages, indent=1))
     how = dict(method="dpo-human", token_cache=tmp_path / "tokens", reference_cache=tmp_path / "cache")
-    for path in (tmp_path / "messages.jsonl", tmp_path / "table.parquet", tmp_path / "list.json"):
+    for path in (tmp_path / "messages.jsonl", tmp_path / "list.json", tmp_path / "table.parquet"):
         found = run(tiny_world, tmp_path / path.stem, data=path, **how)
         told = capsys.readouterr().err
         assert str(path) in told and ("rows_equal_responses 1" in told) == (path.stem == "table")
