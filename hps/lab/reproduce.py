@@ -73,7 +73,7 @@ def plan_world(c: Options, suite: Suite, seed: int, out: Path, stages: dict[Path
     twice = 2 if suite.domain == "both" else 1  # so that each domain has as many prompts as when it is alone
     sizes = {key: twice * size[key] for key in ("train", "test")} | {"demonstrations": size["demonstrations"]}
     argv = ["data_prep.py", "world", *flags({"out": world, "seed": seed, "domain": suite.domain, "valid": 0} | sizes)]
-    about = stage(world / "world.json", argv, 5)
+    about = stage(world / "world.json", argv, 2)
     argv = ["train.py", "--config=configs/world-sft.toml", f"--model={world / 'model'}"]
     argv += [f"--data={world / 'sft.jsonl'}", f"--out={policy.parent}", f"--seed={seed}", texts]
     stage(policy, argv, 0.0019 * size["demonstrations"], about)

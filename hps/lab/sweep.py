@@ -143,9 +143,10 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
             running[pool.submit(run_command, stage.argv, str(out / "logs" / f"{name}.log"))] = todo.pop(stage.product)
             begun[stage.product] = time.perf_counter()
         assert running, f"nothing makes what these need: {[str(s.product) for s in todo.values()]}"
-        # What all have left, shared out, or the longest chain that has begun, by what the stages of this start took, if
-        # any is done: tqdm's own guess would follow the last one's size.
-        rate = took / made if made else 1.0
+        # What all have left, shared out, or the longest chain that has begun, by what the stages of this start took, of
+        # which the first few say little: tqdm's own guess would follow the last one's size.
+        few = bar.total / 10
+        rate = (took + few) / (made + few)
         ran = {x.product: min(time.perf_counter() - begun[x.product], rate * x.weight) for x in running.values()}
         left = (rate * (bar.total - bar.n) - sum(ran.values())) / jobs
         left = max(left, *(rate * path[product] - seconds for product, seconds in ran.items()))
