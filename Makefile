@@ -37,7 +37,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/pip check
 	touch $@
 
-test: $(STAMP) ## all tests, six minutes; none needs a GPU or the network; HH=file of HH-RLHF rows adds those on them
+test: $(STAMP) ## all tests, five minutes; none needs a GPU or the network; HH=file of HH-RLHF rows adds those on them
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## the linters and beside them the tests of the core: a minute on two cores

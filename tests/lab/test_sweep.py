@@ -58,7 +58,7 @@ def test_stages_run_once_after_what_they_need(sweeping, tmp_path):
     four = [stage("a", 1), stage("b", 3), stage("c", 5, "a"), stage("d", 1, "b", "c")]
     assert run(*four) == (0, "acbd")  # a before b: c waits for it
     # All took 10 seconds: beside a tenth of the weights 11 / 2 per unit after the first, then 21 / 7 and 31 / 10.
-    assert told == ["00:10 left", "00:50 left", "00:12 left", "00:03 left"]
+    assert told == ["00:10 left", "00:49 left", "00:12 left", "00:03 left"]
     # A chain takes as long with two workers as with one, and its first stage runs longer than a second.
     script = (tmp_path / "script.py").read_text()
     (tmp_path / "script.py").write_text(f"import time; time.sleep(1.5)\n{script}")
