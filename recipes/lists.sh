@@ -30,7 +30,7 @@ if [ "${SMALL:-}" ]; then
   : "${TRAIN:=8}" "${VALID:=4}" "${TEST:=4}" "${ANSWERS:=6}" "${EPOCHS:=1}" "${SEEDS:=1}" "${LRS:=3e-4}" "${BETAS:=0.1}"
 fi
 : "${TRAIN:=102}" "${VALID:=30}" "${TEST:=40}" "${ANSWERS:=0}" "${SPREAD:=0.05}" "${EPOCHS:=2}" "${SEEDS:=5}"
-: "${LRS:=1e-4 3e-4}" "${BETAS:=0.1 0.3}"
+: "${LRS:=3e-4 1e-3 3e-3}" "${BETAS:=0.1 0.3}" # of LoRA: a dozen steps at 1e-4 move a policy by 0.01 nats
 KL=${KL:-10} # nats that a setting may have moved by on the validation winners: margins are compared at like cost
 mkdir -p "$OUT/tune"
 one_choice "$ALPACA$LISTS $MODEL $DTYPE $TRAIN $VALID $TEST $ANSWERS $SPREAD $EPOCHS $LRS $BETAS $KL"
