@@ -115,9 +115,9 @@ def check_keys(
     for key in required:
         if key not in record:
             pairs = {"chosen", "rejected"} <= record.keys() and "responses" not in record
-            advice = "pairs of texts become rows by" if pairs else "files with other keys are read by"
-            there = reprlib.repr(list(record))
-            raise ValueError(f"{where}: the key {key!r} is missing among {there}; {advice} data_prep.py import")
+            what = "pairs of texts become rows" if pairs else "other keys are read"
+            advice = f"; {what} by data_prep.py import" * others
+            raise ValueError(f"{where}: the key {key!r} is missing among {reprlib.repr(list(record))}{advice}")
     try:  # JSON can express halves of surrogate pairs, and numbers beyond any float
         json.dumps(unknown, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:

@@ -28,7 +28,7 @@ def load_tokenizer(path: str, options: str = "") -> PreTrainedTokenizerFast:
             why = f"this folder holds no tokenizer.json that can be read ({why})"
         elif Path(path).exists():
             why = "this is a file; name the folder of a model"
-        elif Path(path).parent.name:  # of a hub's OWNER/NAME the first part is no folder here
+        elif Path(path).parent.name and Path(path).parent.is_dir():  # the OWNER of a name on the hub is none here
             near = meant(Path(path).name, [other.name for other in Path(path).parent.glob("*")])
             why = f"there is no such folder in {Path(path).parent}{near}"
         else:

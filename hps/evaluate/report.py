@@ -27,7 +27,7 @@ from hps.evaluate import page as pages
 from hps.evaluate.metrics import AGAIN, METRICS, TUNED, ends, present
 from hps.io import files
 
-ENOUGH = 8  # worlds, those of `make reproduce`: what fewer settle, others reverse
+ENOUGH = 8  # worlds, those that `make reproduce` takes by itself
 VERDICTS = ("holds", "does not hold", "unresolved", "not measured here")
 MARKS = (
     "(+): larger is better, (-): smaller is. Bold: best mean. `~`: the interval overlaps that of the best; the paired "

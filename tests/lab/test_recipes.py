@@ -235,7 +235,7 @@ def test_the_lists_recipe(tmp_path):
     assert accept(asked)[0][1] == "hps.evaluate.compare"
     trained = [options_of(words) for words in commands if words[0] == "train.py"]
     tuned, final = ([t for t in trained if ("/tune/" in t["out"]) is where] for where in (True, False))
-    assert len(tuned) == 6 * 4 and {t["seed"] for t in tuned} == {"1000"}
+    assert len(tuned) == 6 * 6 and {t["seed"] for t in tuned} == {"1000"}
     assert len(final) == 6 * 2 and {t["seed"] for t in final} == {"0", "1"}
     for found in (options_of(words) for words in commands if words[0] == "eval.py"):
         assert Path(found["data"]).stem == ("valid" if "/tune/" in found["out"] else "test")
