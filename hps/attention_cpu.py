@@ -84,11 +84,11 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, out, lse = (x.float() for x in ctx.saved_tensors)  # torch's bf16 backward is 2 to 6 x slower
         grads = [torch.empty_like(x) for x in (query, key, value)]
         for q, k, causal in ctx.parts:
             inputs = query[:, :, q], key[:, :, k], value[:, :, k], out[:, :, q], lse[:, :, q]
-            found = _backward(grad[:, :, q], *inputs, 0.0, causal, scale=ctx.scaling)
+            found = _backward(grad[:, :, q].float(), *inputs, 0.0, causal, scale=ctx.scaling)
             for whole, part, x in zip(grads, found, (q, k, k), strict=True):
                 if causal:  # the first to write there
                     whole[:, :, x] = part
