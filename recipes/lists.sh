@@ -6,9 +6,9 @@
 # ALPACA is the folder `results` of tatsu-lab/alpaca_eval; LISTS=FILE takes list-wise rows instead. The rewards are the
 # judge's taste, not truth: they follow length, and a text that games the judge wins (stage 1 says what does).
 # Lists -> what wins -> train, validation and test by prompts -> beta and lr of each method on validation prompts -> the
-# chosen setting over SEEDS seeds -> margins on test prompts -> a table with intervals over prompts.
-# The whole takes a day on two cores; SMALL=1 takes minutes and checks the path. The same command again goes on where it
-# was stopped. PYTHON=echo prints the commands.
+# chosen setting over SEEDS seeds -> margins on test prompts -> tables with intervals over prompts.
+# SMALL=1 takes minutes and checks the path. The same command again goes on where it was stopped. PYTHON=echo prints the
+# commands.
 set -euo pipefail
 
 ALPACA=${ALPACA:-}
@@ -25,13 +25,13 @@ DTYPE=${DTYPE:-fp32}                              # bf16 where the processor has
 
 # Sizes: prompts of the splits, answers per prompt (0: all), epochs, seeds of the final runs, the grid. Prompts whose
 # rewards differ by SPREAD at most are left out: where the judge likes no answer, which is the best is noise. Of the 333
-# prompts with answers of at most 150 words, 274 differ at all and 172 by more than 0.05.
+# prompts with answers of at most 150 words, 274 differ at all and 172 by more than 0.05, of their first 16 answers 153.
 if [ "${SMALL:-}" ]; then
   : "${TRAIN:=8}" "${VALID:=4}" "${TEST:=4}" "${ANSWERS:=6}" "${EPOCHS:=1}" "${SEEDS:=1}" "${LRS:=3e-4}" "${BETAS:=0.1}"
 fi
-: "${TRAIN:=102}" "${VALID:=30}" "${TEST:=40}" "${ANSWERS:=0}" "${SPREAD:=0.05}" "${EPOCHS:=2}" "${SEEDS:=5}"
-: "${LRS:=3e-4 1e-3 3e-3}" "${BETAS:=0.1 0.3}" # of LoRA: a dozen steps at 1e-4 move a policy by 0.01 nats
-KL=${KL:-10} # nats that a setting may have moved by on the validation winners: margins are compared at like cost
+: "${TRAIN:=88}" "${VALID:=25}" "${TEST:=40}" "${ANSWERS:=16}" "${SPREAD:=0.05}" "${EPOCHS:=1}" "${SEEDS:=5}"
+: "${LRS:=1e-3 3e-3}" "${BETAS:=0.1}" # of LoRA: eleven steps move a policy by 0.1 nats at 3e-4, by 30 at 1e-2
+KL=${KL:-15} # nats that a setting may have moved by on the validation winners
 mkdir -p "$OUT/tune"
 one_choice "$ALPACA$LISTS $MODEL $DTYPE $TRAIN $VALID $TEST $ANSWERS $SPREAD $EPOCHS $LRS $BETAS $KL"
 fit=(--max_length=512 --tokens_per_micro_batch=2048 --dtype="$DTYPE")
@@ -92,10 +92,22 @@ final() { # SEED NAME
   evaluated "$run/policy" test "$run/test"
 }
 evaluated "$MODEL" test "$OUT/reference/run-0/test"
-for name in "${names[@]}"; do seeds final "$name"; done
+finals() { for name in "${names[@]}"; do final "$1" "$name"; done; } # by seed: what is stopped has whole ones
+seeds finals
 
-# 6. Tables, figures, intervals: over the test prompts, of each the mean over the seeds.
+# 6. What the settings that were not chosen do on the test prompts: a second point for margins at equal KL.
+for name in "${names[@]}"; do
+  for lr in $LRS; do
+    for beta in $BETAS; do
+      run=$OUT/tune/$name/lr-$lr,beta-$beta
+      [ "${run##*/}" = "$(cat "$OUT/tune/$name.chosen")" ] || evaluated "$run/policy" test "$run/test"
+    done
+  done
+done
+
+# 7. Tables, figures, intervals: over the test prompts, of each the mean over the seeds.
 rows=(reference="$OUT/reference")
 for name in "${names[@]}"; do rows+=("$name=$OUT/$name"); done
 "$PYTHON" -m hps.evaluate.compare "${rows[@]}" --baseline=DPO-HPS --out="$OUT"
+"$PYTHON" recipes/equal.py "$OUT" DPO-HPS "${names[@]}"
 for name in "${names[@]}"; do echo "$name: $(cat "$OUT/tune/$name.chosen")" >&2; done

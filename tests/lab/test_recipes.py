@@ -22,7 +22,7 @@ from hps.data import listwise
 from hps.data.rows import Row
 from hps.lab import estimate as estimates
 from hps.methods import check
-from recipes import best, estimate
+from recipes import best, equal, estimate
 
 SMALL = {"SMALL": "1", "SEEDS": "2"}
 
@@ -231,20 +231,24 @@ def test_the_lists_recipe(tmp_path):
     """Settings are chosen on validation prompts by runs of another seed; what is reported chose nothing."""
     (tmp_path / "lists.jsonl").touch()
     commands = printed(tmp_path / "out", recipe="lists.sh", LISTS="lists.jsonl", SEEDS="2")
-    asked = [words for words in commands if words[0] not in ("recipes/split_lists.py", "recipes/best.py")]
+    asked = [words for words in commands if not words[0].startswith("recipes/")]
     assert accept(asked)[0][1] == "hps.evaluate.compare"
     trained = [options_of(words) for words in commands if words[0] == "train.py"]
     tuned, final = ([t for t in trained if ("/tune/" in t["out"]) is where] for where in (True, False))
-    assert len(tuned) == 6 * 6 and {t["seed"] for t in tuned} == {"1000"}
+    assert len(tuned) == 6 * 2 and {t["seed"] for t in tuned} == {"1000"}
     assert len(final) == 6 * 2 and {t["seed"] for t in final} == {"0", "1"}
     for found in (options_of(words) for words in commands if words[0] == "eval.py"):
-        assert Path(found["data"]).stem == ("valid" if "/tune/" in found["out"] else "test")
+        split = Path(found["out"]).name  # the choice reads `valid` alone
+        assert Path(found["data"]).stem == split and (split == "test" or "/tune/" in found["out"])
 
 
 def rated_lists(n=20):
     draw = np.random.default_rng(0)
     asked = [({"role": "user", "content": f"{i}?"},) for i in range(n)]
-    return [Row(f"r{i}", prompt, tuple("abcde"), tuple(draw.random(5))) for i, prompt in enumerate(asked)]
+    return [
+        Row(f"r{i}", prompt, ("a", "b c", "c", "d e f", "e f g h"), tuple(draw.random(5)))
+        for i, prompt in enumerate(asked)
+    ]
 
 
 def test_every_line_of_the_lists_recipe_runs(tmp_path, monkeypatch):
@@ -257,6 +261,22 @@ def test_every_line_of_the_lists_recipe_runs(tmp_path, monkeypatch):
     assert len(rows) == 7
     for row in rows:
         assert {"rm_dpo", "rm_rdpo_tokens", "rm2", "rm10", "rm_worst_case", "kl_exact"} <= row["metrics"].keys()
+    equal, rows = json.loads((tmp_path / "out/equal.json").read_text()), {row["method"]: row["metrics"] for row in rows}
+    least = min(rows.keys() - {"reference"}, key=lambda name: rows[name]["kl_exact"]["mean"])
+    assert equal["kl"] == rows[least]["kl_exact"]["mean"]
+    assert equal["rows"][least]["rm10_at_equal_kl"]["mean"] == pytest.approx(rows[least]["rm10"]["mean"])
+
+
+def test_margins_at_equal_length():
+    """A margin of 2 and 0.03 per token by which the better answer is longer, against one of 0.5 and 0.01."""
+    longer = dict(a=10, b=-4, c=25, d=0)
+
+    def row(margin, per_token):
+        return {id: margin + per_token * tokens for id, tokens in longer.items()}
+
+    one, other = {"rm_dpo": row(2, 0.03), "rm_rdpo_tokens": row(2, 0.02)}, {"rm_dpo": row(0.5, 0.01)}
+    found = equal.at_equal_length(one, other)
+    assert found == pytest.approx({"mean": 1.5, "low": 1.5, "high": 1.5})
 
 
 def test_lists_are_split_by_prompts(tmp_path, monkeypatch):
