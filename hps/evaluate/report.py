@@ -29,10 +29,8 @@ from hps.io import files
 
 ENOUGH = 8  # worlds, those that `make reproduce` takes by itself
 VERDICTS = ("holds", "does not hold", "unresolved", "not measured here")
-MARKS = (
-    "(+): larger is better, (-): smaller is. Bold: best mean. `~`: the interval overlaps that of the best; the paired "
-    "comparisons of the report look closer."
-)
+SIGNS = "(+): larger is better, (-): smaller is."
+MARKS = "Bold: best mean. `~`: the interval overlaps that of the best; the paired comparisons of the report look closer."
 NAMES = {  # what ends a row's name, and what it says
     AGAIN: "`... again`: the row once more with another seed, so that its differences are chance.",
     TUNED: "`... tuned`: at beta and lr that were found for the method; the other rows share one setting.",
@@ -56,7 +54,8 @@ def legend(results: dict[str, Any]) -> str:
     one = "Student's t over the prompts: it says nothing of other data or runs."
     names = [row["method"] for row in results["rows"]]
     told = [text for end, text in NAMES.items() if any(name.endswith(end) for name in names)]
-    return " ".join([f"[low, high]: 95 % interval by {many if worlds > 1 else one} {MARKS}", *told])
+    marks = [SIGNS, *([MARKS] if len(names) > 1 else [])]
+    return " ".join([f"[low, high]: 95 % interval by {many if worlds > 1 else one}", *marks, *told])
 
 
 class Cell(NamedTuple):
