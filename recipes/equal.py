@@ -1,11 +1,12 @@
-"""Margins of the runs of recipes/lists.sh at equal KL to the reference, and at equal length -> OUT/equal.json, a table.
+"""Margins of the runs of recipes/lists.sh at equal KL, at equal length, and over seeds -> OUT/equal.json and tables.
 
     python recipes/equal.py OUT BASELINE NAME...
 
 Equal KL: the smallest that the chosen settings have on the test prompts. A method's margin there lies between the two
 of its settings on either side of it, the reference and the tuning runs among them (`compare.on_frontier`).
 Equal length: RM_DPO regressed on the length of the pair's best answer less the other's, over prompts; where that is 0.
-Differences are to BASELINE, prompt by prompt; 95 % intervals by Student's t over prompts.
+Over seeds: of each seed the mean over the prompts, which speaks of other runs and not of other prompts.
+All as differences to the reference and to BASELINE, prompt by prompt or seed by seed; 95 % intervals by Student's t.
 """
 
 import sys
@@ -37,29 +38,36 @@ def at_equal_length(values: compare.Values, other: compare.Values) -> dict[str, 
 
 def main() -> None:
     out, baseline, *names = Path(sys.argv[1]), *sys.argv[2:]
-    found = {name: compare.per_prompt(sorted(out.glob(f"{name}/run-*/test"))) for name in ["reference", *names]}
-    lines = {}
+    runs = {name: sorted(out.glob(f"{name}/run-*/test")) for name in ["reference", *names]}
+    found = {name: compare.per_prompt(folders) for name, folders in runs.items()}
+
+    def kl_of(values: compare.Values) -> float:
+        return float(np.mean(list(values["kl_exact"].values())))
+
+    kl, level = min(kl_of(found[name]) for name in names), {"reference": found["reference"]}
     for name in names:
         tuned = [compare.per_prompt([folder]) for folder in out.glob(f"tune/{name}/*/test")]
-        some = [found["reference"], *tuned, found[name]]
-        lines[name] = sorted(some, key=lambda values: np.mean(list(values["kl_exact"].values())))
-    kl = min(float(np.mean(list(found[name]["kl_exact"].values()))) for name in names)
-    level = {name: compare.on_frontier(lines[name], kl) for name in names}
-    rows, zeros = {}, found["reference"]
-    for name in names:
-        rows[name] = {"rm_dpo_at_equal_length": at_equal_length(found[name], zeros)}
-        if name != baseline:
-            rows[name]["rm_dpo_at_equal_length_difference"] = at_equal_length(found[name], found[baseline])
+        level[name] = compare.on_frontier(sorted([found["reference"], *tuned, found[name]], key=kl_of), kl)
+
+    def by_seed(name: str, metric: str) -> np.ndarray:
+        tables = [compare.per_prompt([folder])[metric] for folder in runs[name]]
+        return np.array([np.mean(list(table.values())) for table in tables])
+
+    def less(name: str, other: str) -> dict[str, dict[str, float]]:
+        differences = {"rm_dpo_at_equal_length": at_equal_length(found[name], found[other])}
         for metric in ("rm_dpo", "rm10", "rm_worst_case"):
-            mine, theirs = level[name][metric], level[baseline][metric]
-            rows[name][f"{metric}_at_equal_kl"] = metrics.world_interval(list(mine.values()))
-            if name != baseline:
-                difference = [mine[id] - theirs[id] for id in mine]
-                rows[name][f"{metric}_at_equal_kl_difference"] = metrics.world_interval(difference)
-    files.write_json(out / "equal.json", {"kl": kl, "baseline": baseline, "rows": rows})
-    columns = list(rows[next(name for name in names if name != baseline)])
-    cells = [[name, *(md.interval(row[c], 2) if c in row else "-" for c in columns)] for name, row in rows.items()]
-    print(f"At a KL of {kl:.2f} nats; differences to {baseline}.\n\n{md.table(['method', *columns], cells)}")
+            mine, theirs = level[name][metric], level[other][metric]
+            differences[f"{metric}_at_equal_kl"] = metrics.world_interval([mine[id] - theirs[id] for id in mine])
+        for metric in ("rm_dpo", "rm10"):
+            differences[f"{metric}_over_seeds"] = metrics.world_interval(by_seed(name, metric) - by_seed(other, metric))
+        return differences
+
+    rows = {other: {name: less(name, other) for name in names if name != other} for other in ("reference", baseline)}
+    files.write_json(out / "equal.json", {"kl": kl, "less": rows})
+    for other, found_rows in rows.items():
+        columns = list(next(iter(found_rows.values())))
+        cells = [[name, *(md.interval(row[c], 2, "+") for c in columns)] for name, row in found_rows.items()]
+        print(f"Less {other}; equal KL: {kl:.2f} nats.\n\n{md.table(['method', *columns], cells)}\n")
 
 
 if __name__ == "__main__":

@@ -264,7 +264,9 @@ def test_every_line_of_the_lists_recipe_runs(tmp_path, monkeypatch):
     equal, rows = json.loads((tmp_path / "out/equal.json").read_text()), {row["method"]: row["metrics"] for row in rows}
     least = min(rows.keys() - {"reference"}, key=lambda name: rows[name]["kl_exact"]["mean"])
     assert equal["kl"] == rows[least]["kl_exact"]["mean"]
-    assert equal["rows"][least]["rm10_at_equal_kl"]["mean"] == pytest.approx(rows[least]["rm10"]["mean"])
+    gained = equal["less"]["reference"][least]
+    assert gained["rm10_at_equal_kl"]["mean"] == pytest.approx(rows[least]["rm10"]["mean"], abs=1e-6)
+    assert gained["rm_dpo_over_seeds"]["mean"] == pytest.approx(rows[least]["rm_dpo"]["mean"], abs=1e-6)
 
 
 def test_margins_at_equal_length():
