@@ -26,7 +26,7 @@ def check_first_loss(c: Config, loss: float, expected: float, largest: list[floa
             f"step 0: the loss is {loss:.6f}, but with policy = reference {c.method} must give {expected:.6f}. Policy "
             "and reference are scored differently: delete the reference cache if the model's code changed"
         )
-    # Differences that cancel in the mean. Rounding adds up like a random walk; bf16's was up to 0.2 per root of a token.
+    # Differences that cancel in the mean. Rounding adds up like a random walk; bf16's was up to 0.2 per root token.
     if not largest[1] <= (1e-3 if c.dtype == "fp32" else 0.5):
         raise ValueError(
             f"step 0: a response's log-ratio is {largest[0]:.3g} nats where policy = reference must give 0, more than "

@@ -30,7 +30,7 @@ from hps.io import files
 ENOUGH = 8  # worlds, those that `make reproduce` takes by itself
 VERDICTS = ("holds", "does not hold", "unresolved", "not measured here")
 SIGNS = "(+): larger is better, (-): smaller is."
-MARKS = "Bold: best mean. `~`: the interval overlaps that of the best; the paired comparisons of the report look closer."
+MARKS = "Bold: best mean. `~`: the interval overlaps that of the best; paired comparisons in the report look closer."
 NAMES = {  # what ends a row's name, and what it says
     AGAIN: "`... again`: the row once more with another seed, so that its differences are chance.",
     TUNED: "`... tuned`: at beta and lr that were found for the method; the other rows share one setting.",
