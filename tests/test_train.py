@@ -340,6 +340,8 @@ def test_differences_that_cancel_in_the_first_loss_are_seen():
         assert f"largest |log-ratio| {rounding[0]:.2g}" in check_first_loss(c, math.log(2), math.log(2), rounding)
         with pytest.raises(ValueError, match="step 0: a response's log-ratio is 4 nats where policy = ref"):
             check_first_loss(c, math.log(2), math.log(2), [4.0, 2.0])
+    # SPPO squares log-ratios: what 16 answers of the same model gave in bf16.
+    assert "loss 52.768582, expected 50" in check_first_loss(replace(c, method="sppo-bt"), 52.768582, 50.0, [1.9, 0.13])
 
 
 def penalised_rewards(world: Path, penalty: float) -> list[tuple[np.ndarray, np.ndarray]]:
