@@ -17,8 +17,8 @@ METRICS_OF = {"sft": METRICS[:1], "reward": METRICS[:5], "preference": METRICS}
 
 
 def check_first_loss(c: Config, loss: float, expected: float, largest: list[float]) -> str:
-    """A line on the first step's loss and largest |log-ratio| (as in `Statistics`); ValueError unless the loss is the
-    `expected` one, where policy = reference, and the other 0. A wrong mask, shift, dropout or dtype shows there."""
+    """A line on the first step's loss and largest |log-ratio| (as in `Statistics`); ValueError unless, but for
+    rounding, that is 0 and in fp32 the loss is `expected`, as where policy = reference: a wrong mask or shift shows."""
     known = f"expected {expected:.6f}" if parts(c)[0].continuous else "not known beforehand"
     # In bf16 squares multiply what rounding does to a log-ratio (50 of SPPO became 52.8): the next check has to do.
     if c.dtype == "fp32" and parts(c)[0].continuous and abs(loss - expected) > 1e-3 * max(1.0, abs(expected)):

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from hps import config
 from hps.evaluate import compare, md, metrics
@@ -23,16 +22,16 @@ from hps.io import files
 def at_equal_length(values: compare.Values, other: compare.Values) -> dict[str, float]:
     """RM_DPO of one row less that of another, at no difference in length: what a straight line through prompts says."""
     ids = list(values["rm_dpo"])
-    margins, scaled = (np.array([values[name][id] for id in ids]) for name in ("rm_dpo", "rm_rdpo_tokens"))
-    x, y = (
-        (margins - scaled) / 0.01,
-        margins - [other["rm_dpo"][id] for id in ids],
-    )  # tokens by which the best is longer
-    spread, free = float(((x - x.mean()) ** 2).sum()), len(ids) - 2
-    slope = float((x - x.mean()) @ y) / spread
-    mean = float(y.mean() - slope * x.mean())
-    variance = float(((y - mean - slope * x) ** 2).sum()) / free * (1 / len(ids) + float(x.mean()) ** 2 / spread)
-    half = float(stats.t.ppf(0.975, free)) * variance**0.5
+    margins, penalised = (np.array([values[name][id] for id in ids]) for name in ("rm_dpo", "rm_rdpo_tokens"))
+    longer = (margins - penalised) / 0.01  # tokens, of the pair's best answer; RM_R-DPO takes off 0.01 for each
+    y, x = margins - [other["rm_dpo"][id] for id in ids], longer - longer.mean()
+    if len(ids) < 3 or not x.any():
+        raise ValueError("three prompts at least, whose pairs differ in length, are needed: take a larger TEST")
+    slope = float(x @ y / (x @ x))
+    mean = float(y.mean() - slope * longer.mean())
+    variance = float(((y - mean - slope * longer) ** 2).sum()) / (len(ids) - 2)
+    error = (variance * (1 / len(ids) + float(longer.mean()) ** 2 / float(x @ x))) ** 0.5
+    half = float(metrics.extra("scipy.stats").t.ppf(0.975, len(ids) - 2)) * error
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 

@@ -251,7 +251,7 @@ def _dialogue(record: Record, key: str) -> list[Record]:
     speakers, texts = rest[::2], rest[1::2]
     wrong = ""
     if head or speakers[:1] != ["Human"]:
-        wrong = r"does not start with '\n\nHuman: ' (answers beside their prompt are --source trl)"
+        wrong = r"does not start with '\n\nHuman: '" + " (other pairs: --source trl)" * ("rejected" in record)
     elif speakers[-1] != "Assistant":
         wrong = "does not end with a turn of Assistant"
     elif any(a == b for a, b in pairwise(speakers)):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import ROOT
+from scipy import stats
 from transformers import LlamaConfig
 
 import data_prep
@@ -261,10 +262,10 @@ def test_every_line_of_the_lists_recipe_runs(tmp_path, monkeypatch):
     assert len(rows) == 7
     for row in rows:
         assert {"rm_dpo", "rm_rdpo_tokens", "rm2", "rm10", "rm_worst_case", "kl_exact"} <= row["metrics"].keys()
-    equal, rows = json.loads((tmp_path / "out/equal.json").read_text()), {row["method"]: row["metrics"] for row in rows}
+    levels, rows = json.loads((tmp_path / "out/equal.json").read_text()), {x["method"]: x["metrics"] for x in rows}
     least = min(rows.keys() - {"reference"}, key=lambda name: rows[name]["kl_exact"]["mean"])
-    assert equal["kl"] == rows[least]["kl_exact"]["mean"]
-    gained = equal["less"]["reference"][least]
+    assert levels["kl"] == rows[least]["kl_exact"]["mean"]
+    gained = levels["less"]["reference"][least]
     assert gained["rm10_at_equal_kl"]["mean"] == pytest.approx(rows[least]["rm10"]["mean"], abs=1e-6)
     assert gained["rm_dpo_over_seeds"]["mean"] == pytest.approx(rows[least]["rm_dpo"]["mean"], abs=1e-6)
 
@@ -279,6 +280,15 @@ def test_margins_at_equal_length():
     one, other = {"rm_dpo": row(2, 0.03), "rm_rdpo_tokens": row(2, 0.02)}, {"rm_dpo": row(0.5, 0.01)}
     found = equal.at_equal_length(one, other)
     assert found == pytest.approx({"mean": 1.5, "low": 1.5, "high": 1.5})
+    noise = dict(a=0.3, b=-0.2, c=0.1, d=-0.4)
+    one["rm_dpo"] = {id: x + noise[id] for id, x in one["rm_dpo"].items()}
+    one["rm_rdpo_tokens"] = {id: x + noise[id] for id, x in one["rm_rdpo_tokens"].items()}
+    line = stats.linregress(list(longer.values()), [one["rm_dpo"][id] - other["rm_dpo"][id] for id in longer])
+    half = stats.t.ppf(0.975, 2) * line.intercept_stderr
+    found = equal.at_equal_length(one, other)
+    assert found == pytest.approx({"mean": line.intercept, "low": line.intercept - half, "high": line.intercept + half})
+    with pytest.raises(ValueError, match="take a larger TEST"):
+        equal.at_equal_length(one | {"rm_rdpo_tokens": one["rm_dpo"]}, other)
 
 
 def test_lists_are_split_by_prompts(tmp_path, monkeypatch):

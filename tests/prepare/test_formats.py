@@ -277,7 +277,7 @@ def test_an_implicit_prompt_ends_with_a_word(start, chosen, rejected):
 
 
 CANNOT_BE_USED = (  # source, change of a good record, counter, reason
-    ("hh-rlhf", {"chosen": "Human: Hi\n\nAssistant: Yes."}, "rows_malformed", "chosen does not start"),
+    ("hh-rlhf", {"chosen": "Human: Hi\n\nAssistant: Yes."}, "rows_malformed", "other pairs: --source trl"),
     ("hh-rlhf", {"chosen": "\n\nAssistant: Yes."}, "rows_malformed", "chosen does not start"),
     ("hh-rlhf", {"chosen": ASK}, "rows_malformed", "chosen does not end with a turn of Assistant"),
     ("hh-rlhf", {"chosen": talk("Yes.\n\nAssistant: M")}, "rows_malformed", "two turns of one speaker in a row"),
