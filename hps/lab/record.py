@@ -5,8 +5,7 @@
     python -m hps.lab.record  # writes the pages of the record anew, with their figures
 
 The record has what each world says of each row and metric. Means, intervals, p values, verdicts and claims are not in
-it: they follow from its numbers by the judge as it is now. docs/results/RESULTS.md.jinja is the text around them; what
-it says of a pair is written as the verdicts are.
+it: they follow from its numbers by the judge as it is now. docs/results/RESULTS.md.jinja is the text around them.
 """
 
 import itertools
@@ -129,29 +128,30 @@ def verdict(found: dict[str, Any]) -> int:
     return 0 if found["p_holm"] >= 0.05 else int(np.sign(found["mean"]))
 
 
-def sentences(results: Results, second: Results | None = None, rows: str = "") -> str:
-    """An item for each pair of rows, of those whose first matches the pattern `rows`: which of its differences are
-    resolved, in `second` too, and which are not."""
+def difference(found: dict[str, Any], also: dict[str, Any] | None) -> str:
+    """Mean and half of the interval: bold where it is resolved, with a star where a second record, `also`, agrees."""
+    side, digits = verdict(found), METRICS[found["metric"]].digits
+    text = f"{found['mean']:+.{digits}f} ({found['high'] - found['mean']:.{digits}f})"
+    return f"**{text}**" + "\\*" * bool(also and verdict(also) == side) if side else text
+
+
+def differences(results: Results, second: Results | None = None, rows: str = ".*") -> str:
+    """A table of the pairs of rows whose first matches the pattern `rows`, named without what all have in common, and
+    of the metrics that the figure of differences has."""
+    pairs: dict[tuple[str, str], dict[str, str]] = {}
     also = {(x["a"], x["b"], x["metric"]): x for x in (second or {}).get("comparisons", [])}
-    items = []
-    pairs = dict.fromkeys((x["a"], x["b"]) for x in results["comparisons"] if "p_holm" in x)
-    for a, b in [(a, b) for a, b in pairs if not rows or re.fullmatch(rows, a)]:
-        words: dict[int, list[str]] = {1: [], -1: [], 0: []}
-        for found in results["comparisons"]:
-            if (found["a"], found["b"]) == (a, b) and found["metric"] in figures.DIFFERENCES:
-                metric, side = METRICS[found["metric"]], verdict(found)
-                other = also.get((a, b, found["metric"]))
-                both = " (*both*)" if side and other and verdict(other) == side else ""
-                text = f"{metric.title} {md.interval(found, metric.digits, '+') if side else ''}"
-                words[side].append(text.strip() + both)
-        said = [f"{word} {', '.join(words[side])}" for side, word in SIDES.items() if words[side]]
-        items.append(md.wrapped(f"* **{md.plain(a)}** against **{md.plain(b)}**: {'; '.join(said)}."))
-    return "\n".join(items)
+    for x in results["comparisons"]:
+        if "p_holm" in x and x["metric"] in figures.DIFFERENCES and re.fullmatch(rows, x["a"]):
+            of_pair = pairs.setdefault((x["a"], x["b"]), {})
+            of_pair[x["metric"]] = difference(x, also.get((x["a"], x["b"], x["metric"])))
+    shown = [name for name in figures.DIFFERENCES if any(name in cells for cells in pairs.values())]
+    names = {pair: " less ".join(name.removeprefix("DPO-").removesuffix(TUNED) for name in pair) for pair in pairs}
+    table = [[md.plain(names[pair]), *(cells.get(name, "-") for name in shown)] for pair, cells in pairs.items()]
+    return md.table(["difference", *(METRICS[name].title for name in shown)], table)
 
 
 def by_loss(settings: list[tuple[Results, Results | None, str]], metric: str) -> str:
-    """A table of one metric: both forms of HPS less each baseline, under every loss, mean and half of the interval;
-    bold where the difference is resolved, with a star where it is so in the second record too.
+    """A table of one metric: both forms of HPS less each baseline, under every loss.
 
     settings: of each a record, perhaps a second one, and the end of the rows' names.
     """
@@ -163,26 +163,25 @@ def by_loss(settings: list[tuple[Results, Results | None, str]], metric: str) ->
         )
         for row, base in itertools.product(rows, BASELINES):
             pair = (row[0] + end, f"{row[0].partition('-')[0]}-{base}{end}")
-            found, side = of[pair], verdict(of[pair])
-            digits = METRICS[metric].digits
-            text = f"{found['mean']:+.{digits}f} ({found['high'] - found['mean']:.{digits}f})"
-            star = "\\*" if side and pair in also and verdict(also[pair]) == side else ""
-            row.append(f"**{text}**{star}" if side else text)
-    header = [
-        f"{METRICS[metric].title} of",
-        *(f"less {base}'s{end and ','}{end}" for *_, end in settings for base in BASELINES),
-    ]
-    return md.table(header, [[md.plain(name), *cells] for name, *cells in rows])
+            row.append(difference(of[pair], also.get(pair)))
+    header = [f"less {base}'s{end and ','}{end}" for *_, end in settings for base in BASELINES]
+    return md.table([f"{METRICS[metric].title} of", *header], [[md.plain(name), *cells] for name, *cells in rows])
 
 
-SIDES = {1: "larger", -1: "smaller", 0: "unresolved"}
-
-
-def counts(results: Results) -> str:
-    """How many of a suite's comparisons are resolved, and of those of a row with itself."""
-    judged = [verdict(x) != 0 for x in results["comparisons"] if "p_holm" in x]
-    again = [x["p"] < 0.05 for x in results["comparisons"] if "p_holm" not in x]
-    return f"{sum(judged)} of {len(judged)}, {sum(again)} of {len(again)}"
+def overview(first: dict[str, Results]) -> str:
+    """Of each suite in how many settings the reward of both forms of HPS is above a baseline's, below, or unresolved;
+    and how many of the differences of a row with itself are resolved."""
+    table = []
+    for name, results in first.items():
+        rewards = {(x["a"], x["b"]): x for x in results["comparisons"] if x["metric"] == "true_reward"}
+        cells = []
+        for form, base in itertools.product(HPS, BASELINES):
+            sides = [verdict(x) for (a, b), x in rewards.items() if a != b == a.replace(form, base)]
+            cells.append(" / ".join(str(sides.count(side)) for side in (1, -1, 0)) if sides else "-")
+        again = [x["p"] < 0.05 for x in results["comparisons"] if "p_holm" not in x]
+        table.append([f"[{name}](results/{name}.md)", str(results["worlds"]), *cells, f"{sum(again)} of {len(again)}"])
+    versus = [f"{form}, {base}" for form, base in itertools.product(("HPS", "ours"), BASELINES)]
+    return md.table(["suite", "worlds", *versus, "with itself"], table)
 
 
 def agreement(pairs: dict[str, Results]) -> str:
@@ -205,8 +204,7 @@ def pages() -> dict[Path, str]:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **how)
     environment.filters["wrapped"] = md.wrapped
     context = dict(first=first, second=second, pairs=pairs, tables=report.claims_tables(judged))
-    context |= dict(first_table=first_table, sentences=sentences, by_loss=by_loss, counts=counts)
-    context |= dict(agreement=agreement)
+    context |= {made.__name__: made for made in (first_table, differences, by_loss, overview, agreement)}
     template = environment.from_string((KEPT / "RESULTS.md.jinja").read_text(encoding="utf-8"))
     texts = {ROOT / "docs" / "RESULTS.md": template.render(context)}
     for name, results in found.items():

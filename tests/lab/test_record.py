@@ -49,18 +49,17 @@ def test_a_record_gives_back_the_results(tmp_path, monkeypatch):
     assert record.compact(found) == record.compact(results())
 
 
-def test_sentences_and_tables_say_what_the_verdicts_are(monkeypatch):
+def test_tables_say_what_the_verdicts_are(monkeypatch):
     """Each pair's differences as they are resolved, marked where a second record resolves them alike."""
     found = record.restore(record.compact(results()))
     for item in found["comparisons"]:
         item["p_holm"] = 0.01 if item["metric"] == "lead" else 0.2
-    assert record.sentences(found) == (
-        "* **DPO-HPS** against **DPO-BT**: larger win - lose +23.3 [-14.6, +61.3]; unresolved RM10, harm %.\n"
-        "* **DPO-HPS again** against **DPO-HPS**: unresolved RM10."
-    )
-    assert record.sentences(found, found).count("(*both*)") == 1
-    assert record.sentences(found, rows=".* again").startswith("* **DPO-HPS again** against")
-    assert record.counts(found) == "1 of 4, 0 of 0"
+    assert record.differences(found).splitlines()[2:] == [
+        "| HPS less BT | +1.63 (2.96) | **+23.3 (37.9)** | -1.2 (3.2) |",
+        "| HPS again less HPS | +0.00 (1.24) | - | - |",
+    ]
+    marked = record.differences(found, found, rows=".*(?<!again)").splitlines()[2:]
+    assert marked == [r"| HPS less BT | +1.63 (2.96) | **+23.3 (37.9)**\* | -1.2 (3.2) |"]
     monkeypatch.setattr(record, "LOSSES", ("dpo",))
     monkeypatch.setattr(record, "HPS", ("HPS",))
     monkeypatch.setattr(record, "BASELINES", ("BT",))
@@ -68,6 +67,9 @@ def test_sentences_and_tables_say_what_the_verdicts_are(monkeypatch):
     lead, rm10 = (record.by_loss(settings, metric).splitlines()[2] for metric in ("lead", "rm10"))
     assert lead == r"| DPO-HPS | **+23.3 (37.9)**\* | **+23.3 (37.9)** |"
     assert rm10.startswith("| DPO-HPS | +1.63 (") and "*" not in rm10
+    found["comparisons"] += [{"a": "DPO-HPS", "b": "DPO-BT", "metric": "true_reward", "mean": -1.0, "p_holm": 0.0}]
+    del found["comparisons"][-2]["p_holm"]  # of the row with itself
+    assert record.overview({"x": found}).splitlines()[2] == "| [x](results/x.md) | 3 | 0 / 1 / 0 | 0 of 1 |"
     both = record.agreement({"x": {"pairs": {n: dict.fromkeys(replication.COUNTS, n) | {"again": 0} for n in (1, 2)}}})
     assert both.splitlines()[2] == "| x | 1, 2 | 1, 2 | 1, 2 | 1, 2 | 0 |"
 
