@@ -98,8 +98,8 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def decide(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The claims with their verdicts, those by the paper's metrics first; of several suites each claim stands once, as
-    it was measured."""
-    once = {found["claim"]: found for found in sorted(items, key=lambda found: "p" in found)}
+    it was measured. What is given stays as it is: a suite's own verdicts are adjusted for its own claims."""
+    once = {found["claim"]: {**found} for found in sorted(items, key=lambda found: "p" in found)}
     items = sorted(once.values(), key=lambda found: (TABLES.index(found["table"]), "p" not in found))
     measured = [found for found in items if "p" in found]
     for table in TABLES:

@@ -88,6 +88,7 @@ def test_a_claim_of_two_suites_counts_once():
     by_text = {item["claim"]: item for item in merged}
     assert len(by_text) == len(merged)
     assert [(by_text[x]["verdict"], by_text[x]["after_holm"]) for x in (MARGIN, other)] == [(HOLDS, OPEN)] * 2
+    assert both[MARGIN]["after_holm"] == HOLDS  # of its own suite, which measures one claim on this metric
     assert by_text[HARM]["verdict"] == NOT
     tables = [claims.TABLES.index(item["table"]) for item in merged]
     assert tables == sorted(tables) and set(tables) == {0, 1}
