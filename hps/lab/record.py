@@ -131,30 +131,18 @@ def verdict(found: dict[str, Any]) -> int:
 def difference(found: dict[str, Any], also: dict[str, Any] | None) -> str:
     """Mean and half of the interval: bold where it is resolved, with a star where a second record, `also`, agrees."""
     side, digits = verdict(found), METRICS[found["metric"]].digits
-    text = f"{found['mean']:+.{digits}f}"
-    text += "" if found["high"] is None else f" ({found['high'] - found['mean']:.{digits}f})"  # of one world
+    text = f"{found['mean']:+.{digits}f} ({found['high'] - found['mean']:.{digits}f})"
     return f"**{text}**" + "\\*" * bool(also and verdict(also) == side) if side else text
 
 
-def value(results: Results, name: str, metric: str) -> str:
-    """A row's mean and its interval."""
-    (found,) = (row["metrics"][metric] for row in results["rows"] if row["method"] == name)
-    return md.interval(found, METRICS[metric].digits)
-
-
-def less(results: Results, a: str, b: str, metric: str = "true_reward") -> str:
-    """One `difference`, of the rows a and b."""
-    keys = (a, b, metric)
-    return next(difference(x, None) for x in results["comparisons"] if (x["a"], x["b"], x["metric"]) == keys)
-
-
 def differences(results: Results, second: Results | None = None, rows: str = ".*") -> str:
-    """A table of the pairs of rows whose first matches the pattern `rows`, named without what all have in common, and
-    of the metrics that the figure of differences has."""
+    """A table of the pairs of rows whose first matches the pattern `rows`, and of the metrics that the figure of
+    differences has; "-" where one world alone has both."""
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     also = {(x["a"], x["b"], x["metric"]): x for x in (second or {}).get("comparisons", [])}
     for x in results["comparisons"]:
-        if "p_holm" in x and x["metric"] in figures.DIFFERENCES and re.fullmatch(rows, x["a"]):
+        shown = "p_holm" in x and x["high"] is not None and x["metric"] in figures.DIFFERENCES
+        if shown and re.fullmatch(rows, x["a"]):
             of_pair = pairs.setdefault((x["a"], x["b"]), {})
             of_pair[x["metric"]] = difference(x, also.get((x["a"], x["b"], x["metric"])))
     shown = [name for name in figures.DIFFERENCES if any(name in cells for cells in pairs.values())]
@@ -217,7 +205,7 @@ def pages() -> dict[Path, str]:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **how)
     environment.filters["wrapped"] = md.wrapped
     context = dict(first=first, second=second, pairs=pairs, tables=report.claims_tables(judged))
-    context |= {made.__name__: made for made in (first_table, value, less, differences, by_loss, overview, agreement)}
+    context |= {made.__name__: made for made in (first_table, differences, by_loss, overview, agreement)}
     template = environment.from_string((KEPT / "RESULTS.md.jinja").read_text(encoding="utf-8"))
     texts = {ROOT / "docs" / "RESULTS.md": template.render(context)}
     for name, results in found.items():
