@@ -9,8 +9,8 @@
 
 `python data_prep.py COMMAND --help` lists the options of one. `torchrun --nproc_per_node 2 -- data_prep.py generate`
 shares the prompts out over processes; a killed `generate` or `annotate` goes on when it is started again, with
-torchrun or without. A finished command does nothing when it is started again, and none writes over what no command of
-ours has made.
+torchrun or without. A finished command does nothing when it is started again, and none writes over what another command
+or other options have made.
 """
 
 import dataclasses

@@ -65,7 +65,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[Config, dict[str, s
         if getattr(c, name) < least:
             raise ValueError(f"{name} must be at least {least}, not {getattr(c, name)}")
     if not Path(c.data).is_file():
-        raise ValueError(f"--data {c.data}: there is no such file")
+        raise ValueError(f"--data {c.data}: there is no file of this name")
     if c.baseline and not (Path(c.baseline) / "samples.jsonl").exists():
         raise ValueError(f"--baseline {c.baseline}: no samples.jsonl there; evaluate that model first")
     if c.baseline and c.scorer == "none":

@@ -28,7 +28,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[options.Config, dic
     c, given = options.read(argv, description=str(__doc__).split("\n")[0])
     for option, path in (("data", c.data), ("eval_data", c.eval_data)):
         if path and not Path(path).is_file():
-            raise ValueError(f"--{option} {path}: there is no such file")
+            raise ValueError(f"--{option} {path}: there is no file of this name")
     return c, given
 
 
@@ -93,7 +93,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         raise ValueError(f"warmup_steps = {c.warmup_steps}, but the run has {plan.steps} steps: it never reaches lr")
     counts = examples.counts | plan.dropped | plan.excluded
     few = " (few: a lower --prompts_per_step makes more)" * (plan.steps < 10)
-    told = ", ".join(f"{key} {n}" for key, n in counts.items() if n)
+    chat = {"prompts_outside_template": " (data_prep.py import --chat makes turns of them)"}
+    told = ", ".join(f"{key} {n}{chat.get(key, '')}" for key, n in counts.items() if n)
     say(ranks, f"{c.data}: {told}; {len(plan.row)} visits in steps of {c.prompts_per_step}: {plan.steps}{few}")
     whole, held_out = plan, None
     if c.dry_run:

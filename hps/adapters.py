@@ -78,8 +78,9 @@ def adapter_in(path: str) -> tuple[str, str] | None:
     elif isinstance(base, str) and not Path(base).is_absolute() and Path(base).is_dir():
         told = f"{path} names its base as {base!r}, which is taken for the folder {Path(base).resolve()}"
         logging.getLogger(__name__).warning(told)
-    if not isinstance(base, str) or (Path(base) / "adapter_config.json").exists():
-        raise ValueError(f"{folder / 'adapter_config.json'}: base_model_name_or_path must be a model, not {base!r}")
+    gone = isinstance(base, str) and Path(base).is_absolute() and not Path(base).is_dir()
+    if not isinstance(base, str) or gone or (Path(base) / "adapter_config.json").exists():
+        raise ValueError(f"{folder / 'adapter_config.json'}: base_model_name_or_path, {base!r}, is no model")
     if not (folder / "adapter_model.safetensors").exists():  # peft would unpickle adapter_model.bin
         raise ValueError("no adapter_model.safetensors there")
     if (folder / BASE_FILES).exists() and Path(base).is_dir():

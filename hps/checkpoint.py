@@ -33,10 +33,8 @@ def held(c: Any, ranks: dist.Ranks, *, what: str, caches: Sequence[str] = ()) ->
     folder, lock = (path, path / "lock") if option == "out" else (path.parent, Path(f"{path}.lock"))
     holding = nullcontext()
     if ranks.first:
-        try:
+        with files.explain_disk_errors(folder, f"choose another --{option}"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--{option} {path}: folder {folder} cannot be made: {error.strerror}") from error
         holding = files.lock(lock, what=what, advice=f"wait until it ends, or choose another --{option}")
     with holding:
         if ranks.first:

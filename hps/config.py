@@ -65,7 +65,7 @@ def parse(
     add = functools.partial(parser.add_argument, action="append")  # so that a flag given twice is seen
     add("--config", metavar="FILE.toml", help="keys as below; a flag wins over the file")
     defaults, told = {field.name: field.default for field in dataclasses.fields(cast(Any, cls))}, []
-    for line in source_lines(cls):
+    for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
         if match := GROUP.match(line):
             add = functools.partial(parser.add_argument_group(match[1]).add_argument, action="append")
         elif match := FIELD.match(line):
@@ -98,11 +98,6 @@ def parse(
     if missing := [name for name, x in defaults.items() if x is dataclasses.MISSING and name not in values]:
         raise ValueError(f"missing --{', --'.join(missing)}: give as flags or in the --config file")
     return cls(**values), given
-
-
-@functools.cache
-def source_lines(cls: type) -> list[str]:
-    return textwrap.dedent(inspect.getsource(cls)).splitlines()
 
 
 def read_toml(path: Path, kinds: dict[str, type], foreign: bool) -> dict[str, Any]:

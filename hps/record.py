@@ -16,7 +16,8 @@ def check_folder(out: Path, c: Config, started: bool) -> None:
     path = out / "run.json"
     if path.exists() and (started or (out / "policy").exists()):
         before = files.read_record(path, RECORD, config=dict)["config"]
-        changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings(c).items() if before.get(k) != v]
+        pairs = [(k, before.get(k), v) for k, v in settings(c).items()]  # a path may go by another of its names
+        changed = [f"{k}: {a!r} -> {b!r}" for k, a, b in pairs if Path(str(a)).resolve() != Path(str(b)).resolve()]
         if changed:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): choose another --out")
 

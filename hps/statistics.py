@@ -36,8 +36,8 @@ def check_first_loss(c: Config, loss: float, expected: float, largest: list[floa
 
 
 class Divergence:
-    """Tells once of a run that goes wrong: most losses of the last tenth of its steps are above the first one, or a
-    gradient is a thousand times as long as the first."""
+    """Tells once of a run that goes wrong: most losses of the last tenth of its steps are 5 % above the first one, or
+    more, or a gradient is a thousand times as long as the first."""
 
     def __init__(self, steps: int, first: list[float] | None = None) -> None:
         """first: loss and norm of the first step, of a run that goes on."""
@@ -48,13 +48,13 @@ class Divergence:
     def look(self, loss: float, grad_norm: float) -> str:
         """What is to be said after a step of this loss and norm of its gradient, mostly nothing."""
         self.first = self.first or [loss, grad_norm]
-        self._above.append(loss > self.first[0])
+        self._above.append(loss - self.first[0] > 0.05 * abs(self.first[0]))
         lost = len(self._above) == self._above.maxlen and 2 * sum(self._above) > len(self._above)
         torn = grad_norm > 1000 * self.first[1] > 0
         if self._told or not (lost or torn):
             return ""
         self._told = True
-        what = f"most losses of the last {len(self._above)} steps are above the first one" if lost else ""
+        what = f"most losses of the last {len(self._above)} steps are 5 % above the first one or more" if lost else ""
         what = what or f"the gradient's norm is {grad_norm / self.first[1]:,.0f} times that of the first step"
         return f"{what}: the run may diverge; a lower --lr is the first thing to try"
 

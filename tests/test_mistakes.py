@@ -17,6 +17,7 @@ FILES = {
     "twice.jsonl": f"{json.dumps(ROW)}\n" * 2,
     "lengths.jsonl": json.dumps(ROW | {"rewards": [1]}),
     "unscored.jsonl": json.dumps({key: value for key, value in ROW.items() if key != "rewards"}),
+    "half.jsonl": '{"prompt": "why", "chosen": "tea is hot"}\n',
     "pairs.jsonl": '{"prompt": "why", "chosen": "tea is hot", "rejected": "cold"}\n',
     "ties.jsonl": json.dumps(ROW | {"rewards": [1, 1]}),
     "typo.toml": 'methd = "dpo-hps"\n',
@@ -57,3 +58,4 @@ def test_the_page_shows_what_is_said(folder, monkeypatch):
         with pytest.raises(ValueError) as mistake:
             import_module(script).main(words)
         assert str(mistake.value) == " ".join(shown.split()), typed
+        assert not any((folder / left).exists() for left in ("out", "x.jsonl")), f"{typed} leaves something behind"

@@ -252,9 +252,9 @@ def test_annotate_scorers_and_pairs(tiny_world, tmp_path):
     """Each world's rewards by its scorer; made pairs are labelled by reward, human ones stay."""
     rows = listwise.read(tiny_world / "train.jsonl")
     for scorer, reward in {"world-est": World(0).train_reward, "world-true:0": World(0).true_reward}.items():
-        argv = flags(scorer=scorer, input=tiny_world / "train.jsonl", output=tmp_path / "a.jsonl")
-        data_prep.main(["annotate", *argv])
-        found = [x for r in listwise.read(tmp_path / "a.jsonl") for x in r.rewards]
+        output = tmp_path / f"{scorer}.jsonl"
+        data_prep.main(["annotate", *flags(scorer=scorer, input=tiny_world / "train.jsonl", output=output)])
+        found = [x for r in listwise.read(output) for x in r.rewards]
         assert found == [reward(list(r.prompt), y) for r in rows for y in r.responses]
     k = next(i for i, r in enumerate(rows) if len(r.responses) > 2)
     rows[k] = replace(rows[k], chosen=2, rejected=0)
@@ -287,7 +287,7 @@ def test_import_and_export_leave_a_manifest(tmp_path, capsys):
 
 
 def test_a_finished_output_is_made_again_for_a_reason(tiny_world, tmp_path, capsys, policy):
-    """Not by the same command; by another option, input or content of the model; never over what it did not make."""
+    """Not by the same command, but of another input or content of the model; never over what was made otherwise."""
     source, out, lm = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "lm"
     shutil.copy(tiny_world / "test.jsonl", source)
     shutil.copytree(tiny_world / "model", lm)
@@ -299,14 +299,19 @@ def test_a_finished_output_is_made_again_for_a_reason(tiny_world, tmp_path, caps
         assert ("out.jsonl: is finished; delete it" in capsys.readouterr().err) == (out.stat().st_ino == before)
         return out.stat().st_ino != before
 
-    assert [made(), made(timeout=9), made(seed=1), made(seed=1)] == [True, False, True, False]
+    assert [made(), made(timeout=9)] == [True, False]
+    advice = "delete it, or choose another name"
+    with pytest.raises(ValueError, match=rf"out.jsonl was made otherwise .seed: 0 -> 1.: {advice}"):
+        made(seed=1)
+    with pytest.raises(ValueError, match=rf"made otherwise .command: 'generate' -> 'export'.: {advice}"):
+        data_prep.main(["export", *flags(input=source, output=out)])
     source.write_text("".join(source.read_text().splitlines(keepends=True)[1:]))
-    assert [made(seed=1), made(seed=1)] == [True, False]
+    assert [made(), made()] == [True, False]
     shutil.copy(policy / "model.safetensors", lm / "model.safetensors")
-    assert [made(seed=1), made(seed=1)] == [True, False]
+    assert [made(), made()] == [True, False]
     out.write_text(out.read_text() + "\n")
     with pytest.raises(ValueError, match=r"out.jsonl is not what a finished data_prep.py left: delete it, or choose"):
-        made(seed=1)
+        made()
 
 
 def test_a_world_is_made_once(tmp_path, capsys):

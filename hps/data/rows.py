@@ -114,8 +114,9 @@ def check_keys(
             raise ValueError(f"{where}: unknown key {reprlib.repr(key)}; {valid}")
     for key in required:
         if key not in record:
-            pairs = {"chosen", "rejected"} <= record.keys() and "responses" not in record
-            what = "pairs of texts become rows" if pairs else "other keys are read"
+            lacks = {"chosen", "rejected"} - record.keys() if "responses" not in record else {"responses", key}
+            what = "other keys are read" if lacks else "pairs of texts become rows"
+            key = lacks.pop() if len(lacks) == 1 else key  # of a pair, which has no id
             advice = f"; {what} by data_prep.py import" * others
             raise ValueError(f"{where}: the key {key!r} is missing among {reprlib.repr(list(record))}{advice}")
     try:  # JSON can express halves of surrogate pairs, and numbers beyond any float

@@ -187,8 +187,8 @@ def find(words: tuple[str, ...], baseline: str) -> Cells:
             raise ValueError(f"{other} and {name} are one folder, {folder}")
         cells[name] = [sorted(path.parent for path in Path(folder).rglob("eval.json"))]
         if not cells[name][0]:
-            near = config.meant(Path(folder).name, [other.name for other in Path(folder).parent.glob("*/")])
-            raise ValueError(f"{name}={folder}: no eval.json there or below{near} eval.py --out={folder} makes one")
+            near = config.meant(Path(folder).name, [x.parent.name for x in Path(folder).parent.glob("*/eval.json")])
+            raise ValueError(f"{name}={folder}: no eval.json there or below{near} eval.py makes one in its --out")
     return cells
 
 

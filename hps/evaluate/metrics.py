@@ -67,7 +67,7 @@ def extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(f"this needs {module.partition('.')[0]}: pip install hps[eval]") from None
+        raise ValueError(f"this needs {module.partition('.')[0]}: pip install -e '.[eval]'") from None
 
 
 def _finite(name: str, values: ArrayLike, ndim: int) -> Floats:

@@ -16,7 +16,7 @@ def library(option: str) -> Any:
     try:
         import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(f"--{option} needs bitsandbytes ({error}): pip install hps[bnb]") from error
+        raise ValueError(f"--{option} needs bitsandbytes ({error}): pip install -e '.[bnb]'") from error
     return bitsandbytes
 
 

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout  # comes with torch and transformers
 ADVICE_BY_ERRNO = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space on that disk, "),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, "),
-    **dict.fromkeys((errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), ""),
+    **dict.fromkeys((errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), ""),
 }
 
 
@@ -195,3 +195,5 @@ def lock(path: Path, *, what: str, advice: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # before it is let go: FileLock takes no file that has lost its name
         held.release()
+        with suppress(OSError):  # of a folder that nothing was written to
+            path.parent.rmdir()

@@ -8,6 +8,7 @@ in one OUT share what they have in common.
 
 import dataclasses
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     c = dataclasses.replace(c, suite=name, seeds=seeds, first_seed=c.first_seed + suite.later)
     while True:
         stages, cells = plan(c, suite, out)
-        run_in_workers(stages, c.jobs, out, f"{name}, {seeds} seeds")
+        run_in_workers(stages, c.jobs, out, f"{name}, worlds: {seeds}")
         rows, comparisons = summarise(cells, suite.pairs, suite.frontiers)
         if name != "tune":
             break
@@ -151,7 +152,7 @@ def run_suite(c: Options, name: str, out: Path, folder: Path) -> None:
     publish(results | {"claims": claims.judge(results), "options": options}, folder)
     trained, start = cells[next(iter(suite.rows))][0][0].parent / "policy", stages[1].product
     print(f"Go on: open {folder / 'report.html'}; make reproduce SUITE=methods; or talk to a policy and its start:")
-    print(f"python -m hps.evaluate.chat --model {trained} --reference {start}")
+    print(f"{os.path.relpath(sys.executable)} -m hps.evaluate.chat --model {trained} --reference {start}")
     if name == "trial":
         show_samples({method: folders[0][0] for method, folders in cells.items()})
 

@@ -226,7 +226,8 @@ def _check(record: Any, columns: Record, what: str = "") -> None:
     for key, kind in columns.items():
         if key not in record:
             there = reprlib.repr(list(record))
-            advice = "; --columns NAME=COLUMN names others" * (not what)
+            split = ": its columns are to be separated by commas" * any(";" in column for column in record)
+            advice = split or "; data_prep.py import --columns NAME=COLUMN names others" * (not what)
             raise ValueError(f"{what}the key {key!r} is missing among {there}{advice}")
         if not isinstance(record[key], kind):
             raise ValueError(f"{what}{key} must be {KINDS[kind]}, not {type(record[key]).__name__}")
@@ -299,7 +300,7 @@ def _refuse_another_prompt(record: Record, chosen: Any) -> None:
             may_be = _messages(value, key) != chosen[: len(value)]
         if may_be:
             known = f"{turn}prompt={key} (as it is), or prompt= (what both answers begin with)"
-            raise ValueError(f"there is no prompt, but the column {key!r} may be it: say --columns {known}")
+            raise ValueError(f"there is no prompt, but {key!r} may be it: data_prep.py import --columns {known}")
 
 
 def _common_start(chosen: Sequence[object], rejected: Sequence[object]) -> int:

@@ -284,7 +284,7 @@ def _by_datasets(input: str, subset: str, split: str) -> Iterator[object]:
     try:
         import datasets  # only here: JSON needs none of it
     except ImportError as error:
-        raise ValueError(f"{input}: reading this needs datasets: pip install hps[data]") from error
+        raise ValueError(f"{input}: reading this needs datasets: pip install -e '.[data]'") from error
     name, _, revision = input.partition("@")
     how: dict[str, Any] = dict(path=name, name=subset or None, revision=revision or None)
     if table := TABLES.get(Path(input).suffix):

@@ -20,7 +20,8 @@ def is_finished(c: Any, command: str, inputs: Inputs | None = None) -> bool:
     """Whether the output is there already as this command makes it, which is said then.
 
     Raises:
-        ValueError: the output is the input, by whatever name, or a file that no command of ours has made.
+        ValueError: the output is the input, by whatever name, a file that no command of ours has made, or one of
+            another command or of other options. Of inputs or a model that have changed it is made again.
     """
     output, manifest = Path(c.output), Path(f"{c.output}.manifest.json")
     for path in map(Path, [c.input] if isinstance(c.input, str) else c.input):
@@ -35,9 +36,12 @@ def is_finished(c: Any, command: str, inputs: Inputs | None = None) -> bool:
             f"--output {output} is not what a finished data_prep.py left: delete it, or choose another name"
         )
     now = {"command": command, **options_of(c), "input": described(inputs or [(c.input, c.input)])}
-    for one in (before, now):
-        one["options"] = {key: value for key, value in one["options"].items() if key not in journal.SPEED}
-    if any(before.get(key) != value for key, value in now.items()):
+    asked, given = (one.pop("options") | {"command": one.pop("command")} for one in (now, before))
+    pairs = [(key, given[key], value) for key, value in asked.items() if key in given.keys() - journal.SPEED]
+    if other := "; ".join(f"{key}: {a!r} -> {b!r}" for key, a, b in pairs if a != b):
+        raise ValueError(f"--output {output} was made otherwise ({other}): delete it, or choose another name")
+    if changed := [key for key, value in now.items() if before.get(key) != value]:
+        print(f"{output}: is made again, since {' and '.join(changed)} changed", file=sys.stderr)
         return False
     print(f"{output}: is finished; delete it to make it again", file=sys.stderr)
     return True

@@ -64,7 +64,7 @@ def test_what_does_not_compare_is_refused(tmp_path):
         "A and B are one folder": [f"A={a}", f"B={tmp_path / 'x/../a'}"],
         "a name becomes that of a file": [f"A={a}", f"../B={a}"],
         "data None; .*: other.jsonl": [f"A={a}", f"B={evaluation(tmp_path / 'e', {'p': 1.0}, data='other.jsonl')}"],
-        "no eval.json there or below": [f"A={a}", f"B={tmp_path / 'none'}"],
+        "no eval.json there or below: did you mean a.": [f"A={a}", f"B={tmp_path / 'aa'}"],
         "dtype fp32; .*: bf16. Evaluate them the same way": [f"A={a}", f"B={b}"],
         "no prompt that all of them have": [f"A={a}", f"C={c}"],
     }

@@ -131,5 +131,5 @@ def test_a_missing_package_is_one_sentence(monkeypatch):
     }.items():
         for module in [package, *(name for name in sys.modules if name.partition(".")[0] == package)]:
             monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ValueError, match=rf"this needs {package}: pip install hps\[eval\]"):
+        with pytest.raises(ValueError, match=rf"this needs {package}: pip install -e '.\[eval\]'"):
             call()

@@ -24,7 +24,7 @@ LORA = dict(lora_rank=4, lora_alpha=8, lr=3e-2)
 
 @pytest.fixture(scope="module")
 def bnb():
-    return pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which is optional: pip install hps[bnb]")
+    return pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which is optional: pip install -e '.[bnb]'")
 
 
 def rounded(bnb, world: Path, folder: Path) -> Path:
@@ -96,5 +96,5 @@ def test_what_cannot_work_is_refused(tiny_world, tmp_path, monkeypatch):
         (LORA | dict(load_in_4bit="true"), "load_in_4bit"),
         (dict(optim="adamw_8bit"), "optim adamw_8b"),
     ):
-        with pytest.raises(ValueError, match=rf"--{named}.* needs bitsandbytes .*: pip install hps\[bnb\]"):
+        with pytest.raises(ValueError, match=rf"--{named}.* needs bitsandbytes .*: pip install -e '.\[bnb\]'"):
             train.main(arguments(tiny_world, tmp_path / named[:5], **more))

@@ -134,23 +134,22 @@ def test_a_full_disk_under_a_cache(tiny_world, tmp_path, disk, monkeypatch, calm
 def test_results_and_data_survive_a_failed_command(tiny_world, tmp_path, disk):
     """The output that stood there before is what stands there after it, full disk or read-only one."""
     model, data = tiny_world / "model", tiny_world / "test.jsonl"
-    out, shared = disk.folder / "out.jsonl", dict(input=data, output=disk.folder / "out.jsonl")
-    manifest = disk.folder / "out.jsonl.manifest.json"
-
+    drawn, scored = dict(input=data, output=disk.folder / "a.jsonl"), dict(input=data, output=disk.folder / "b.jsonl")
     evaluated = dict(model=model, reference=model, data=data, out=disk.folder, samples=0, max_length=128)
     evaluated |= dict(reference_cache=tmp_path / "cache")
     commands = {
-        "annotate": lambda: data_prep.main(["annotate", *flags(scorer="world-est", **shared)]),
-        "generate": lambda: data_prep.main(["generate", *flags(model=model, n=2, max_new_tokens=24, **shared)]),
+        "annotate": lambda: data_prep.main(["annotate", *flags(scorer="world-est", **scored)]),
+        "generate": lambda: data_prep.main(["generate", *flags(model=model, n=2, max_new_tokens=24, **drawn)]),
         "eval": lambda: evaluation.main(flags(**evaluated)),
     }
     ways = [(disk.fill, disk.empty), (lambda: disk.remount("ro"), lambda: disk.remount("rw"))]
     for name, command in commands.items():
         command()
-        product = disk.folder / "eval.json" if name == "eval" else out
+        product = {"annotate": scored["output"], "generate": drawn["output"]}.get(name, disk.folder / "eval.json")
+        manifest = Path(f"{product}.manifest.json")
         whole = product.read_bytes()
         for break_it, mend in ways:
-            if manifest.exists():  # one of other options, or there would be nothing to do
+            if manifest.exists():  # of another model, or there would be nothing to do
                 files.write_record(manifest, files.read_record(manifest, "", output=dict) | {"models": {"other": "x"}})
             break_it()
             with pytest.raises(ValueError, match=f"{disk.folder}.*(free space|make it writable|No space|Read-only)"):
@@ -160,4 +159,4 @@ def test_results_and_data_survive_a_failed_command(tiny_world, tmp_path, disk):
             command()
             assert product.read_bytes() == whole, f"{name} after it was mended"
         assert not list(disk.folder.glob("*.tmp"))
-    assert len(listwise.read(out)) == 8
+    assert len(listwise.read(drawn["output"])) == len(listwise.read(scored["output"])) == 8

@@ -208,7 +208,7 @@ def test_odd_numbers_messages_and_columns(tmp_path):
     gpt |= {key: {"from": "gpt", "value": key} for key in ("chosen", "rejected")}
     [row] = import_file("trl", put(tmp_path / "g.jsonl", gpt), columns=["prompt=conversations"]).rows
     assert (row.prompt, row.responses) == (user("q"), ("chosen", "rejected"))
-    with pytest.raises(ValueError, match=r"g.jsonl:1: .* column 'conversations' may be it: say --columns prompt=conv"):
+    with pytest.raises(ValueError, match=r"g.jsonl:1: .* 'conversations' may be it: .* import --columns prompt=conv"):
         import_file("trl", tmp_path / "g.jsonl")
 
 
@@ -216,7 +216,7 @@ def test_columns_are_mapped_by_name(tmp_path):
     """A question beside its answers is no prompt that the answers begin with: the column is named, not guessed."""
     record = {"system": "Be brief.", "question": "A rhyme?", "chosen": "Hat rhymes.", "rejected": "Have you a dog?"}
     path = put(tmp_path / "x.jsonl", record)
-    with pytest.raises(ValueError, match=r"x.jsonl:1: .* column 'question' may be it: say --columns user=question"):
+    with pytest.raises(ValueError, match=r"x.jsonl:1: .* 'question' may be it: .* import --columns user=question"):
         import_file("trl", path)
     [row] = import_file("trl", path, columns=["user=question,system=system"]).rows
     assert row.prompt == ({"role": "system", "content": "Be brief."}, *user("A rhyme?")) and not row.others
@@ -300,6 +300,7 @@ CANNOT_BE_USED = (  # source, change of a good record, counter, reason
 )
 OF_ANOTHER_FORMAT = (  # source, change of a good record, what ends the import
     ("hh-rlhf", {"rejected": ...}, "the key 'rejected' is missing"),
+    ("trl", {"chosen": ..., "a;chosen": ""}, "the key 'chosen' .*: its columns are to be separated by commas"),
     ("hh-rlhf", {"chosen": []}, "chosen must be a string, not list"),
     ("pku-saferlhf", {"better_response_id": ...}, "the key 'better_response_id' is missing"),
     ("ultrafeedback", {"completions": "a"}, "completions must be a list, not str"),
@@ -352,7 +353,7 @@ def test_options_that_are_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             import_file(source, file, **options)
     monkeypatch.setitem(sys.modules, "datasets", None)  # import raises ImportError
-    with pytest.raises(ValueError, match=r"bad.parquet: reading this needs datasets: pip install hps\[data\]"):
+    with pytest.raises(ValueError, match=r"bad.parquet: reading this needs datasets: pip install -e '.\[data\]'"):
         import_file("nectar", tmp_path / "bad.parquet")
 
 
