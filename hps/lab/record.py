@@ -152,10 +152,8 @@ def differences(results: Results, second: Results | None = None, rows: str = ".*
 
 
 def by_loss(settings: list[tuple[Results, Results | None, str]], metric: str) -> str:
-    """A table of one metric: both forms of HPS less each baseline, under every loss.
-
-    settings: of each a record, perhaps a second one, and the end of the rows' names.
-    """
+    """A table of one metric: both forms of HPS less each baseline, under every loss; settings: of each a record, maybe
+    a second one, and the end of the rows' names."""
     rows = [[f"{loss.upper()}-{form}"] for loss, form in itertools.product(LOSSES, HPS)]
     for results, second, end in settings:
         of, also = (
@@ -170,8 +168,7 @@ def by_loss(settings: list[tuple[Results, Results | None, str]], metric: str) ->
 
 
 def overview(first: dict[str, Results]) -> str:
-    """Of each suite in how many settings the reward of both forms of HPS is above a baseline's, below, or unresolved;
-    and how many of the differences of a row with itself are resolved."""
+    """In how many settings of a suite HPS's reward is above a baseline's, below, or neither; rows with themselves."""
     table = []
     for name, results in first.items():
         rewards = {(x["a"], x["b"]): x for x in results["comparisons"] if x["metric"] == "true_reward"}
@@ -190,7 +187,7 @@ def agreement(pairs: dict[str, Results]) -> str:
     rows = []
     for name, found in pairs.items():
         both = ([f"{x[key]:.3g}" for x in found["pairs"].values()] for key in replication.COUNTS)
-        rows.append([name, *(", ".join(dict.fromkeys(cells)) for cells in both)])
+        rows.append([f"[{name}](results/{name}.md)", *(", ".join(dict.fromkeys(cells)) for cells in both)])
     return md.table(["suite", *replication.COUNTS.values()], rows)
 
 
@@ -205,16 +202,16 @@ def pages() -> dict[Path, str]:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **how)
     environment.filters["wrapped"] = md.wrapped
     context = dict(first=first, second=second, pairs=pairs, tables=report.claims_tables(judged))
-    context |= {made.__name__: made for made in (first_table, differences, by_loss, overview, agreement)}
+    context |= dict(others={name: first[name] for name in first if name not in pairs}, difference=difference)
+    context |= {made.__name__: made for made in (first_table, differences, by_loss, overview, agreement, report.answer)}
     template = environment.from_string((KEPT / "RESULTS.md.jinja").read_text(encoding="utf-8"))
     texts = {ROOT / "docs" / "RESULTS.md": template.render(context)}
     for name, results in found.items():
         drawn = plans(results) if name in first else []
         texts[KEPT / f"{name}.md"] = report.page(results, [(x, f"../figures/{name}-{x.name}.png") for x in drawn])
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = first_table(first["headline"])
     before, _, rest = readme.partition("| after SFT and DPO with |")
-    texts[ROOT / "README.md"] = before + table + "\n\n" + rest.partition("\n\n")[2]
+    texts[ROOT / "README.md"] = before + first_table(first["headline"]) + "\n\n" + rest.partition("\n\n")[2]
     return texts
 
 

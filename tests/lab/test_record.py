@@ -71,7 +71,7 @@ def test_tables_say_what_the_verdicts_are(monkeypatch):
     del found["comparisons"][-2]["p_holm"]  # of the row with itself
     assert record.overview({"x": found}).splitlines()[2] == "| [x](results/x.md) | 3 | 0 / 1 / 0 | 0 of 1 |"
     both = record.agreement({"x": {"pairs": {n: dict.fromkeys(replication.COUNTS, n) | {"again": 0} for n in (1, 2)}}})
-    assert both.splitlines()[2] == "| x | 1, 2 | 1, 2 | 1, 2 | 1, 2 | 0 |"
+    assert both.splitlines()[2] == "| [x](results/x.md) | 1, 2 | 1, 2 | 1, 2 | 1, 2 | 0 |"
 
 
 def test_the_pages_are_those_of_the_record():
