@@ -149,9 +149,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
         say(ranks, f"going on from {started} ({spent['step']} of {plan.steps} steps)")
     done, tokens_seen = spent["step"], spent["tokens"]
     log = loggers.open_log(out, c.log_to, done=done, settings=settings(c)) if ranks.first else None
-    bar = tqdm(
-        total=plan.steps, initial=done, desc=c.method if c.loss == "preference" else c.loss, disable=not ranks.first
-    )
+    what = c.method if c.loss == "preference" else c.loss
+    bar = tqdm(total=plan.steps, initial=done, desc=what, disable=not ranks.first)
     if c.sample_every:
         from hps.extra import samples
 
@@ -191,10 +190,8 @@ def train(c: Config, ranks: dist.Ranks) -> None:
                 statistics.add_expected(loss(batch.ref_logps, batch), batch)
         grad_norm = dist.clip_gradients(parameters, c.max_grad_norm)  # over the shards of all ranks
         # One exchange between ranks and one read from the device per step; what each rank wants to stop for goes along.
-        late = c.save_minutes > 0 and time.monotonic() - saved > 60 * c.save_minutes
-        metrics, grad_norm, asked, late = statistics.read(
-            count, grad_norm, asked=terminated.is_set(), late=late and ranks.first
-        )
+        late = ranks.first and c.save_minutes > 0 and time.monotonic() - saved > 60 * c.save_minutes
+        metrics, grad_norm, asked, late = statistics.read(count, grad_norm, asked=terminated.is_set(), late=late)
         # One NaN would spread to every weight, and the next checkpoint would keep it.
         if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
             rows = ", ".join(examples.id(plan.row[v]) for v in plan.step(step))

@@ -169,6 +169,8 @@ def check_choices(config: Any, **known: Collection[str]) -> None:
 
 def run_main(main: Callable[[], None]) -> None:
     """Run `main`; a ValueError, which is a user's mistake, ends it with its message and status 2, Ctrl-C with 130."""
+    if not sys.stderr.isatty():  # a log keeps every state of a bar
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds; read when tqdm is imported
     try:
         main()
     except (ValueError, KeyboardInterrupt) as end:

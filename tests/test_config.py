@@ -177,3 +177,11 @@ def test_a_typo_is_told_before_torch_is_loaded(tmp_path, script):
     command = [sys.executable, str(ROOT / script[0]), *script[1:], "--modle=x"]
     found = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert found.returncode == 2 and "did you mean --model?" in found.stderr
+
+
+def test_a_log_gets_few_states_of_a_bar():
+    """A script's bar, written to a pipe: its beginning and its end, not ten states a second."""
+    bar = "from tqdm import tqdm; import time; [time.sleep(0.01) for _ in tqdm(range(100))]"
+    code = f"from hps import config; config.run_main(lambda: None); {bar}"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT).stderr
+    assert b"100%" in told and told.count(b"\r") <= 3

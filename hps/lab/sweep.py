@@ -150,7 +150,7 @@ def run_stages(pool: Executor, jobs: int, stages: list[Stage], out: Path, bar: t
         ran = {x.product: min(time.perf_counter() - begun[x.product], rate * x.weight) for x in running.values()}
         left = (rate * (bar.total - bar.n) - sum(ran.values())) / jobs
         left = max(left, *(rate * path[product] - seconds for product, seconds in ran.items()))
-        bar.set_postfix_str(f"{tqdm.format_interval(round(left))} left")
+        bar.set_postfix_str(f"{tqdm.format_interval(round(left))} left", refresh=sys.stderr.isatty())
         for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
             seconds = future.result()
             stage = running.pop(future)

@@ -41,7 +41,7 @@ def sweeping(tmp_path, monkeypatch):
     def run(*stages, jobs=1):
         with ThreadPoolExecutor(jobs) as pool, tqdm(total=sum(s.weight for s in stages), disable=False) as bar:
             told.clear()
-            bar.set_postfix_str = told.append
+            bar.set_postfix_str = lambda text, refresh: told.append(text)
             kept = sweep.run_stages(pool, jobs, list(stages), out, bar)
             assert bar.n == sum(stage.weight for stage in stages)
         order = (tmp_path / "order").read_text()
