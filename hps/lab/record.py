@@ -2,6 +2,7 @@
 
     python -m hps.lab.record --keep runs/record  # each suite's results.json there becomes part of the record
     python -m hps.lab.record --keep runs/other --name second  # or of one of other worlds, which the first is held to
+    python -m hps.lab.record --keep runs/more  # worlds that come next after those on record join them
     python -m hps.lab.record  # writes the pages of the record anew, with their figures
 
 The record has what each world says of each row and metric. Means, intervals, p values, verdicts and claims are not in
@@ -87,8 +88,26 @@ def item(values: list[float | None]) -> tuple[dict[str, Any], list[float]]:
     return measured([{} if value is None else {"": value} for value in values])
 
 
+def joined(known: Results, new: Results) -> Results:
+    """A record with the worlds of another behind its own; ValueError where these were not made as its own were."""
+    free = dict.fromkeys(("seeds", "first_seed", "out", "jobs", "stage_seconds"))
+    made = [[one["settings"] | free, {name: [*row] for name, row in one["rows"].items()}] for one in (known, new)]
+    if made[0] != made[1]:
+        raise ValueError(
+            f"suite {new['suite']}: its next worlds have other sizes, rows or metrics than those on record"
+        )
+    both: Results = {key: known[key] + new[key] for key in ("seconds", "worlds")}
+    both |= {key: ", ".join(dict.fromkeys([known[key], new[key]])) for key in ("commit", "machine")}
+    settings, more = known["settings"], new["settings"]
+    both["settings"] = settings | {key: settings[key] + more[key] for key in ("seeds", "stage_seconds")}
+    both["rows"] = {name: {x: row[x] + new["rows"][name][x] for x in row} for name, row in known["rows"].items()}
+    both["pairs"] = [[a, b, x and x + y] for (a, b, x), (*_, y) in zip(known["pairs"], new["pairs"], strict=True)]
+    return known | both
+
+
 def keep(out: Path, name: str) -> list[Path]:
-    """Put the results of each suite under a sweep's folder into the record; the paths written."""
+    """Put the results of each suite under a sweep's folder into the record, behind what it has where their worlds come
+    next; the paths written."""
     found = [files.read_json(path) for path in [*out.glob("results.json"), *out.glob("*/results.json")]]
     if not found:
         raise ValueError(f"{out}: no results.json there, nor in the folders in it")
@@ -97,7 +116,11 @@ def keep(out: Path, name: str) -> list[Path]:
         if results["worlds"] < 2 or results["settings"].get("small"):
             raise ValueError(f"suite {results['suite']} of {out} has one world or is a small one: no record")
         paths.append(KEPT / f"{results['suite']}{'-' * bool(name)}{name}.json")
-        text = json.dumps(compact(results), indent=1)  # of a row's metric on one line, so that a change is seen as such
+        new = compact(results)
+        known = files.read_json(paths[-1]) if paths[-1].exists() else None
+        if known and new["settings"]["first_seed"] == known["settings"]["first_seed"] + known["worlds"]:
+            new = joined(known, new)
+        text = json.dumps(new, indent=1)  # of a row's metric on one line, so that a change is seen as such
         text = re.sub(r"\[[^][{}]*\]", lambda values: " ".join(values[0].split()), text)
         files.write_text(paths[-1], text + "\n")
     return paths

@@ -94,6 +94,32 @@ def test_one_world_and_a_small_run_are_no_record(tmp_path):
         record.keep(tmp_path / "nowhere", "")
 
 
+def test_worlds_that_come_next_join_the_record(tmp_path, monkeypatch):
+    """A sweep of six worlds is kept in two parts as it is whole; worlds of another size are refused, and what begins
+    elsewhere takes the record's place."""
+    monkeypatch.setattr(record, "KEPT", tmp_path)
+
+    def keep(first_seed, times=1, train=240):
+        found = results(worlds=3 * times)
+        found["settings"] = dict(
+            small=False, first_seed=first_seed, seeds=3 * times, train=train, stage_seconds=9 * times
+        )
+        found["seconds"] *= times
+        for item in [x for row in found["rows"] for x in row["metrics"].values()] + found["comparisons"]:
+            item["values"] = times * item["values"]
+        for row in found["rows"]:
+            row["runs"] *= times
+        (tmp_path / "results.json").write_text(json.dumps(found))
+        return record.files.read_json(record.keep(tmp_path, "")[0])
+
+    whole = keep(7, times=2)
+    assert keep(7)["worlds"] == 3
+    assert keep(10) == whole
+    with pytest.raises(ValueError, match="other sizes"):
+        keep(13, train=96)
+    assert keep(10)["settings"]["first_seed"] == 10
+
+
 # What the README says that eight worlds settle: rows, metric, and the sign of their difference.
 SETTLED = [
     ("DPO-HPS", "DPO-uniform", "true_reward", -1),
