@@ -130,11 +130,12 @@ SETTLED = [
 
 
 def test_what_the_readme_says_of_transfer():
-    found = record.restore(json.loads((record.KEPT / "transfer_responses.json").read_text()))
+    found = record.restore(json.loads((record.KEPT / "transfer.json").read_text()))
     of = {(x["a"], x["b"], x["metric"]): record.verdict(x) for x in found["comparisons"] if "p_holm" in x}
-    assert [of["DPO-HPS n 100", "DPO-uniform n 100", metric] for metric in ("true_reward", "harm")] == [1, -1]
-    rows = {row["method"]: row["metrics"] for row in found["rows"]}
-    assert 1.8 < rows["DPO-uniform n 100"]["harm"]["mean"] / rows["DPO-HPS n 100"]["harm"]["mean"] < 2.2
+    rows, way = {row["method"]: row["metrics"] for row in found["rows"]}, "help to safe"
+    for loss in ("DPO", "EXO", "IPO", "SPPO", "NCA"):
+        assert of[f"{loss}-HPS {way}", f"{loss}-uniform {way}", "true_reward"] == 1
+    assert 1.8 < rows[f"DPO-uniform {way}"]["harm"]["mean"] / rows[f"DPO-HPS {way}"]["harm"]["mean"] < 2.2
 
 
 @pytest.mark.parametrize("name", ["headline", "headline-second"])
