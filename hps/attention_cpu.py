@@ -1,7 +1,7 @@
 """Attention over packed rows on a CPU, for `hps.attention`, which says what may see what.
 
 blockwise  every causal stretch by itself, and y_2..y_K against the prompt, merged by their log-sum-exp
-padded     many short responses: one batched call for all of them, each over [a copy of the prompt | itself]
+padded     many short responses: one batched call for y_2..y_K, each over [a copy of the prompt | itself]
 """
 
 from collections.abc import Callable
@@ -29,9 +29,10 @@ def padding_pays(packed: Packed, heads: int) -> bool:
     """Whether on a CPU the pads of two calls cost less than the calls that do without them."""
     parts = _parts(packed)
     exact = sum((q.stop - q.start) * (k.stop - k.start) for q, k, _ in parts)
-    prompt = max(P for P, _ in packed.spans)
-    lengths = [n for _, responses in packed.spans for n in responses]
-    padded = len(packed.spans) * prompt**2 + len(lengths) * max(lengths) * (prompt + max(lengths))
+    prompt, first = max(P for P, _ in packed.spans), max(P + lengths[0] for P, lengths in packed.spans)
+    others = [n for _, lengths in packed.spans for n in lengths[1:]]
+    longest = max(others, default=0)
+    padded = len(packed.spans) * first**2 + len(others) * longest * (prompt + longest)
     return heads * padded < heads * exact + ENTRIES_PER_CALL * len(parts)
 
 
@@ -101,22 +102,25 @@ class _Blockwise(torch.autograd.Function):
 
 
 def padded(packed: Packed) -> Callable[..., Tensor]:
-    """Prompts in one causal call, responses in another, each over [its prompt | itself], padded to the longest."""
+    """Prompts with their first responses in one causal call, the other responses in a second, each over [its prompt |
+    itself], all padded to the longest."""
     N, segment = packed.input_ids.shape[1], packed.segment[0]
     at = torch.arange(N)
-    responses = at[segment > 0].split([n for _, lengths in packed.spans for n in lengths])
-    owner = torch.tensor([b for b, (_, lengths) in enumerate(packed.spans) for _ in lengths])
     # Which packed token stands where, (prompts, longest) and (responses, longest); N on pads, so that a token sees the
     # keys up to its own index, pads (or softmax would be NaN there) see anything, and nobody else sees a pad.
-    own = at[segment == 0].split([P for P, _ in packed.spans])
-    prompts = pad_sequence(own, batch_first=True, padding_value=N)
-    queries = pad_sequence(responses, batch_first=True, padding_value=N)
-    keys = torch.cat([prompts[owner], queries], dim=1)
-    mask = (keys[:, None] <= queries[:, :, None])[:, None]
-    # Where the result of each packed token is among those of both calls.
-    there = torch.cat([prompts.flatten(), queries.flatten()])
+    begins = at[segment <= 1].split([P + lengths[0] for P, lengths in packed.spans])
+    first = pad_sequence(begins, batch_first=True, padding_value=N)
+    calls: list[tuple[Tensor, Tensor, dict[str, Any]]] = [(first, first, {"is_causal": True})]
+    if others := [n for _, lengths in packed.spans for n in lengths[1:]]:
+        owner = torch.tensor([b for b, (_, lengths) in enumerate(packed.spans) for _ in lengths[1:]])
+        prompts = [begin[:P] for begin, (P, _) in zip(begins, packed.spans, strict=True)]
+        queries = pad_sequence(at[segment > 1].split(others), batch_first=True, padding_value=N)
+        keys = torch.cat([pad_sequence(prompts, batch_first=True, padding_value=N)[owner], queries], dim=1)
+        calls.append((queries, keys, {"attn_mask": (keys[:, None] <= queries[:, :, None])[:, None]}))
+    # Where the result of each packed token is among those of all calls.
+    there = torch.cat([queries.flatten() for queries, _, _ in calls])
     back = torch.empty(N + 1, dtype=torch.int64).index_put_((there,), torch.arange(len(there)))[:N]
-    prompts, queries, keys = (x.clamp(max=N - 1) for x in (prompts, queries, keys))
+    calls = [(queries.clamp(max=N - 1), keys.clamp(max=N - 1), how) for queries, keys, how in calls]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         rows = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]  # (N, heads * Dh) each
@@ -125,12 +129,12 @@ def padded(packed: Packed) -> Callable[..., Tensor]:
         def gather(x: Tensor, index: Tensor) -> Tensor:  # -> (batch, heads, length, Dh)
             return x.index_select(0, index.flatten()).view(*index.shape, -1, Dh).transpose(1, 2)
 
-        def call(q: Tensor, k: Tensor, **mask: Any) -> Tensor:
+        def call(q: Tensor, k: Tensor, **how: Any) -> Tensor:
             parts = gather(rows[0], q), gather(rows[1], k), gather(rows[2], k)
-            out = scaled_dot_product_attention(*parts, scale=scaling, enable_gqa=True, **mask)
+            out = scaled_dot_product_attention(*parts, scale=scaling, enable_gqa=True, **how)
             return out.transpose(1, 2).reshape(-1, rows[0].shape[1])
 
-        out = torch.cat([call(prompts, prompts, is_causal=True), call(queries, keys, attn_mask=mask)])
+        out = torch.cat([call(queries, keys, **how) for queries, keys, how in calls])
         return out.index_select(0, back).view(1, -1, query.shape[1], Dh).transpose(1, 2)
 
     return attend
