@@ -68,7 +68,7 @@ def make_optimizer(c: Config, parameters: list[torch.nn.Parameter]) -> torch.opt
         from hps.extra import quantised
 
         return quantised.adamw_8bit(parameters, **how)
-    return torch.optim.AdamW(parameters, **how, fused=parameters[0].device.type == "cuda")
+    return torch.optim.AdamW(parameters, **how, fused=True)
 
 
 def load_reference(

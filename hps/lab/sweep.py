@@ -7,6 +7,7 @@ took.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -88,6 +89,8 @@ def run_command(argv: list[str], log: str) -> float:
     """Run a script of the repository as `python SCRIPT ...` would, in this worker, which has loaded the libraries
     already, its output into a file; seconds taken."""
     began = time.perf_counter()
+    gc.collect()
+    gc.freeze()  # the libraries' objects, which every collection of a run would look through
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         before, sys.argv = sys.argv, argv
