@@ -53,6 +53,8 @@ class Encoder:
         control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         control |= set(tokenizer.all_special_ids)
         self.control = control - {tokenizer.unk_token_id} | {self.eos}  # some tokenizers use one token as UNK and EOS
+        # To render messages takes longer than all else of a row, and in many data sets prompts come again.
+        self._of_messages = functools.lru_cache(8192)(lambda text: tuple(self.template.encode(json.loads(text))))
 
     @functools.cached_property
     def template(self) -> Any:
@@ -83,7 +85,7 @@ class Encoder:
             if self.adds_bos and ids[:1] != [self.bos]:
                 ids = [cast(int, self.bos), *ids]
         else:
-            ids = self.template.encode(prompt)
+            ids = list(self._of_messages(json.dumps(prompt)))
         if not ids:
             raise ValueError("the prompt has no tokens, so nothing predicts the first token of the response")
         if ids[:2] == [self.bos, self.bos]:
