@@ -54,7 +54,7 @@ class Options:
     response_tokens: int = 200  # mean length of a response
     responses: int = 2  # of a visit: 2 for BT and HPS, the ranks for PL
     # -- of the device --
-    device: str = "cuda"  # cuda, or cpu: decides how many logits are alive at once, and AdamW's way
+    device: str = "cuda"  # cuda, or cpu: decides how many logits are alive at once
     gpu_gib: float = 48.0  # memory of one GPU (L40S), GiB
     tflops: float = 362.0  # peak, 1e12 FLOPs a second (L40S, dense bf16 by its data sheet)
     mfu: float = 0.4  # share of the peak that is reached, on the FLOPs of the table, recomputed ones counted
@@ -159,7 +159,7 @@ def step(c: Options) -> dict[str, Any]:
         policy = build(c, ranks, fake)
         trained = [p for p in policy.parameters() if p.requires_grad]
         parameters = {"all": sum(p.numel() for p in policy.parameters()), "trained": sum(p.numel() for p in trained)}
-        optimizer, tracker, reference = torch.optim.AdamW(trained, foreach=c.device == "cuda"), Tracker(), Tracker()
+        optimizer, tracker, reference = torch.optim.AdamW(trained, fused=True), Tracker(), Tracker()
 
         packed = partial(pack, pad_id=0, share_prompt=c.share_prompt)
         with fake:

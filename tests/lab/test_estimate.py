@@ -9,7 +9,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 from helpers import ROOT, on_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
@@ -55,7 +54,7 @@ def real_steps(folder: Path, name: str, passes: int, changes: dict, out: Path) -
     c = Config(str(folder / name), "", "", **changes)
     policy, *_ = start.load_policy(c, ranks, None, longest=P + Y)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
+    optimizer = start.make_optimizer(c, trained)
     draw = np.random.default_rng(0)
     blocks = [Block(draw.integers(0, 96, P), tuple(draw.integers(0, 96, Y) for _ in range(K))) for _ in range(BLOCKS)]
 
