@@ -106,7 +106,7 @@ def padded(packed: Packed) -> Callable[..., Tensor]:
     itself], all padded to the longest."""
     N, segment = packed.input_ids.shape[1], packed.segment[0]
     at = torch.arange(N)
-    # Which packed token stands where, (prompts, longest) and (responses, longest); N on pads, so that a token sees the
+    # Which packed token stands where in each call, (prompts or responses, longest); N on pads, so that a token sees the
     # keys up to its own index, pads (or softmax would be NaN there) see anything, and nobody else sees a pad.
     begins = at[segment <= 1].split([P + lengths[0] for P, lengths in packed.spans])
     first = pad_sequence(begins, batch_first=True, padding_value=N)
