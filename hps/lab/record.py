@@ -97,7 +97,7 @@ def joined(known: Results, new: Results) -> Results:
             f"suite {new['suite']}: its next worlds have other sizes, rows or metrics than those on record"
         )
     both: Results = {key: known[key] + new[key] for key in ("seconds", "worlds")}
-    both |= {key: ", ".join(dict.fromkeys([known[key], new[key]])) for key in ("commit", "machine")}
+    both |= {key: "; ".join(dict.fromkeys([known[key], new[key]])) for key in ("commit", "machine")}
     settings, more = known["settings"], new["settings"]
     both["settings"] = settings | {key: settings[key] + more[key] for key in ("seeds", "stage_seconds")}
     both["rows"] = {name: {x: row[x] + new["rows"][name][x] for x in row} for name, row in known["rows"].items()}
