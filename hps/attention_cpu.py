@@ -28,12 +28,12 @@ def layout(packed: Packed, heads: int) -> Callable[..., Tensor]:
 def padding_pays(packed: Packed, heads: int) -> bool:
     """Whether on a CPU the pads of two calls cost less than the calls that do without them."""
     parts = _parts(packed)
-    exact = sum((q.stop - q.start) * (k.stop - k.start) for q, k, _ in parts)
+    exact = sum((q.stop - q.start) * (k.stop - k.start) / (1 + causal) for q, k, causal in parts)
     prompt, first = max(P for P, _ in packed.spans), max(P + lengths[0] for P, lengths in packed.spans)
     others = [n for _, lengths in packed.spans for n in lengths[1:]]
     longest = max(others, default=0)
-    padded = len(packed.spans) * first**2 + len(others) * longest * (prompt + longest)
-    return heads * padded < heads * exact + ENTRIES_PER_CALL * len(parts)
+    padded = len(packed.spans) * first**2 / 2 + len(others) * longest * (prompt + longest)
+    return heads * (padded - exact) < ENTRIES_PER_CALL * (len(parts) - 4)  # what is gathered for it is worth some calls
 
 
 # -- blockwise: no pads, many calls --
