@@ -253,12 +253,12 @@ class _Rows:
             x = getattr(self, name)
             setattr(self, name, torch.cat([x[kept], x.new_zeros(R - old, *x.shape[1:])]))
         self.most_tokens = max(int(self.count.max()), 1)
-        # A row that is new holds another's keys and values, each hidden from it until it writes its own there.
-        rows = torch.cat([kept, kept.new_zeros(R - old)])
-        for i, x in enumerate(self.own_cache if old else []):  # one layer at a time is in memory twice
-            self.own_cache[i] = x[rows]
-        if not old:
-            self.own_cache = [x.new_zeros(R, x.shape[1], self.max_new_tokens, x.shape[3]) for x in self.prompt_cache]
+        own_cache, self.own_cache = self.own_cache, []
+        for x in self.prompt_cache:
+            self.own_cache.append(x.new_zeros(R, x.shape[1], self.max_new_tokens, x.shape[3]))
+            if own_cache:  # taken from the list, so that one layer at a time is in memory twice
+                drawn = own_cache.pop(0)[:, :, : self.most_tokens]
+                self.own_cache[-1][:old, :, : self.most_tokens] = drawn[kept]
 
         for request, n in joining:
             self.owner += [(request, len(request.samples) + j) for j in range(n)]
