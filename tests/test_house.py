@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train", "eval", "data_prep")
 OUTER = ("hps.prepare", "hps.evaluate", "hps.lab")  # rooms that training never enters
 CLOSURE_LINES = 3500  # of all files that `import train` loads; may only fall
-OF_OURS_LINES = 13992  # of hps and the scripts; room for checks of what users bring, see docs/RELIABILITY.md
+OF_OURS_LINES = 14001  # of hps and the scripts; room for checks of what users bring, see docs/RELIABILITY.md
 # Rooms from the inside out: a module may import its own room and those before it.
 ROOMS = ("core", "hps.data", "hps.extra", "hps.prepare", "hps.evaluate", "hps.lab")
 # A method's facts are looked up by its name, and answers during training are those of the decoder.

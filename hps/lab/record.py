@@ -91,13 +91,20 @@ def item(values: list[float | None]) -> tuple[dict[str, Any], list[float]]:
 def joined(known: Results, new: Results) -> Results:
     """A record with the worlds of another behind its own; ValueError where these were not made as its own were."""
     free = dict.fromkeys(("seeds", "first_seed", "out", "jobs", "stage_seconds"))
-    made = [[one["settings"] | free, {name: [*row] for name, row in one["rows"].items()}] for one in (known, new)]
+    made = [
+        (
+            x["settings"] | free,
+            {name: [*row] for name, row in x["rows"].items()},
+            [(a, b, not c) for a, b, c in x["pairs"]],
+        )
+        for x in (known, new)
+    ]
     if made[0] != made[1]:
         raise ValueError(
             f"suite {new['suite']}: its next worlds have other sizes, rows or metrics than those on record"
         )
     both: Results = {key: known[key] + new[key] for key in ("seconds", "worlds")}
-    both |= {key: "; ".join(dict.fromkeys([known[key], new[key]])) for key in ("commit", "machine")}
+    both |= {key: "; ".join(dict.fromkeys([*known[key].split("; "), new[key]])) for key in ("commit", "machine")}
     settings, more = known["settings"], new["settings"]
     both["settings"] = settings | {key: settings[key] + more[key] for key in ("seeds", "stage_seconds")}
     both["rows"] = {name: {x: row[x] + new["rows"][name][x] for x in row} for name, row in known["rows"].items()}
@@ -111,19 +118,21 @@ def keep(out: Path, name: str) -> list[Path]:
     found = [files.read_json(path) for path in [*out.glob("results.json"), *out.glob("*/results.json")]]
     if not found:
         raise ValueError(f"{out}: no results.json there, nor in the folders in it")
-    paths = []
+    texts: dict[Path, str] = {}
     for results in found:
         if results["worlds"] < 2 or results["settings"].get("small"):
             raise ValueError(f"suite {results['suite']} of {out} has one world or is a small one: no record")
-        paths.append(KEPT / f"{results['suite']}{'-' * bool(name)}{name}.json")
-        new = compact(results)
-        known = files.read_json(paths[-1]) if paths[-1].exists() else None
-        if known and new["settings"]["first_seed"] == known["settings"]["first_seed"] + known["worlds"]:
-            new = joined(known, new)
-        text = json.dumps(new, indent=1)  # of a row's metric on one line, so that a change is seen as such
-        text = re.sub(r"\[[^][{}]*\]", lambda values: " ".join(values[0].split()), text)
-        files.write_text(paths[-1], text + "\n")
-    return paths
+        path, new = KEPT / f"{results['suite']}{'-' * bool(name)}{name}.json", compact(results)
+        known = files.read_json(path) if path.exists() else None
+        behind = new["settings"]["first_seed"] - known["settings"]["first_seed"] if known else 0
+        if known and 0 < behind < known["worlds"]:
+            raise ValueError(f"suite {results['suite']}: worlds of {out} are on record already, in {path}")
+        text = json.dumps(joined(known, new) if known and behind == known["worlds"] else new, indent=1)
+        # Of a row's metric on one line, so that a change is seen as such.
+        texts[path] = re.sub(r"\[[^][{}]*\]", lambda values: " ".join(values[0].split()), text) + "\n"
+    for path, text in texts.items():
+        files.write_text(path, text)
+    return list(texts)
 
 
 # ---- pages ----------------------------------------------------------------------------------------

@@ -115,9 +115,11 @@ def test_worlds_that_come_next_join_the_record(tmp_path, monkeypatch):
     whole = keep(7, times=2)
     assert keep(7)["worlds"] == 3
     assert keep(10) == whole
+    with pytest.raises(ValueError, match="on record already"):
+        keep(10)
     with pytest.raises(ValueError, match="other sizes"):
         keep(13, train=96)
-    assert keep(10)["settings"]["first_seed"] == 10
+    assert keep(99)["settings"]["first_seed"] == 99
 
 
 # What the README says that eight worlds settle: rows, metric, and the sign of their difference.

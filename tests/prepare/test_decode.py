@@ -135,6 +135,7 @@ def test_rows_that_ended_leave_and_others_take_their_places(llama):
 
 
 def test_prompts_of_like_lengths_are_prefilled_together(llama, monkeypatch):
+    draw(llama, PROMPTS[:1], 1)  # as above
     monkeypatch.setattr(decode, "PADDED_TOKENS", 70)
     prompts = [[1, *[5] * k] for k in (30, 2, 34, 3, 31, 30)]
     _, calls = calls_of(llama, lambda: draw(llama, prompts, 1))
